@@ -1,0 +1,130 @@
+/* The wire protocol between the host and the guest agent: one byte channel, many streams.
+ *
+ * pytest_fcvm/guest/frames.py says the same in Python; tests/unit/guest/test_frames.py compares the two, name by name.
+ *
+ * FRAME    u32 length | u8 type | u32 stream | payload[length] | u8 0      (integers little-endian, length <= 65536)
+ *          The zero byte at the end and the rule that no secret contains a zero byte belong together: a frame that an earlier
+ *          host left half sent can be filled up by the bytes of the next host's secret, but never ends in a valid trailer,
+ *          so it is never executed.
+ *
+ * SESSION  host:  secret[16] HELLO{u32 version, nonce[16], next_secret[16]}
+ *          agent: nonce[16]  WELCOME{u32 version, text build id}
+ *          The agent looks for the current secret at every byte of its input, inside frames as well. On finding it, it drops
+ *          the half frame it holds and all that it had queued, ends the streams of the session before (exec: see below), and
+ *          reads frames from there; HELLO must come first and replaces the secret by next_secret. The host likewise throws
+ *          away everything before its nonce. The first secret after power-on is PROTOCOL_BOOT_SECRET.
+ *          The agent never acts on POLLHUP: a host that left is noticed when the next one says hello.
+ *
+ * STREAMS  Only the host opens them, with ids that grow by any step within a session (0 is the session itself).
+ *          OPEN{u8 kind, u32 body length, first bytes of the body}, further bytes in BODY frames; a body is a list of
+ *          FIELDS: u16 tag | u32 length | bytes. Numbers are u64, texts and paths are bytes without a final zero, lists repeat
+ *          their tag. A body has at most PROTOCOL_BODY_MAX bytes. Unknown tags are ignored.
+ *          Every OPEN is answered by one REPLY{u32 errno, fields}. For verbs (kind < 32) and whenever errno is not 0 that ends
+ *          the stream; FIELD_MESSAGE then says which call failed on what.
+ *          DATA and EOF have a channel: 0 is stdin / stdout / the socket / the log, 1 is stderr.
+ *          Credit: each side may send PROTOCOL_WINDOW bytes of DATA per stream, direction and channel, and as many more as
+ *          WINDOW frames grant. Only DATA counts.
+ *          A socket stream ends when both sides have sent EOF, or either CLOSE. An exec stream ends with EXIT, which follows
+ *          the last DATA; CLOSE from the host abandons it (SIGHUP to its process group, SIGKILL after 1 s).
+ *          Frames for a stream that has ended are ignored; an id above every one opened is malformed.
+ *          The agent sends REPLY, WINDOW, EVENT and CLOSE before any DATA that waits, after every frame.
+ *
+ * FAULTS   Malformed input or DATA beyond credit: the agent sends ERROR{u64 offset into this session's input, text}, ends the
+ *          session and discards input up to the secret. It never exits for what it reads.
+ */
+#ifndef FCVM_PROTOCOL_H
+#define FCVM_PROTOCOL_H
+
+enum {
+    PROTOCOL_VERSION = 1,
+    PROTOCOL_HEADER = 9,        /* bytes before the payload */
+    PROTOCOL_PAYLOAD_MAX = 65536,
+    PROTOCOL_BODY_MAX = 1114112, /* 1 MiB of arguments and 64 KiB of everything else */
+    PROTOCOL_WINDOW = 65536,
+    PROTOCOL_SECRET = 16,
+    PROTOCOL_STREAMS_MAX = 1024, /* open at once; one more OPEN is answered EAGAIN */
+    PROTOCOL_VSOCK_PORT = 1024
+};
+#define PROTOCOL_BOOT_SECRET "fcvm-boot-secret"
+#define PROTOCOL_PORT_NAME "fcvm.agent" /* of the virtio-serial port */
+
+enum frame_type {
+    FRAME_HELLO = 1,   /* host */
+    FRAME_WELCOME = 2, /* agent */
+    FRAME_OPEN = 3,    /* host */
+    FRAME_BODY = 4,    /* host */
+    FRAME_REPLY = 5,   /* agent */
+    FRAME_DATA = 6,    /* both: u8 channel, bytes (the channel byte is not counted as credit) */
+    FRAME_EOF = 7,     /* both: u8 channel */
+    FRAME_WINDOW = 8,  /* both: u8 channel, u32 bytes */
+    FRAME_CLOSE = 9,   /* both: u32 errno, 0 = no longer wanted */
+    FRAME_EXIT = 10,   /* agent: fields EXIT_CODE or EXIT_SIGNAL, MESSAGE when the program could not be started */
+    FRAME_SIGNAL = 11, /* host: u8 signal, to the exec's process group */
+    FRAME_EVENT = 12,  /* agent, stream 0: u8 event, fields */
+    FRAME_ERROR = 13   /* agent, stream 0: u64 offset, text */
+};
+
+enum stream_kind {
+    /* verbs: one REPLY */
+    KIND_CONFIGURE = 1,   /* mount the rootfs, set up names and network: HOSTNAME MACHINE_ID INTERFACE MAC ADDRESS GATEWAY
+                             DNS* HOSTS* UPPER_MIB ROOT_DEVICE; once per boot */
+    KIND_START = 2,       /* start the workload: ARG+ ENV* CWD USER; REPLY has PID. Once per boot */
+    KIND_STATUS = 3,      /* REPLY: STATE (idle|running|exited|frozen), EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
+    KIND_METRICS = 4,     /* REPLY: METRIC* "name=value" (units in the name) */
+    KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, reply, then discard input up to SECRET */
+    KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
+                             optional; ARG* is a hook command run before the thaw; then the workload is thawed */
+    KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2 (2: on a loopback address alone) */
+    KIND_STOP = 8,        /* SIGNAL to the workload's first process */
+    KIND_POWEROFF = 9,
+    KIND_SYNC = 10,       /* sync(2) */
+    /* streams: REPLY, then frames until the end */
+    KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost); REPLY has PID */
+    KIND_CONNECT = 33, /* PORT PROTO(tcp) ADDRESS(default: the interface's own): a TCP connection, from the gateway's address */
+    KIND_LOGS = 34,    /* workload output, first what the ring holds; EOF after the workload ended and all was sent */
+    KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
+    KIND_TAR_OUT = 36  /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
+};
+
+enum event_kind {
+    EVENT_WORKLOAD_EXIT = 1, /* EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
+    EVENT_OOM = 2            /* OOM_KILLS */
+};
+
+enum field_tag {
+    FIELD_ARG = 1,
+    FIELD_ENV = 2,          /* NAME=value */
+    FIELD_CWD = 3,
+    FIELD_USER = 4,         /* user | uid [: group | gid], looked up in the image's own files */
+    FIELD_HOSTNAME = 5,
+    FIELD_MACHINE_ID = 6,   /* 32 hex digits */
+    FIELD_BOOT_ID = 7,      /* UUID text */
+    FIELD_MAC = 8,          /* 6 bytes */
+    FIELD_ADDRESS = 9,      /* text "10.0.2.15/24"; for CONNECT without the prefix length */
+    FIELD_GATEWAY = 10,     /* text */
+    FIELD_DNS = 11,         /* text */
+    FIELD_HOSTS = 12,       /* one line of /etc/hosts */
+    FIELD_ENTROPY = 13,     /* 32 bytes */
+    FIELD_REALTIME_NS = 14, /* since 1970 */
+    FIELD_UPPER_MIB = 15,   /* size of the writable layer (tmpfs) */
+    FIELD_SECRET = 16,
+    FIELD_PORT = 17,
+    FIELD_PROTO = 18,       /* text tcp | udp */
+    FIELD_SIGNAL = 19,
+    FIELD_PATH = 20,
+    FIELD_FLAGS = 21,
+    FIELD_MESSAGE = 22,
+    FIELD_PID = 23,         /* in the workload's PID namespace */
+    FIELD_EXIT_CODE = 24,
+    FIELD_EXIT_SIGNAL = 25,
+    FIELD_STATE = 26,
+    FIELD_METRIC = 27,
+    FIELD_ROOT_DEVICE = 28, /* text, /dev/vda */
+    FIELD_INTERFACE = 29,   /* text, eth0 */
+    FIELD_LISTENING = 30,
+    FIELD_OOM_KILLS = 31,
+    FIELD_PEER_GATEWAY = 32 /* 1: the gateway's address is the guest's own (no NIC peer: connections come by CONNECT);
+                               0: it is the network's. In CONFIGURE and PERSONALISE */
+};
+
+#endif
