@@ -1,0 +1,206 @@
+"""What an engine is to the rest: probe, boot, restore, and the VM that comes back. Nothing above asks which engine it is.
+
+A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn: no VM has a socket with a name.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+
+__all__ = [
+    "Accelerator",
+    "BootPlan",
+    "Engine",
+    "EngineReport",
+    "GuestFiles",
+    "MachineShape",
+    "RestorePlan",
+    "SnapshotFiles",
+    "Vm",
+    "VmExit",
+]
+
+
+class Accelerator(StrEnum):
+    """What runs the guest's instructions."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestFiles:
+    """What a guest boots from. `kernel` is a bzImage, `rootfs` one read-only squashfs (None for a smoke boot)."""
+
+    kernel: Path
+    initramfs: Path
+    rootfs: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineShape:
+    """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside."""
+
+    mem_mib: int
+    cpus: int
+    egress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootPlan:
+    """A base to boot. `memory` is the file that will hold the guest's memory; the engine creates it."""
+
+    name: str
+    shape: MachineShape
+    files: GuestFiles
+    memory: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFiles:
+    """The files of a snapshot that an engine reads: guest memory, device state, rootfs."""
+
+    memory: Path
+    state: Path
+    rootfs: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorePlan:
+    """A clone to restore. `ports` are mapped from the start; others follow with `Vm.publish`."""
+
+    name: str
+    shape: MachineShape
+    files: SnapshotFiles
+    ports: tuple[PublishedPort, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport:
+    """The verdict of a probe.
+
+    `identity` is everything about the VMM and the host that a snapshot depends on (digests, versions, CPU model, TSC kHz):
+    it enters the snapshot's key. `notes` are for people (why KVM was not used).
+    """
+
+    engine: str
+    usable: bool
+    version: str = ""
+    accelerator: Accelerator | None = None
+    reason: str = ""
+    hint: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VmExit:
+    """How the VMM process ended: `code` or `signal`, never both; `killed_by_us` after `Vm.kill`."""
+
+    code: int | None = None
+    signal: int | None = None
+    killed_by_us: bool = False
+
+
+class Vm(Protocol):
+    """One VMM process. Every method may be called from any thread; after its death they raise EngineError at once."""
+
+    @property
+    def name(self) -> str:
+        """Return the name given in the plan."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Return the process id of the VMM."""
+        ...
+
+    @property
+    def console_path(self) -> Path:
+        """Return the file that receives the guest's serial console."""
+        ...
+
+    @property
+    def vmm_log_path(self) -> Path:
+        """Return the file that receives what the VMM itself prints."""
+        ...
+
+    def channel(self) -> socket.socket:
+        """Return the byte channel to the agent: a connected stream socket, the caller's to close.
+
+        It is usable before the guest runs: bytes written early are read by the agent when it comes to life.
+        """
+        ...
+
+    def wait_until_running(self, timeout_s: float) -> None:
+        """Wait until the restored guest executes. A booted VM runs from the start."""
+        ...
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        """Map a guest port to the host and return the address to connect to. Idempotent per (proto, guest port).
+
+        Raise HostError when the wanted host port is taken, EngineError when the VM has no network to the host (a base).
+        """
+        ...
+
+    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
+        """Return the mapping of a guest port if it has one."""
+        ...
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        ...
+
+    def resume(self) -> None:
+        """Let the guest's processors run again."""
+        ...
+
+    def snapshot(self, state: Path) -> None:
+        """Stop the guest and write its device state to `state`; guest memory is then whole in `BootPlan.memory`.
+
+        The VM is of no more use afterwards and must be killed with its channel untouched.
+        """
+        ...
+
+    def kill(self) -> None:
+        """Kill the VMM with SIGKILL and return at once; idempotent."""
+        ...
+
+    def wait(self, timeout_s: float) -> VmExit:
+        """Wait until the VMM process has ended. Raise EngineError at the deadline."""
+        ...
+
+    def on_exit(self, callback: Callable[[VmExit], None]) -> None:
+        """Call back once from a service thread when the VMM has ended, at once if it already has."""
+        ...
+
+
+class Engine(Protocol):
+    """A way to run VMs."""
+
+    @property
+    def name(self) -> str:
+        """Return the engine's name as `--fcvm-engine` takes it."""
+        ...
+
+    def probe(self, smoke: GuestFiles) -> EngineReport:
+        """Say whether this engine works here, by booting `smoke` (kernel and initramfs) where only that proves it. Cached."""
+        ...
+
+    def boot(self, plan: BootPlan) -> Vm:
+        """Start a base. Raise EngineError or HostError; a VM that fails leaves nothing."""
+        ...
+
+    def restore(self, plan: RestorePlan) -> Vm:
+        """Start a clone and return as soon as its process is spawned; the guest comes to life meanwhile."""
+        ...
+
+    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+        """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
+        ...
