@@ -1,6 +1,9 @@
-"""What an engine is to the rest: probe, boot, restore, and the VM that comes back. Nothing above asks which engine it is.
+"""What an engine is to the rest: probe, boot, restore, and the VM that comes back.
 
-A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn: no VM has a socket with a name.
+Nothing above asks which engine it is.
+
+A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn, so that no VM has a socket
+with a name.
 """
 
 from __future__ import annotations
@@ -86,8 +89,8 @@ class RestorePlan:
 class EngineReport:
     """The verdict of a probe.
 
-    `identity` is everything about the VMM and the host that a snapshot depends on (digests, versions, CPU model, TSC kHz):
-    it enters the snapshot's key. `notes` are for people (why KVM was not used).
+    `identity` is everything about the VMM and the host that a snapshot depends on (digests, versions, CPU model, TSC
+    kHz): it enters the snapshot's key. `reason` is for people: why the engine is not usable, or why it is without KVM.
     """
 
     engine: str
@@ -190,7 +193,7 @@ class Engine(Protocol):
         ...
 
     def probe(self, smoke: GuestFiles) -> EngineReport:
-        """Say whether this engine works here, by booting `smoke` (kernel and initramfs) where only that proves it. Cached."""
+        """Say whether this engine works here, by booting `smoke` (no rootfs) where only that proves it. Cached."""
         ...
 
     def boot(self, plan: BootPlan) -> Vm:
