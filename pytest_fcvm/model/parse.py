@@ -1,0 +1,208 @@
+"""The spellings people use for sizes, ports, readiness and paths. Every parser raises UsageProblem with a hint."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.model.net import Proto, PublishedPort
+from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
+
+__all__ = [
+    "parse_bool",
+    "parse_command",
+    "parse_count",
+    "parse_duration",
+    "parse_env",
+    "parse_map",
+    "parse_network",
+    "parse_publish",
+    "parse_ready",
+    "parse_size_mib",
+]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_MIB_PER = {"k": 1 / 1024, "": 1.0, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
+_SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
+_ENV_NAME = re.compile(r"[^=\0\s]+")
+_READY_HINT = (
+    "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
+)
+
+
+def parse_size_mib(text: str | int) -> int:
+    """Read `512`, `512M` or `2G` as mebibytes (a bare number is mebibytes)."""
+    match = _SIZE.fullmatch(str(text).strip())
+    size = float(match[1]) * _MIB_PER[match[2].lower()] if match else 0.0
+    if size < 1:
+        raise UsageProblem(f"{text!r} is not a size of at least 1 MiB", hint="write 512, 512M or 2G")
+    return round(size)
+
+
+def parse_duration(text: str | float) -> float:
+    """Read `30`, `500ms`, `2m` as seconds (a bare number is seconds)."""
+    match = _DURATION.fullmatch(str(text).strip())
+    seconds = float(match[1]) * _SECONDS_PER[match[2]] if match else 0.0
+    if seconds <= 0:
+        raise UsageProblem(f"{text!r} is not a duration", hint="write 30, 30s, 500ms or 2m")
+    return seconds
+
+
+def parse_count(text: str | int) -> int:
+    """Read a whole number of at least 1."""
+    if not re.fullmatch(r"[1-9]\d{0,5}", str(text).strip()):
+        raise UsageProblem(f"{text!r} is not a whole number of at least 1", hint="write 1, 2, 4 …")
+    return int(text)
+
+
+def parse_bool(text: str | bool) -> bool:
+    """Read 1/0, true/false, yes/no, on/off."""
+    word = str(text).strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off", ""):
+        return False
+    raise UsageProblem(f"{text!r} is neither yes nor no", hint="write true or false")
+
+
+def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:
+    """Read a command line as a shell splits words; a list is taken as it is."""
+    try:
+        words = tuple(shlex.split(text)) if isinstance(text, str) else tuple(str(word) for word in text)
+    except ValueError as error:
+        raise UsageProblem(f"command {text!r}: {error}", hint="close the quotes") from error
+    if not words or any("\0" in word for word in words):
+        raise UsageProblem("the command is empty or has a NUL byte", hint="name a program of the image")
+    return words
+
+
+def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str, str]) -> dict[str, str]:
+    """Read `NAME=value` items; a bare `NAME` takes its value from `host_env`. A mapping is taken as it is."""
+    pairs = items.items() if isinstance(items, Mapping) else (_env_pair(item, host_env) for item in items)
+    env = {str(name): str(value) for name, value in pairs}
+    for name, value in env.items():
+        if not _ENV_NAME.fullmatch(name) or "\0" in value:
+            raise UsageProblem(f"{name!r} is not an environment variable's name", hint="write NAME=value")
+    return env
+
+
+def _env_pair(item: str, host_env: Mapping[str, str]) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if equals:
+        return name, value
+    if name not in host_env:
+        raise UsageProblem(f"environment variable {name!r} is not set here", hint=f"export it or write {name}=value")
+    return name, host_env[name]
+
+
+def parse_port(text: str | int) -> int:
+    """Read a TCP or UDP port number."""
+    number = str(text).strip()
+    if not number.isascii() or not number.isdecimal() or not 0 < int(number) < 65536:
+        raise UsageProblem(f"{text!r} is not a port", hint="ports are 1 to 65535")
+    return int(number)
+
+
+def parse_publish(text: str | int | PublishedPort) -> PublishedPort:
+    """Read `GUESTPORT`, or `[HOSTIP:]HOSTPORT:GUESTPORT`, each with `/tcp` or `/udp`; host port 0 is any free one."""
+    if isinstance(text, PublishedPort):
+        return text
+    rest, _, proto = str(text).strip().partition("/")
+    if proto not in ("", "tcp", "udp"):
+        raise UsageProblem(
+            f"publish {text!r}: {proto!r} is neither tcp nor udp", hint="[HOSTIP:]HOSTPORT:GUESTPORT/udp"
+        )
+    host, _, guest = rest.rpartition(":")
+    host_ip, _, host_port = host.rpartition(":")
+    try:
+        return PublishedPort(
+            guest_port=parse_port(guest),
+            host_port=0 if host_port in ("", "0") else parse_port(host_port),
+            host_ip=str(ipaddress.IPv4Address(host_ip)) if host_ip else "127.0.0.1",
+            proto=Proto(proto or "tcp"),
+        )
+    except (UsageProblem, ValueError) as error:
+        raise UsageProblem(f"publish {text!r}: {error}", hint="write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]") from error
+
+
+def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
+    """Read `HOST:GUEST[:ro]`; a relative host path starts at `base`."""
+    if isinstance(text, MappedPath):
+        return text
+    rest = text.removesuffix(":ro")
+    host, colon, guest = rest.rpartition(":")
+    if not colon or not host or not guest.startswith("/"):
+        raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint="write HOST:/GUEST[:ro]")
+    path = base / Path(host).expanduser()
+    if not path.exists():
+        raise UsageProblem(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
+    return MappedPath(host=path, guest=guest, read_only=text.endswith(":ro"))
+
+
+def parse_network(text: str | NetworkSpec) -> NetworkSpec:
+    """Read `user` or `user,egress`."""
+    if isinstance(text, NetworkSpec):
+        return text
+    mode, _, extra = text.partition(",")
+    if mode not in list(NetworkMode) or extra not in ("", "egress"):
+        raise UsageProblem(f"unknown network {text!r}", hint="user, or user,egress to let the guest reach outside")
+    return NetworkSpec(mode=NetworkMode(mode), egress=extra == "egress")
+
+
+def parse_ready(text: str | ReadySpec) -> ReadySpec:
+    """Read the short forms (`http:80/path`) and the long one (`mode=http,url=http://127.0.0.1:80/path`)."""
+    if isinstance(text, ReadySpec):
+        return text
+    try:
+        return _long_ready(text) if text.startswith("mode=") else _short_ready(text)
+    except (UsageProblem, ValueError, re.error) as error:
+        cause = error.message if isinstance(error, UsageProblem) else str(error)
+        raise UsageProblem(f"ready {text!r}: {cause}", hint=_READY_HINT) from error
+
+
+def _short_ready(text: str) -> ReadySpec:
+    word, _, rest = text.partition(":")
+    if word not in list(ReadyMode):
+        raise UsageProblem(f"unknown mode {word!r}")
+    mode = ReadyMode(word)
+    if mode.needs_port:
+        port, slash, path = rest.partition("/")
+        return ReadySpec(mode=mode, port=parse_port(port), text=_http_path(mode, slash + path))
+    return _checked_ready(mode, rest)
+
+
+def _long_ready(text: str) -> ReadySpec:
+    options = dict(part.split("=", 1) for part in text.split(",", 1))
+    mode, rest = ReadyMode(options.pop("mode")), ",".join(f"{k}={v}" for k, v in options.items())
+    key, _, value = rest.partition("=")
+    if mode is ReadyMode.HTTP and key == "url":
+        url = urlsplit(value)
+        query = f"?{url.query}" if url.query else ""
+        return ReadySpec(mode=mode, port=url.port or 80, text=(url.path or "/") + query)
+    if mode is ReadyMode.TCP and key == "port":
+        return ReadySpec(mode=mode, port=parse_port(value))
+    if (mode, key) in ((ReadyMode.LOG, "regex"), (ReadyMode.EXEC, "cmd")) or not rest:
+        return _checked_ready(mode, value)
+    raise UsageProblem(f"{mode} does not take {key!r}")
+
+
+def _http_path(mode: ReadyMode, path: str) -> str:
+    if mode is ReadyMode.TCP and path:
+        raise UsageProblem("tcp takes a port alone")
+    return (path or "/") if mode is ReadyMode.HTTP else ""
+
+
+def _checked_ready(mode: ReadyMode, text: str) -> ReadySpec:
+    if mode in (ReadyMode.LOG, ReadyMode.EXEC) and not text:
+        raise UsageProblem(f"{mode} needs something to look for")
+    if mode in (ReadyMode.HEALTHCHECK, ReadyMode.AGENT) and text:
+        raise UsageProblem(f"{mode} takes nothing")
+    if mode is ReadyMode.LOG:
+        re.compile(text)
+    return ReadySpec(mode=mode, text=text)

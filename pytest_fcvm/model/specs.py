@@ -1,0 +1,153 @@
+"""What a test asks for: the machine, its image, when it is ready, what is done to it before the snapshot."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.model.net import PublishedPort
+
+__all__ = ["MachineSpec", "MappedPath", "NetworkMode", "NetworkSpec", "Prepare", "ReadyMode", "ReadySpec"]
+
+
+class ReadyMode(StrEnum):
+    """How it is known that the service answers."""
+
+    HTTP = "http"
+    TCP = "tcp"
+    LOG = "log"
+    EXEC = "exec"
+    HEALTHCHECK = "healthcheck"
+    AGENT = "agent"
+
+    @property
+    def needs_port(self) -> bool:
+        """Say whether the mode speaks to a port of the guest."""
+        return self in (ReadyMode.HTTP, ReadyMode.TCP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadySpec:
+    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec."""
+
+    mode: ReadyMode
+    port: int | None = None
+    text: str = ""
+
+    def __str__(self) -> str:
+        if self.mode.needs_port:
+            return f"{self.mode}:{self.port}{self.text}"
+        return f"{self.mode}:{self.text}" if self.text else str(self.mode)
+
+
+class NetworkMode(StrEnum):
+    """How a clone is joined to the host."""
+
+    USER = "user"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """A clone's network. Without `egress` the guest reaches nothing outside itself."""
+
+    mode: NetworkMode = NetworkMode.USER
+    egress: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.mode},egress" if self.egress else str(self.mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MappedPath:
+    """A file or folder of the host that is copied into the guest before the workload starts."""
+
+    host: Path
+    guest: str
+    read_only: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.guest}{':ro' if self.read_only else ''}"
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Work on the ready base before it is snapshotted: load rows, warm caches.
+
+    `func` is called with the base (a `Clone`). It runs again whenever its source file, the bytes of a file in `inputs`
+    or `version` change.
+    """
+
+    func: Callable[[Any], object]
+    inputs: Sequence[str | Path] = ()
+    version: str = ""
+
+    def identity(self) -> str:
+        """Return a digest of everything that decides what the function does. Raise UsageProblem for a missing input."""
+        digest = hashlib.sha256(f"{self.func.__module__}.{self.func.__qualname__}\0{self.version}\0".encode())
+        for path in (_source_file(self.func), *(Path(name) for name in self.inputs)):
+            digest.update(_read(path))
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineSpec:
+    """The machine a test wants. Two equal specs share one snapshot.
+
+    `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
+    or a command line for the guest's shell.
+    """
+
+    image: str | None = None
+    mem_mib: int = 256
+    cpus: int = 1
+    env: Mapping[str, str] = field(default_factory=dict)
+    publish: tuple[PublishedPort, ...] = ()
+    map: tuple[MappedPath, ...] = ()
+    network: NetworkSpec = NetworkSpec()
+    ready: ReadySpec | None = None
+    ready_timeout_s: float = 120.0
+    prepare: Prepare | str | None = None
+    user: str | None = None
+    workdir: str | None = None
+    command: tuple[str, ...] | None = None
+
+    def merged(self, changes: Mapping[str, Any]) -> MachineSpec:
+        """Return a spec with the changes of a closer source laid over this one. Raise UsageProblem for a wrong name."""
+        unknown = sorted(set(changes) - {item.name for item in fields(self)})
+        if unknown:
+            raise UsageProblem(f"a machine has no field {unknown[0]!r}", hint=f"fields: {', '.join(spec_fields())}")
+        laid = dict(changes)
+        if "env" in laid:
+            laid["env"] = {**self.env, **laid["env"]}
+        if "publish" in laid:
+            ports = {(port.proto, port.guest_port): port for port in (*self.publish, *laid["publish"])}
+            laid["publish"] = tuple(ports.values())
+        return replace(self, **laid)
+
+
+def spec_fields() -> tuple[str, ...]:
+    """Return the names of a spec's fields in their order."""
+    return tuple(item.name for item in fields(MachineSpec))
+
+
+def _source_file(func: Callable[[Any], object]) -> Path:
+    try:
+        return Path(inspect.getfile(inspect.unwrap(func)))
+    except TypeError as error:
+        raise UsageProblem(
+            f"prepare function {func!r} has no source file", hint="pass a function defined in a module"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageProblem(f"prepare needs {path}: {error.strerror}", hint="name an existing file in inputs") from error

@@ -1,0 +1,251 @@
+"""The option table: each row is an option, an environment variable, an ini key and, for machines, a marker field.
+
+The command line's `--fcvm-NAME`, the environment's `FCVM_NAME`, the ini file's `fcvm_name` and the marker's `name` mean the
+same and are read by the same parser. Nearer wins: marker, `fcvm_spec`, command line, environment, ini, default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.model import parse
+from pytest_fcvm.model.specs import MachineSpec, Prepare
+
+__all__ = [
+    "ROWS",
+    "Options",
+    "Origin",
+    "Row",
+    "RowKind",
+    "build_options",
+    "environment_layer",
+    "read_layer",
+    "spec_changes",
+]
+
+
+class RowKind(StrEnum):
+    """How often an option may be given, and whether it has a value."""
+
+    VALUE = "string"
+    LIST = "linelist"
+    FLAG = "bool"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a setting was written: what relative paths start at, where bare `NAME`s of `env` are looked up."""
+
+    base: Path
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
+Parser = Callable[[Any, Origin], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One option under all its names. `field` is a field of MachineSpec when `of_machine`, else of Options."""
+
+    name: str
+    field: str
+    parser: Parser
+    help: str
+    default: str = ""
+    metavar: str = "VALUE"
+    choices: tuple[str, ...] = ()
+    kind: RowKind = RowKind.VALUE
+    of_machine: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Return the command-line spelling."""
+        return f"--fcvm-{self.name}"
+
+    @property
+    def marker(self) -> str:
+        """Return the marker's and, behind `fcvm_`, the ini file's spelling."""
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        """Return the environment variable's name."""
+        return f"FCVM_{self.marker.upper()}"
+
+
+def _plain(parser: Callable[[Any], Any]) -> Parser:
+    return lambda value, _origin: parser(value)
+
+
+def _text(value: Any, _origin: Origin) -> str:
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise UsageProblem(f"{value!r} is not a text", hint="write a non-empty string")
+    return value
+
+
+def _path(value: Any, origin: Origin) -> Path:
+    return Path(os.path.normpath(origin.base / Path(value).expanduser()))
+
+
+_PATH_IMAGE = re.compile(
+    r"(?P<transport>(?:oci|oci-archive|docker-archive|dir):)?(?P<path>[^:@]+)(?P<rest>.*)", re.DOTALL
+)
+
+
+def _image(value: Any, origin: Origin) -> str:
+    text = _text(str(value) if isinstance(value, Path) else value, origin)
+    match = _PATH_IMAGE.fullmatch(text)
+    if match and (match["transport"] or text.startswith(("./", "../", "~", "/"))):
+        return f"{match['transport'] or ''}{_path(match['path'], origin)}{match['rest']}"
+    return text
+
+
+def _env(value: Any, origin: Origin) -> dict[str, str]:
+    return parse.parse_env([value] if isinstance(value, str) else value, origin.environment)
+
+
+def _publish(value: Any, _origin: Origin) -> tuple[Any, ...]:
+    items = value if isinstance(value, (list, tuple, set)) else [value]
+    return tuple(parse.parse_publish(item) for item in items)
+
+
+def _maps(value: Any, origin: Origin) -> tuple[Any, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(parse.parse_map(item, origin.base) for item in items)
+
+
+def _prepare(value: Any, _origin: Origin) -> Prepare | str:
+    if isinstance(value, (Prepare, str)) and value:
+        return value
+    if callable(value):
+        return Prepare(value)
+    raise UsageProblem(f"{value!r} can not prepare a machine", hint="pass Prepare(function) or a shell command")
+
+
+def _one_of(*words: str) -> Parser:
+    def parser(value: Any, _origin: Origin) -> str:
+        if value not in words:
+            raise UsageProblem(f"{value!r} is not one of {', '.join(words)}", hint=f"write one of {', '.join(words)}")
+        return str(value)
+
+    return parser
+
+
+def _machine(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
+    return Row(name=name, field=field_name, parser=parser, help=help, of_machine=True, **more)
+
+
+def _run(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
+    return Row(name=name, field=field_name, parser=parser, help=help, **more)
+
+
+_ENGINES = ("auto", "qemu")
+_ACCELS = ("auto", "kvm", "tcg")
+_PULLS = ("missing", "always", "never")
+_UNAVAILABLE = ("fail", "skip")
+_ARTIFACTS = ("off", "failed", "on")
+_LIST = RowKind.LIST
+
+ROWS: tuple[Row, ...] = (
+    _machine("image", "image", _image, "OCI image, rootfs tar or folder each machine starts from", metavar="IMAGE"),
+    _machine("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
+    _machine("cpus", "cpus", _plain(parse.parse_count), "processors of a machine", metavar="N", default="1"),
+    _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
+    _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
+    _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
+    _machine("network", "network", _plain(parse.parse_network), "user, or user,egress to reach outside", metavar="MODE", default="user"),
+    _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
+    _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
+    _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
+    _machine("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
+    _machine("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
+    _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
+    _run("engine", "engine", _one_of(*_ENGINES), "what runs the machines", choices=_ENGINES, default="auto"),
+    _run("accel", "accel", _one_of(*_ACCELS), "hardware or software processors", choices=_ACCELS, default="auto"),
+    _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
+    _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
+    _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
+    _run("kernel", "kernel", _path, "guest kernel (bzImage)", metavar="PATH", default="a distribution's cloud kernel"),
+    _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
+    _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
+    _run("rebuild", "rebuild", _plain(parse.parse_bool), "build snapshots anew", kind=RowKind.FLAG),
+    _run("max-clones", "max_clones", _plain(parse.parse_count), "machines alive at once on this host", metavar="N", default="as memory allows"),
+    _run("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
+    _run("timings", "timings", _plain(parse.parse_bool), "show where each machine's start-up time went", kind=RowKind.FLAG),
+)  # fmt: skip
+
+_BY_MARKER = {row.marker: row for row in ROWS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything said outside of tests, read once per process. `given` names the rows that somebody set."""
+
+    spec: MachineSpec = MachineSpec()
+    engine: str = "auto"
+    accel: str = "auto"
+    require_kvm: bool = False
+    unavailable: str = "fail"
+    qemu: Path | None = None
+    kernel: Path | None = None
+    cache_dir: Path | None = None
+    pull: str = "missing"
+    rebuild: bool = False
+    max_clones: int | None = None
+    artifacts: str = "off"
+    timings: bool = False
+    given: frozenset[str] = frozenset()
+
+
+def read_layer(raw: Mapping[str, Any], origin: Origin, spelling: Callable[[Row], str]) -> dict[str, Any]:
+    """Parse one source's settings, keyed by marker name, into values keyed by field.
+
+    Raise UsageProblem that names the setting in the source's own spelling.
+    """
+    layer = {}
+    for name, value in raw.items():
+        row = _BY_MARKER[name]
+        try:
+            layer[row.field] = row.parser(value, origin)
+        except UsageProblem as error:
+            raise UsageProblem(f"{spelling(row)}: {error.message}", hint=error.hint) from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UsageProblem(f"{spelling(row)}: {value!r} is of the wrong kind", hint=row.help) from error
+    return layer
+
+
+def environment_layer(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings made by `FCVM_*` variables, unparsed; lists are split at line ends."""
+    found: dict[str, Any] = {}
+    for row in ROWS:
+        value = environment.get(row.variable, "")
+        if value:
+            found[row.marker] = value.splitlines() if row.kind is RowKind.LIST else value
+    return found
+
+
+def build_options(layers: Sequence[Mapping[str, Any]]) -> Options:
+    """Lay parsed layers over the defaults, the last one on top."""
+    spec, run = MachineSpec(), {}
+    machine_fields = {row.field for row in ROWS if row.of_machine}
+    for layer in layers:
+        spec = spec.merged({name: value for name, value in layer.items() if name in machine_fields})
+        run.update({name: value for name, value in layer.items() if name not in machine_fields})
+    given = frozenset(name for layer in layers for name in layer)
+    return Options(spec=spec, given=given, **run)
+
+
+def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) -> dict[str, Any]:
+    """Parse marker or factory arguments into changes of a MachineSpec. Raise UsageProblem naming a wrong argument."""
+    allowed = [row.marker for row in ROWS if row.of_machine]
+    for name in arguments:
+        if name not in allowed:
+            raise UsageProblem(f"{spelling} has no argument {name!r}", hint=f"arguments: {', '.join(allowed)}")
+    return read_layer(arguments, origin, lambda row: f"{spelling}({row.marker}=…)")
