@@ -188,7 +188,7 @@ _BY_MARKER = {row.marker: row for row in ROWS}
 class Options:
     """Everything said outside of tests, read once per process. `given` names the rows that somebody set."""
 
-    spec: MachineSpec = MachineSpec()
+    spec: MachineSpec = field(default_factory=MachineSpec)
     engine: str = "auto"
     accel: str = "auto"
     require_kvm: bool = False

@@ -1,0 +1,294 @@
+"""The on-disk cache: entries of a kind under a key, built once per host, checked before use, never changed.
+
+An entry is a folder of files with `manifest.json`, written last. It is made in a temporary folder, synced and renamed,
+under a lock per key that all processes of the host respect. Beside the lock lies a note of who builds and how far it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pytest_fcvm.errors import HostError
+
+__all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
+
+MANIFEST_SCHEMA = 1
+_MANIFEST = "manifest.json"
+_BLOCK = 64 * 1024
+_POLL_S = 0.05  # filelock has no wait that the kernel ends; this bounds how late a waiter notices
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A finished entry. `facts` is what its builder wanted to remember."""
+
+    path: Path
+    key: str
+    facts: Mapping[str, Any]
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of the entry's files."""
+        return self.path / name
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep the entry from being pruned."""
+        descriptor = os.open(self.path / _MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(kw_only=True)
+class Shelf:
+    """All entries of one kind. `note` is told, in a sentence, of anything a person should know."""
+
+    path: Path
+    note: Note = field(default=lambda _text: None)
+
+    def find(self, key: str) -> Entry | None:
+        """Return the entry if it is there and sound. One that is not is put aside, with a note."""
+        folder = self.path / key
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            fault = _fault(folder, manifest, key)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fault = f"its manifest is not readable ({error})"
+            manifest = {}
+        if fault:
+            self._put_aside(folder, fault)
+            return None
+        return Entry(path=folder, key=key, facts=manifest["facts"])
+
+    @contextmanager
+    def locked(self, key: str, who: str, waiting: Note) -> Iterator[Note]:
+        """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for."""
+        lock = FileLock(self.path / f"{key}.lock", mode=0o600, thread_local=False)
+        state = self.path / f"{key}.builder"
+        told = ""
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=0.5, poll_interval=_POLL_S)
+            except Timeout:
+                told = _tell(waiting, _read_builder(state), told)
+        try:
+            yield lambda phase: _write_builder(state, who, phase)
+        finally:
+            state.unlink(missing_ok=True)
+            lock.release()
+
+    def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
+        """Let `make` fill a folder and return the facts, then publish it. The key's lock must be held.
+
+        Raise HostError naming the folder when the disk is full; nothing is left of an entry that failed.
+        """
+        self._sweep_key(key)
+        folder = self.path / f"{key}.tmp-{os.getpid()}"
+        folder.mkdir(mode=0o700)
+        try:
+            facts = dict(make(folder))
+            _write_manifest(folder, key, facts)
+            _sync_folder(folder)
+            final = self.path / key
+            if final.exists():
+                self._put_aside(final, "")
+            folder.rename(final)
+            _sync_path(self.path)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            _raise_if_full(error, folder)
+            raise
+        return Entry(path=final, key=key, facts=facts)
+
+    def sweep(self) -> None:
+        """Remove what dead builders left: temporary folders whose lock is free."""
+        for folder in self.path.glob("*.tmp-*"):
+            lock = FileLock(self.path / f"{folder.name.split('.tmp-')[0]}.lock", mode=0o600)
+            with suppress(Timeout), lock.acquire(timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep_key(self, key: str) -> None:
+        for folder in self.path.glob(f"{key}.tmp-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _put_aside(self, folder: Path, fault: str) -> None:
+        aside = self.path / f"{folder.name}.bad-{secrets.token_hex(4)}"
+        with suppress(OSError):
+            for old in self.path.glob(f"{folder.name}.bad-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            folder.rename(aside)
+        if fault:
+            self.note(f"cache entry {folder.name[:12]} is put aside and built anew: {fault} ({aside})")
+
+
+class Store:
+    """The cache folder of one user."""
+
+    def __init__(self, root: Path, note: Note = lambda _text: None) -> None:
+        self.root = root
+        self._note = note
+
+    def shelf(self, kind: str) -> Shelf:
+        """Return the shelf of a kind (images, kernels, snapshots), made when it is first asked for."""
+        path = self.root / kind
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return Shelf(path=path, note=self._note)
+
+    def folder(self, name: str) -> Path:
+        """Return a folder of the store that manages its own content."""
+        path = self.root / name
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return path
+
+    def hidden_digest(self, value: Mapping[str, str]) -> str:
+        """Return an HMAC of values that must not be guessable from a key or a manifest (environment variables)."""
+        return hmac.new(self._secret(), _canonical(dict(value)), hashlib.sha256).hexdigest()
+
+    def _secret(self) -> bytes:
+        path = self.root / "secret"
+        with suppress(FileExistsError):
+            fresh = self.root / f"secret.{os.getpid()}.{secrets.token_hex(4)}"
+            fresh.touch(mode=0o600)
+            fresh.write_bytes(secrets.token_bytes(32))
+            try:
+                os.link(fresh, path)
+            finally:
+                fresh.unlink()
+        return path.read_bytes()
+
+
+def canonical_digest(parts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of canonical JSON (sorted keys, no spaces) as 64 hex digits."""
+    return hashlib.sha256(_canonical(parts)).hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """Return a SHA-256 over (offset, bytes) of each 64 KiB block of a file that is not all zeros; holes cost nothing."""
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    zeros = bytes(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        position = 0
+        while (position := _next_data(file.fileno(), position)) >= 0:
+            position -= position % _BLOCK
+            file.seek(position)
+            block = file.read(_BLOCK)
+            if block and block != zeros[: len(block)]:
+                digest.update(position.to_bytes(8, "little"))
+                digest.update(block)
+            position += _BLOCK
+    return digest.hexdigest()
+
+
+def _next_data(descriptor: int, position: int) -> int:
+    try:
+        return os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return -1
+        raise
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _write_manifest(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
+    files = {
+        path.name: {"sha256": content_digest(path), "stamp": _stamp(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.is_symlink()
+    }
+    manifest = {"schema": MANIFEST_SCHEMA, "key": key, "facts": facts, "files": files}
+    _replace(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
+    if manifest["schema"] != MANIFEST_SCHEMA or manifest["key"] != key:
+        return "it is from another version"
+    changed = False
+    for name, known in manifest["files"].items():
+        try:
+            stamp = _stamp(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing"
+        if stamp != known["stamp"]:
+            if stamp[2] != known["stamp"][2] or content_digest(folder / name) != known["sha256"]:
+                return f"{name} has changed"
+            known["stamp"], changed = stamp, True
+    if changed:
+        _replace(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    return ""
+
+
+def _replace(path: Path, text: str) -> None:
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.touch(mode=0o600)
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _sync_path(path)
+    _sync_path(folder)
+
+
+def _raise_if_full(error: BaseException, folder: Path) -> None:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        raise HostError(
+            f"no room left in {folder.parent}: {error.strerror}", hint="free some disk or name another --fcvm-cache-dir"
+        ) from error
+
+
+def _write_builder(path: Path, who: str, phase: str) -> None:
+    with suppress(OSError):
+        _replace(path, json.dumps({"pid": os.getpid(), "who": who, "phase": phase}))
+
+
+def _read_builder(path: Path) -> str:
+    try:
+        builder = json.loads(path.read_text())
+        return f"waiting for pid {builder['pid']} ({builder['who']}): {builder['phase']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "waiting for another build"
+
+
+def _tell(waiting: Note, text: str, told: str) -> str:
+    if text != told:
+        waiting(text)
+    return text
