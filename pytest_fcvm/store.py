@@ -1,7 +1,7 @@
 """The on-disk cache: entries of a kind under a key, built once per host, checked before use, never changed.
 
 An entry is a folder of files with `manifest.json`, written last. It is made in a temporary folder, synced and renamed,
-under a lock per key that all processes of the host respect. Beside the lock lies a note of who builds and how far it is.
+under a lock per key that all processes of the host respect. Beside the lock lies a note of who builds and how far.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def canonical_digest(parts: Mapping[str, Any]) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """Return a SHA-256 over (offset, bytes) of each 64 KiB block of a file that is not all zeros; holes cost nothing."""
+    """Return a SHA-256 over (offset, bytes) of each 64 KiB block of a file that is not all zeros."""
     digest = hashlib.sha256(str(path.stat().st_size).encode())
     zeros = bytes(_BLOCK)
     with path.open("rb", buffering=0) as file:

@@ -34,11 +34,15 @@ class ReadyMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadySpec:
-    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec."""
+    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec.
+
+    `argv` is the image's own check for healthcheck, filled in when the image is known.
+    """
 
     mode: ReadyMode
     port: int | None = None
     text: str = ""
+    argv: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.mode.needs_port:

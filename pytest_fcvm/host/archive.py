@@ -1,0 +1,77 @@
+"""Files to and from a guest as tar streams. What a guest sends is untrusted and filtered like tarfile's data filter."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+from pytest_fcvm.errors import GuestError, UsageProblem
+
+__all__ = ["pack_path", "pack_text", "unpack_file", "unpack_into"]
+
+
+class _Sink(io.RawIOBase):
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        self._send = send
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        chunk = bytes(cast("bytes", data))
+        self._send(chunk)
+        return len(chunk)
+
+
+def pack_path(source: Path, name: str, send: Callable[[bytes], None]) -> None:
+    """Send a file or folder as a tar stream in which it is called `name`, owned by root in the guest.
+
+    Raise UsageProblem when it is not there.
+    """
+    if not source.exists():
+        raise UsageProblem(f"{source} does not exist", hint="copy_in takes an existing file or folder")
+    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(source, arcname=name, filter=_as_root)
+
+
+def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], None]) -> None:
+    """Send one file made of `data` as a tar stream."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), mode
+    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(member, io.BytesIO(data))
+
+
+def unpack_into(stream: IO[bytes], dest: Path, rename: str | None) -> None:
+    """Write a tar stream from the guest below `dest`; the first path component becomes `rename` where it is given.
+
+    Raise GuestError for members that would leave `dest` or are devices.
+    """
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if rename is not None:
+                _, *rest = PurePosixPath(member.name).parts or ("",)
+                member.name = str(PurePosixPath(rename, *rest))
+            try:
+                archive.extract(member, dest, filter="data")
+            except tarfile.FilterError as error:
+                raise GuestError(f"the guest sent an unsafe archive member: {error}") from error
+
+
+def unpack_file(stream: IO[bytes]) -> bytes:
+    """Return the content of the single regular file in a tar stream. Raise GuestError when it is something else."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        member = archive.next()
+        content = archive.extractfile(member) if member is not None and member.isreg() else None
+        if content is None:
+            raise GuestError("the path in the guest is not a regular file", hint="use copy_out for folders")
+        return content.read()
+
+
+def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member

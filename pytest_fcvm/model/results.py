@@ -1,0 +1,49 @@
+"""What commands in the guest come back with, and where a machine's start-up time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["ExecResult", "Timeline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecResult:
+    """A finished command. Text is UTF-8 with surrogateescape; the bytes are beside it.
+
+    `exit_code` is 128 + signal for a killed command, 127 for a missing program, 126 for one that cannot be run.
+    """
+
+    exit_code: int
+    stdout_bytes: bytes = b""
+    stderr_bytes: bytes = b""
+    duration_s: float = 0.0
+
+    @property
+    def stdout(self) -> str:
+        """Return the standard output as text."""
+        return self.stdout_bytes.decode("utf-8", "surrogateescape")
+
+    @property
+    def stderr(self) -> str:
+        """Return the standard error as text."""
+        return self.stderr_bytes.decode("utf-8", "surrogateescape")
+
+
+@dataclass
+class Timeline:
+    """Phases of a machine's start with their ends, in seconds since `start` on the monotonic clock."""
+
+    start: float
+    phases: list[tuple[str, float]] = field(default_factory=list)
+
+    def mark(self, phase: str, now: float) -> None:
+        """Note that a phase ended."""
+        self.phases.append((phase, now - self.start))
+
+    def __str__(self) -> str:
+        parts, before = [], 0.0
+        for phase, end in self.phases:
+            parts.append(f"{phase} {(end - before) * 1000:.1f} ms")
+            before = end
+        return ", ".join(parts)
