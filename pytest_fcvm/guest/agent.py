@@ -1,0 +1,274 @@
+"""What the agent can do, as typed calls over a session. Every method may be called from any thread."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from pytest_fcvm.errors import GuestError, GuestTimeout, WorkloadExited
+from pytest_fcvm.guest.bodies import (
+    Body,
+    config_body,
+    find_exit_status,
+    identity_body,
+    metric_values,
+    process_body,
+    workload_status,
+)
+from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind
+from pytest_fcvm.guest.process import GuestProcess
+from pytest_fcvm.guest.session import Explain, Opening, Session
+from pytest_fcvm.guest.sockets import GuestSocket
+from pytest_fcvm.guest.streams import CallFailed, Sink, Stream
+from pytest_fcvm.guest.transfer import LogStream, TarSink, TarSource
+from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.model.guest import (
+    ExitStatus,
+    GuestConfig,
+    Identity,
+    ListenState,
+    ProcessSpec,
+    WorkloadState,
+    WorkloadStatus,
+)
+from pytest_fcvm.model.net import Proto
+
+__all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
+
+DEFAULT_TIMEOUT_S = 30.0
+_DETACHED = 1
+_NAME_LENGTH = 60  # of a command in messages
+
+
+class Agent:
+    """The agent at the other end of a session, which is started after this is made, or events may be missed.
+
+    Every call raises GuestTimeout at its deadline (`timeout_s`), CallFailed when the guest could not do it, and the
+    reason of the session's end at once when that comes first.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.oom_kills = 0
+        self._workload_exit: ExitStatus | None = None
+        self._exit_callbacks: list[Callable[[ExitStatus], None]] = []
+        session.on_event = self._take_event
+
+    # Verbs
+
+    def configure(self, config: GuestConfig, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Mount the root file system, set up names and network; once per boot, before `start`."""
+        self._call(StreamKind.CONFIGURE, config_body(config), timeout_s)
+
+    def start(self, spec: ProcessSpec, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+        """Start the workload, once per boot, and return its process id."""
+        return self._call(StreamKind.START, process_body(spec), timeout_s).number(FieldTag.PID)
+
+    def status(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> WorkloadStatus:
+        """Return what the workload does. An exit that is seen here counts as told."""
+        status = workload_status(self._call(StreamKind.STATUS, [], timeout_s))
+        if status.state is WorkloadState.EXITED and status.exit is not None:
+            self._note_exit(status.exit)
+        return status
+
+    def metrics(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> dict[str, float | int | str]:
+        """Return what the guest counts; the units are in the names."""
+        return metric_values(self._call(StreamKind.METRICS, [], timeout_s))
+
+    def quiesce(self, next_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Freeze the workload and end this session; the agent then waits for `next_secret`.
+
+        Afterwards nothing reads or writes the channel, so that the VM can be saved; `close` is for when it is dead.
+        """
+        body: Body = [(FieldTag.SECRET, next_secret)]
+        stream = self.session.open_last(Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body), next_secret)
+        try:
+            stream.wait_reply(Deadline(timeout_s))
+        except GuestTimeout as error:
+            self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
+            raise
+
+    def personalise(self, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Give the guest its own random bytes, time, names and addresses, then let the workload go on."""
+        self._call(StreamKind.PERSONALISE, identity_body(identity), timeout_s)
+
+    def listening(self, port: int, proto: Proto = Proto.TCP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ListenState:
+        """Say whether something in the guest listens on a port, and whether it can be reached from outside."""
+        body: Body = [(FieldTag.PORT, port), (FieldTag.PROTO, proto.value)]
+        number = self._call(StreamKind.LISTENING, body, timeout_s, f"listening on {proto}/{port}")
+        value = number.number(FieldTag.LISTENING)
+        return ListenState(value) if value in set(ListenState) else ListenState.CLOSED
+
+    def stop(self, signal: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Send a signal to the workload's first process."""
+        self._call(StreamKind.STOP, [(FieldTag.SIGNAL, signal)], timeout_s)
+
+    def sync(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Write the guest's dirty pages to its disks."""
+        self._call(StreamKind.SYNC, [], timeout_s)
+
+    def poweroff(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Turn the VM off. A channel that ends before the reply came is what was asked for."""
+        try:
+            self._call(StreamKind.POWEROFF, [], timeout_s)
+        except GuestError:
+            if self.session.reason is None:
+                raise
+
+    # Streams
+
+    def exec(self, spec: ProcessSpec, *, detached: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestProcess:
+        """Start a program beside the workload; `detached` lets it outlive the session. The timeout is for the start."""
+        body = process_body(spec)
+        if detached:
+            body.append((FieldTag.FLAGS, _DETACHED))
+        stream = self._open(StreamKind.EXEC, body, f"exec {shlex.join(spec.argv)[:_NAME_LENGTH]}")
+        return GuestProcess(stream, stream.wait_reply(Deadline(timeout_s)).number(FieldTag.PID))
+
+    def connect(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S, *, address: str = "") -> GuestSocket:
+        """Connect to a TCP port in the guest, on its interface's own address unless another is given.
+
+        Raise ConnectionRefusedError or what else the guest's connect said, as OSError.
+        """
+        body: Body = [(FieldTag.PORT, port), (FieldTag.PROTO, Proto.TCP.value)]
+        if address:
+            body.append((FieldTag.ADDRESS, address))
+        stream = self._open(StreamKind.CONNECT, body, f"connect to port {port}")
+        try:
+            stream.wait_reply(Deadline(timeout_s))
+        except CallFailed as error:
+            if error.errno == errno.EAGAIN:  # the agent's own limit of streams
+                raise
+            raise OSError(error.errno, error.message) from error
+        return GuestSocket(stream)
+
+    def logs(self, sink: Sink, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> LogStream:
+        """Follow the workload's output, from what the agent's ring holds on.
+
+        `sink` is called on the session's thread: it must be quick and must not call the agent.
+        """
+        stream = self.session.open(_logs_opening(sink))
+        stream.wait_reply(Deadline(timeout_s))
+        return LogStream(stream)
+
+    def tar_in(self, path: str, *, user: str = "", timeout_s: float | None = DEFAULT_TIMEOUT_S) -> TarSink:
+        """Unpack a tar stream below the guest's directory `path`. The timeout is for the whole transfer."""
+        body: Body = [(FieldTag.PATH, path)]
+        if user:
+            body.append((FieldTag.USER, user))
+        stream = self._open(StreamKind.TAR_IN, body, f"copy to {path}")
+        stream.wait_reply(Deadline(timeout_s))
+        return TarSink(stream, timeout_s)
+
+    def tar_out(self, path: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> TarSource:
+        """Fetch a file or directory of the guest as a tar stream. The timeout is for the whole transfer."""
+        stream = self._open(StreamKind.TAR_OUT, [(FieldTag.PATH, path)], f"copy of {path}")
+        stream.wait_reply(Deadline(timeout_s))
+        return TarSource(stream, timeout_s)
+
+    # The workload's end
+
+    @property
+    def workload_exit(self) -> ExitStatus | None:
+        """Return how the workload ended, None while it runs as far as is known."""
+        return self._workload_exit
+
+    def on_workload_exit(self, callback: Callable[[ExitStatus], None]) -> None:
+        """Call back once when the workload has ended: on the session's thread, or now if it already has."""
+        with self.session.lock:
+            status = self._workload_exit
+            if status is None:
+                self._exit_callbacks.append(callback)
+        if status is not None:
+            callback(status)
+
+    def wait_until_workload_exit(self, timeout_s: float | None) -> ExitStatus:
+        """Return how the workload ended."""
+        self.session.wait_until(
+            lambda: self._workload_exit is not None, Deadline(timeout_s), "the workload did not end"
+        )
+        assert self._workload_exit is not None
+        return self._workload_exit
+
+    def check_workload(self) -> None:
+        """Raise WorkloadExited if the workload is known to have ended."""
+        if self._workload_exit is not None:
+            raise WorkloadExited(
+                f"the workload ended with {self._workload_exit}",
+                hint="see the workload log for why; the image's command must stay in the foreground",
+            )
+
+    def close(self) -> None:
+        """End the session."""
+        self.session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, kind: StreamKind, body: Body, what: str) -> Stream:
+        return self.session.open(Opening(kind=kind, what=what, fields=body))
+
+    def _call(self, kind: StreamKind, body: Body, timeout_s: float, what: str = "") -> Fields:
+        return self._open(kind, body, what or kind.name.lower()).wait_reply(Deadline(timeout_s))
+
+    def _take_event(self, kind: EventKind, fields: Fields) -> None:
+        self.oom_kills = max(self.oom_kills, fields.number(FieldTag.OOM_KILLS))
+        status = find_exit_status(fields)
+        if kind is EventKind.WORKLOAD_EXIT and status is not None:
+            self._note_exit(status)
+
+    def _note_exit(self, status: ExitStatus) -> None:
+        with self.session.lock:
+            if self._workload_exit is not None:
+                return
+            self._workload_exit = status
+            callbacks, self._exit_callbacks = self._exit_callbacks, []
+            self.session.changed.notify_all()
+        for callback in callbacks:
+            callback(status)
+
+
+def start_session(
+    sock: socket.socket,
+    secret: bytes,
+    *,
+    identity: Identity | None = None,
+    log_sink: Sink | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    explain: Explain | None = None,
+) -> Agent:
+    """Start a session and return its agent once that has answered, personalised if there is an `identity`.
+
+    Hello, identity and the log's stream go in one write, so that a clone costs one round trip. The session owns the
+    socket, and has closed it when this raises.
+    """
+    agent = Agent(Session(sock, secret, explain=explain))
+    try:
+        _open_session(agent.session, identity, log_sink, Deadline(timeout_s))
+    except BaseException:
+        agent.close()
+        raise
+    return agent
+
+
+def _open_session(session: Session, identity: Identity | None, log_sink: Sink | None, deadline: Deadline) -> None:
+    opening: list[Opening] = []
+    if identity is not None:
+        opening.append(Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity)))
+    if log_sink is not None:
+        opening.append(_logs_opening(log_sink))
+    streams: Sequence[Stream] = session.start(opening)
+    if identity is not None:
+        streams[0].wait_reply(deadline)
+    else:
+        session.wait_until_welcome(deadline)
+
+
+def _logs_opening(sink: Sink) -> Opening:
+    return Opening(kind=StreamKind.LOGS, what="logs", sink=sink)

@@ -1,0 +1,125 @@
+"""Bodies of requests and replies: from our dataclasses to fields, and back from what the guest says."""
+
+from __future__ import annotations
+
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.guest.frames import Fields, FieldTag, FieldValue
+from pytest_fcvm.model.guest import ExitStatus, GuestConfig, Identity, ProcessSpec, WorkloadState, WorkloadStatus
+
+__all__ = [
+    "Body",
+    "config_body",
+    "exit_status",
+    "find_exit_status",
+    "identity_body",
+    "metric_values",
+    "process_body",
+    "workload_status",
+]
+
+Body = list[tuple[FieldTag, FieldValue]]
+
+
+def config_body(config: GuestConfig) -> Body:
+    """Return the fields of CONFIGURE. Raise UsageProblem for a MAC address that is none."""
+    body = _machine_body(config)
+    body.append((FieldTag.ROOT_DEVICE, config.root_device))
+    if config.upper_mib is not None:
+        body.append((FieldTag.UPPER_MIB, config.upper_mib))
+    return body
+
+
+def identity_body(identity: Identity) -> Body:
+    """Return the fields of PERSONALISE. Raise UsageProblem for a MAC address that is none."""
+    body: Body = []
+    if identity.entropy:
+        body.append((FieldTag.ENTROPY, identity.entropy))
+    if identity.realtime_ns is not None:
+        body.append((FieldTag.REALTIME_NS, identity.realtime_ns))
+    if identity.boot_id:
+        body.append((FieldTag.BOOT_ID, identity.boot_id))
+    body += _machine_body(identity)
+    body += ((FieldTag.ARG, argument) for argument in identity.hook)
+    return body
+
+
+def process_body(spec: ProcessSpec) -> Body:
+    """Return the fields of START and EXEC. Raise UsageProblem for an empty argv."""
+    if not spec.argv:
+        raise UsageProblem(
+            "a process needs a program: its argv is empty", hint="give the command as a list or a string"
+        )
+    body: Body = [(FieldTag.ARG, argument) for argument in spec.argv]
+    body += ((FieldTag.ENV, f"{name}={value}") for name, value in spec.env.items())
+    if spec.cwd:
+        body.append((FieldTag.CWD, spec.cwd))
+    if spec.user:
+        body.append((FieldTag.USER, spec.user))
+    return body
+
+
+def find_exit_status(fields: Fields) -> ExitStatus | None:
+    """Return how a program ended, None when the fields do not say."""
+    code, signal = fields.find_number(FieldTag.EXIT_CODE), fields.find_number(FieldTag.EXIT_SIGNAL)
+    if code is None and signal is None:
+        return None
+    return ExitStatus(code=code, signal=None if code is not None else signal, message=fields.text(FieldTag.MESSAGE))
+
+
+def exit_status(fields: Fields) -> ExitStatus:
+    """Return how a program ended; an agent that does not say counts as a start that failed."""
+    return find_exit_status(fields) or ExitStatus(code=126, message=fields.text(FieldTag.MESSAGE) or "no exit status")
+
+
+def workload_status(fields: Fields) -> WorkloadStatus:
+    """Return the reply to STATUS."""
+    state = fields.text(FieldTag.STATE)
+    return WorkloadStatus(
+        state=WorkloadState(state) if state in set(WorkloadState) else WorkloadState.IDLE,
+        exit=find_exit_status(fields),
+        oom_kills=fields.number(FieldTag.OOM_KILLS),
+    )
+
+
+def metric_values(fields: Fields) -> dict[str, float | int | str]:
+    """Return the reply to METRICS by name; a value that is no number stays text."""
+    pairs = (text.partition("=") for text in fields.texts(FieldTag.METRIC))
+    return {name: _number_or_text(value) for name, _, value in pairs}
+
+
+def _machine_body(machine: GuestConfig | Identity) -> Body:
+    """Return the fields that a boot and a clone have in common; what is empty is left out."""
+    texts = (
+        (FieldTag.HOSTNAME, machine.hostname),
+        (FieldTag.MACHINE_ID, machine.machine_id),
+        (FieldTag.INTERFACE, machine.interface),
+        (FieldTag.ADDRESS, machine.address),
+        (FieldTag.GATEWAY, machine.gateway),
+    )
+    body: Body = [(tag, text) for tag, text in texts if text]
+    if machine.mac:
+        body.append((FieldTag.MAC, _mac_bytes(machine.mac)))
+    body += ((FieldTag.DNS, server) for server in machine.dns)
+    body += ((FieldTag.HOSTS, line) for line in machine.hosts)
+    if machine.peer_gateway is not None:
+        body.append((FieldTag.PEER_GATEWAY, int(machine.peer_gateway)))
+    return body
+
+
+def _mac_bytes(text: str) -> bytes:
+    try:
+        data = bytes.fromhex(text.replace(":", ""))
+    except ValueError:
+        data = b""
+    if len(data) != 6:
+        raise UsageProblem(f"{text!r} is no MAC address", hint="write it as 52:54:00:12:34:56")
+    return data
+
+
+def _number_or_text(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

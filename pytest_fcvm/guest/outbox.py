@@ -1,0 +1,67 @@
+"""Bytes on their way to the agent. Nobody ever blocks in a write: what the channel does not take now waits here.
+
+What waits is bounded by the credit of the streams and the number of calls under way.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from itertools import islice
+
+__all__ = ["Outbox"]
+
+# One sendmsg takes up to IOV_MAX (1024) pieces; more than this many bring nothing.
+_PIECES = 64
+
+
+class Outbox:
+    """Frames in the order they were put. Every method is called with the session's lock held."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._queue: deque[bytes | memoryview] = deque()
+        self._held: deque[bytes | memoryview] | None = None
+        self.blocked = False  # the channel is full: flush again when it is writable
+        self.fault: OSError | None = None
+
+    def put(self, frame: bytes) -> None:
+        """Add a frame, or the bytes of several."""
+        (self._queue if self._held is None else self._held).append(frame)
+
+    def hold(self) -> None:
+        """Keep back what is put from now on."""
+        self._held = deque()
+
+    def release(self) -> None:
+        """Let go what was kept back."""
+        self._queue.extend(self._held or ())
+        self._held = None
+
+    def flush(self) -> None:
+        """Send what the channel takes; a fault is kept in `fault`, for the reading side knows better why."""
+        queue = self._queue
+        while queue and self.fault is None:
+            try:
+                sent = self._sock.sendmsg(list(islice(queue, _PIECES)))
+            except BlockingIOError:
+                self.blocked = True
+                return
+            except OSError as error:
+                self.fault = error
+                break
+            self._drop(sent)
+        self.blocked = False
+
+    def clear(self) -> None:
+        """Forget everything that was not sent."""
+        self._queue.clear()
+        self._held = None
+        self.blocked = False
+
+    def _drop(self, sent: int) -> None:
+        queue = self._queue
+        while queue and sent >= len(queue[0]):
+            sent -= len(queue.popleft())
+        if sent:
+            queue[0] = memoryview(queue[0])[sent:]

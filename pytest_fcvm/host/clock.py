@@ -1,0 +1,79 @@
+"""Deadlines that stand when a test patches `time`: everything here reads CLOCK_MONOTONIC by `clock_gettime`.
+
+freezegun and time-machine stop `time.monotonic`, not `clock_gettime(CLOCK_MONOTONIC)`; a lock's timeout is kept by the
+interpreter itself. `Condition.wait_for` reads `time.monotonic` and is therefore not used anywhere in this package.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["Deadline", "monotonic", "wait_on", "wait_until"]
+
+T = TypeVar("T")
+
+
+def monotonic() -> float:
+    """Return the seconds since boot that no test library can stop."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class Deadline:
+    """A point in time `timeout_s` from now; None never comes."""
+
+    __slots__ = ("_end", "timeout_s")
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s = timeout_s
+        self._end = None if timeout_s is None else monotonic() + timeout_s
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left, 0.0 when none are, None when there is no end."""
+        if self._end is None:
+            return None
+        return max(0.0, self._end - monotonic())
+
+    @property
+    def expired(self) -> bool:
+        """Say whether the point has passed."""
+        return self.remaining() == 0.0
+
+    def __str__(self) -> str:
+        return "no deadline" if self.timeout_s is None else f"{self.timeout_s:g} s"
+
+
+def wait_on(condition: threading.Condition, predicate: Callable[[], T], deadline: Deadline) -> T:
+    """Wait on a held condition until the predicate is true. Return its last value, false at the deadline."""
+    while not (value := predicate()):
+        remaining = deadline.remaining()
+        if remaining == 0.0:
+            return value
+        # A lock's timeout has a ceiling (threading.TIMEOUT_MAX), and a longer wait only goes round once more.
+        condition.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
+    return value
+
+
+def wait_until(
+    predicate: Callable[[], T],
+    deadline: Deadline,
+    *,
+    interval_s: float = 0.005,
+    longest_interval_s: float = 0.25,
+    wake: threading.Event | None = None,
+) -> T:
+    """Ask the predicate until it is true or the deadline has passed, and return its last value.
+
+    For what has no event to wait for. The interval doubles up to `longest_interval_s`; setting `wake` asks at once
+    (it is cleared here).
+    """
+    wake = wake or threading.Event()
+    while True:
+        wake.clear()  # before the question: what is set during it counts for the next one
+        remaining = deadline.remaining()
+        if (value := predicate()) or remaining == 0.0:
+            return value
+        wake.wait(interval_s if remaining is None else min(interval_s, remaining))
+        interval_s = min(2 * interval_s, longest_interval_s)

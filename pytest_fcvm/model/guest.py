@@ -1,0 +1,124 @@
+"""What the host tells the agent and what it hears back, free of how it travels."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+
+__all__ = [
+    "ExitStatus",
+    "GuestConfig",
+    "Identity",
+    "ListenState",
+    "ProcessSpec",
+    "WorkloadState",
+    "WorkloadStatus",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestConfig:
+    """What the agent needs before it can start the workload; sent once per boot.
+
+    `address` has a prefix length ("10.0.2.15/24"), `hosts` are lines of /etc/hosts, `mac` is "52:54:00:12:34:56",
+    `upper_mib` is the size of the writable layer. With `peer_gateway` the guest owns the gateway's address itself,
+    because there is no peer on its NIC.
+    """
+
+    hostname: str = ""
+    machine_id: str = ""
+    root_device: str = "/dev/vda"
+    upper_mib: int | None = None
+    interface: str = "eth0"
+    mac: str = ""
+    address: str = ""
+    gateway: str = ""
+    dns: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    peer_gateway: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What makes one clone different from the next; whatever is left out stays as it was in the snapshot.
+
+    `entropy` is 32 bytes, `machine_id` 32 hex digits, `boot_id` a UUID. `hook` is a command that the agent runs
+    after all this is set and before the workload goes on.
+    """
+
+    entropy: bytes = b""
+    realtime_ns: int | None = None
+    hostname: str = ""
+    machine_id: str = ""
+    boot_id: str = ""
+    interface: str = ""
+    mac: str = ""
+    address: str = ""
+    gateway: str = ""
+    dns: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    peer_gateway: bool | None = None
+    hook: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessSpec:
+    """A program to run in the guest. `user` is `user|uid[:group|gid]`, looked up in the image's own files."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitStatus:
+    """How a program of the guest ended: `code` or `signal`, never both; `message` says why it could not be started."""
+
+    code: int | None = None
+    signal: int | None = None
+    message: str = ""
+
+    @property
+    def returncode(self) -> int:
+        """Return the exit code, negative for a signal, as `subprocess` has it."""
+        return self.code if self.code is not None else -(self.signal or 0)
+
+    def __str__(self) -> str:
+        how = f"signal {_signal_name(self.signal or 0)}" if self.code is None else f"exit code {self.code}"
+        return f"{how} ({self.message})" if self.message else how
+
+
+class WorkloadState(StrEnum):
+    """What the image's own program is doing."""
+
+    IDLE = "idle"
+    RUNNING = "running"
+    EXITED = "exited"
+    FROZEN = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadStatus:
+    """The state of the workload, how it ended if it did, and how often the guest's kernel killed in it for memory."""
+
+    state: WorkloadState
+    exit: ExitStatus | None = None
+    oom_kills: int = 0
+
+
+class ListenState(IntEnum):
+    """Whether a port of the guest has a listener, and one that can be reached from outside the guest."""
+
+    CLOSED = 0
+    OPEN = 1
+    LOOPBACK_ONLY = 2
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX
+        return str(number)
