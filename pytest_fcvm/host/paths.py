@@ -1,0 +1,208 @@
+"""Where things lie on this machine: the cache that lasts, and the run directory that goes with its process.
+
+Run directories are on local, private ground and short: a Unix socket's path ends at 107 characters.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pytest_fcvm.errors import FcvmError, HostError
+
+__all__ = [
+    "LOCK_NAME",
+    "PATH_LIMIT",
+    "RunDir",
+    "cache_root",
+    "file_system_of",
+    "is_run_id",
+    "make_child_dir",
+    "run_root",
+]
+
+PATH_LIMIT = 100
+LOCK_NAME = "lock"
+
+_ROOT_LIMIT = 45  # leaves room below PATH_LIMIT for /<run id>/<child's folder>/<file>
+_CHILD_NAME_LIMIT = 20
+_REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"})
+_MOUNTS = Path("/proc/self/mountinfo")
+_RUN_ID = re.compile(r"[0-9a-f]{8}")
+_UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
+
+
+def cache_root(option: Path | None, *, mounts: Path = _MOUNTS) -> Path:
+    """Return the cache folder, made with mode 0700 if it is not there: `option`, else `$XDG_CACHE_HOME/pytest-fcvm`.
+
+    Raise HostError when it cannot be made, is on a network file system (locks and shared pages do not hold there),
+    belongs to another user, or can be read by others: memory images hold environment values in clear.
+    """
+    root = option if option is not None else _default_cache_root()
+    hint = "name another folder with --fcvm-cache-dir"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.stat()
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077 and not any(root.iterdir()):
+            root.chmod(0o700)
+            found = root.stat()
+    except OSError as error:
+        raise HostError(f"the cache folder {root} cannot be used: {error.strerror}", hint=hint) from error
+    if found.st_uid != os.geteuid():
+        raise HostError(f"the cache folder {root} belongs to another user (uid {found.st_uid})", hint=hint)
+    if found.st_mode & 0o077:
+        raise HostError(f"the cache folder {root} is open to other users", hint=f"chmod 700 {root}, or {hint}")
+    kind = file_system_of(root, mounts=mounts)
+    if kind in _REMOTE:
+        raise HostError(f"the cache folder {root} is on a network file system ({kind})", hint=hint)
+    return root.resolve()
+
+
+def file_system_of(path: Path, *, mounts: Path = _MOUNTS) -> str:
+    """Return the type of the file system that holds `path`, "" when unknown.
+
+    The format of `mounts` is /proc/self/mountinfo (proc_pid_mountinfo(5)): the third field is the device, the type
+    follows the lone hyphen. Compared by device, so that bind mounts and symlinks do not matter.
+    """
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in mounts.read_text(errors="surrogateescape").splitlines():
+            before, _, after = line.partition(" - ")
+            if wanted in before.split()[2:3]:
+                return after.split()[0]
+    return ""
+
+
+def run_root() -> Path:
+    """Return the folder of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if fit, else `/tmp/fcvm-<uid>`.
+
+    Raise HostError when somebody else has put something in its place.
+    """
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    if given.startswith("/"):
+        candidate = Path(given) / "fcvm"
+        with suppress(OSError, HostError):
+            if len(str(candidate)) <= _ROOT_LIMIT:
+                return _private_dir(candidate)
+    # Not tempfile.gettempdir(): all runs of a user must agree on it, and TMPDIR may be long.
+    fallback = Path(f"/tmp/fcvm-{os.geteuid()}")  # noqa: S108 - its owner and mode are checked
+    try:
+        return _private_dir(fallback)
+    except OSError as error:
+        raise HostError(f"{fallback} cannot be made: {error.strerror}", hint="set XDG_RUNTIME_DIR") from error
+
+
+class RunDir:
+    """One process's directory under the run root, made on entry and removed on exit.
+
+    Its `lock` file is flock'ed as long as it lives; the janitor trusts nothing else. In a forked child, leaving the
+    context does nothing: the directory is the parent's.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root
+        self._owner = os.getpid()
+        self._lock = -1
+        self._path: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        """Return the directory. Raise FcvmError before entry."""
+        if self._path is None:
+            raise FcvmError("the run directory is not open")
+        return self._path
+
+    def __enter__(self) -> Self:
+        root = self._root if self._root is not None else run_root()
+        self._path, self._lock = _claim(root, lambda: secrets.token_hex(4))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() == self._owner and self._path is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def is_run_id(name: str) -> bool:
+    """Say whether a directory of this name may be a run directory."""
+    return bool(_RUN_ID.fullmatch(name))
+
+
+def make_child_dir(parent: Path, name: str, serial: int) -> Path:
+    """Make a private directory that has never been used before: `serial` is never given twice.
+
+    `name` may hold anything; what does not fit a short path is replaced or cut. Raise HostError when it cannot be made.
+    """
+    fit = _UNFIT.sub("-", name).strip(".-")[:_CHILD_NAME_LIMIT] or "child"
+    path = parent / f"{fit}.{serial}"
+    try:
+        path.mkdir(mode=0o700)
+    except OSError as error:
+        raise HostError(
+            f"{path} cannot be made: {error.strerror}", hint="free space there or set XDG_RUNTIME_DIR"
+        ) from error
+    return path
+
+
+def _default_cache_root() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if base.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
+        return Path(base) / "pytest-fcvm"
+    try:
+        return Path.home() / ".cache" / "pytest-fcvm"
+    except RuntimeError as error:
+        raise HostError(f"there is no home directory: {error}", hint="set HOME or --fcvm-cache-dir") from error
+
+
+def _private_dir(path: Path) -> Path:
+    """Make or accept a directory that only we can have put there: never through a symlink, never open to others."""
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise HostError(
+            f"{path} is not a private directory of this user",
+            hint=f"remove {path}, or set XDG_RUNTIME_DIR to a directory of your own",
+        )
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path
+
+
+def _claim(root: Path, pick_name: Callable[[], str]) -> tuple[Path, int]:
+    """Make a new directory and lock it, unless a janitor saw it between the two steps: then try another name."""
+    while True:
+        path = root / pick_name()
+        try:
+            path.mkdir(mode=0o700)
+            lock = os.open(path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except (FileExistsError, FileNotFoundError):
+            if not root.is_dir():
+                raise HostError(f"{root} is gone", hint="set XDG_RUNTIME_DIR to a directory that stays") from None
+            continue
+        except OSError as error:
+            raise HostError(f"{path} cannot be made: {error.strerror}", hint="set XDG_RUNTIME_DIR") from error
+        if _holds(lock, path / LOCK_NAME):
+            return path, lock
+        os.close(lock)
+
+
+def _holds(lock: int, path: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
