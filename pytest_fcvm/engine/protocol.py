@@ -2,8 +2,8 @@
 
 Nothing above asks which engine it is.
 
-A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn, so that no VM has a socket
-with a name.
+A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn, so that no VM has a
+socket with a name.
 """
 
 from __future__ import annotations

@@ -1,0 +1,153 @@
+"""QEMU's command lines: of a base, of a clone, and what of a base's enters a snapshot's key.
+
+Base and clone must have the same devices in the same order: QEMU takes the device state of one for the other without a
+word where they differ, and the guest then hangs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
+from pytest_fcvm.engine.qemu.version import QemuVersion
+from pytest_fcvm.model.net import PublishedPort
+
+__all__ = [
+    "AGENT_FD",
+    "BASE_MACS",
+    "CONSOLE_FD",
+    "MONITOR_FD",
+    "STATE_FD",
+    "USER_NETDEV",
+    "Platform",
+    "base_command",
+    "clone_command",
+    "forward_rule",
+    "key_arguments",
+]
+
+# Descriptors in the VMM. Fixed, so that command lines are the same from clone to clone.
+MONITOR_FD, AGENT_FD, STATE_FD, CONSOLE_FD = 3, 4, 5, 6
+
+AGENT_PORT = "fcvm.agent"
+USER_NETDEV = "net0"
+BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")
+
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# The default is 1 GiB of translated code per VM, which a long-lived clone may fill; a flush now and then is cheaper.
+_TRANSLATION_CACHE_MIB = 128
+_PLACEHOLDER_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """What of this host every command line depends on. `tsc_khz` matters under TCG alone."""
+
+    binary: Path
+    version: QemuVersion
+    accelerator: Accelerator
+    tsc_khz: int = 0
+
+
+def base_command(
+    platform: Platform, shape: MachineShape, files: GuestFiles, memory: Path, *, console_fd: int | None = None
+) -> list[str]:
+    """Return the command that boots a base. Its console is the file console.log in its directory, or a socket."""
+    return [
+        str(platform.binary),
+        *_machine(platform, shape),
+        *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,share=on,mem-path={_quote(memory)}"),
+        *_console(console_fd),
+        *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", boot_arguments(platform)),
+        *_devices(files.rootfs, "user,ipv6=off" if shape.egress else "hubport,hubid=0"),
+    ]
+
+
+def clone_command(
+    platform: Platform, shape: MachineShape, memory: Path, rootfs: Path, ports: tuple[PublishedPort, ...] = ()
+) -> list[str]:
+    """Return the command of a clone that waits for its device state.
+
+    It names no kernel: that is in the memory already, and reading it again would cost 9 to 16 ms.
+    """
+    access = "share=off,readonly=on,rom=off" if platform.version.opens_private_memory_read_only else "share=off"
+    forwards = "".join(f",hostfwd={forward_rule(port)}" for port in ports)
+    network = f"user,ipv6=off{'' if shape.egress else ',restrict=on'}{forwards}"
+    return [
+        str(platform.binary),
+        *_machine(platform, shape),
+        *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(memory)}"),
+        *_console(None),
+        *("-incoming", "defer"),
+        *_devices(rootfs, network),
+    ]
+
+
+def key_arguments(platform: Platform, shape: MachineShape) -> tuple[str, ...]:
+    """Return a base's command line with names in place of the paths that differ from host to host."""
+    files = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=Path("rootfs"))
+    return tuple(base_command(platform, shape, files, Path("memory"))[1:])
+
+
+def forward_rule(port: PublishedPort) -> str:
+    """Return a port as slirp's `hostfwd` takes it; the guest's address is left to slirp's default."""
+    return f"{port.proto}:{port.host_ip}:{port.host_port}-:{port.guest_port}"
+
+
+def boot_arguments(platform: Platform) -> str:
+    """Return the kernel's command line.
+
+    `quiet` spares the emulated serial port and keeps panics and OOM kills; a panic reboots at once, by triple fault,
+    which `-no-reboot` turns into the end of the VMM. Under TCG one boot in ten hangs while the kernel calibrates its
+    TSC against the PIT, unless it is told the rate.
+    """
+    words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "mitigations=off", "random.trust_cpu=on"]
+    if platform.accelerator is Accelerator.TCG:
+        words.append(f"tsc_early_khz={platform.tsc_khz}")
+    return " ".join(words)
+
+
+def _machine(platform: Platform, shape: MachineShape) -> Iterator[str]:
+    tcg = platform.accelerator is Accelerator.TCG
+    yield from ("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-sandbox", _SANDBOX)
+    yield from ("-machine", "microvm,acpi=on,memory-backend=mem")
+    yield from ("-accel", f"tcg,tb-size={_TRANSLATION_CACHE_MIB}" if tcg else "kvm", "-cpu", "max" if tcg else "host")
+    yield from ("-m", f"{shape.mem_mib}M", "-smp", str(shape.cpus))
+    yield from ("-chardev", f"socket,id=monitor,fd={MONITOR_FD}", "-mon", "chardev=monitor,mode=control")
+
+
+def _console(fd: int | None) -> Iterator[str]:
+    back_end = "file,id=console,path=console.log" if fd is None else f"socket,id=console,fd={fd}"
+    yield from ("-chardev", back_end, "-serial", "chardev:console")
+
+
+def _devices(rootfs: Path | None, first_network: str) -> Iterator[str]:
+    """Yield the fixed set: there is no hotplug, so a base has every device that a clone may want to attach to."""
+    yield from ("-device", "virtio-serial-device", "-chardev", f"socket,id=agent,fd={AGENT_FD}")
+    yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
+    for index, mac in enumerate(BASE_MACS):
+        # A hub with one port is a cable to nowhere: slirp's own state would otherwise enter the base's.
+        network = first_network if index == 0 else f"hubport,hubid={index}"
+        yield from ("-netdev", f"{network},id=net{index}")
+        # Announcing itself after a restore is the agent's to do, once and with the clone's own address.
+        yield from ("-device", f"virtio-net-device,netdev=net{index},mac={mac},guest_announce=off")
+    yield from _drive("rootfs", f"driver=file,filename={_quote(rootfs)}" if rootfs else _NOTHING)
+    yield from _drive("drive1", _NOTHING)
+    yield from _drive("drive2", _NOTHING)
+    yield from ("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy")
+
+
+_NOTHING = f"driver=null-co,size={_PLACEHOLDER_BYTES},read-zeroes=on"
+
+
+def _drive(name: str, source: str) -> Iterator[str]:
+    access = ",read-only=on" if name == "rootfs" else ""
+    yield from ("-blockdev", f"node-name={name},{source}{access}")
+    yield from ("-device", f"virtio-blk-device,drive={name},serial={name}")
+
+
+def _quote(path: Path) -> str:
+    """Return a path as a value in a list of options, where a comma is written twice."""
+    return str(path).replace(",", ",,")

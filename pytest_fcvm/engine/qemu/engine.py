@@ -1,0 +1,195 @@
+"""The engine: probe this host's QEMU, boot bases, restore clones."""
+
+from __future__ import annotations
+
+import os
+import platform as host_platform
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
+from pytest_fcvm.engine.qemu.command import (
+    AGENT_FD,
+    MONITOR_FD,
+    STATE_FD,
+    Platform,
+    base_command,
+    clone_command,
+    key_arguments,
+)
+from pytest_fcvm.engine.qemu.installation import PROGRAM, Installation, find_qemu, inspect
+from pytest_fcvm.engine.qemu.kvm import boot_smoke, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.qemu.launch import Launched, check_memory_file, launch, make_memory_file, open_state
+from pytest_fcvm.engine.qemu.monitor import Monitor
+from pytest_fcvm.engine.qemu.ports import Forwards
+from pytest_fcvm.engine.qemu.tsc import CpuIdentity, read_cpu, stable_tsc_khz
+from pytest_fcvm.engine.qemu.version import OLDEST
+from pytest_fcvm.engine.qemu.vm import QemuVm
+from pytest_fcvm.engine.spawner import Spawner
+from pytest_fcvm.errors import EngineError, FcvmError, HostError
+
+__all__ = ["QemuEngine"]
+
+_START_TIMEOUT_S = 20.0
+_INSTALL_HINT = "apt-get install qemu-system-x86"
+_WIRES = (MONITOR_FD, AGENT_FD)
+
+_Command = tuple[str, Mapping[str, object]]
+
+
+class QemuEngine:
+    """QEMU's microvm machine. `accelerator` None takes KVM where it works, else emulates.
+
+    `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
+    """
+
+    def __init__(
+        self,
+        spawner: Spawner,
+        cache_dir: Path,
+        *,
+        binary: Path | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self._spawner, self._binary, self._wanted = spawner, binary, accelerator
+        self._records = cache_dir / "engine"
+        self._platform: Platform | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the engine's name as `--fcvm-engine` takes it."""
+        return "qemu"
+
+    def probe(self, smoke: GuestFiles) -> EngineReport:
+        """Say whether QEMU works here and how fast; KVM only when `smoke` has booted under it. Cached on disk.
+
+        Never raises for what this host lacks: the report says it.
+        """
+        try:
+            return self._probe(smoke)
+        except FcvmError as error:
+            return EngineReport(engine=self.name, usable=False, reason=error.message, hint=error.hint)
+
+    def boot(self, plan: BootPlan) -> QemuVm:
+        """Start a base and wait until QEMU has taken its command line. Raise EngineError or HostError."""
+        platform = self._ready()
+        make_memory_file(plan.memory, plan.shape.mem_mib)
+        with ExitStack() as undo:
+            undo.callback(plan.memory.unlink, missing_ok=True)
+            argv = base_command(platform, plan.shape, plan.files, plan.memory)
+            launched = launch(self._spawner, plan.name, argv, wires=_WIRES)
+            undo.callback(launched.child.kill)
+            monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
+            vm = QemuVm(plan.name, launched, monitor, launched.sockets[AGENT_FD], version=platform.version)
+            vm.settle(_START_TIMEOUT_S)
+            undo.pop_all()
+            return vm
+
+    def restore(self, plan: RestorePlan) -> QemuVm:
+        """Start a clone and return as soon as its process is spawned; `wait_until_running` tells how it went."""
+        platform, files = self._ready(), plan.files
+        check_memory_file(files.memory, plan.shape.mem_mib)
+        argv = clone_command(platform, plan.shape, files.memory, files.rootfs, plan.ports)
+        with ExitStack() as stack:
+            passed: dict[int, int] = {}
+            uri = f"file:{files.state}"
+            if not platform.version.takes_state_by_path:
+                passed[STATE_FD] = stack.enter_context(open_state(files.state))
+                uri = f"fd:{STATE_FD}"
+            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, files=passed)
+        monitor = _start_monitor(launched, _capabilities("x-ignore-shared"), ("migrate-incoming", {"uri": uri}))
+        agent, forwards = launched.sockets[AGENT_FD], Forwards(monitor, plan.ports)
+        return QemuVm(plan.name, launched, monitor, agent, version=platform.version, forwards=forwards)
+
+    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+        """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
+        return key_arguments(self._ready(), shape)
+
+    def _ready(self) -> Platform:
+        if self._platform is None:
+            raise EngineError("the engine was not probed, or its probe failed")
+        return self._platform
+
+    def _probe(self, smoke: GuestFiles) -> EngineReport:
+        _refuse_foreign_host()
+        binary = find_qemu(self._binary)
+        if binary is None:
+            raise HostError(f"{PROGRAM} is not installed", hint=_INSTALL_HINT)
+        installation = inspect(binary, self._records / "qemu.json")
+        _refuse_unfit(installation)
+        accelerator, reason, hint = self._choose_accelerator(installation, smoke)
+        cpu = read_cpu()
+        khz = stable_tsc_khz(self._records / "tsc.json", cpu) if accelerator is Accelerator.TCG else 0
+        self._platform = Platform(binary=binary, version=installation.version, accelerator=accelerator, tsc_khz=khz)
+        return EngineReport(
+            engine=self.name,
+            usable=True,
+            version=str(installation.version),
+            accelerator=accelerator,
+            reason=reason,
+            hint=hint,
+            identity=_identity(installation, accelerator, cpu, khz),
+        )
+
+    def _choose_accelerator(self, installation: Installation, smoke: GuestFiles) -> tuple[Accelerator, str, str]:
+        """Return the accelerator, why it is not KVM, and a hint. Raise HostError when the wanted one does not work."""
+        emulates = Accelerator.TCG in installation.accelerators
+        if self._wanted is Accelerator.TCG:
+            if not emulates:
+                raise HostError(f"{installation.binary} is built without emulation (TCG)", hint=_INSTALL_HINT)
+            return Accelerator.TCG, "emulation was asked for", ""
+        reason, hint = self._try_kvm(installation, smoke)
+        if not reason:
+            return Accelerator.KVM, "", ""
+        if self._wanted is Accelerator.KVM or not emulates:
+            raise HostError(f"KVM does not work here: {reason}", hint=hint or "use --fcvm-accel tcg to emulate")
+        return Accelerator.TCG, reason, hint
+
+    def _try_kvm(self, installation: Installation, smoke: GuestFiles) -> tuple[str, str]:
+        if Accelerator.KVM not in installation.accelerators:
+            return f"{installation.binary} is built without KVM", _INSTALL_HINT
+        reason, hint = explain_missing_device()
+        if reason:
+            return reason, hint
+        records, digest = self._records / "kvm.json", installation.digest
+        return recall_or_prove(records, digest, smoke.kernel, lambda: self._smoke(installation, smoke)), ""
+
+    def _smoke(self, installation: Installation, smoke: GuestFiles) -> str:
+        return boot_smoke(self._spawner, installation, smoke)
+
+
+def _start_monitor(launched: Launched, *commands: _Command) -> Monitor:
+    """Write QEMU's first commands while it is still starting; it reads them when it gets there."""
+    monitor = Monitor(launched.sockets[MONITOR_FD])
+    monitor.send_ahead([("qmp_capabilities", {}), *commands])
+    return monitor
+
+
+def _capabilities(*names: str) -> _Command:
+    wanted = [{"capability": name, "state": True} for name in names]
+    return "migrate-set-capabilities", {"capabilities": wanted}
+
+
+def _refuse_foreign_host() -> None:
+    system, machine = host_platform.system(), host_platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        raise HostError(f"this engine needs Linux on x86_64, not {system} on {machine}", hint='-m "not fcvm"')
+
+
+def _refuse_unfit(installation: Installation) -> None:
+    if installation.version < OLDEST:
+        raise HostError(
+            f"{installation.binary} is QEMU {installation.version}; {OLDEST[0]}.{OLDEST[1]} or newer is needed",
+            hint="install a newer qemu-system-x86 (Debian 12 and Ubuntu 24.04 have one)",
+        )
+    if not installation.has_microvm:
+        raise HostError(f"{installation.binary} has no microvm machine", hint=_INSTALL_HINT)
+
+
+def _identity(installation: Installation, accelerator: Accelerator, cpu: CpuIdentity, tsc_khz: int) -> dict[str, str]:
+    identity = {f"digest of {name}": digest for name, digest in installation.digests.items()}
+    identity |= {"version": str(installation.version), "accelerator": str(accelerator), "cpu": cpu.model}
+    if accelerator is Accelerator.KVM:
+        return identity | {"microcode": cpu.microcode, "host kernel": os.uname().release}
+    return identity | {"tsc kHz": str(tsc_khz)}

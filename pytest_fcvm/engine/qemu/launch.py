@@ -1,0 +1,119 @@
+"""Start a QEMU in a directory of its own, with a socket pair for everything it is to be spoken to through."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_fcvm.engine.spawner import Child, Spawner
+from pytest_fcvm.errors import EngineError, HostError
+
+__all__ = ["Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
+
+_PASSED_ON = ("LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
+_REBUILD_HINT = "build the snapshot again: --fcvm-rebuild"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """A QEMU that was spawned, and our ends of its sockets by its own descriptor numbers."""
+
+    child: Child
+    directory: Path
+    sockets: Mapping[int, socket.socket]
+
+    @property
+    def console(self) -> Path:
+        """Return the file of the serial console."""
+        return self.directory / "console.log"
+
+    @property
+    def log(self) -> Path:
+        """Return the file of what QEMU prints."""
+        return self.directory / "vmm.log"
+
+
+def launch(
+    spawner: Spawner,
+    name: str,
+    argv: Sequence[str],
+    *,
+    wires: Sequence[int],
+    files: Mapping[int, int] | None = None,
+    directory: Path | None = None,
+) -> Launched:
+    """Spawn a QEMU whose descriptors `wires` are sockets to us, and `files` open files of ours. Raise HostError.
+
+    It runs in `directory`, else in a new one, which goes when QEMU has ended and was killed by us.
+    """
+    directory = directory or spawner.make_dir(name)
+    with ExitStack() as far_ends, ExitStack() as near_ends:
+        near: dict[int, socket.socket] = {}
+        far: dict[int, int] = {}
+        for fd in wires:
+            ours, theirs = socket.socketpair()
+            near[fd] = near_ends.enter_context(ours)
+            far[fd] = far_ends.enter_context(theirs).fileno()
+        child = spawner.spawn(
+            argv,
+            name=name,
+            fds={**far, **(files or {})},
+            stdout=directory / "vmm.log",
+            cwd=directory,
+            env=_environment(),
+            owned_dir=directory,
+        )
+        near_ends.pop_all()
+    return Launched(child=child, directory=directory, sockets=near)
+
+
+def make_memory_file(path: Path, mem_mib: int) -> None:
+    """Make the file of a guest's memory, sparse, mode 0600. Raise HostError, leaving nothing."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unmakable(path, error) from error
+    try:
+        os.ftruncate(fd, mem_mib << 20)
+    except OSError as error:
+        path.unlink()
+        raise _unmakable(path, error) from error
+    finally:
+        os.close(fd)
+
+
+def check_memory_file(path: Path, mem_mib: int) -> None:
+    """Raise EngineError for a wrong size: QEMU would take a file that is longer, and lengthen one that is shorter."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}", hint=_REBUILD_HINT) from error
+    if size != mem_mib << 20:
+        raise EngineError(f"{path} has {size} bytes and not {mem_mib << 20}", hint=_REBUILD_HINT)
+
+
+@contextmanager
+def open_state(path: Path) -> Iterator[int]:
+    """Open a device state for reading. Raise EngineError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise EngineError(f"{path} cannot be read: {error.strerror}", hint=_REBUILD_HINT) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _environment() -> dict[str, str]:
+    """Return QEMU's environment: its words in English, and nothing of the user's that could change what it does."""
+    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **passed_on}
+
+
+def _unmakable(path: Path, error: OSError) -> HostError:
+    return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")

@@ -1,0 +1,219 @@
+"""A VM under QEMU: the process, its monitor, its channel to the agent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pytest_fcvm.engine.protocol import VmExit
+from pytest_fcvm.engine.qemu.launch import Launched
+from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
+from pytest_fcvm.engine.qemu.ports import Forwards
+from pytest_fcvm.engine.qemu.post_mortem import explain_death, read_tail
+from pytest_fcvm.engine.qemu.version import QemuVersion
+from pytest_fcvm.engine.spawner import ChildExit
+from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+
+__all__ = ["QemuVm"]
+
+_SAVE_TIMEOUT_S = 30.0
+_LAST_WORDS_S = 2.0  # from the end of the monitor to the end of the process
+
+
+class QemuVm:
+    """One QEMU process. `forwards` is None for a base, whose ports go through the agent."""
+
+    def __init__(
+        self,
+        name: str,
+        launched: Launched,
+        monitor: Monitor,
+        agent: socket.socket,
+        *,
+        version: QemuVersion,
+        forwards: Forwards | None = None,
+    ) -> None:
+        self._name, self._launched, self._child = name, launched, launched.child
+        self._monitor, self._agent = monitor, agent
+        self._version, self._forwards = version, forwards
+        self._runs = forwards is None
+        self._killed = self._paused = False
+        self._lock = threading.Lock()  # guards the agent's socket against its closing
+        self._child.on_exit(self._close)
+
+    @property
+    def name(self) -> str:
+        """Return the name given in the plan."""
+        return self._name
+
+    @property
+    def pid(self) -> int:
+        """Return the process id of QEMU."""
+        return self._child.pid
+
+    @property
+    def console_path(self) -> Path:
+        """Return the file that receives the guest's serial console."""
+        return self._launched.console
+
+    @property
+    def vmm_log_path(self) -> Path:
+        """Return the file that receives what QEMU itself prints."""
+        return self._launched.log
+
+    def channel(self) -> socket.socket:
+        """Return the byte channel to the agent, the caller's to close.
+
+        Every call returns the same channel anew: when a caller closes it, the guest does not notice, and the next one
+        goes on where it stopped.
+        """
+        with self._lock:
+            if self._agent.fileno() >= 0:
+                return self._agent.dup()
+        raise self._explain()
+
+    def wait_until_running(self, timeout_s: float) -> None:
+        """Wait until the restored guest executes. A booted VM runs from the start.
+
+        Raise EngineError with QEMU's own words when it does not take the device state, HostError when a host port is
+        taken.
+        """
+        if self._runs:
+            return
+        with self._told():
+            self._monitor.wait_for_event(lambda event: event.name == "RESUME", "bring the clone to life", timeout_s)
+        self._runs = True
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until QEMU has started and taken its first commands."""
+        with self._told():
+            self._monitor.settle(timeout_s)
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        """Map a guest port to the host and return the address to connect to. Idempotent per (proto, guest port).
+
+        Raise HostError when the wanted host port is taken, EngineError for a base.
+        """
+        if self._forwards is None:
+            raise EngineError(f"VM {self.name} is a base: its ports are reached through the agent")
+        with self._told():
+            return self._forwards.add(port)
+
+    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
+        """Return the mapping of a guest port if it has one."""
+        if self._forwards is None:
+            return None
+        with self._told():
+            return self._forwards.find(guest_port, proto)
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        with self._told():
+            self._monitor.execute("stop")
+        self._paused = True
+
+    def resume(self) -> None:
+        """Let the guest's processors run again."""
+        with self._told():
+            self._monitor.execute("cont")
+        self._paused = False
+
+    def snapshot(self, state: Path) -> None:
+        """Write the device state of a base to `state` (made with mode 0600) and stop the guest for good.
+
+        The guest is stopped by the migration itself, not by `stop` before it: its state is then saved as that of a
+        running VM, and clones come to life without being told. Raise EngineError when QEMU cannot save it, leaving no
+        file.
+        """
+        if self._forwards is not None:
+            raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
+        if self._paused:
+            raise EngineError(f"VM {self.name} is paused: its clones would be too", hint="resume it first")
+        try:
+            with self._told(), _new_file(state) as fd:
+                self._save(state, fd)
+        except BaseException:
+            state.unlink(missing_ok=True)
+            raise
+
+    def kill(self) -> None:
+        """Kill QEMU with SIGKILL and return at once; idempotent."""
+        self._killed = True
+        self._child.kill()
+
+    def wait(self, timeout_s: float) -> VmExit:
+        """Wait until QEMU has ended. Raise EngineError at the deadline."""
+        try:
+            return self._exit_of(self._child.wait(timeout_s))
+        except HostError as error:
+            raise EngineError(error.message, hint="kill it first") from error
+
+    def on_exit(self, callback: Callable[[VmExit], None]) -> None:
+        """Call back once from a service thread when QEMU has ended, at once if it already has."""
+        self._child.on_exit(lambda ended: callback(self._exit_of(ended)))
+
+    def _save(self, state: Path, fd: int) -> None:
+        if self._version.takes_state_by_path:
+            uri = f"file:{state}"
+        else:
+            self._monitor.execute("getfd", {"fdname": "state"}, fds=[fd])
+            uri = "fd:state"
+        self._monitor.execute("migrate", {"uri": uri})
+        ended = self._monitor.wait_for_event(_migration_ended, "save the device state", _SAVE_TIMEOUT_S)
+        if ended.data.get("status") != "completed":
+            words = self._monitor.execute("query-migrate")
+            reason = words.get("error-desc") if isinstance(words, Mapping) else None
+            raise EngineError(f"QEMU could not save the state of VM {self.name}: {reason or ended.data.get('status')}")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn the end of the monitor into the reason for the end of the VM, and add evidence to other failures."""
+        try:
+            yield
+        except MonitorGone as error:
+            raise self._explain() from error
+        except EngineError as error:
+            error.with_evidence(console=read_tail(self.console_path), VMM_log=read_tail(self.vmm_log_path))
+            raise
+
+    def _explain(self) -> FcvmError:
+        ended: VmExit | None = None
+        with suppress(HostError):
+            ended = self._exit_of(self._child.wait(_LAST_WORDS_S))
+        return explain_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
+
+    def _exit_of(self, ended: ChildExit) -> VmExit:
+        ours = self._killed and ended.signal == signal.SIGKILL
+        return VmExit(code=ended.code, signal=ended.signal, killed_by_us=ours)
+
+    def _close(self, _: ChildExit) -> None:
+        self._monitor.close()
+        with self._lock:
+            # Also for a reader elsewhere, and for a far end that a forked child of the user's may still hold open.
+            with suppress(OSError):
+                self._agent.shutdown(socket.SHUT_RDWR)
+            self._agent.close()
+
+
+def _migration_ended(event: Event) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir"
+        ) from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,66 @@
+"""What an engine needs from whoever starts processes. `host/supervisor.py` is the one that does it for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+__all__ = ["Child", "ChildExit", "Spawner"]
+
+
+class ChildExit(Protocol):
+    """How a process ended: `code` or `signal`, the other is None."""
+
+    @property
+    def code(self) -> int | None:
+        """Return the exit code."""
+        ...
+
+    @property
+    def signal(self) -> int | None:
+        """Return the number of the signal that ended it."""
+        ...
+
+
+class Child(Protocol):
+    """A process that ends with us, however we end."""
+
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL and return at once; idempotent."""
+        ...
+
+    def wait(self, timeout_s: float) -> ChildExit:
+        """Wait for its end. Raise HostError at the deadline."""
+        ...
+
+    def on_exit(self, callback: Callable[[ChildExit], None]) -> None:
+        """Call back once when it has ended, at once if it already has."""
+        ...
+
+
+class Spawner(Protocol):
+    """Starts processes whose life is bound to ours."""
+
+    def make_dir(self, name: str) -> Path:
+        """Make a private directory (0700) for one child."""
+        ...
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        name: str,
+        fds: Mapping[int, int],
+        stdout: Path,
+        cwd: Path | None,
+        env: Mapping[str, str] | None,
+        owned_dir: Path | None,
+    ) -> Child:
+        """Start a process; `fds` maps its descriptor numbers to ours, `stdout` receives stderr as well."""
+        ...
