@@ -1,0 +1,109 @@
+"""How much memory there is for clones: the machine's, and that of every control group we are in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["HostMemory"]
+
+_MIB = 1 << 20
+_UNLIMITED = 1 << 60  # cgroup v1 says "no limit" by a number near 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    limits: tuple[str, ...]
+    usage: str
+    reclaimable: str
+
+
+_V1 = _Version(limits=("memory.limit_in_bytes",), usage="memory.usage_in_bytes", reclaimable="total_inactive_file")
+# Above memory.high the kernel throttles until nothing moves, so it is a limit too.
+_V2 = _Version(limits=("memory.max", "memory.high"), usage="memory.current", reclaimable="inactive_file")
+
+
+class HostMemory:
+    """Read the kernel's figures. `root` stands for `/` in tests.
+
+    Which groups have a limit is looked up once; the limits themselves are read each time.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._meminfo = root / "proc/meminfo"
+        self._groups = [group for group in _find_groups(root) if _limit(*group) < _UNLIMITED]
+
+    def available_mib(self) -> int:
+        """Return what can be taken now without swapping: MemAvailable, or what the tightest group leaves if less.
+
+        A group's page cache that can be dropped counts as free, as the kernel counts it in MemAvailable.
+        """
+        rooms = [self._read_meminfo("MemAvailable")]
+        for folder, version in self._groups:
+            used = _read_number(folder / version.usage) - _read_stat(folder, version.reclaimable)
+            rooms.append(_limit(folder, version) - used)
+        return max(0, min(rooms)) // _MIB
+
+    def total_mib(self) -> int:
+        """Return what there would be if nothing else ran."""
+        return min([self._read_meminfo("MemTotal"), *(_limit(*group) for group in self._groups)]) // _MIB
+
+    def _read_meminfo(self, wanted: str) -> int:
+        """Return bytes. The format is proc_meminfo(5): `Name:  N kB`."""
+        with self._meminfo.open() as lines:
+            for line in lines:
+                if line.startswith(wanted):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+
+def _find_groups(root: Path) -> Iterator[tuple[Path, _Version]]:
+    """Yield our control groups that account memory, and their ancestors as far as they can be seen: cgroups(7)."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            version = _V2 if not controllers else _V1 if "memory" in controllers.split(",") else None
+            if version is None:
+                continue
+            for top, mount in _find_mounts(root, version):
+                yield from _climb(root / mount.lstrip("/"), path.removeprefix(top.rstrip("/")), version)
+
+
+def _find_mounts(root: Path, version: _Version) -> Iterator[tuple[str, str]]:
+    """Yield which part of the hierarchy is mounted where: fields 4 and 5 of proc_pid_mountinfo(5)."""
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        kind, _, options = after.split(maxsplit=2)
+        if (kind == "cgroup2" and version is _V2) or (kind == "cgroup" and version is _V1 and "memory" in options):
+            yield before.split()[3], before.split()[4]
+
+
+def _climb(mount: Path, path: str, version: _Version) -> Iterator[tuple[Path, _Version]]:
+    folder = mount / path.lstrip("/")
+    while folder.is_relative_to(mount):
+        if (folder / version.usage).exists():
+            yield folder, version
+        folder = folder.parent
+
+
+def _limit(folder: Path, version: _Version) -> int:
+    return min(_read_number(folder / name) for name in version.limits)
+
+
+def _read_number(file: Path) -> int:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return _UNLIMITED
+    return int(text) if text.isdigit() else _UNLIMITED
+
+
+def _read_stat(folder: Path, key: str) -> int:
+    with suppress(OSError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    return 0
