@@ -16,15 +16,15 @@ from pytest_fcvm.model.net import Endpoint
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 
-__all__ = ["ReadyTarget", "finalize_ready", "prove_client_path", "wait_until_ready"]
+__all__ = ["PortTarget", "ReadyTarget", "finalize_ready", "prove_client_path", "wait_until_ready"]
 
 _TRY_S = 5.0  # one answer may take this long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
 
 
-class ReadyTarget(Protocol):
-    """What a probe needs of a machine."""
+class PortTarget(Protocol):
+    """What a probe of a port needs of a machine."""
 
     def endpoint(self, guest_port: int) -> Endpoint:
         """Return where the host reaches a guest port."""
@@ -34,6 +34,14 @@ class ReadyTarget(Protocol):
         """Ask the agent for a listening socket that is not bound to loopback alone."""
         ...
 
+    def pause_for_exit(self, timeout_s: float) -> None:
+        """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
+        ...
+
+
+class ReadyTarget(PortTarget, Protocol):
+    """What every probe together needs of a machine."""
+
     def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:
         """Run a command in the guest."""
         ...
@@ -42,17 +50,13 @@ class ReadyTarget(Protocol):
         """Return what the workload has printed."""
         ...
 
-    def pause_for_exit(self, timeout_s: float) -> None:
-        """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
-        ...
-
 
 def finalize_ready(
     wanted: ReadySpec | None, health_test: Sequence[str], exposed: Sequence[tuple[int, str]]
 ) -> ReadySpec:
     """Return the wanted condition, else the image's health check, else TCP on its first exposed port, else `agent`.
 
-    `health_test` is Docker's `Test` list, empty when the image has none. Raise UsageProblem for `healthcheck` without one.
+    `health_test` is Docker's `Test` list, empty without one. Raise UsageProblem for a wanted but missing `healthcheck`.
     """
     command = _health_command(health_test)
     if wanted is None and command:
@@ -88,7 +92,7 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
         )
 
 
-def prove_client_path(target: ReadyTarget, ready: ReadySpec, port: int | None, timeout_s: float) -> None:
+def prove_client_path(target: PortTarget, ready: ReadySpec, port: int | None, timeout_s: float) -> None:
     """Prove that a clone answers on the path a test will use; `port` is where a base that was ready listened.
 
     Raise GuestTimeout with the last answer.
@@ -143,7 +147,7 @@ def _ask_exec(target: ReadyTarget, command: str | Sequence[str]) -> str:
     return "" if result.exit_code == 0 else f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
 
 
-def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
+def _ask_http(target: PortTarget, ready: ReadySpec) -> str:
     host, port = target.endpoint(ready.port or 80)
     connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
     try:
@@ -157,7 +161,7 @@ def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
     return "" if response.status < 400 else f"HTTP status {response.status}"
 
 
-def _ask_tcp(target: ReadyTarget, port: int) -> str:
+def _ask_tcp(target: PortTarget, port: int) -> str:
     """Connect on the client's path, ask the agent meanwhile, then look whether the connection still stands.
 
     A connect alone proves nothing: slirp accepts for closed ports and stopped machines.

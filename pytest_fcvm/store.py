@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pytest_fcvm.errors import HostError
 
 __all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
@@ -84,6 +82,8 @@ class Shelf:
     @contextmanager
     def locked(self, key: str, who: str, waiting: Note) -> Iterator[Note]:
         """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for."""
+        from filelock import FileLock, Timeout  # 0.07 s to import, and only builds need it
+
         lock = FileLock(self.path / f"{key}.lock", mode=0o600, thread_local=False)
         state = self.path / f"{key}.builder"
         told = ""
@@ -120,13 +120,6 @@ class Shelf:
             _raise_if_full(error, folder)
             raise
         return Entry(path=final, key=key, facts=facts)
-
-    def sweep(self) -> None:
-        """Remove what dead builders left: temporary folders whose lock is free."""
-        for folder in self.path.glob("*.tmp-*"):
-            lock = FileLock(self.path / f"{folder.name.split('.tmp-')[0]}.lock", mode=0o600)
-            with suppress(Timeout), lock.acquire(timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
 
     def _sweep_key(self, key: str) -> None:
         for folder in self.path.glob(f"{key}.tmp-*"):

@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Protocol, cast
 
 from pytest_fcvm.errors import GuestError, UsageProblem
 
@@ -14,7 +14,7 @@ __all__ = ["pack_path", "pack_text", "unpack_file", "unpack_into"]
 
 
 class _Sink(io.RawIOBase):
-    def __init__(self, send: Callable[[bytes], None]) -> None:
+    def __init__(self, send: Callable[[bytes], object]) -> None:
         self._send = send
 
     def writable(self) -> bool:
@@ -26,18 +26,26 @@ class _Sink(io.RawIOBase):
         return len(chunk)
 
 
-def pack_path(source: Path, name: str, send: Callable[[bytes], None]) -> None:
+class Source(Protocol):
+    """Where a tar stream is read from."""
+
+    def read(self, size: int = -1) -> bytes:
+        """Return `size` bytes, fewer at the end only."""
+        ...
+
+
+def pack_path(source: Path, name: str, send: Callable[[bytes], object], *, read_only: bool = False) -> None:
     """Send a file or folder as a tar stream in which it is called `name`, owned by root in the guest.
 
-    Raise UsageProblem when it is not there.
+    `read_only` clears the write bits. Raise UsageProblem when the source is not there.
     """
     if not source.exists():
         raise UsageProblem(f"{source} does not exist", hint="copy_in takes an existing file or folder")
     with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        archive.add(source, arcname=name, filter=_as_root)
+        archive.add(source, arcname=name, filter=_read_only_as_root if read_only else _as_root)
 
 
-def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], None]) -> None:
+def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], object]) -> None:
     """Send one file made of `data` as a tar stream."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), mode
@@ -45,12 +53,12 @@ def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], None]) 
         archive.addfile(member, io.BytesIO(data))
 
 
-def unpack_into(stream: IO[bytes], dest: Path, rename: str | None) -> None:
+def unpack_into(stream: Source, dest: Path, rename: str | None) -> None:
     """Write a tar stream from the guest below `dest`; the first path component becomes `rename` where it is given.
 
     Raise GuestError for members that would leave `dest` or are devices.
     """
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
         for member in archive:
             if rename is not None:
                 _, *rest = PurePosixPath(member.name).parts or ("",)
@@ -61,9 +69,9 @@ def unpack_into(stream: IO[bytes], dest: Path, rename: str | None) -> None:
                 raise GuestError(f"the guest sent an unsafe archive member: {error}") from error
 
 
-def unpack_file(stream: IO[bytes]) -> bytes:
+def unpack_file(stream: Source) -> bytes:
     """Return the content of the single regular file in a tar stream. Raise GuestError when it is something else."""
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
         member = archive.next()
         content = archive.extractfile(member) if member is not None and member.isreg() else None
         if content is None:
@@ -75,3 +83,8 @@ def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member
+
+
+def _read_only_as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.mode &= ~0o222
+    return _as_root(member)

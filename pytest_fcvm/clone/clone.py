@@ -1,0 +1,319 @@
+"""`Clone`: a fresh VM of a snapshot, with the verbs a test needs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.errors import CommandFailed, FcvmError, GuestError, GuestTimeout, UsageProblem
+from pytest_fcvm.guest.process import GuestProcess
+from pytest_fcvm.host import archive
+from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
+from pytest_fcvm.model.guest import ExitStatus, Identity, ProcessSpec
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.results import ExecResult, Timeline
+from pytest_fcvm.model.specs import MachineSpec
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["Clone", "ExecDefaults"]
+
+Command = str | Sequence[str]
+StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
+
+_SHELL = ("/bin/sh", "-c")
+_COPY_S = 600.0  # a whole transfer
+_CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecDefaults:
+    """What a command in the guest gets unless told otherwise: environment, folder and user of image and spec."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    user: str = ""
+
+
+class Clone:
+    """A VM of one's own. Every method may be called from any thread; every wait has a deadline.
+
+    All methods raise EngineError when the VM has died, GuestTimeout at a deadline.
+    """
+
+    def __init__(
+        self, *, name: str, spec: MachineSpec, engine: str, defaults: ExecDefaults, start: StartMachine
+    ) -> None:
+        self.name, self.spec, self.engine = name, spec, engine
+        self._defaults, self._start = defaults, start
+        self._clients: list[httpx.Client] = []
+        self._paused = False
+        self._mapped: dict[tuple[Proto, int], PublishedPort] = {
+            (port.proto, port.guest_port): port for port in spec.publish
+        }
+        self._machine = start(tuple(self._mapped.values()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._machine.closed else "paused" if self._paused else "running"
+        return f"<Clone {self.name} of {self.spec.image} on {self.engine}, {state}>"
+
+    # -- reaching it
+
+    @property
+    def ip(self) -> str:
+        """Return the guest's own address, as it sees itself."""
+        return "10.0.2.15"
+
+    @property
+    def timeline(self) -> Timeline:
+        """Return where the start-up time of this clone went."""
+        return self._machine.timeline
+
+    def endpoint(self, guest_port: int, proto: str = "tcp") -> Endpoint:
+        """Return the host address of a guest port; it is mapped on first use and stays for the clone's life."""
+        wanted = Proto(proto)
+        port = self._mapped.get((wanted, guest_port)) or PublishedPort(guest_port=guest_port, proto=wanted)
+        endpoint = self._live().publisher.publish(port)
+        self._mapped[wanted, guest_port] = replace(port, host_port=endpoint.port)
+        return endpoint
+
+    def port(self, guest_port: int, proto: str = "tcp") -> int:
+        """Return the host port of a guest port."""
+        return self.endpoint(guest_port, proto).port
+
+    def url(self, guest_port: int, path: str = "", scheme: str = "http") -> str:
+        """Return a URL of the guest port; without a path it has no trailing slash."""
+        host, port = self.endpoint(guest_port)
+        return f"{scheme}://{host}:{port}{path if not path or path.startswith('/') else '/' + path}"
+
+    def http(self, guest_port: int = 80) -> httpx.Client:
+        """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
+        import httpx  # it takes 0.1 s to import, and most tests have a client of their own
+
+        client = httpx.Client(base_url=self.url(guest_port), trust_env=False, timeout=30)
+        self._clients.append(client)
+        return client
+
+    # -- commands
+
+    def exec(
+        self,
+        cmd: Command,
+        *,
+        stdin: bytes | str | None = None,
+        timeout: float = 60,
+        check: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> ExecResult:
+        """Run a command to its end: a list is argv, a string goes to the image's shell.
+
+        Raise GuestTimeout after `timeout` seconds (the command is killed), CommandFailed when `check` and it failed.
+        """
+        started = monotonic()
+        data = stdin.encode() if isinstance(stdin, str) else stdin
+        with self.popen(cmd, env=env, cwd=cwd, user=user) as process:
+            stdout, stderr = process.communicate(data or b"", timeout_s=timeout)
+            status = process.wait(_CALL_S)
+        result = _exec_result(cmd, stdout, stderr, status, monotonic() - started)
+        if check and result.exit_code:
+            raise self._explain(_command_failed(cmd, result, "failed"))
+        return result
+
+    def popen(
+        self,
+        cmd: Command,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+    ) -> GuestProcess:
+        """Start a command and return it with its streams; leaving its `with` block ends it."""
+        argv = (*_SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
+        if not argv or not all(isinstance(word, str) for word in argv):
+            raise UsageProblem(f"{cmd!r} is not a command", hint="pass a string, or a list of strings")
+        spec = ProcessSpec(
+            argv=argv,
+            env={**self._defaults.env, **(env or {})},
+            cwd=cwd or self._defaults.cwd,
+            user=self._defaults.user if user is None else user,
+        )
+        return self._live().agent.exec(spec)
+
+    def succeed(self, cmd: Command, *, timeout: float = 60) -> str:
+        """Run a command that must exit with 0 and return its standard output. Raise CommandFailed."""
+        return self.exec(cmd, timeout=timeout, check=True).stdout
+
+    def fail(self, cmd: Command, *, timeout: float = 60) -> str:
+        """Run a command that must not exit with 0 and return its standard output. Raise CommandFailed."""
+        result = self.exec(cmd, timeout=timeout)
+        if result.exit_code == 0:
+            raise self._explain(_command_failed(cmd, result, "succeeded, and must not have"))
+        return result.stdout
+
+    def wait_until_succeeds(self, cmd: Command, *, timeout: float = 60) -> str:
+        """Run a command until it exits with 0 and return its standard output.
+
+        Raise GuestTimeout with the last try's output, WorkloadExited at once when the workload ends.
+        """
+        deadline, pause = Deadline(timeout), 0.01
+        while True:
+            result = self.exec(cmd, timeout=max(1.0, deadline.remaining() or 0))
+            if result.exit_code == 0:
+                return result.stdout
+            if deadline.expired:
+                said = (result.stderr or result.stdout)[-400:]
+                raise self._explain(GuestTimeout(f"{_spell(cmd)} did not succeed within {timeout:g} s: {said}"))
+            self._live().pause_for_exit(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    # -- files
+
+    def copy_in(self, source: str | Path, dest: str) -> None:
+        """Copy a file or folder of the host to the guest path `dest`, as root; a trailing slash means "into"."""
+        path = Path(source)
+        name = path.name if dest.endswith("/") else PurePosixPath(dest).name
+        folder = dest.rstrip("/") or "/" if dest.endswith("/") else str(PurePosixPath(dest).parent)
+        self._send_tar(folder, lambda send: archive.pack_path(path, name, send))
+
+    def copy_out(self, source: str, dest: str | Path) -> None:
+        """Copy a file or folder of the guest to the host path `dest`; into it where that is a folder."""
+        path = Path(dest)
+        into, rename = (path, None) if path.is_dir() else (path.parent, path.name)
+        with self._live().agent.tar_out(source, timeout_s=_COPY_S) as stream:
+            archive.unpack_into(stream, into, rename)
+
+    def read_bytes(self, path: str) -> bytes:
+        """Return the content of a file in the guest."""
+        with self._live().agent.tar_out(path, timeout_s=_COPY_S) as stream:
+            return archive.unpack_file(stream)
+
+    def read_text(self, path: str) -> str:
+        """Return the content of a UTF-8 file in the guest."""
+        return self.read_bytes(path).decode()
+
+    def write_text(self, path: str, text: str, mode: int = 0o644) -> None:
+        """Write a UTF-8 file in the guest, owned by root."""
+        guest = PurePosixPath(path)
+        self._send_tar(str(guest.parent), lambda send: archive.pack_text(text.encode(), guest.name, mode, send))
+
+    # -- watching it
+
+    def logs(self) -> str:
+        """Return what the workload has printed, what it printed before the snapshot first."""
+        return self._live().log.content().decode("utf-8", "replace")
+
+    def wait_for_log(self, regex: str, *, timeout: float = 60) -> re.Match[str]:
+        """Wait for a line of the workload's output that matches, and return the match.
+
+        Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
+        """
+        machine = self._live()
+        match = machine.log.search(re.compile(regex), Deadline(timeout), lambda: machine.ended is not None)
+        if match is None:
+            machine.raise_if_ended()
+            raise self._explain(GuestTimeout(f"no line matched {regex!r} within {timeout:g} s"))
+        return match
+
+    def console(self) -> str:
+        """Return the serial console of the guest's kernel."""
+        return self._live().vm.console_path.read_text("utf-8", "replace")
+
+    def metrics(self) -> dict[str, float | int | str]:
+        """Return the guest's own figures; each name ends in its unit."""
+        return self._live().agent.metrics(timeout_s=_CALL_S)
+
+    def evidence(self) -> dict[str, str]:
+        """Return titled tails of log, console and VMM log, and the timeline, for a report."""
+        return self._machine.evidence()
+
+    # -- its life
+
+    def pause(self) -> None:
+        """Stop the guest's processors. Calls into the guest are refused until `resume`."""
+        self._live().vm.pause()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Let the guest go on, with the host's time of day."""
+        self._machine.vm.resume()
+        self._paused = False
+        self._machine.agent.personalise(Identity(realtime_ns=real_time_ns()), timeout_s=_CALL_S)
+
+    def kill(self) -> None:
+        """Cut the power. Nothing of the clone is left."""
+        self.close()
+
+    def reset(self) -> None:
+        """Replace the VM by a fresh one of the same snapshot behind the same host ports."""
+        self._machine.close()
+        self._machine.vm.wait(_CALL_S)  # its ports are free when the process has gone
+        self._paused = False
+        self._machine = self._start(tuple(self._mapped.values()))
+
+    def close(self) -> None:
+        """End the clone; idempotent."""
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        self._machine.close()
+
+    # -- what readiness probes need beyond the above
+
+    def listening(self, guest_port: int) -> bool:
+        """Ask the guest for a TCP listener on a port that can be reached from outside."""
+        return self._live().listening(guest_port)
+
+    def pause_for_exit(self, timeout_s: float) -> None:
+        """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
+        self._live().pause_for_exit(timeout_s)
+
+    def _live(self) -> Machine:
+        if self._machine.closed:
+            raise GuestError(f"{self.name} is closed", hint="ask for a new clone")
+        if self._paused:
+            raise GuestError(f"{self.name} is paused", hint="call resume() first")
+        return self._machine
+
+    def _explain(self, error: FcvmError) -> FcvmError:
+        return self._machine.explain(error)
+
+    def _send_tar(self, folder: str, pack: Callable[[Callable[[bytes], object]], None]) -> None:
+        with self._live().agent.tar_in(folder, timeout_s=_COPY_S) as sink:
+            pack(sink.write)
+
+
+def _exec_result(cmd: Command, stdout: bytes, stderr: bytes, status: ExitStatus, duration_s: float) -> ExecResult:
+    if status.message and isinstance(cmd, str):
+        raise GuestError(f"the image has no shell to run {_spell(cmd)}: {status.message}", hint="pass a list of words")
+    if status.message:
+        stderr += f"fcvm: {status.message}\n".encode()
+    code = status.code if status.code is not None else 128 + (status.signal or 0)
+    return ExecResult(exit_code=code, stdout_bytes=stdout, stderr_bytes=stderr, duration_s=duration_s)
+
+
+def _command_failed(cmd: Command, result: ExecResult, how: str) -> CommandFailed:
+    evidence = {"stdout": result.stdout[-8000:], "stderr": result.stderr[-8000:]}
+    last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
+    return CommandFailed(f"{_spell(cmd)} {how} (exit code {result.exit_code}): {last[0]}", evidence=evidence)
+
+
+def _spell(cmd: Command) -> str:
+    return cmd if isinstance(cmd, str) else shlex.join(os.fspath(word) for word in cmd)

@@ -1,0 +1,120 @@
+"""One running VM with all that belongs to it: VMM, agent, workload log, host ports. A clone has one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Protocol
+
+from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.engine.protocol import Vm, VmExit
+from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
+from pytest_fcvm.guest.agent import Agent
+from pytest_fcvm.model.guest import ExitStatus, ListenState
+from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.model.results import Timeline
+
+__all__ = ["Machine", "Publisher"]
+
+
+_CALL_S = 30.0
+
+
+class Publisher(Protocol):
+    """Whoever maps guest ports to the host: the VM's own network, or a relay through the agent."""
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        """Map a port and return where to connect."""
+        ...
+
+
+class Machine:
+    """A running VM. `close` gives everything back, in the reverse order in which `also_close` got it."""
+
+    def __init__(self, vm: Vm, agent: Agent, log: WorkloadLog, publisher: Publisher, timeline: Timeline) -> None:
+        self.vm, self.agent, self.log, self.publisher, self.timeline = vm, agent, log, publisher, timeline
+        self._changed = threading.Event()
+        self._ended: FcvmError | None = None
+        self._closers = ExitStack()
+        self._closing = threading.Lock()
+        self.closed = False
+        vm.on_exit(self._vm_ended)
+        agent.on_workload_exit(self._workload_ended)
+
+    def also_close(self, closers: Sequence[Callable[[], object]]) -> None:
+        """Hand over what must be given back when the machine ends."""
+        for closer in closers:
+            self._closers.callback(closer)
+
+    @property
+    def ended(self) -> FcvmError | None:
+        """Return why waiting for this machine is of no use, if it is: the VM died or the workload ended."""
+        return self._ended
+
+    def pause_for_exit(self, timeout_s: float) -> None:
+        """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
+        self._changed.wait(timeout_s)
+        self.raise_if_ended()
+
+    def raise_if_ended(self) -> None:
+        """Raise what `ended` returns."""
+        if self._ended is not None:
+            raise self.explain(self._ended)
+
+    def explain(self, error: FcvmError) -> FcvmError:
+        """Add the tails of log, console and VMM log to an error and return it."""
+        for title, text in self.evidence().items():
+            error.evidence.setdefault(title, text)
+        return error
+
+    def listening(self, guest_port: int) -> bool:
+        """Ask the guest for a TCP listener on a port that can be reached from outside."""
+        return self.agent.listening(guest_port, timeout_s=_CALL_S) is ListenState.OPEN
+
+    def evidence(self) -> dict[str, str]:
+        """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB."""
+        parts = {"workload log": b"", "console": b"", "VMM log": b""}
+        with suppress(OSError, ValueError):
+            parts["workload log"] = self.log.content()
+        for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
+            with suppress(OSError):
+                parts[title] = path.read_bytes()
+        shown = {title: tail(data) for title, data in parts.items() if data.strip()}
+        return {**shown, "timeline": str(self.timeline)}
+
+    def close(self) -> None:
+        """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end."""
+        with self._closing:
+            if self.closed:
+                return
+            self.closed = True
+        with self._closers:
+            self._closers.callback(self.log.close)
+            self._closers.callback(self.agent.close)
+            self._closers.callback(self.vm.kill)
+
+    def _vm_ended(self, how: VmExit) -> None:
+        if how.killed_by_us or self.closed:
+            return
+        status = f"signal {how.signal}" if how.signal else f"exit code {how.code}"
+        error = EngineError(
+            f"the VM {self.vm.name} ended unexpectedly ({status})", hint="look at its console and VMM log below"
+        )
+        self._end(self.explain(error))
+        self.agent.session.abort(error)
+
+    def _workload_ended(self, status: ExitStatus) -> None:
+        cause = ", killed for memory: give it more with mem" if self.agent.oom_kills else ""
+        self._end(
+            WorkloadExited(
+                f"the workload ended with {status}{cause}",
+                hint="read the workload log below, or try another command",
+            )
+        )
+
+    def _end(self, error: FcvmError) -> None:
+        if self._ended is None:
+            self._ended = error
+        self._changed.set()
+        self.log.wake()

@@ -1,0 +1,287 @@
+"""The composition root: options in, snapshots out. Fixtures and the command line use the same one."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.engine.choose import choose_engine
+from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles
+from pytest_fcvm.errors import FcvmError, UsageProblem
+from pytest_fcvm.guest.binary import resolve_agent
+from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.janitor import sweep, sweep_temporary
+from pytest_fcvm.host.paths import RunDir, cache_root, run_root
+from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.image.reference import parse_reference
+from pytest_fcvm.image.rootfs import ROOTFS_FORMAT, build_rootfs
+from pytest_fcvm.image.source import PullPolicy, resolve_image
+from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
+from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
+from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.options import Options
+from pytest_fcvm.ready import finalize_ready
+from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
+from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
+
+__all__ = ["Harness"]
+
+T = TypeVar("T")
+Announce = Callable[[str], None]
+
+_ADMISSION_S = 300.0
+_ROOTFS = "rootfs.squashfs"
+_INITRAMFS = "initramfs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Image:
+    digest: str
+    config: ImageConfig
+    rootfs: Entry
+
+
+class Harness:
+    """Everything one process needs to make machines, put together when it is first needed, taken apart by `close`.
+
+    `shared_dir` is a folder that all processes of the run share: failures are remembered there. `announce` shows a
+    person a line of progress.
+    """
+
+    def __init__(self, options: Options, *, shared_dir: Path, announce: Announce) -> None:
+        self._options, self._shared, self._announce = options, shared_dir, announce
+        self._resources = ExitStack()
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
+        self._snapshots: dict[str, Snapshot] = {}
+        self._images: dict[str, _Image] = {}
+        self._notes: list[str] = []
+        self._timings: list[str] = []
+        self._built = self._reused = self._clones = 0
+
+    def close(self) -> None:
+        """Kill what still runs and remove this process's run directory. Does nothing in a forked child."""
+        if os.getpid() == self._owner:
+            self._resources.close()
+
+    def snapshot(self, spec: MachineSpec, who: str) -> Snapshot:
+        """Return the snapshot of a spec: known to this process, found in the store, built here, or built by another.
+
+        `who` (a test's id) is shown to those who wait for the build. A failure is remembered for the whole run: every
+        later call raises it at once.
+        """
+        with self._lock:
+            if spec.image is None:
+                raise UsageProblem(
+                    "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
+                )
+            parts = self._ingredients(spec, who)
+            key = snapshot_key(parts, self.store)
+            if key not in self._snapshots:
+                entry = self._once(f"snapshot-{key}", lambda: self._find_or_build(key, parts, who))
+                self._resources.enter_context(entry.in_use())
+                self._snapshots[key] = Snapshot(entry=entry, parts=parts, workshop=self._workshop)
+            return self._snapshots[key]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what is told at the end of a run; made of plain values, so that a worker can send it."""
+        return {
+            "engine": _describe(self.report) if "_chosen" in self.__dict__ else "",
+            "built": self._built,
+            "reused": self._reused,
+            "clones": self._clones,
+            "notes": self._notes,
+            "timings": self._timings,
+        }
+
+    # -- parts, each made when first needed
+
+    @cached_property
+    def store(self) -> Store:
+        """Return the cache, swept of what killed builders left."""
+        store = Store(cache_root(self._options.cache_dir), note=self._notes.append)
+        for kind in ("images", "kernels", "snapshots"):
+            sweep_temporary(store.folder(kind))
+        return store
+
+    @cached_property
+    def supervisor(self) -> Supervisor:
+        """Return the process that starts all others and ends them with us."""
+        sweep(run_root())
+        run = self._resources.enter_context(RunDir())
+        return self._resources.enter_context(Supervisor.start(run.path))
+
+    @property
+    def engine(self) -> Engine:
+        """Return the engine that was found to work. Raise EngineUnavailable with the reasons."""
+        return self._chosen[0]
+
+    @property
+    def report(self) -> EngineReport:
+        """Return the verdict on the engine."""
+        return self._chosen[1]
+
+    @cached_property
+    def _chosen(self) -> tuple[Engine, EngineReport]:
+        smoke = GuestFiles(kernel=self._kernel.bzimage, initramfs=self._initramfs.file(_INITRAMFS), rootfs=None)
+        return choose_engine(
+            self._options.engine,
+            spawner=self.supervisor,
+            cache_dir=self.store.root,
+            smoke=smoke,
+            accel=self._options.accel,
+            require_kvm=self._options.require_kvm,
+            qemu=self._options.qemu,
+        )
+
+    @cached_property
+    def _kernel(self) -> GuestKernel:
+        shelf = self.store.shelf("kernels")
+        with shelf.locked("kernel", "guest kernel", self._announce):
+            return self._once(
+                "kernel",
+                lambda: resolve_kernel(
+                    option=self._options.kernel, kernels_dir=self.store.folder("kernels"), progress=self._announce
+                ),
+            )
+
+    @cached_property
+    def _initramfs(self) -> Entry:
+        agent = resolve_agent()
+        parts = {"agent": content_digest(agent), "kernel": self._kernel.digest, "format": INITRAMFS_FORMAT}
+        key = canonical_digest(parts)
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            build_initramfs(agent=agent, kernel=self._kernel, dest=folder / _INITRAMFS)
+            return {"kernel": self._kernel.release}
+
+        return self._obtain("kernels", key, make, "guest kernel")[0]
+
+    @cached_property
+    def _admission(self) -> Admission:
+        return Admission(run_root(), self._options.max_clones)
+
+    @cached_property
+    def _workshop(self) -> Workshop:
+        return Workshop(admit=self._admit, born=self._count_clone)
+
+    # -- steps
+
+    def _ingredients(self, spec: MachineSpec, who: str) -> Ingredients:
+        image = self._image(spec.image or "", who)
+        health = image.config.healthcheck.test if image.config.healthcheck else ()
+        return Ingredients(
+            spec=spec,
+            ready=finalize_ready(spec.ready, health, image.config.exposed_ports),
+            image=image.config,
+            image_digest=image.digest,
+            rootfs_key=image.rootfs.key,
+            files=GuestFiles(
+                kernel=self._kernel.bzimage,
+                initramfs=self._initramfs.file(_INITRAMFS),
+                rootfs=image.rootfs.file(_ROOTFS),
+            ),
+            kernel_digest=self._kernel.digest,
+            initramfs_key=self._initramfs.key,
+            engine=self.engine,
+            report=self.report,
+        )
+
+    def _image(self, text: str, who: str) -> _Image:
+        if text not in self._images:
+            name = canonical_digest({"image": text})
+            self._images[text] = self._once(f"image-{name}", lambda: self._resolve_image(text, name, who))
+        return self._images[text]
+
+    def _resolve_image(self, text: str, name: str, who: str) -> _Image:
+        reference = parse_reference(text, base=Path.cwd())
+        images = self.store.shelf("images")
+        progress = self._speaker(text)
+        with images.locked(name, who, progress) as phase:
+            phase("pulling the image")
+            pulled = resolve_image(
+                reference, images_dir=images.path, pull=PullPolicy(self._options.pull), progress=progress
+            )
+            key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
+
+            def make(folder: Path) -> Mapping[str, Any]:
+                build_rootfs(pulled, folder / _ROOTFS, progress=progress)
+                return {"image": text, "digest": pulled.digest}
+
+            rootfs, _ = self._obtain("images", key, make, who)
+            pulled.discard()
+        return _Image(digest=pulled.digest, config=pulled.config, rootfs=rootfs)
+
+    def _find_or_build(self, key: str, parts: Ingredients, who: str) -> Entry:
+        announce = self._speaker(parts.spec.image or "")
+        started = monotonic()
+        entry, built = self._obtain(
+            "snapshots", key, lambda folder: build_snapshot(parts, folder, announce), who, fresh=self._options.rebuild
+        )
+        if built:
+            self._built += 1
+            announce(f"snapshot ready after {monotonic() - started:.1f} s")
+        else:
+            self._reused += 1
+        return entry
+
+    def _obtain(
+        self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any]], who: str, *, fresh: bool = False
+    ) -> tuple[Entry, bool]:
+        """Return an entry and whether it was built here. `fresh` builds it anew, once in a run."""
+        shelf = self.store.shelf(kind)
+        renewed = self._shared / f"renewed-{key}"
+        if not fresh and (entry := shelf.find(key)):
+            return entry, False
+        with shelf.locked(key, who, self._announce) as phase:
+            if (not fresh or renewed.exists()) and (entry := shelf.find(key)):
+                return entry, False
+            phase("building")
+            entry = shelf.build(key, make)
+            renewed.touch()
+            return entry, True
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """Call `make` unless it failed before in this run, here or in another worker: then raise that failure."""
+        record = self._shared / f"failed-{name}"
+        with suppress(OSError, pickle.UnpicklingError, EOFError):
+            known: FcvmError = pickle.loads(record.read_bytes())  # noqa: S301  our own file in a private folder
+            known.args = (f"{known.message} (failed before in this run)",)
+            known.message = known.args[0]
+            known.evidence = {}
+            raise known
+        try:
+            return make()
+        except FcvmError as error:
+            fresh = record.with_name(f"{record.name}.{os.getpid()}")
+            fresh.write_bytes(pickle.dumps(error))
+            fresh.replace(record)
+            raise
+
+    def _admit(self, mem_mib: int) -> AbstractContextManager[object]:
+        return self._admission.admit(
+            mem_mib, holder=f"pid {os.getpid()}", first=self._clones == 0, deadline_s=_ADMISSION_S
+        )
+
+    def _count_clone(self, clone: Clone) -> None:
+        self._clones += 1
+        if self._options.timings:
+            self._timings.append(f"{clone.name}: {clone.timeline}")
+
+    def _speaker(self, image: str) -> Announce:
+        return lambda text: self._announce(f"{image}: {text}")
+
+
+def _describe(report: EngineReport) -> str:
+    name = f"{report.engine}/{report.accelerator}" if report.accelerator else report.engine
+    return f"{name} ({report.reason})" if report.reason else name

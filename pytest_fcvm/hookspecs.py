@@ -1,0 +1,63 @@
+"""Hooks that plugins and the rootdir conftest may implement, and the keys of what pytest's objects carry for us."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_fcvm.clone import Clone
+    from pytest_fcvm.errors import FcvmError
+    from pytest_fcvm.harness import Harness
+    from pytest_fcvm.model.specs import MachineSpec
+    from pytest_fcvm.options import Options
+
+__all__ = [
+    "CLONES",
+    "HARNESS",
+    "OPTIONS",
+    "REPORTER",
+    "TIMER",
+    "RunReporter",
+    "pytest_fcvm_clone_created",
+    "pytest_fcvm_clone_failed",
+    "pytest_fcvm_modify_spec",
+]
+
+
+class RunReporter(Protocol):
+    """What fixtures need of whoever talks to the person."""
+
+    def shared_dir(self) -> Path:
+        """Return the folder that all workers of this run share."""
+        ...
+
+    def announce(self, text: str) -> None:
+        """Show a line of progress."""
+        ...
+
+
+OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
+HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
+REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
+CLONES: pytest.StashKey[list[Clone]] = pytest.StashKey()
+TIMER: pytest.StashKey[Any] = pytest.StashKey()
+
+
+@pytest.hookspec(firstresult=True)
+def pytest_fcvm_modify_spec(spec: MachineSpec, item: pytest.Item | None) -> MachineSpec | None:  # type: ignore[empty-body]
+    """Return another spec, or None to leave it. Called before a snapshot is looked up, markers already merged.
+
+    `item` is the test that asks, None for session fixtures. The first hook that returns a spec wins.
+    """
+
+
+def pytest_fcvm_clone_created(clone: Clone, item: pytest.Item | None) -> None:
+    """Learn of a clone that answers, before the test gets it."""
+
+
+def pytest_fcvm_clone_failed(spec: MachineSpec, error: FcvmError, item: pytest.Item | None) -> None:
+    """Learn of a clone that did not come to life, before the error is raised."""

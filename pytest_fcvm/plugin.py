@@ -1,0 +1,101 @@
+"""pytest's hooks, and nothing else. What a VM needs is imported when the first one is asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm import fixtures, hookspecs, reporting
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.fixtures import marks
+from pytest_fcvm.hookspecs import OPTIONS, REPORTER, TIMER
+from pytest_fcvm.options import ROWS, Options, Origin, RowKind, build_options, environment_layer, read_layer
+
+__all__: list[str] = []
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Make our own hooks known."""
+    pluginmanager.add_hookspecs(hookspecs)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add every row of the option table, to the command line and to the ini file."""
+    group = parser.getgroup("fcvm", "fresh microVMs from OCI images (pytest-fcvm)")
+    for row in ROWS:
+        text = f"{row.help} [{row.default}]" if row.default else row.help
+        how: dict[str, Any] = {"action": "store", "metavar": row.metavar}
+        if row.kind is RowKind.FLAG:
+            how = {"action": "store_true"}
+        elif row.kind is RowKind.LIST:
+            how = {"action": "append", "metavar": row.metavar}
+        elif row.choices:
+            how = {"action": "store", "choices": row.choices}
+        group.addoption(row.flag, dest=f"fcvm_{row.marker}", default=None, help=text.replace("%", "%%"), **how)
+        parser.addini(f"fcvm_{row.marker}", row.help, type=row.kind.value, default=None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read all settings once; a wrong one ends the run before it starts."""
+    arguments = ", ".join(f"{row.marker}=…" for row in ROWS if row.of_machine)
+    config.addinivalue_line("markers", f"fcvm({arguments}): run the test against a fresh microVM made to these wishes")
+    try:
+        config.stash[OPTIONS] = _read_options(config)
+    except UsageProblem as problem:
+        raise pytest.UsageError(str(problem)) from None
+    config.pluginmanager.register(fixtures, "fcvm-fixtures")
+    reporter = reporting.Reporter(config)
+    config.stash[REPORTER] = reporter
+    config.pluginmanager.register(reporter, "fcvm-reporting")
+
+
+def _read_options(config: pytest.Config) -> Options:
+    ini_base = config.inipath.parent if config.inipath else config.rootpath
+    invoked = Path(config.invocation_params.dir)
+    environment = dict(os.environ)
+    return build_options(
+        [
+            read_layer(
+                _ini_layer(config), Origin(base=ini_base, environment=environment), lambda row: f"fcvm_{row.marker}"
+            ),
+            read_layer(
+                environment_layer(environment), Origin(base=invoked, environment=environment), lambda row: row.variable
+            ),
+            read_layer(
+                _command_line_layer(config), Origin(base=invoked, environment=environment), lambda row: row.flag
+            ),
+        ]
+    )
+
+
+def _ini_layer(config: pytest.Config) -> dict[str, Any]:
+    values = {row.marker: config.getini(f"fcvm_{row.marker}") for row in ROWS}
+    return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+
+def _command_line_layer(config: pytest.Config) -> dict[str, Any]:
+    values = {row.marker: config.getoption(f"fcvm_{row.marker}") for row in ROWS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Give tests that carry the marker their clone, and tests that ask for a VM the marker."""
+    marks.complete_item(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Turn a wrong marker argument into a collection error of its file, the same with and without xdist."""
+    report = yield
+    marks.check_collected(report)
+    return report
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: object) -> None:
+    """Remember pytest-timeout's settings, so that its timer can be suspended during a build."""
+    item.stash[TIMER] = settings

@@ -1,0 +1,188 @@
+"""What a person sees: progress during builds, sections on failures, artifacts, the summary line. Also across xdist."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS
+from pytest_fcvm.host.paths import RunDir
+
+if TYPE_CHECKING:
+    from _pytest.terminal import TerminalReporter
+
+    from pytest_fcvm.clone import Clone
+
+__all__ = ["Reporter"]
+
+_PACKAGE = Path(__file__).parent
+_PROGRESS = "progress"
+_WORKER_KEY = "fcvm_shared_dir"
+_COUNTS_KEY = "fcvm_counts"
+_ARTIFACTS = "fcvm-artifacts"
+
+
+class Reporter:
+    """The one place of a process that talks. A worker's progress goes through a FIFO to the controller."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._run: RunDir | None = None
+        self._counts: list[Mapping[str, Any]] = []
+        worker_input: Mapping[str, Any] = getattr(config, "workerinput", {})
+        self._shared: str | None = worker_input.get(_WORKER_KEY)
+        self._is_worker = bool(worker_input)
+
+    # -- progress
+
+    def shared_dir(self) -> Path:
+        """Return the folder that all workers of this run share; made when first asked for."""
+        if self._shared is None:
+            self._run = RunDir().__enter__()
+            self._config.add_cleanup(lambda: self._run and self._run.__exit__(None, None, None))
+            self._shared = str(self._run.path)
+        return Path(self._shared)
+
+    def announce(self, text: str) -> None:
+        """Show a line of progress, wherever this process's terminal is."""
+        if not self._is_worker:
+            self._print(f"fcvm: {text}")
+            return
+        with suppress(OSError):  # the controller may not listen (quiet run) or be gone
+            pipe = os.open(self.shared_dir() / _PROGRESS, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.write(pipe, f"{os.environ.get('PYTEST_XDIST_WORKER', '')}: {text}\n".encode())
+            finally:
+                os.close(pipe)
+
+    def _print(self, line: str) -> None:
+        terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
+        if terminal is None or self._config.get_verbosity() < 0:
+            return
+        if capture is None:
+            terminal.write_line(line)
+            return
+        with capture.global_and_fixture_disabled():
+            terminal.write_line(line)
+            terminal.flush()
+
+    # -- xdist
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker which folder the run shares, and start to listen to its progress."""
+        first = self._shared is None
+        node.workerinput[_WORKER_KEY] = str(self.shared_dir())
+        if first:
+            os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
+            threading.Thread(target=self._listen, daemon=True, name="fcvm-progress").start()
+
+    def _listen(self) -> None:
+        # Opened for writing as well, so that it stays open between workers; the thread ends with the process.
+        with suppress(OSError, ValueError), open(self.shared_dir() / _PROGRESS, "r+", encoding="utf-8") as pipe:  # noqa: PTH123
+            for line in pipe:
+                self._print(f"fcvm {line.rstrip()}")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take a worker's counts."""
+        counts = getattr(node, "workeroutput", {}).get(_COUNTS_KEY)
+        if counts:
+            self._counts.append(counts)
+
+    def pytest_sessionfinish(self) -> None:
+        """Hand a worker's counts to the controller, before its machines are given back."""
+        harness = self._config.stash.get(HARNESS, None)
+        if harness is None:
+            return
+        counts = harness.summary()
+        output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
+        if output is None:
+            self._counts.append(counts)
+        else:
+            output[_COUNTS_KEY] = counts
+
+    # -- what is printed at the ends
+
+    def pytest_report_header(self) -> str | None:
+        """Show the engine's cached verdict, only when an fcvm option is set."""
+        options = self._config.stash[OPTIONS]
+        if not options.given:
+            return None
+        return (
+            f"fcvm: image {options.spec.image or 'not set'}, engine {options.engine} (probed when the first test asks)"
+        )
+
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
+        """Say which engine ran, what was built, and what a person should know."""
+        if not self._counts:
+            return
+        total = {name: sum(int(part[name]) for part in self._counts) for name in ("built", "reused", "clones")}
+        engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not needed"]
+        terminalreporter.write_line(
+            f"fcvm: engine {'; '.join(engines)}; snapshots built {total['built']}, reused {total['reused']}; "
+            f"clones {total['clones']}"
+        )
+        for note in sorted({note for part in self._counts for note in part["notes"]}):
+            terminalreporter.write_line(f"fcvm: {note}", yellow=True)
+        for line in (line for part in self._counts for line in part["timings"]):
+            terminalreporter.write_line(f"fcvm: {line}")
+
+    # -- failures
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Add what the machines of a failed test printed, before teardown ends them."""
+        error = call.excinfo.value if call.excinfo else None
+        if isinstance(error, FcvmError) and call.excinfo:
+            call.excinfo.traceback = call.excinfo.traceback.filter(
+                lambda entry: _PACKAGE not in Path(entry.path).parents
+            )
+        report = yield
+        if isinstance(error, FcvmError) and report.when == "setup" and report.failed:
+            report.longrepr = f"{type(error).__name__}: {error}"
+        if report.failed:
+            report.sections += _sections_of_error(error)
+        if report.when == "call":
+            clones = item.stash.get(CLONES, [])
+            if report.failed:
+                report.sections += [section for clone in clones for section in _sections_of_clone(clone)]
+            self._keep_artifacts(item, clones, failed=report.failed)
+        return report
+
+    def _keep_artifacts(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> None:
+        wish = self._config.stash[OPTIONS].artifacts
+        if wish == "off" or (wish == "failed" and not failed):
+            return
+        folder = self._config.rootpath / _ARTIFACTS / re.sub(r"[^\w.-]+", "-", item.nodeid).strip("-")[-150:]
+        for clone in clones:
+            for title, text in clone.evidence().items():
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{clone.name}.{title.replace(' ', '-')}.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def _sections_of_error(error: BaseException | None) -> list[tuple[str, str]]:
+    if not isinstance(error, FcvmError):
+        return []
+    return [(f"fcvm: {title}", _printable(text)) for title, text in error.evidence.items() if text.strip()]
+
+
+def _sections_of_clone(clone: Clone) -> list[tuple[str, str]]:
+    return [(f"fcvm {clone.name}: {title}", text) for title, text in clone.evidence().items()]
+
+
+def _printable(text: str) -> str:
+    """Escape what a guest could use to drive a terminal or break a JUnit file."""
+    lines = text.splitlines()[-100:]
+    return "\n".join("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)

@@ -1,0 +1,53 @@
+"""How a guest is called and addressed, in a base and in its clones."""
+
+from __future__ import annotations
+
+import os
+import uuid
+
+from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.model.guest import GuestConfig, Identity
+
+__all__ = ["base_config", "fresh_identity"]
+
+_ADDRESS, _GATEWAY, _DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"
+_BASE_NAME = "fcvm-base"
+
+
+def base_config(upper_mib: int, egress: bool) -> GuestConfig:
+    """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own."""
+    return GuestConfig(
+        hostname=_BASE_NAME,
+        machine_id=uuid.UUID(bytes=os.urandom(16), version=4).hex,
+        upper_mib=upper_mib,
+        address=f"{_ADDRESS}/24",
+        gateway=_GATEWAY,
+        dns=(_DNS,) if egress else (),
+        hosts=_hosts(_BASE_NAME),
+        peer_gateway=not egress,
+    )
+
+
+def fresh_identity(name: str) -> Identity:
+    """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day."""
+    random = os.urandom(70)
+    return Identity(
+        entropy=random[:32],
+        realtime_ns=real_time_ns(),
+        hostname=name,
+        machine_id=uuid.UUID(bytes=random[32:48], version=4).hex,
+        boot_id=str(uuid.UUID(bytes=random[48:64], version=4)),
+        interface="eth0",
+        mac=":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *random[64:67])),
+        hosts=_hosts(name),
+        peer_gateway=False,
+    )
+
+
+def _hosts(name: str) -> tuple[str, ...]:
+    return (
+        "127.0.0.1 localhost",
+        "::1 localhost ip6-localhost ip6-loopback",
+        f"{_ADDRESS} {name}",
+        f"{_GATEWAY} host.fcvm",
+    )

@@ -1,0 +1,194 @@
+"""The cold path: boot a base, start the workload, wait for it, prepare it, quiesce, snapshot."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pytest_fcvm.clone.clone import Clone
+from pytest_fcvm.clone.log import WorkloadLog
+from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
+from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout
+from pytest_fcvm.guest.agent import Agent, start_session
+from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
+from pytest_fcvm.host import archive
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.model.guest import ProcessSpec
+from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.model.specs import MappedPath, Prepare
+from pytest_fcvm.net.relay import Relay
+from pytest_fcvm.ready import wait_until_ready
+from pytest_fcvm.snapshot.addresses import base_config
+from pytest_fcvm.snapshot.ingredients import Ingredients
+
+__all__ = ["BASE_LOG", "build_snapshot", "snapshot_files"]
+
+BASE_LOG = "base.log"
+_MEMORY, _STATE = "memory", "state"
+_BOOT_S = 60.0  # emulated guests on a loaded machine
+_SILENT_S = 15.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_CALL_S = 60.0
+_COPY_S = 600.0
+
+Phase = Callable[[str], None]
+
+
+def snapshot_files(folder: Path, rootfs: Path) -> SnapshotFiles:
+    """Return the files of a snapshot that an engine reads."""
+    return SnapshotFiles(memory=folder / _MEMORY, state=folder / _STATE, rootfs=rootfs)
+
+
+def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, Any]:
+    """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
+
+    Raise WorkloadExited, GuestTimeout, EngineError or what a prepare function raises; the base is gone either way.
+    """
+    started = monotonic()
+    timings: dict[str, float] = {}
+    with _booted(parts, folder, phase) as machine:
+        timings["boot_ms"] = _elapsed_ms(started)
+        relay = Relay(lambda port: machine.agent.connect(port, timeout_s=_CALL_S))
+        machine.publisher = relay
+        machine.also_close([relay.close])
+        base = _as_clone(parts, machine)
+        phase("starting the workload")
+        _start_workload(parts, machine.agent)
+        phase(f"waiting until it is ready ({parts.ready})")
+        try:
+            wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+            timings["ready_ms"] = _elapsed_ms(started)
+            _prepare(parts, base, phase)
+            client_port = _client_port(parts, base)
+        except FcvmError as error:
+            raise machine.explain(error) from None
+        phase("taking the snapshot")
+        relay.close()
+        stopped = monotonic()
+        secret = _take(machine, folder)
+        timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
+    return {"secret": secret.hex(), "client_port": client_port, "timings": timings, "base": str(machine.timeline)}
+
+
+@contextmanager
+def _booted(parts: Ingredients, folder: Path, phase: Phase) -> Iterator[Machine]:
+    plan = BootPlan(name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY)
+    timeline = Timeline(monotonic())
+    phase("booting the kernel")
+    try:
+        vm, agent, log = _boot_once(parts, plan, folder)
+    except _BootHangs:
+        phase("booting the kernel again (the first boot hung)")
+        vm, agent, log = _boot_once(parts, plan, folder)
+    timeline.mark("boot", monotonic())
+    machine = Machine(vm, agent, log, vm, timeline)
+    try:
+        agent.configure(base_config(max(parts.spec.mem_mib // 2, 32), parts.spec.network.egress), timeout_s=_CALL_S)
+        timeline.mark("configure", monotonic())
+        yield machine
+    finally:
+        vm.kill()
+        vm.wait(_CALL_S)  # its channel stays untouched until it is gone: a stopped VMM still writes guest memory
+        machine.close()
+
+
+class _BootHangs(EngineError):
+    """Nothing was seen of a boot for so long that it is tried again."""
+
+
+def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path) -> tuple[Vm, Agent, WorkloadLog]:
+    plan.memory.unlink(missing_ok=True)
+    vm = parts.engine.boot(plan)
+    log = WorkloadLog(folder / BASE_LOG)
+    hangs = threading.Event()
+    watch = threading.Timer(_SILENT_S, _kill_if_silent, (vm, hangs))
+    watch.daemon = True
+    watch.start()
+    try:
+        agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S)
+    except FcvmError as error:
+        vm.kill()
+        vm.wait(_CALL_S)
+        log.close()
+        if hangs.is_set():
+            raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from error
+        raise _boot_failed(vm, error) from error
+    finally:
+        watch.cancel()
+    return vm, agent, log
+
+
+def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
+    if not vm.console_path.exists() or vm.console_path.stat().st_size == 0:
+        hangs.set()
+        vm.kill()
+
+
+def _boot_failed(vm: Vm, error: FcvmError) -> EngineError:
+    told = {
+        title: path.read_text("utf-8", "backslashreplace")[-8000:]
+        for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path))
+        if path.exists()
+    }
+    what = f"no agent within {_BOOT_S:.0f} s" if isinstance(error, GuestTimeout) else error.message
+    return EngineError(
+        f"the guest did not boot: {what}", hint="try another --fcvm-kernel, more --fcvm-mem", evidence=told
+    )
+
+
+def _as_clone(parts: Ingredients, machine: Machine) -> Clone:
+    def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  the relay maps ports when they are asked for
+        return machine
+
+    spec = parts.spec.merged({})
+    return Clone(name="fcvm-base", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
+
+
+def _start_workload(parts: Ingredients, agent: Agent) -> None:
+    for item in parts.spec.map:
+        _copy_map(item, agent)
+    defaults = parts.defaults
+    agent.start(
+        ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user), timeout_s=_CALL_S
+    )
+
+
+def _copy_map(item: MappedPath, agent: Agent) -> None:
+    guest = PurePosixPath(item.guest)
+    with agent.tar_in(str(guest.parent), timeout_s=_COPY_S) as sink:
+        archive.pack_path(item.host, guest.name, sink.write, read_only=item.read_only)
+
+
+def _prepare(parts: Ingredients, base: Clone, phase: Phase) -> None:
+    prepare = parts.spec.prepare
+    if prepare is None:
+        return
+    phase("preparing it")
+    if isinstance(prepare, Prepare):
+        prepare.func(base)
+    else:
+        base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
+    wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+
+
+def _client_port(parts: Ingredients, base: Clone) -> int | None:
+    """Return the port on which every clone must answer before a test gets it: one that listens now."""
+    if parts.ready.port is not None:
+        return parts.ready.port
+    tcp = (port for port, proto in parts.image.exposed_ports if proto == "tcp")
+    return next((port for port in tcp if base.listening(port)), None)
+
+
+def _take(machine: Machine, folder: Path) -> bytes:
+    secret = new_secret()
+    machine.agent.quiesce(secret, timeout_s=_CALL_S)
+    machine.vm.snapshot(folder / _STATE)
+    return secret
+
+
+def _elapsed_ms(since: float) -> float:
+    return round((monotonic() - since) * 1000, 1)

@@ -1,0 +1,121 @@
+"""What a snapshot is made of, and the key that says when two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.clone.clone import ExecDefaults
+from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, MachineShape
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.model.specs import MachineSpec, MappedPath, Prepare, ReadySpec
+from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
+
+__all__ = ["Ingredients", "snapshot_key"]
+
+_OWN_CODE = ("snapshot", "clone", "guest", "model/guest.py", "ready.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredients:
+    """Everything a snapshot is built from. Digests name the files' contents."""
+
+    spec: MachineSpec
+    ready: ReadySpec
+    image: ImageConfig
+    image_digest: str
+    rootfs_key: str
+    files: GuestFiles
+    kernel_digest: str
+    initramfs_key: str
+    engine: Engine
+    report: EngineReport
+
+    @property
+    def shape(self) -> MachineShape:
+        """Return what base and clones must have in common."""
+        return MachineShape(mem_mib=self.spec.mem_mib, cpus=self.spec.cpus, egress=self.spec.network.egress)
+
+    @property
+    def rootfs(self) -> Path:
+        """Return the image as one read-only file."""
+        assert self.files.rootfs is not None
+        return self.files.rootfs
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """Return the workload's command line. Raise UsageProblem for an image without one."""
+        argv = tuple(self.image.argv(self.spec.command))
+        if not argv:
+            raise UsageProblem(f"{self.spec.image} names no command to run", hint="give one with --fcvm-command")
+        return argv
+
+    @property
+    def defaults(self) -> ExecDefaults:
+        """Return environment, folder and user for the workload and for commands beside it."""
+        image_env = dict(item.partition("=")[::2] for item in self.image.env)
+        return ExecDefaults(
+            env={**image_env, **self.spec.env},
+            cwd=self.spec.workdir or self.image.working_dir or "/",
+            user=self.spec.user or self.image.user or "",
+        )
+
+
+def snapshot_key(parts: Ingredients, store: Store) -> str:
+    """Return the SHA-256 over everything that changes what a clone would be. Environment values enter as an HMAC."""
+    spec = parts.spec
+    return canonical_digest(
+        {
+            "schema": MANIFEST_SCHEMA,
+            "code": _own_code(),
+            "image": parts.image_digest,
+            "config": parts.image.to_json(),
+            "rootfs": parts.rootfs_key,
+            "kernel": parts.kernel_digest,
+            "initramfs": parts.initramfs_key,
+            "engine": parts.report.engine,
+            "accelerator": str(parts.report.accelerator),
+            "host": dict(parts.report.identity),
+            "arguments": list(parts.engine.base_arguments(parts.shape)),
+            "command": list(parts.argv),
+            "user": spec.user,
+            "workdir": spec.workdir,
+            "env": store.hidden_digest(spec.env),
+            "network": str(spec.network),
+            "map": [_map_identity(item) for item in spec.map],
+            "ready": _ready_identity(parts.ready),
+            "prepare": spec.prepare.identity() if isinstance(spec.prepare, Prepare) else spec.prepare,
+        }
+    )
+
+
+def _ready_identity(ready: ReadySpec) -> Mapping[str, Any]:
+    return {"mode": str(ready.mode), "port": ready.port, "text": ready.text, "argv": list(ready.argv)}
+
+
+def _map_identity(item: MappedPath) -> list[str]:
+    digest = hashlib.sha256()
+    for path in sorted(item.host.rglob("*")) if item.host.is_dir() else [item.host]:
+        status = path.lstat()
+        digest.update(f"{path.relative_to(item.host.parent)}\0{status.st_mode:o}\0".encode())
+        digest.update(
+            str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        )
+    return [item.guest, str(item.read_only), digest.hexdigest()]
+
+
+@cache
+def _own_code() -> str:
+    """Return a digest of our own code that configures guests, so that a new version never reuses an old one's bases."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for name in _OWN_CODE:
+        place = package / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
