@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.protocol import Accelerator, Engine, EngineReport, GuestFiles
 from pytest_fcvm.engine.spawner import Spawner
-from pytest_fcvm.errors import HostError, UsageProblem
+from pytest_fcvm.errors import EngineUnavailable, UsageProblem
 
 __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 
@@ -58,7 +58,7 @@ def choose_engine(
     """Probe and choose. `wanted` is `auto` or an engine's name, either with `/kvm`, `/tcg` or `/auto` behind it.
 
     An engine with KVM is taken before one without, whatever their order. Raise UsageProblem for an unknown name,
-    HostError with every engine's reason when none works, or when KVM is required and does not.
+    EngineUnavailable with every engine's reason when none works, or when KVM is required and does not.
     """
     names, context = _resolve(wanted, context, list(engines))
     reports: list[EngineReport] = []
@@ -91,10 +91,10 @@ def _resolve(wanted: str, context: EngineContext, known: Sequence[str]) -> tuple
     return (known if name == "auto" else [name]), context
 
 
-def _none_works(reports: Sequence[EngineReport], *, require_kvm: bool) -> HostError:
+def _none_works(reports: Sequence[EngineReport], *, require_kvm: bool) -> EngineUnavailable:
     reasons = "; ".join(f"{report.engine}: {report.reason}" for report in reports)
     hints = [report.hint for report in reports if report.hint]
     if require_kvm and any(report.usable for report in reports):
         hint = "; ".join([*hints, "leave out --fcvm-require-kvm to emulate"])
-        return HostError(f"KVM is required and does not work here: {reasons}", hint=hint)
-    return HostError(f"no engine works here: {reasons}", hint="; ".join(hints))
+        return EngineUnavailable(f"KVM is required and does not work here: {reasons}", hint=hint)
+    return EngineUnavailable(f"no engine works here: {reasons}", hint="; ".join(hints))

@@ -110,4 +110,4 @@ def _try_to_bind(port: PublishedPort) -> str:
 
 
 def _reachable(host_ip: str) -> str:
-    return "127.0.0.1" if host_ip in ("", "0.0.0.0") else host_ip  # noqa: S104 - where to connect, not where to listen
+    return "127.0.0.1" if host_ip in ("", "*", "0.0.0.0") else host_ip  # noqa: S104 - where to connect, not where to listen

@@ -1,0 +1,125 @@
+"""Fakes that speak the real protocols: QEMU's monitor on a socket pair, and QEMU's command line as a program."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+_GREETING = {
+    "QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}
+}
+
+Answer = Callable[[str, Mapping[str, object]], object]
+
+
+class FakeQmp:
+    """The VMM's end of a QMP connection, as 7.2 behaves: greets, reads JSON without separators, answers in order."""
+
+    def __init__(self) -> None:
+        self.client, self._socket = socket.socketpair()
+        self.answers: dict[str, Answer] = {}
+        self.received: list[tuple[str, Mapping[str, object]]] = []
+        self.fds: list[int] = []
+        self._thread = threading.Thread(target=self._serve)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def say(self, message: object) -> None:
+        self._socket.sendall(json.dumps(message).encode() + b"\r\n")
+
+    def say_raw(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def event(self, name: str, **data: object) -> None:
+        self.say({"timestamp": {"seconds": 1, "microseconds": 2}, "event": name, **({"data": data} if data else {})})
+
+    def hang_up(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.hang_up_quietly()
+        if self._thread.is_alive():
+            self._thread.join(5)
+        self._socket.close()
+        self.client.close()
+
+    def hang_up_quietly(self) -> None:
+        with suppress(OSError):
+            self.hang_up()
+
+    def _serve(self) -> None:
+        decoder, text = json.JSONDecoder(), ""
+        with suppress(OSError):  # our end was closed
+            self.say(_GREETING)
+            while data := self._receive():
+                text += data.decode()
+                while text:
+                    try:
+                        message, end = decoder.raw_decode(text)
+                    except ValueError:
+                        break  # half a command: the rest is on its way
+                    text = text[end:]
+                    self._answer(message["execute"], message.get("arguments", {}))
+
+    def _receive(self) -> bytes:
+        data, fds, _, _ = socket.recv_fds(self._socket, 4096, 4)
+        self.fds += fds
+        return data
+
+    def _answer(self, command: str, arguments: Mapping[str, object]) -> None:
+        self.received.append((command, arguments))
+        try:
+            answer = self.answers.get(command, lambda *_: {})(command, arguments)
+        except LookupError as error:
+            self.say({"error": {"class": "GenericError", "desc": str(error.args[0])}})
+        else:
+            if answer is not None:
+                self.say({"return": answer})
+
+
+@pytest.fixture
+def qmp() -> Iterator[FakeQmp]:
+    """A fake QEMU monitor that is serving; `client` is our end."""
+    fake = FakeQmp()
+    fake.start()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
+    """Make programs that answer QEMU's questions about itself, and count how often they were run."""
+
+    def make(
+        version: str = "7.2.22",
+        machines: str = "microvm q35",
+        accelerators: str = "tcg kvm",
+        firmware: Path | None = None,
+    ) -> Path:
+        folder = firmware or tmp_path / "firmware"
+        folder.mkdir(exist_ok=True)
+        (folder / "bios-microvm.bin").write_bytes(b"firmware")
+        program = tmp_path / "qemu-system-x86_64"
+        program.write_text(
+            f"""#!/bin/sh
+            echo "$*" >> {tmp_path}/asked
+            case "$1" in
+              --version) echo "QEMU emulator version {version} (Debian 1:7.2+dfsg-7)" ;;
+              -machine) echo "Supported machines are:"; printf '%s  a machine\\n' {machines} ;;
+              -accel) echo "Accelerators supported in QEMU binary:"; printf '%s\\n' {accelerators} ;;
+              -L) echo {folder} ;;
+            esac
+            """
+        )
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        return program
+
+    return make

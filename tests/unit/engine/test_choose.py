@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.engine.choose import EngineContext, choose_engine
+from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles
+from pytest_fcvm.engine.qemu.engine import QemuEngine
+from pytest_fcvm.errors import HostError, UsageProblem
+
+SMOKE = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=None)
+KVM, TCG = Accelerator.KVM, Accelerator.TCG
+
+
+class StandIn:
+    """An engine of which only the verdict matters."""
+
+    def __init__(self, name: str, works_with: Accelerator | None, probed: list[str]) -> None:
+        self.name, self._works_with, self._probed = name, works_with, probed
+
+    def probe(self, _: GuestFiles) -> EngineReport:
+        self._probed.append(self.name)
+        if self._works_with is None:
+            return EngineReport(engine=self.name, usable=False, reason="not there", hint=f"install {self.name}")
+        reason = "" if self._works_with is KVM else "no kvm"
+        return EngineReport(engine=self.name, usable=True, accelerator=self._works_with, reason=reason, hint="modprobe")
+
+
+class Bench:
+    """Engines to choose from, by what they work with; `probed` says which were asked."""
+
+    def __init__(self, **engines: Accelerator | None) -> None:
+        self.probed: list[str] = []
+        self.contexts: list[EngineContext] = []
+        self.engines = {name: self._factory(name, works) for name, works in engines.items()}
+
+    def _factory(self, name: str, works: Accelerator | None) -> Callable[[EngineContext], Any]:
+        def make(context: EngineContext) -> Any:
+            self.contexts.append(context)
+            return StandIn(name, works, self.probed)
+
+        return make
+
+    def choose(self, wanted: str = "auto", **options: bool) -> Any:
+        context = EngineContext(spawner=None, cache_dir=Path("cache"))  # type: ignore[arg-type]
+        return choose_engine(wanted, context, SMOKE, engines=self.engines, **options)
+
+
+def test_the_first_engine_with_kvm_is_taken_and_no_further_one_is_probed() -> None:
+    bench = Bench(firecracker=KVM, qemu=KVM)
+    assert bench.choose().engine.name == "firecracker"
+    assert bench.probed == ["firecracker"]
+
+
+def test_kvm_goes_before_the_order_of_engines() -> None:
+    choice = Bench(first=TCG, second=KVM).choose()
+    assert choice.engine.name == "second"
+    assert [report.engine for report in choice.rejected] == ["first"]
+
+
+def test_an_engine_that_only_emulates_is_better_than_none_and_says_why() -> None:
+    choice = Bench(firecracker=None, qemu=TCG).choose()
+    assert str(choice) == "qemu/tcg (no kvm)"
+    assert choice.rejected[0].reason == "not there"
+
+
+def test_a_named_engine_is_the_only_one_probed() -> None:
+    bench = Bench(firecracker=KVM, qemu=TCG)
+    assert bench.choose("qemu").engine.name == "qemu"
+    assert bench.probed == ["qemu"]
+
+
+@pytest.mark.parametrize(("wanted", "accelerator"), [("qemu/tcg", TCG), ("auto/kvm", KVM), ("qemu/auto", None)])
+def test_an_accelerator_behind_the_name_is_handed_to_the_engine(wanted: str, accelerator: Accelerator | None) -> None:
+    bench = Bench(qemu=TCG)
+    bench.choose(wanted)
+    assert bench.contexts[0].accelerator is accelerator
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [("xen", "no engine 'xen'"), ("qemu/hvf", "no accelerator 'hvf'"), ("", "no engine ''")]
+)
+def test_an_unknown_name_is_a_usage_problem_that_lists_the_known_ones(wanted: str, message: str) -> None:
+    with pytest.raises(UsageProblem, match=message) as caught:
+        Bench(qemu=TCG).choose(wanted)
+    assert "auto|" in caught.value.hint
+
+
+def test_without_any_engine_every_reason_is_told() -> None:
+    with pytest.raises(HostError) as caught:
+        Bench(firecracker=None, qemu=None).choose()
+    assert caught.value.message == "no engine works here: firecracker: not there; qemu: not there"
+    assert caught.value.hint == "install firecracker; install qemu"
+
+
+def test_a_required_kvm_is_not_replaced_by_emulation() -> None:
+    with pytest.raises(HostError, match="KVM is required and does not work here: qemu: no kvm") as caught:
+        Bench(qemu=TCG).choose(require_kvm=True)
+    assert "--fcvm-require-kvm" in caught.value.hint
+    assert Bench(qemu=KVM).choose(require_kvm=True).report.accelerator is KVM
+
+
+def refused(tmp_path: Path, binary: Path, accelerator: Accelerator | None = TCG) -> EngineReport:
+    engine = QemuEngine(None, tmp_path, binary=binary, accelerator=accelerator)  # type: ignore[arg-type]
+    report = engine.probe(SMOKE)
+    assert not report.usable
+    return report
+
+
+def test_a_qemu_that_is_too_old_is_not_usable_and_says_what_is(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
+    report = refused(tmp_path, fake_qemu(version="6.2.0"))
+    assert "is QEMU 6.2.0; 7.2 or newer is needed" in report.reason
+    assert "Debian 12" in report.hint
+
+
+def test_a_qemu_without_microvm_is_not_usable(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
+    assert "no microvm machine" in refused(tmp_path, fake_qemu(machines="q35")).reason
+
+
+def test_a_qemu_without_emulation_is_not_usable_for_it(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
+    assert "built without emulation" in refused(tmp_path, fake_qemu(accelerators="kvm")).reason
+
+
+def test_a_qemu_without_kvm_cannot_be_told_to_use_it(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
+    report = refused(tmp_path, fake_qemu(accelerators="tcg"), KVM)
+    assert report.reason.startswith("KVM does not work here: ")
+    assert "built without KVM" in report.reason
+
+
+def test_a_missing_binary_is_not_usable(tmp_path: Path) -> None:
+    assert "could not be started" in refused(tmp_path, tmp_path / "nothing").reason
+
+
+@pytest.mark.parametrize("version", ["7.2.22", "10.0.13", "11.1.3", "12.0.0"])
+def test_the_known_versions_and_newer_ones_are_usable_and_identified(
+    tmp_path: Path, fake_qemu: Callable[..., Path], version: str
+) -> None:
+    engine = QemuEngine(None, tmp_path, binary=fake_qemu(version=version), accelerator=TCG)  # type: ignore[arg-type]
+    report = engine.probe(SMOKE)
+    assert (report.usable, report.version, report.accelerator) == (True, version, TCG)
+    assert report.identity.keys() >= {"digest of qemu-system-x86_64", "version", "accelerator", "cpu", "tsc kHz"}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.engine.qemu.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
+
+MSR = "QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"
+
+
+class Proof:
+    """A smoke boot that answers what it is told to, and counts."""
+
+    def __init__(self, answer: str | Exception) -> None:
+        self.answer, self.runs = answer, 0
+
+    def __call__(self) -> str:
+        self.runs += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., str]:
+    kernel = tmp_path / "vmlinuz"
+    kernel.write_bytes(b"kernel")
+
+    def ask(proof: Proof, vmm: str = "digest") -> str:
+        return recall_or_prove(tmp_path / "kvm.json", vmm, kernel, proof)
+
+    return ask
+
+
+@pytest.mark.parametrize("reason", ["", MSR])
+def test_the_verdict_of_a_smoke_boot_is_remembered(ask: Callable[..., str], reason: str) -> None:
+    proof = Proof(reason)
+    assert [ask(proof), ask(proof)] == [reason, reason]
+    assert proof.runs == 1
+
+
+def test_another_vmm_kernel_or_boot_of_the_host_is_proven_anew(ask: Callable[..., str], tmp_path: Path) -> None:
+    ask(Proof(MSR))
+    assert ask(Proof(""), vmm="another digest") == ""
+    (tmp_path / "vmlinuz").write_bytes(b"another kernel")
+    assert ask(Proof("third"), vmm="another digest") == "third"
+    record = json.loads((tmp_path / "kvm.json").read_text())
+    record["verdict"]["name"] = "another-boot" + record["verdict"]["name"][12:]
+    (tmp_path / "kvm.json").write_text(json.dumps(record))
+    assert ask(Proof("fourth"), vmm="another digest") == "fourth"
+
+
+def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Callable[..., str], tmp_path: Path) -> None:
+    slow = Proof(SmokeTimeout("no sign of the agent within 10 s"))
+    assert ask(slow) == ask(slow) == "no sign of the agent within 10 s"
+    assert slow.runs == 1
+    record = json.loads((tmp_path / "kvm.json").read_text())
+    assert record["verdict"]["until"] is not None
+    record["verdict"]["until"] -= 601
+    (tmp_path / "kvm.json").write_text(json.dumps(record))
+    assert ask(Proof("")) == ""
+
+
+def test_a_host_without_the_device_is_told_so(tmp_path: Path) -> None:
+    reason, hint = explain_missing_device(tmp_path / "kvm")
+    assert reason == f"there is no {tmp_path / 'kvm'}"
+    assert "firmware" in hint
+
+
+def test_a_device_that_may_be_opened_is_no_reason(tmp_path: Path) -> None:
+    (tmp_path / "kvm").touch()
+    assert explain_missing_device(tmp_path / "kvm") == ("", "")
