@@ -41,6 +41,10 @@ OnEvent = Callable[[EventKind, Fields], None]
 _RECEIVE_BYTES = 256 * 1024
 
 
+class _ChannelEnded(Exception):
+    """The other end of the channel is gone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opening:
     """A stream to open. `what` names it in messages; `sink` receives its channel 0 on the session's own thread."""
@@ -160,7 +164,7 @@ class Session:
         """Fail every pending and later call with `reason`. It replaces "the channel ended", and nothing more exact."""
         with self.lock:
             if self._vague:
-                self.reason = reason
+                self.reason, self._vague = reason, False
             self._end(reason)
 
     def close(self) -> None:
@@ -268,25 +272,25 @@ class Session:
             os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
+        vague = False
         try:
             self._read_until_end()
         except FcvmError as error:
             reason = error
-        except (OSError, EOFError) as error:
-            reason = self._explain_end(error)
+        except _ChannelEnded as error:
+            better = self._explain() if self._explain else None
+            vague = better is None
+            reason = better or GuestError(
+                f"the channel to the agent ended: {error}",
+                hint="see the console and the VMM's log for what became of it",
+            )
         except Exception as error:  # noqa: BLE001  whatever it was, nobody may be left waiting
             reason = GuestError(f"the session with the agent failed: {type(error).__name__}: {error}")
         else:
             return
         with self.lock:
+            self._vague = vague and self.reason is None
             self._end(reason)
-
-    def _explain_end(self, error: Exception) -> FcvmError:
-        reason = self._explain() if self._explain else None
-        self._vague = reason is None
-        return reason or GuestError(
-            f"the channel to the agent ended: {error}", hint="see the console and the VMM's log for why the VM is gone"
-        )
 
     def _read_until_end(self) -> None:
         view = memoryview(bytearray(_RECEIVE_BYTES))
@@ -301,7 +305,7 @@ class Session:
             if self.reason is None and ready:
                 self._receive(view)
             elif fault:
-                raise fault
+                raise _ChannelEnded(str(fault))
             with self.lock:
                 if self.reason is None:
                     self._outbox.flush()
@@ -311,8 +315,10 @@ class Session:
             count = self._sock.recv_into(view)
         except BlockingIOError:
             return  # it was writable, not readable
+        except OSError as error:
+            raise _ChannelEnded(str(error)) from error
         if not count:
-            raise EOFError("end of file")
+            raise _ChannelEnded("end of file")
         self._demux.feed(view[:count])
 
 
