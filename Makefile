@@ -1,0 +1,61 @@
+# Two commands do everything: `make demo` and `make test`. Both install what they need.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# What machines are made with (demo), and what the tests compare with and serve images from (test).
+DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmdebstrap util-linux
+TEST_PACKAGES := $(DEMO_PACKAGES) docker-registry podman runc gcc libc6-dev iproute2 attr
+
+.PHONY: demo test setup-demo setup-test lint docs bench agent fuzz clean
+
+demo: setup-demo ## a pytest suite against clones of a real nginx
+	$(BIN)/python examples/demo.py
+
+test: setup-test lint ## every tier that this machine can run
+	$(BIN)/python -m pytest tests
+	$(BIN)/python tests/packaging.py
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: ## the generated reference pages
+	$(BIN)/python docs/generate.py
+
+bench: ## figures for the README, beside podman where it is installed
+	$(BIN)/python benchmarks/run.py
+
+agent: ## the guest agent, with the compiler that the build pins
+	$(BIN)/python guest_image/build
+
+fuzz: ## the agent's input for ten minutes
+	FCVM_FUZZ_SECONDS=600 $(BIN)/python -m pytest tests/agent -k fuzz
+
+setup-demo: $(VENV)/.demo
+setup-test: $(VENV)/.test
+
+$(VENV)/.demo: pyproject.toml
+	@$(MAKE) --no-print-directory packages PACKAGES="$(DEMO_PACKAGES)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[xdist]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml
+	@$(MAKE) --no-print-directory packages PACKAGES="$(TEST_PACKAGES)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[xdist,dev]'
+	touch $@ $(VENV)/.demo
+
+.PHONY: packages
+packages:
+	@missing=""; for name in $(PACKAGES); do \
+	  [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$name 2>/dev/null)" = installed ] || missing="$$missing $$name"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; \
+	  $(SUDO) apt-get update -qq && DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
+	elif [ -z "$$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ]; then $(SUDO) apt-get update -qq; fi
+
+clean:
+	rm -rf $(VENV) build dist .demo

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Build small real images (nginx, redis, postgres) from the distribution's packages, where no public registry is reachable.
+
+    build.py nginx DIR
+
+makes the OCI layout DIR/nginx with the tag `latest`, or leaves it alone when this recipe has made it before. It takes
+10 to 30 s and needs mmdebstrap and the machine's own apt sources; run it as root, or as a user with subordinate ids.
+Format: the OCI image layout specification, one uncompressed layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_ENTRYPOINTS = Path(__file__).parent
+_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The packages of an image and its configuration; `entrypoint` is a script beside this file."""
+
+    packages: tuple[str, ...]
+    config: dict[str, object]
+    entrypoint: str = ""
+    hooks: tuple[str, ...] = field(default=())
+
+
+RECIPES = {
+    "nginx": Recipe(
+        packages=("nginx-light",),
+        config={
+            "Cmd": ["nginx", "-g", "daemon off;"],
+            "ExposedPorts": {"80/tcp": {}},
+            "StopSignal": "SIGQUIT",
+            "Env": [_PATH],
+        },
+        hooks=("ln -sf /dev/stdout $1/var/log/nginx/access.log", "ln -sf /dev/stderr $1/var/log/nginx/error.log"),
+    ),
+    "redis": Recipe(
+        packages=("redis-server",),
+        config={
+            "Entrypoint": ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--daemonize", "no"],
+            "ExposedPorts": {"6379/tcp": {}},
+            "User": "redis",
+            "WorkingDir": "/var/lib/redis",
+            "Env": [_PATH],
+        },
+    ),
+    "postgres": Recipe(
+        packages=("postgresql", "util-linux"),
+        config={
+            "Entrypoint": ["/usr/local/bin/postgres-entrypoint.sh"],
+            "Cmd": ["postgres"],
+            "ExposedPorts": {"5432/tcp": {}},
+            "StopSignal": "SIGINT",
+            "Env": ["PGDATA=/var/lib/postgresql/data", "LANG=C.UTF-8", f"{_PATH}:/usr/lib/postgresql/15/bin"],
+        },
+        entrypoint="postgres-entrypoint.sh",
+        hooks=(
+            "rm -rf $1/var/lib/postgresql/15 $1/etc/postgresql/15",
+            # The just-in-time compiler is two thirds of the image; the server does without it.
+            "rm -f $1/usr/lib/postgresql/15/lib/llvmjit.so $1/usr/lib/x86_64-linux-gnu/libLLVM* $1/usr/lib/x86_64-linux-gnu/libz3*",
+        ),
+    ),
+}
+
+
+def build(name: str, folder: Path) -> Path:
+    """Return the OCI layout of an image, built unless this very recipe has built it there before."""
+    recipe = RECIPES[name]
+    layout = folder / name
+    script = _ENTRYPOINTS / recipe.entrypoint if recipe.entrypoint else None
+    stamp = hashlib.sha256(repr(recipe).encode() + (script.read_bytes() if script else b"")).hexdigest()
+    made = layout / "recipe"
+    if made.exists() and made.read_text() == stamp:
+        return layout
+    shutil.rmtree(layout, ignore_errors=True)
+    fresh = folder / f"{name}.tmp-{os.getpid()}"
+    (fresh / "blobs/sha256").mkdir(parents=True)
+    try:
+        layer = fresh / "layer.tar"
+        _bootstrap(recipe, script, layer)
+        _write_layout(fresh, layer, recipe)
+        (fresh / "recipe").write_text(stamp)
+        fresh.rename(layout)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return layout
+
+
+def _bootstrap(recipe: Recipe, script: Path | None, layer: Path) -> None:
+    hooks = list(recipe.hooks)
+    if script:
+        hooks.append(f'install -m 755 "{script}" "$1/usr/local/bin/{script.name}"')
+    for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists"):
+        hooks.append(f'rm -rf "$1/{folder}"')
+    command = ["mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(recipe.packages)}"]
+    command += ['--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Check-Date "false"']
+    command += [f"--customize-hook={hook}" for hook in hooks]
+    subprocess.run([*command, _codename(), str(layer), "-"], input=_apt_sources(), check=True)
+
+
+def _codename() -> str:
+    lines = Path("/etc/os-release").read_text(encoding="utf-8").splitlines()
+    return next(line.split("=", 1)[1].strip('"') for line in lines if line.startswith("VERSION_CODENAME="))
+
+
+def _apt_sources() -> bytes:
+    """Return the machine's own sources; mmdebstrap reads both styles, but one in a stream."""
+    deb822 = sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
+    one_line = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.list"))]
+    files = deb822 or [path for path in one_line if path.exists()]
+    return b"\n\n".join(path.read_bytes() for path in files)
+
+
+def _write_layout(folder: Path, layer: Path, recipe: Recipe) -> None:
+    _drop_devices(layer)
+    layer_blob = _add_blob(folder, layer.read_bytes(), "application/vnd.oci.image.layer.v1.tar")
+    layer.unlink()
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": recipe.config,
+        "rootfs": {"type": "layers", "diff_ids": [layer_blob["digest"]]},
+    }
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": _add_blob(folder, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
+        "layers": [layer_blob],
+    }
+    entry = _add_blob(folder, json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+    tagged = {**entry, "annotations": {"org.opencontainers.image.ref.name": "latest"}}
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [tagged]}))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+def _add_blob(folder: Path, data: bytes, media_type: str) -> dict[str, object]:
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / "blobs/sha256" / digest).write_bytes(data)
+    return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+
+def _drop_devices(layer: Path) -> None:
+    """Leave out /dev: a container engine makes its own."""
+    kept = layer.with_suffix(".kept")
+    with tarfile.open(layer) as source, tarfile.open(kept, "w", format=tarfile.PAX_FORMAT) as target:
+        for member in source:
+            if not member.name.startswith("./dev/"):
+                target.addfile(member, source.extractfile(member) if member.isreg() else None)
+    kept.replace(layer)
+
+
+def main() -> int:
+    """Build the images named on the command line."""
+    if len(sys.argv) < 3 or not set(sys.argv[1:-1]) <= set(RECIPES):
+        print(f"usage: build.py {{{'|'.join(RECIPES)}}} … DIR", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:-1]:
+        print(build(name, folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
