@@ -1,4 +1,4 @@
-"""The wheel's build hook: compile the guest agents into the package, both for a wheel, the host's own for an editable."""
+"""The wheel's build hook: compile the guest agents into the package; an editable install gets the host's alone."""
 
 from __future__ import annotations
 

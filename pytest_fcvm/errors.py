@@ -3,6 +3,7 @@
 FcvmError
 ├── UsageProblem   the person who wrote the command, the marker or the test
 ├── HostError      the machine: KVM, rights, disk, memory, a missing tool
+│   └── EngineUnavailable   no engine works here
 ├── ImageError     the OCI image or its registry
 ├── EngineError    the VMM (QEMU, Firecracker)
 └── GuestError     the agent or the workload inside the VM
@@ -22,6 +23,7 @@ from typing import Any
 __all__ = [
     "CommandFailed",
     "EngineError",
+    "EngineUnavailable",
     "FcvmError",
     "GuestError",
     "GuestTimeout",
@@ -71,6 +73,10 @@ class UsageProblem(FcvmError):
 
 class HostError(FcvmError):
     """This machine lacks something: a device, a right, a tool, disk, memory, file descriptors."""
+
+
+class EngineUnavailable(HostError):
+    """No engine works on this machine; the message has every engine's reason."""
 
 
 class ImageError(FcvmError):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pytest_fcvm.clone import Clone
-from pytest_fcvm.engine.choose import choose_engine
-from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles
+from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission import Admission
@@ -67,7 +67,7 @@ class Harness:
         self._images: dict[str, _Image] = {}
         self._notes: list[str] = []
         self._timings: list[str] = []
-        self._built = self._reused = self._clones = 0
+        self._built = self._reused = self._clones = self._alive = 0
 
     def close(self) -> None:
         """Kill what still runs and remove this process's run directory. Does nothing in a forked child."""
@@ -96,7 +96,7 @@ class Harness:
     def summary(self) -> dict[str, Any]:
         """Return what is told at the end of a run; made of plain values, so that a worker can send it."""
         return {
-            "engine": _describe(self.report) if "_chosen" in self.__dict__ else "",
+            "engine": str(self.choice) if "choice" in self.__dict__ else "",
             "built": self._built,
             "reused": self._reused,
             "clones": self._clones,
@@ -121,31 +121,24 @@ class Harness:
         run = self._resources.enter_context(RunDir())
         return self._resources.enter_context(Supervisor.start(run.path))
 
-    @property
-    def engine(self) -> Engine:
-        """Return the engine that was found to work. Raise EngineUnavailable with the reasons."""
-        return self._chosen[0]
-
-    @property
-    def report(self) -> EngineReport:
-        """Return the verdict on the engine."""
-        return self._chosen[1]
-
     @cached_property
-    def _chosen(self) -> tuple[Engine, EngineReport]:
-        smoke = GuestFiles(kernel=self._kernel.bzimage, initramfs=self._initramfs.file(_INITRAMFS), rootfs=None)
-        return choose_engine(
-            self._options.engine,
+    def choice(self) -> Choice:
+        """Return the engine that was found to work. Raise EngineUnavailable with the reasons."""
+        options = self._options
+        context = EngineContext(
             spawner=self.supervisor,
             cache_dir=self.store.root,
-            smoke=smoke,
-            accel=self._options.accel,
-            require_kvm=self._options.require_kvm,
-            qemu=self._options.qemu,
+            accelerator=None if options.accel == "auto" else Accelerator(options.accel),
+            binary=options.qemu,
+        )
+        smoke = GuestFiles(kernel=self.kernel.bzimage, initramfs=self._initramfs.file(_INITRAMFS), rootfs=None)
+        return self._once(
+            "engine", lambda: choose_engine(options.engine, context, smoke, require_kvm=options.require_kvm)
         )
 
     @cached_property
-    def _kernel(self) -> GuestKernel:
+    def kernel(self) -> GuestKernel:
+        """Return the kernel that guests boot; found, or downloaded once."""
         shelf = self.store.shelf("kernels")
         with shelf.locked("kernel", "guest kernel", self._announce):
             return self._once(
@@ -158,12 +151,12 @@ class Harness:
     @cached_property
     def _initramfs(self) -> Entry:
         agent = resolve_agent()
-        parts = {"agent": content_digest(agent), "kernel": self._kernel.digest, "format": INITRAMFS_FORMAT}
+        parts = {"agent": content_digest(agent), "kernel": self.kernel.digest, "format": INITRAMFS_FORMAT}
         key = canonical_digest(parts)
 
         def make(folder: Path) -> Mapping[str, Any]:
-            build_initramfs(agent=agent, kernel=self._kernel, dest=folder / _INITRAMFS)
-            return {"kernel": self._kernel.release}
+            build_initramfs(agent=agent, kernel=self.kernel, dest=folder / _INITRAMFS)
+            return {"kernel": self.kernel.release}
 
         return self._obtain("kernels", key, make, "guest kernel")[0]
 
@@ -187,14 +180,14 @@ class Harness:
             image_digest=image.digest,
             rootfs_key=image.rootfs.key,
             files=GuestFiles(
-                kernel=self._kernel.bzimage,
+                kernel=self.kernel.bzimage,
                 initramfs=self._initramfs.file(_INITRAMFS),
                 rootfs=image.rootfs.file(_ROOTFS),
             ),
-            kernel_digest=self._kernel.digest,
+            kernel_digest=self.kernel.digest,
             initramfs_key=self._initramfs.key,
-            engine=self.engine,
-            report=self.report,
+            engine=self.choice.engine,
+            report=self.choice.report,
         )
 
     def _image(self, text: str, who: str) -> _Image:
@@ -268,10 +261,16 @@ class Harness:
             fresh.replace(record)
             raise
 
-    def _admit(self, mem_mib: int) -> AbstractContextManager[object]:
-        return self._admission.admit(
-            mem_mib, holder=f"pid {os.getpid()}", first=self._clones == 0, deadline_s=_ADMISSION_S
-        )
+    @contextmanager
+    def _admit(self, mem_mib: int) -> Iterator[None]:
+        """Hold room in the host's memory. Who already has a machine goes first, or two could wait for ever."""
+        who = f"pid {os.getpid()}"
+        with self._admission.admit(mem_mib, holder=who, first=self._alive == 0, deadline_s=_ADMISSION_S):
+            self._alive += 1
+            try:
+                yield
+            finally:
+                self._alive -= 1
 
     def _count_clone(self, clone: Clone) -> None:
         self._clones += 1
@@ -280,8 +279,3 @@ class Harness:
 
     def _speaker(self, image: str) -> Announce:
         return lambda text: self._announce(f"{image}: {text}")
-
-
-def _describe(report: EngineReport) -> str:
-    name = f"{report.engine}/{report.accelerator}" if report.accelerator else report.engine
-    return f"{name} ({report.reason})" if report.reason else name

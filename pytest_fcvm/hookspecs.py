@@ -48,7 +48,7 @@ TIMER: pytest.StashKey[Any] = pytest.StashKey()
 
 
 @pytest.hookspec(firstresult=True)
-def pytest_fcvm_modify_spec(spec: MachineSpec, item: pytest.Item | None) -> MachineSpec | None:  # type: ignore[empty-body]
+def pytest_fcvm_modify_spec(spec: MachineSpec, item: pytest.Item | None) -> MachineSpec | None:
     """Return another spec, or None to leave it. Called before a snapshot is looked up, markers already merged.
 
     `item` is the test that asks, None for session fixtures. The first hook that returns a spec wins.

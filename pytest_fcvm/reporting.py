@@ -47,9 +47,14 @@ class Reporter:
         """Return the folder that all workers of this run share; made when first asked for."""
         if self._shared is None:
             self._run = RunDir().__enter__()
-            self._config.add_cleanup(lambda: self._run and self._run.__exit__(None, None, None))
+            self._config.add_cleanup(self._leave_run_dir)
             self._shared = str(self._run.path)
         return Path(self._shared)
+
+    def _leave_run_dir(self) -> None:
+        if self._run is not None:
+            self._run.__exit__(None, None, None)
+            self._run = None
 
     def announce(self, text: str) -> None:
         """Show a line of progress, wherever this process's terminal is."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build small real images (nginx, redis, postgres) from the distribution's packages, where no public registry is reachable.
+"""Build small real images (nginx, redis, postgres) from the distribution's packages, for machines without a registry.
 
     build.py nginx DIR
 
@@ -68,7 +68,8 @@ RECIPES = {
         hooks=(
             "rm -rf $1/var/lib/postgresql/15 $1/etc/postgresql/15",
             # The just-in-time compiler is two thirds of the image; the server does without it.
-            "rm -f $1/usr/lib/postgresql/15/lib/llvmjit.so $1/usr/lib/x86_64-linux-gnu/libLLVM* $1/usr/lib/x86_64-linux-gnu/libz3*",
+            "rm -f $1/usr/lib/postgresql/15/lib/llvmjit.so",
+            "rm -f $1/usr/lib/x86_64-linux-gnu/libLLVM* $1/usr/lib/x86_64-linux-gnu/libz3*",
         ),
     ),
 }
@@ -101,8 +102,8 @@ def _bootstrap(recipe: Recipe, script: Path | None, layer: Path) -> None:
     hooks = list(recipe.hooks)
     if script:
         hooks.append(f'install -m 755 "{script}" "$1/usr/local/bin/{script.name}"')
-    for folder in ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists"):
-        hooks.append(f'rm -rf "$1/{folder}"')
+    unwanted = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists")
+    hooks += [f'rm -rf "$1/{folder}"' for folder in unwanted]
     command = ["mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(recipe.packages)}"]
     command += ['--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Check-Date "false"']
     command += [f"--customize-hook={hook}" for hook in hooks]

@@ -23,9 +23,9 @@ def monotonic() -> float:
 
 
 def real_time_ns() -> int:
-    """Return the host's time of day in ns since 1970, up to a timer tick (4 ms) late, that no test library can move.
+    """Return the host's time of day in ns since 1970, a timer tick (4 ms) late at most; no library moves it.
 
-    time-machine patches every clock of Python's `time` that tells the time of day; the kernel's stamp on a file is its own.
+    time-machine patches every clock of Python's `time` that tells it; the kernel's stamp on a file is its own.
     """
     descriptor = os.memfd_create("fcvm-clock", os.MFD_CLOEXEC)
     try:
