@@ -63,12 +63,12 @@ def find_exit_status(fields: Fields) -> ExitStatus | None:
     code, signal = fields.find_number(FieldTag.EXIT_CODE), fields.find_number(FieldTag.EXIT_SIGNAL)
     if code is None and signal is None:
         return None
-    return ExitStatus(code=code, signal=None if code is not None else signal, message=fields.text(FieldTag.MESSAGE))
+    return ExitStatus(code=code, signal=None if code is not None else signal, message=fields.line(FieldTag.MESSAGE))
 
 
 def exit_status(fields: Fields) -> ExitStatus:
     """Return how a program ended; an agent that does not say counts as a start that failed."""
-    return find_exit_status(fields) or ExitStatus(code=126, message=fields.text(FieldTag.MESSAGE) or "no exit status")
+    return find_exit_status(fields) or ExitStatus(code=126, message=fields.line(FieldTag.MESSAGE) or "no exit status")
 
 
 def workload_status(fields: Fields) -> WorkloadStatus:

@@ -182,6 +182,10 @@ class Fields(dict[int, list[bytes]]):
         """Return the first text under `tag`, untrusted, "" where there is none."""
         return next(iter(self.texts(tag)), "")
 
+    def line(self, tag: FieldTag) -> str:
+        """Return the first text under `tag` on one line, for a message."""
+        return " ".join(self.text(tag).split())
+
     def texts(self, tag: FieldTag) -> list[str]:
         """Return all texts under `tag`, untrusted."""
         return [value.decode("utf-8", "surrogateescape") for value in self.get(tag, ())]

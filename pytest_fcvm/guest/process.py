@@ -160,7 +160,12 @@ class GuestProcess:
 
         Raise GuestTimeout at the deadline, or why the session ended.
         """
-        return exit_status(self._stream.wait_exit(Deadline(timeout_s)))
+        try:
+            return exit_status(self._stream.wait_exit(Deadline(timeout_s)))
+        except GuestTimeout as error:
+            if self._stream.is_stalled():
+                error.hint = "nobody reads its output: read stdout and stderr, close them, or use communicate"
+            raise
 
     def communicate(self, data: bytes = b"", *, timeout_s: float | None) -> tuple[bytes, bytes]:
         """Send `data` and end of file to stdin, collect all output, wait for the end; return stdout and stderr.

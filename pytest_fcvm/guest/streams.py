@@ -114,7 +114,7 @@ class Stream:
         (code,) = _ERRNO.unpack_from(reply)
         fields = decode_fields(memoryview(reply)[_ERRNO.size :])
         if code:
-            raise self._failure(code, fields.text(FieldTag.MESSAGE))
+            raise self._failure(code, fields.line(FieldTag.MESSAGE))
         return fields
 
     def wait_exit(self, deadline: Deadline) -> Fields:
@@ -198,6 +198,11 @@ class Stream:
             inbound.discarding = True
             inbound.chunks.clear()
 
+    def is_stalled(self) -> bool:
+        """Say whether the agent may not send more because nobody reads."""
+        with self._link.lock:
+            return any(inbound.credit == 0 for inbound in self._inbound)
+
     def read_waiting(self, channel: int) -> bytes:
         """Return what a collected channel holds now, without waiting."""
         with self._link.lock:
@@ -208,8 +213,9 @@ class Stream:
         with self._link.lock:
             if self._abandoned:
                 return
+            over = self._link.reason is not None or self._is_over()
             self._abandoned = True
-            if self._link.reason is None and not self._is_over():
+            if not over:
                 if not self.kind.is_verb:
                     self._link.transmit(encode_frame(FrameType.CLOSE, self.id, _ERRNO.pack(code)))
                 self._link.retire(self.id)

@@ -1,12 +1,430 @@
-"""The agent's verbs and streams against the fake agent."""
+"""The agent's verbs, and its streams that are no programs: sockets, tar, logs."""
 
 from __future__ import annotations
 
-from pytest_fcvm.guest.agent import Agent
-from pytest_fcvm.model.guest import ProcessSpec
+import io
+import socket
+import struct
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fakes.agent import FakeAgent
+
+from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem, WorkloadExited
+from pytest_fcvm.guest.agent import Agent, start_session
+from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, FieldTag, FrameType, StreamKind
+from pytest_fcvm.guest.streams import CallFailed
+from pytest_fcvm.model.guest import (
+    ExitStatus,
+    GuestConfig,
+    Identity,
+    ListenState,
+    ProcessSpec,
+    WorkloadState,
+    WorkloadStatus,
+)
+from pytest_fcvm.model.net import Proto
+
+CONFIG = GuestConfig(
+    hostname="base",
+    machine_id="0123456789abcdef" * 2,
+    upper_mib=128,
+    mac="52:54:00:12:34:56",
+    address="10.0.2.15/24",
+    gateway="10.0.2.2",
+    dns=("127.0.0.53",),
+    hosts=("127.0.0.1 localhost", "10.0.2.15 base"),
+    peer_gateway=True,
+)
+IDENTITY = Identity(
+    entropy=bytes(range(32)),
+    realtime_ns=1_700_000_000_123_456_789,
+    hostname="clone",
+    boot_id="11111111-2222-3333-4444-555555555555",
+    hook=("/bin/hook", "-x"),
+)
 
 
-def test_a_program_gets_its_input_and_gives_its_output(agent: Agent) -> None:
-    with agent.exec(ProcessSpec(argv=("cat",))) as process:
-        out, err = process.communicate(b"hello", timeout_s=10)
-    assert (out, err, process.wait(1).code) == (b"hello", b"", 0)
+def test_configure_and_start_say_everything_the_guest_needs(fake: FakeAgent, agent: Agent) -> None:
+    agent.configure(CONFIG)
+    assert agent.start(ProcessSpec(argv=("nginx", "-g", "daemon off;"), user="www-data")) == 1
+    (configure, config), (start, process) = fake.executed
+    assert (configure, start) == (StreamKind.CONFIGURE, StreamKind.START)
+    assert {tag.name: config[tag] for tag in FieldTag if tag in config} == {
+        "HOSTNAME": [b"base"],
+        "MACHINE_ID": [b"0123456789abcdef" * 2],
+        "UPPER_MIB": [struct.pack("<Q", 128)],
+        "ROOT_DEVICE": [b"/dev/vda"],
+        "INTERFACE": [b"eth0"],
+        "MAC": [b"\x52\x54\x00\x12\x34\x56"],
+        "ADDRESS": [b"10.0.2.15/24"],
+        "GATEWAY": [b"10.0.2.2"],
+        "DNS": [b"127.0.0.53"],
+        "HOSTS": [b"127.0.0.1 localhost", b"10.0.2.15 base"],
+        "PEER_GATEWAY": [struct.pack("<Q", 1)],
+    }
+    assert process.texts(FieldTag.ARG) == ["nginx", "-g", "daemon off;"]
+    assert agent.status() == WorkloadStatus(state=WorkloadState.RUNNING)
+
+
+def test_personalise_says_what_it_was_given_and_nothing_else(fake: FakeAgent, agent: Agent) -> None:
+    agent.personalise(IDENTITY)
+    agent.personalise(Identity(peer_gateway=False))
+    (_, first), (_, second) = fake.executed
+    assert {tag.name: first[tag] for tag in FieldTag if tag in first} == {
+        "ENTROPY": [bytes(range(32))],
+        "REALTIME_NS": [struct.pack("<Q", 1_700_000_000_123_456_789)],
+        "HOSTNAME": [b"clone"],
+        "BOOT_ID": [b"11111111-2222-3333-4444-555555555555"],
+        "ARG": [b"/bin/hook", b"-x"],
+    }
+    assert second == {FieldTag.PEER_GATEWAY: [bytes(8)]}
+
+
+@pytest.mark.parametrize("mac", ["52:54:00:12:34", "eth0", "52:54:00:12:34:5g"])
+def test_a_mac_address_that_is_none_is_refused(mac: str, agent: Agent) -> None:
+    with pytest.raises(UsageProblem, match="is no MAC address"):
+        agent.personalise(Identity(mac=mac))
+
+
+def test_a_session_can_begin_with_identity_and_log(fake: FakeAgent, connect: Callable[[], socket.socket]) -> None:
+    fake.log(b"before\n")
+    got: list[bytes] = []
+    with start_session(connect(), PROTOCOL_BOOT_SECRET, identity=IDENTITY, log_sink=got.append, timeout_s=10) as agent:
+        assert fake.executed[0] == (StreamKind.PERSONALISE, fake.executed[0][1])
+        fake.log(b"after\n")
+        fake.exit_workload(code=0)
+        agent.wait_until_workload_exit(10)
+        agent.sync()
+    assert fake.executed[0][1].text(FieldTag.HOSTNAME) == "clone"
+    assert b"".join(got) == b"before\nafter\n"
+
+
+def test_a_session_that_cannot_begin_closes_its_channel(fake: FakeAgent, connect: Callable[[], socket.socket]) -> None:
+    fake.refusals[StreamKind.PERSONALISE] = (22, "RNDADDENTROPY: Invalid argument")
+    sock = connect()
+    with pytest.raises(CallFailed, match=r"personalise failed in the guest: RNDADDENTROPY: .* \(EINVAL\)"):
+        start_session(sock, PROTOCOL_BOOT_SECRET, identity=IDENTITY, timeout_s=10)
+    assert sock.fileno() == -1
+
+
+def test_metrics_are_numbers_where_they_are(agent: Agent) -> None:
+    assert agent.metrics() == {"uptime_ms": 1234, "load": 0.25, "kernel": "6.12.1"}
+
+
+def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: Agent) -> None:
+    fake.listening.update({80: 1, 5432: 2, 99: 77})
+    assert agent.listening(80) is ListenState.OPEN
+    assert agent.listening(5432, Proto.UDP) is ListenState.LOOPBACK_ONLY
+    assert agent.listening(81) is ListenState.CLOSED
+    assert agent.listening(99) is ListenState.CLOSED, "an answer not known yet is no yes"
+    assert fake.executed[1][1].text(FieldTag.PROTO) == "udp"
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (StreamKind.CONFIGURE, lambda agent: agent.configure(CONFIG, timeout_s=0.02)),
+        (StreamKind.START, lambda agent: agent.start(ProcessSpec(argv=("x",)), timeout_s=0.02)),
+        (StreamKind.STATUS, lambda agent: agent.status(timeout_s=0.02)),
+        (StreamKind.METRICS, lambda agent: agent.metrics(timeout_s=0.02)),
+        (StreamKind.QUIESCE, lambda agent: agent.quiesce(b"s" * 16, timeout_s=0.02)),
+        (StreamKind.PERSONALISE, lambda agent: agent.personalise(IDENTITY, timeout_s=0.02)),
+        (StreamKind.LISTENING, lambda agent: agent.listening(80, timeout_s=0.02)),
+        (StreamKind.STOP, lambda agent: agent.stop(15, timeout_s=0.02)),
+        (StreamKind.POWEROFF, lambda agent: agent.poweroff(timeout_s=0.02)),
+        (StreamKind.SYNC, lambda agent: agent.sync(timeout_s=0.02)),
+        (StreamKind.EXEC, lambda agent: agent.exec(ProcessSpec(argv=("x",)), timeout_s=0.02)),
+        (StreamKind.CONNECT, lambda agent: agent.connect(80, timeout_s=0.02)),
+        (StreamKind.LOGS, lambda agent: agent.logs(print, timeout_s=0.02)),
+        (StreamKind.TAR_IN, lambda agent: agent.tar_in("/srv", timeout_s=0.02)),
+        (StreamKind.TAR_OUT, lambda agent: agent.tar_out("/srv", timeout_s=0.02)),
+    ],
+)
+def test_every_call_keeps_its_deadline_and_says_which_it_was(
+    kind: StreamKind, call: Callable[[Agent], object], fake: FakeAgent, agent: Agent
+) -> None:
+    words = {StreamKind.TAR_IN: "copy to", StreamKind.TAR_OUT: "copy of"}
+    fake.silent.add(kind)
+    with pytest.raises(GuestTimeout, match=rf"{words.get(kind, kind.name.lower())}.* did not answer within 0\.02 s"):
+        call(agent)
+
+
+def test_no_kind_of_stream_is_without_a_deadline_test() -> None:
+    marks = test_every_call_keeps_its_deadline_and_says_which_it_was.pytestmark  # type: ignore[attr-defined]
+    assert {kind for kind, _ in marks[0].args[1]} == set(StreamKind)
+
+
+def test_poweroff_is_done_when_the_channel_ends(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    thread = threading.Thread(target=agent.poweroff)
+    thread.start()
+    peer.take()
+    peer.sock.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert agent.session.reason is not None
+
+
+def test_the_end_of_the_workload_is_told_once_to_everybody_however_it_is_learned(fake: FakeAgent, agent: Agent) -> None:
+    told: list[ExitStatus] = []
+    agent.on_workload_exit(told.append)
+    assert agent.workload_exit is None
+    agent.check_workload()
+    agent.stop(15)
+    assert agent.wait_until_workload_exit(10) == ExitStatus(signal=15)
+    assert agent.status() == WorkloadStatus(state=WorkloadState.EXITED, exit=ExitStatus(signal=15))
+    agent.on_workload_exit(told.append)
+    assert told == [ExitStatus(signal=15)] * 2
+    with pytest.raises(WorkloadExited, match="the workload ended with signal SIGTERM"):
+        agent.check_workload()
+
+
+def test_a_session_that_begins_after_the_workload_ended_learns_it_from_status(
+    fake: FakeAgent, connect: Callable[[], socket.socket]
+) -> None:
+    fake.exit_workload(code=3)
+    with start_session(connect(), PROTOCOL_BOOT_SECRET, timeout_s=10) as agent:
+        agent.status()
+        assert agent.wait_until_workload_exit(0) == ExitStatus(code=3)
+
+
+def test_oom_kills_are_counted(fake: FakeAgent, agent: Agent) -> None:
+    fake.say_oom(2)
+    agent.sync()
+    assert agent.oom_kills == 2
+
+
+# Sockets
+
+
+@pytest.fixture
+def listener(cleanup: ExitStack, fake: FakeAgent) -> socket.socket:
+    """A listening socket behind port 80 of the guest."""
+    sock = cleanup.enter_context(socket.create_server(("127.0.0.1", 0)))
+    sock.settimeout(10)
+    fake.ports[80] = sock.getsockname()
+    return sock
+
+
+@pytest.fixture
+def server(cleanup: ExitStack, listener: socket.socket) -> Iterator[Callable[[], socket.socket]]:
+    def accept() -> socket.socket:
+        peer, _ = listener.accept()
+        peer.settimeout(10)
+        return cleanup.enter_context(peer)
+
+    return accept
+
+
+def test_a_connection_carries_both_ways_and_is_closed_by_halves(
+    server: Callable[[], socket.socket], fake: FakeAgent, agent: Agent
+) -> None:
+    sock = agent.connect(80, 10, address="10.0.2.15")
+    peer = server()
+    assert fake.executed[-1][1].text(FieldTag.ADDRESS) == "10.0.2.15"
+    sock.sendall(b"GET /")
+    assert peer.recv(100) == b"GET /"
+    sock.shutdown_write()
+    assert peer.recv(100) == b""
+    peer.sendall(b"answer")
+    assert sock.recv(3, timeout_s=10) == b"ans"
+    assert sock.recv(timeout_s=10) == b"wer"
+    peer.close()
+    assert sock.recv(timeout_s=10) == b""
+    with pytest.raises(BrokenPipeError):
+        sock.sendall(b"more")
+    agent.sync()
+    assert fake.open_streams() == 0
+    sock.close()
+
+
+def test_the_guests_half_may_be_closed_first(server: Callable[[], socket.socket], agent: Agent) -> None:
+    with agent.connect(80, 10) as sock:
+        peer = server()
+        peer.shutdown(socket.SHUT_WR)
+        assert sock.recv(timeout_s=10) == b""
+        sock.sendall(b"still here")
+        assert peer.recv(100) == b"still here"
+
+
+def test_a_reset_comes_after_what_was_sent_before_it(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    thread = threading.Thread(target=lambda: peer.reply(peer.take().stream))
+    thread.start()
+    sock = agent.connect(80, 10)
+    thread.join()
+    peer.send(FrameType.DATA, 1, b"\0last words")
+    peer.send(FrameType.CLOSE, 1, struct.pack("<I", 104))
+    assert sock.recv(timeout_s=10) == b"last words"
+    with pytest.raises(ConnectionResetError, match="connect to port 80"):
+        sock.recv(timeout_s=10)
+    with pytest.raises(ConnectionResetError):
+        sock.sendall(b"x")
+    sock.close()
+    assert peer.take_all(0.1) == []
+
+
+def test_a_reset_by_the_host_is_told_to_the_guest(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    thread = threading.Thread(target=lambda: peer.reply(peer.take().stream))
+    thread.start()
+    sock = agent.connect(80, 10)
+    thread.join()
+    sock.reset()
+    sock.close()
+    assert [(frame.type, frame.payload) for frame in peer.take_all(0.1)] == [(FrameType.CLOSE, struct.pack("<I", 104))]
+
+
+def test_a_port_without_a_listener_refuses(agent: Agent) -> None:
+    with pytest.raises(ConnectionRefusedError, match="connect to port 81 failed in the guest"):
+        agent.connect(81)
+
+
+def test_a_silent_peer_costs_the_deadline_and_no_more(server: Callable[[], socket.socket], agent: Agent) -> None:
+    sock = agent.connect(80, 10)
+    server()
+    with pytest.raises(GuestTimeout, match=r"connect to port 80 did not bring data within 0\.05 s"):
+        sock.recv(timeout_s=0.05)
+
+
+# Tar
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_files_travel_both_ways_as_tar(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+    fake.root = tmp_path
+    (tmp_path / "srv").mkdir()
+    data = bytes(range(256)) * 4000
+    with agent.tar_in("/srv", user="www-data", timeout_s=30) as sink:
+        assert sink.write(packed({"a/b": data, "c": b"c"})) > len(data)
+    assert (tmp_path / "srv/a/b").read_bytes() == data
+    assert fake.executed[-1][1].text(FieldTag.USER) == "www-data"
+    with agent.tar_out("/srv", timeout_s=30) as source, tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]
+        got = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+    assert got == {"srv/a/b": data, "srv/c": b"c"}
+    with agent.tar_out("/srv/c", timeout_s=30) as source, tarfile.open(fileobj=io.BytesIO(source.read())) as tar:
+        assert tar.getnames() == ["c"]
+    assert fake.open_streams() == 0
+
+
+def test_a_copy_to_or_from_nowhere_says_what_is_missing(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+    fake.root = tmp_path
+    with pytest.raises(CallFailed, match=r"copy to /nowhere failed in the guest: open .*\(ENOENT\)"):
+        agent.tar_in("/nowhere")
+    with pytest.raises(CallFailed, match=r"copy of /nowhere failed in the guest: open .*\(ENOENT\)"):
+        agent.tar_out("/nowhere")
+
+
+def test_a_copy_that_fails_half_way_says_why(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+    fake.root = tmp_path
+    with pytest.raises(GuestError, match=r"copy to / failed in the guest: exit code 1 \(.+\)"):
+        agent.tar_in("/", timeout_s=10).close()
+    sink = agent.tar_in("/", timeout_s=10)
+    sink.write(b"this is no tar stream" * 100)
+    with pytest.raises(GuestError, match=r"copy to / failed in the guest: exit code 1 \(.+\)"):
+        sink.close()
+
+
+def test_an_agent_that_gives_up_while_a_copy_is_sent_is_quoted(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    thread = threading.Thread(target=lambda: peer.reply(peer.take().stream))
+    thread.start()
+    sink = agent.tar_in("/srv", timeout_s=10)
+    thread.join()
+    exit_fields = struct.pack("<HI", FieldTag.EXIT_CODE, 8) + struct.pack("<Q", 1)
+    message = b"write /srv/x: No space left on device"
+    peer.send(FrameType.EXIT, 1, exit_fields + struct.pack("<HI", FieldTag.MESSAGE, len(message)) + message)
+    with pytest.raises(GuestError, match="No space left on device"):
+        sink.write(bytes(1 << 20))
+
+
+def test_a_copy_that_is_broken_off_by_the_caller_is_given_up(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+    fake.root = tmp_path
+
+    def fail(sink: object) -> None:
+        raise RuntimeError("caller's own")
+
+    with pytest.raises(RuntimeError, match="caller's own"), agent.tar_in("/") as sink:
+        fail(sink)
+    agent.sync()
+    assert fake.open_streams() == 0
+
+
+def test_an_agent_that_could_not_send_all_of_a_copy_is_quoted_at_its_end(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    thread = threading.Thread(target=lambda: peer.reply(peer.take().stream))
+    thread.start()
+    source = agent.tar_out("/srv", timeout_s=10)
+    thread.join()
+    peer.send(FrameType.DATA, 1, b"\0" + bytes(512))
+    peer.send(FrameType.EXIT, 1, struct.pack("<HIQ", FieldTag.EXIT_CODE, 8, 2))
+    assert source.read(512) == bytes(512)
+    with pytest.raises(GuestError, match="copy of /srv failed in the guest: exit code 2"):
+        source.read(512)
+
+
+# Logs
+
+
+def test_the_log_brings_what_was_printed_before_and_after_and_then_ends(fake: FakeAgent, agent: Agent) -> None:
+    fake.log(b"one\n")
+    got: list[bytes] = []
+    log = agent.logs(got.append)
+    fake.log(b"two\n")
+    with pytest.raises(GuestTimeout, match="logs did not end"):
+        log.wait_until_end(0.05)
+    fake.log(b"three\n")
+    fake.exit_workload(code=0)
+    log.wait_until_end(10)
+    assert b"".join(got) == b"one\ntwo\nthree\n"
+
+
+def test_a_log_of_many_windows_needs_no_reader_but_its_sink(fake: FakeAgent, agent: Agent) -> None:
+    size = 0
+
+    def sink(data: bytes) -> None:
+        nonlocal size
+        size += len(data)
+
+    log = agent.logs(sink)
+    for number in range(100):
+        fake.log(bytes([number]) * 60_000)
+        agent.sync()  # the ring is empty again
+    fake.exit_workload(code=0)
+    log.wait_until_end(10)
+    assert size == 6_000_000
+
+
+def test_a_sink_that_fails_loses_the_log_and_nothing_else(fake: FakeAgent, agent: Agent) -> None:
+    def sink(data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = agent.logs(sink)
+    fake.log(b"x")
+    with pytest.raises(GuestError, match=r"the receiver of logs failed: .*No space left"):
+        log.wait_until_end(10)
+    agent.sync()
+    assert fake.open_streams() == 0
+
+
+def test_a_log_that_is_no_longer_followed_is_left_to_the_guest(fake: FakeAgent, agent: Agent) -> None:
+    got: list[bytes] = []
+    agent.logs(got.append).close()
+    agent.sync()
+    fake.log(b"unheard")
+    agent.sync()
+    assert got == []
