@@ -38,6 +38,8 @@ _ROOT_LIMIT = 45  # leaves room below PATH_LIMIT for /<run id>/<child's folder>/
 _CHILD_NAME_LIMIT = 20
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"})
 _MOUNTS = Path("/proc/self/mountinfo")
+# Not tempfile.gettempdir(): all runs of a user must agree on it, and TMPDIR may be long.
+_TMP = Path("/tmp")  # noqa: S108 - owner and mode of what we use there are checked
 _RUN_ID = re.compile(r"[0-9a-f]{8}")
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
@@ -84,7 +86,7 @@ def file_system_of(path: Path, *, mounts: Path = _MOUNTS) -> str:
     return ""
 
 
-def run_root() -> Path:
+def run_root(tmp: Path = _TMP) -> Path:
     """Return the folder of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if fit, else `/tmp/fcvm-<uid>`.
 
     Raise HostError when somebody else has put something in its place.
@@ -95,8 +97,7 @@ def run_root() -> Path:
         with suppress(OSError, HostError):
             if len(str(candidate)) <= _ROOT_LIMIT:
                 return _private_dir(candidate)
-    # Not tempfile.gettempdir(): all runs of a user must agree on it, and TMPDIR may be long.
-    fallback = Path(f"/tmp/fcvm-{os.geteuid()}")  # noqa: S108 - its owner and mode are checked
+    fallback = tmp / f"fcvm-{os.geteuid()}"
     try:
         return _private_dir(fallback)
     except OSError as error:

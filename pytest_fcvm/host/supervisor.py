@@ -296,7 +296,7 @@ def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> in
             ],
             setsid=True,
             setsigmask=(),
-            setsigdef=(signal.SIGCHLD, signal.SIGPIPE),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
     finally:
         for descriptor in set(lifted.values()) - set(given.values()):

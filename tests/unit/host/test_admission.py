@@ -1,0 +1,270 @@
+"""Clones are let in as memory allows, over real processes; a dead one holds nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.host.memory import HostMemory
+
+# admit MIB NAME FIRST DEADLINE_S | fork -> one JSON line each
+OTHER = """
+import json, os, sys, time
+from pathlib import Path
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.memory import HostMemory
+
+admission = Admission(
+    Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2] != "-" else None, memory=HostMemory(Path(sys.argv[3]))
+)
+tickets = []
+for line in sys.stdin:
+    question, *rest = line.split()
+    answer = {}
+    if question == "admit":
+        try:
+            tickets.append(
+                admission.admit(int(rest[0]), holder=rest[1], first=rest[2] == "first", deadline_s=float(rest[3]))
+            )
+        except HostError as error:
+            answer = {"error": str(error)}
+    elif question == "release":
+        tickets.pop().release()
+    elif question == "fork":
+        answer["pid"] = os.fork()
+        if answer["pid"] == 0:
+            tickets.pop().release()
+            time.sleep(600)
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Other:
+    """Another pytest process with an admission of its own."""
+
+    def __init__(self, run_root: Path, max_clones: int | None, root: Path) -> None:
+        limit = "-" if max_clones is None else str(max_clones)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OTHER, str(run_root), limit, str(root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, question: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+
+    def hear(self) -> Any:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def ask(self, question: str) -> Any:
+        self.tell(question)
+        return self.hear()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Callable[[int], Path]:
+    """A machine of 4 GiB with as much available as the test says, when it says it."""
+
+    def available(mib: int) -> Path:
+        (tmp_path / "proc").mkdir(exist_ok=True)
+        new = tmp_path / "proc" / "meminfo.new"
+        new.write_text(f"MemTotal:  4194304 kB\nMemAvailable: {mib * 1024} kB\n")
+        new.rename(tmp_path / "proc" / "meminfo")
+        return tmp_path
+
+    available(4096)
+    return available
+
+
+@pytest.fixture
+def start_other(run_root: Path, tmp_path: Path) -> Iterator[Callable[..., Other]]:
+    with ExitStack() as stack:
+
+        def start(max_clones: int | None = None) -> Other:
+            other = Other(run_root, max_clones, tmp_path)
+            stack.callback(other.process.communicate)
+            stack.callback(other.process.kill)
+            return other
+
+        yield start
+
+
+def test_tickets_are_given_while_memory_lasts_over_all_processes(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    here, there = Admission(run_root, memory=HostMemory(machine(2000))), start_other()
+    with here.admit(800, holder="here", first=True, deadline_s=1):
+        assert there.ask("admit 800 there first 1") == {}
+        # 1600 of 2000 are promised, though the clones have not touched their memory yet.
+        with pytest.raises(HostError, match="no room for a clone of 300 MiB"):
+            here.admit(300, holder="more", first=False, deadline_s=0.05)
+        with here.admit(100, holder="small", first=False, deadline_s=1):
+            pass
+    with here.admit(800, holder="here again", first=True, deadline_s=1):
+        pass
+
+
+def test_memory_that_others_have_taken_since_is_not_given_away(run_root: Path, machine: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(machine(2000)))
+    with admission.admit(100, holder="first", first=True, deadline_s=1):
+        machine(500)
+        with pytest.raises(HostError, match=r"no room .* \(500 MiB are available\)"):
+            admission.admit(300, holder="second", first=False, deadline_s=0.05)
+        with admission.admit(200, holder="third", first=False, deadline_s=1):
+            pass
+
+
+def test_a_lone_clone_needs_no_reserve(run_root: Path, machine: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(machine(300)))
+    with admission.admit(300, holder="alone", first=True, deadline_s=0.05):
+        pass
+
+
+def test_a_clone_larger_than_the_machine_is_refused_at_once(run_root: Path, machine: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(machine(4000)))
+    with pytest.raises(HostError, match=r"a clone of 5000 MiB does not fit in the 4096 MiB") as caught:
+        admission.admit(5000, holder="huge", first=True, deadline_s=600)
+    assert "--fcvm-mem" in caught.value.hint
+
+
+def test_the_deadline_names_the_holders_with_test_and_pid(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    other = start_other()
+    for number in range(5):
+        other.ask(f"admit 10 test_x.py::test_{number} first 1")
+    admission = Admission(run_root, max_clones=5, memory=HostMemory(machine(4000)))
+    began = monotonic()
+    with pytest.raises(HostError) as caught:
+        admission.admit(10, holder="mine", first=True, deadline_s=0.2)
+    assert monotonic() - began >= 0.2
+    assert f"held by test_x.py::test_0 (pid {other.process.pid}, 10 MiB)" in caught.value.message
+    assert "at most 5 clones" in caught.value.message
+    assert "and 2 more" in caught.value.message
+    assert "--fcvm-max-clones" in caught.value.hint
+    assert len(caught.value.evidence["clones on this host"].splitlines()) == 5
+
+
+def test_a_waiter_is_let_in_when_another_process_releases(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    other = start_other(1)
+    with Admission(run_root, 1, memory=HostMemory(machine(4000))).admit(10, holder="x", first=True, deadline_s=1):
+        other.tell("admit 10 there first 20")
+        assert other.process.poll() is None
+    assert other.hear() == {}
+
+
+def test_a_waiting_thread_is_let_in_when_another_thread_releases(
+    run_root: Path, machine: Callable[[int], Path]
+) -> None:
+    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+    ticket = admission.admit(10, holder="a", first=True, deadline_s=1)
+    got: list[object] = []
+    waiter = threading.Thread(target=lambda: got.append(admission.admit(10, holder="b", first=False, deadline_s=20)))
+    waiter.start()
+    ticket.release()
+    waiter.join(5)
+    assert len(got) == 1
+
+
+def test_tickets_of_a_killed_process_are_void_at_once(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    other = start_other(2)
+    other.ask("admit 10 a first 1")
+    other.ask("admit 10 b again 1")
+    admission = Admission(run_root, 2, memory=HostMemory(machine(4000)))
+    with pytest.raises(HostError):
+        admission.admit(10, holder="mine", first=True, deadline_s=0.02)
+    other.process.kill()
+    other.process.wait()
+    with admission.admit(10, holder="mine", first=True, deadline_s=0.0):
+        pages = [entry.name for entry in (run_root / "admission").iterdir() if "-" in entry.name]
+        assert [int(name.split("-")[0]) for name in pages] == [os.getpid()]
+
+
+def test_a_forked_child_holds_nothing_for_a_dead_parent_and_releases_nothing_of_a_live_one(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    other = start_other(1)
+    other.ask("admit 10 a first 1")
+    child = other.ask("fork")["pid"]
+    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+    try:
+        with pytest.raises(HostError):
+            admission.admit(10, holder="mine", first=True, deadline_s=0.05)
+        other.process.kill()
+        other.process.wait()
+        with admission.admit(10, holder="mine", first=True, deadline_s=1):
+            os.kill(child, 0)
+    finally:
+        os.kill(child, 9)
+
+
+def test_a_test_that_holds_a_clone_goes_before_the_first_clones_of_others(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    root = machine(4000)
+    holder, newcomer = start_other(2), start_other(2)
+    admission = Admission(run_root, 2, memory=HostMemory(root))
+    mine = admission.admit(10, holder="mine", first=True, deadline_s=1)
+    assert holder.ask("admit 10 one first 1") == {}
+    newcomer.tell("admit 10 new first 20")
+    holder.tell("admit 10 two again 20")
+    assert wait_until(lambda: _waits_again(run_root, holder), Deadline(5.0))
+    mine.release()
+    assert holder.hear() == {}, "the one that already holds a clone gets its second"
+    holder.ask("release")
+    assert newcomer.hear() == {}
+
+
+def test_a_release_is_idempotent(run_root: Path, machine: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+    first = admission.admit(10, holder="a", first=True, deadline_s=1)
+    first.release()
+    second = admission.admit(10, holder="b", first=True, deadline_s=1)
+    first.release()
+    with pytest.raises(HostError, match=r"held by b \(pid"):
+        admission.admit(10, holder="c", first=False, deadline_s=0.02)
+    second.release()
+
+
+def test_two_gates_of_one_process_count_each_others_clones(run_root: Path, machine: Callable[[int], Path]) -> None:
+    memory = HostMemory(machine(4000))
+    one, two = Admission(run_root, 1, memory=memory), Admission(run_root, 1, memory=memory)
+    with one.admit(10, holder="a", first=True, deadline_s=1), pytest.raises(HostError):
+        two.admit(10, holder="b", first=True, deadline_s=0.02)
+
+
+def test_processes_at_once_never_hold_more_than_the_limit(
+    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+) -> None:
+    machine(4000)
+    others = [start_other(3) for _ in range(6)]
+    for other in others:
+        other.tell("admit 10 x first 0.3")
+    answers = [other.hear() for other in others]
+    assert sum(answer == {} for answer in answers) == 3
+
+
+def _waits_again(run_root: Path, other: Other) -> bool:
+    pages = [page for page in (run_root / "admission").iterdir() if page.name.startswith(f"{other.process.pid}-")]
+    return any(int(page.read_bytes().split()[2]) == 1 for page in pages)
