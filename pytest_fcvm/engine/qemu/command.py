@@ -19,6 +19,7 @@ __all__ = [
     "BASE_MACS",
     "CONSOLE_FD",
     "MONITOR_FD",
+    "NIC_FDS",
     "STATE_FD",
     "USER_NETDEV",
     "Platform",
@@ -30,6 +31,7 @@ __all__ = [
 
 # Descriptors in the VMM. Fixed, so that command lines are the same from clone to clone.
 MONITOR_FD, AGENT_FD, STATE_FD, CONSOLE_FD = 3, 4, 5, 6
+NIC_FDS = (7, 8, 9)
 
 AGENT_PORT = "fcvm.agent"
 USER_NETDEV = "net0"
@@ -61,7 +63,7 @@ def base_command(
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,share=on,mem-path={_quote(memory)}"),
         *_console(console_fd),
         *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", boot_arguments(platform)),
-        *_devices(files.rootfs, "user,ipv6=off" if shape.egress else "hubport,hubid=0"),
+        *_devices(files.rootfs, "user,ipv6=off" if shape.egress else _socket_network(0)),
     ]
 
 
@@ -128,8 +130,7 @@ def _devices(rootfs: Path | None, first_network: str) -> Iterator[str]:
     yield from ("-device", "virtio-serial-device", "-chardev", f"socket,id=agent,fd={AGENT_FD}")
     yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
     for index, mac in enumerate(BASE_MACS):
-        # A hub with one port is a cable to nowhere: slirp's own state would otherwise enter the base's.
-        network = first_network if index == 0 else f"hubport,hubid={index}"
+        network = first_network if index == 0 else _socket_network(index)
         yield from ("-netdev", f"{network},id=net{index}")
         # Announcing itself after a restore is the agent's to do, once and with the clone's own address.
         yield from ("-device", f"virtio-net-device,netdev=net{index},mac={mac},guest_announce=off")
@@ -137,6 +138,14 @@ def _devices(rootfs: Path | None, first_network: str) -> Iterator[str]:
     yield from _drive("drive1", _NOTHING)
     yield from _drive("drive2", _NOTHING)
     yield from ("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy")
+
+
+def _socket_network(index: int) -> str:
+    """Return a network of Ethernet frames on a datagram socket; one that is not connected is a cable to nowhere.
+
+    A base has no other: slirp's own state would enter its device state, and no clone could then do without slirp.
+    """
+    return f"dgram,local.type=fd,local.str={NIC_FDS[index]}"
 
 
 _NOTHING = f"driver=null-co,size={_PLACEHOLDER_BYTES},read-zeroes=on"

@@ -12,6 +12,7 @@ from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, Gue
 from pytest_fcvm.engine.qemu.command import (
     AGENT_FD,
     MONITOR_FD,
+    NIC_FDS,
     STATE_FD,
     Platform,
     base_command,
@@ -78,7 +79,7 @@ class QemuEngine:
         with ExitStack() as undo:
             undo.callback(plan.memory.unlink, missing_ok=True)
             argv = base_command(platform, plan.shape, plan.files, plan.memory)
-            launched = launch(self._spawner, plan.name, argv, wires=_WIRES)
+            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS)
             undo.callback(launched.child.kill)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
             vm = QemuVm(plan.name, launched, monitor, launched.sockets[AGENT_FD], version=platform.version)
@@ -97,7 +98,7 @@ class QemuEngine:
             if not platform.version.takes_state_by_path:
                 passed[STATE_FD] = stack.enter_context(open_state(files.state))
                 uri = f"fd:{STATE_FD}"
-            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, files=passed)
+            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
         monitor = _start_monitor(launched, _capabilities("x-ignore-shared"), ("migrate-incoming", {"uri": uri}))
         agent, forwards = launched.sockets[AGENT_FD], Forwards(monitor, plan.ports)
         return QemuVm(plan.name, launched, monitor, agent, version=platform.version, forwards=forwards)

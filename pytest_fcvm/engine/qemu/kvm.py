@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
-from pytest_fcvm.engine.qemu.command import AGENT_FD, CONSOLE_FD, MONITOR_FD, Platform, base_command
+from pytest_fcvm.engine.qemu.command import AGENT_FD, CONSOLE_FD, MONITOR_FD, NIC_FDS, Platform, base_command
 from pytest_fcvm.engine.qemu.installation import Installation
 from pytest_fcvm.engine.qemu.launch import launch, make_memory_file
 from pytest_fcvm.engine.qemu.post_mortem import read_tail, tell_end
@@ -80,7 +80,8 @@ def boot_smoke(
     make_memory_file(memory, _SHAPE.mem_mib)
     argv = base_command(platform, _SHAPE, files, memory, console_fd=CONSOLE_FD)
     with ExitStack() as stack:
-        launched = launch(spawner, "smoke", argv, wires=(MONITOR_FD, AGENT_FD, CONSOLE_FD), directory=directory)
+        wires = MONITOR_FD, AGENT_FD, CONSOLE_FD
+        launched = launch(spawner, "smoke", argv, wires=wires, loose=NIC_FDS, directory=directory)
         for wire in launched.sockets.values():
             stack.enter_context(wire)
         stack.callback(launched.child.kill)

@@ -43,12 +43,13 @@ def launch(
     argv: Sequence[str],
     *,
     wires: Sequence[int],
+    loose: Sequence[int],
     files: Mapping[int, int] | None = None,
     directory: Path | None = None,
 ) -> Launched:
-    """Spawn a QEMU whose descriptors `wires` are sockets to us, and `files` open files of ours. Raise HostError.
+    """Spawn a QEMU whose descriptors `wires` are sockets to us, `loose` lead nowhere, and `files` are ours.
 
-    It runs in `directory`, else in a new one, which goes when QEMU has ended and was killed by us.
+    It runs in `directory`, else in a new one, which goes when QEMU has ended and was killed by us. Raise HostError.
     """
     directory = directory or spawner.make_dir(name)
     with ExitStack() as far_ends, ExitStack() as near_ends:
@@ -58,6 +59,8 @@ def launch(
             ours, theirs = socket.socketpair()
             near[fd] = near_ends.enter_context(ours)
             far[fd] = far_ends.enter_context(theirs).fileno()
+        nowhere = far_ends.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        far |= dict.fromkeys(loose, nowhere.fileno())
         child = spawner.spawn(
             argv,
             name=name,

@@ -49,11 +49,11 @@ GOLDEN_BASE = """
 -chardev file,id=console,path=console.log -serial chardev:console
 -kernel /k/vmlinuz -initrd /k/initrd -append
 -device virtio-serial-device -chardev socket,id=agent,fd=4 -device virtserialport,chardev=agent,name=fcvm.agent
--netdev hubport,hubid=0,id=net0
+-netdev dgram,local.type=fd,local.str=7,id=net0
 -device virtio-net-device,netdev=net0,mac=52:54:00:fc:00:01,guest_announce=off
--netdev hubport,hubid=1,id=net1
+-netdev dgram,local.type=fd,local.str=8,id=net1
 -device virtio-net-device,netdev=net1,mac=52:54:00:fc:00:02,guest_announce=off
--netdev hubport,hubid=2,id=net2
+-netdev dgram,local.type=fd,local.str=9,id=net2
 -device virtio-net-device,netdev=net2,mac=52:54:00:fc:00:03,guest_announce=off
 -blockdev node-name=rootfs,driver=file,filename=/s/root.sqfs,read-only=on
 -device virtio-blk-device,drive=rootfs,serial=rootfs
@@ -114,7 +114,7 @@ def test_kvm_takes_the_hosts_processor_and_needs_no_word_about_the_tsc() -> None
 
 
 def test_a_base_has_no_network_unless_it_needs_egress() -> None:
-    assert base()["-netdev"][0] == "hubport,hubid=0,id=net0"
+    assert base()["-netdev"][0] == "dgram,local.type=fd,local.str=7,id=net0"
     assert base(shape=replace(SHAPE, egress=True))["-netdev"][0] == "user,ipv6=off,id=net0"
 
 

@@ -1,0 +1,477 @@
+"""The QEMU engine against a real QEMU and a real kernel, with a guest of one C file in the place of the agent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.engine.protocol import (
+    Accelerator,
+    BootPlan,
+    EngineReport,
+    GuestFiles,
+    MachineShape,
+    RestorePlan,
+    SnapshotFiles,
+    VmExit,
+)
+from pytest_fcvm.engine.qemu.engine import QemuEngine
+from pytest_fcvm.engine.qemu.vm import QemuVm
+from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.paths import RunDir
+from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.kernel.initramfs import build_initramfs
+from pytest_fcvm.kernel.sources import resolve_kernel
+from pytest_fcvm.model.net import Proto, PublishedPort
+
+SHAPE = MachineShape(mem_mib=128, cpus=1)
+BOOT_S = 60.0
+LIFE_S = 20.0
+ROOTFS_WORDS = b"first line of the rootfs\n"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An engine that was probed, and what its VMs are made from."""
+
+    engine: QemuEngine
+    report: EngineReport
+    guest: GuestFiles
+    supervisor: Supervisor
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("engine")
+    kernels = tmp_path_factory.getbasetemp().parent / "fcvm-kernels"
+    kernels.mkdir(mode=0o700, exist_ok=True)
+    given = os.environ.get("FCVM_KERNEL")
+    kernel = resolve_kernel(option=Path(given) if given else None, kernels_dir=kernels, progress=print)
+    build_initramfs(agent=compile_guest(folder / "init"), kernel=kernel, dest=folder / "initramfs")
+    (folder / "rootfs").write_bytes(ROOTFS_WORDS.ljust(4096, b"\0"))
+    guest = GuestFiles(kernel=kernel.bzimage, initramfs=folder / "initramfs", rootfs=folder / "rootfs")
+    with RunDir() as run, Supervisor.start(run.path) as supervisor:
+        engine = QemuEngine(supervisor, folder / "cache")
+        report = engine.probe(replace(guest, rootfs=None))
+        assert report.usable, report.reason
+        yield Bench(engine, report, guest, supervisor, folder)
+
+
+def compile_guest(program: Path) -> Path:
+    compiler = [found] if (found := shutil.which("cc")) else [sys.executable, "-m", "ziglang", "cc"]
+    source = Path(__file__).with_name("echo_guest.c")
+    target = [] if found else ["-target", "x86_64-linux-musl"]
+    subprocess.run([*compiler, *target, "-O2", "-static", "-o", program, source], check=True)
+    return program
+
+
+class Talk:
+    """A conversation with the guest, line by line."""
+
+    def __init__(self, vm: QemuVm) -> None:
+        self.socket = vm.channel()
+        self.socket.settimeout(BOOT_S)
+
+    def __call__(self, line: str) -> str:
+        self.send(line)
+        return self.hear()
+
+    def send(self, line: str) -> None:
+        self.socket.sendall(line.encode() + b"\n")
+
+    def hear(self) -> str:
+        text = b""
+        while not text.endswith(b"\n"):
+            data = self.socket.recv(4096)
+            assert data, "the channel ended"
+            text += data
+        return text.decode().strip()
+
+
+@contextmanager
+def living(vm: QemuVm) -> Iterator[Talk]:
+    talk = Talk(vm)
+    try:
+        yield talk
+    finally:
+        talk.socket.close()
+        vm.kill()
+        vm.wait(LIFE_S)
+
+
+@contextmanager
+def base(bench: Bench, name: str = "base", shape: MachineShape = SHAPE) -> Iterator[tuple[QemuVm, Talk, SnapshotFiles]]:
+    files = SnapshotFiles(
+        memory=bench.folder / f"{name}.memory", state=bench.folder / f"{name}.state", rootfs=bench.folder / "rootfs"
+    )
+    vm = bench.engine.boot(BootPlan(name=name, shape=shape, files=bench.guest, memory=files.memory))
+    with living(vm) as talk:
+        yield vm, talk, files
+
+
+@pytest.fixture(scope="module")
+def snapshot(bench: Bench) -> SnapshotFiles:
+    """A guest with a network, a service on port 80 and a value, saved."""
+    with base(bench) as (vm, talk, files):
+        assert talk("net") == talk("serve 80 hello") == talk("set from the base") == "ok"
+        vm.snapshot(files.state)
+    return files
+
+
+@pytest.fixture(scope="module")
+def open_snapshot(bench: Bench) -> SnapshotFiles:
+    """The like with egress."""
+    with base(bench, "egress", replace(SHAPE, egress=True)) as (vm, talk, files):
+        assert talk("net") == "ok"
+        vm.snapshot(files.state)
+    return files
+
+
+def restore(bench: Bench, files: SnapshotFiles, name: str = "clone", *ports: PublishedPort) -> QemuVm:
+    return bench.engine.restore(RestorePlan(name=name, shape=SHAPE, files=files, ports=ports))
+
+
+def fetch(endpoint: tuple[str, int]) -> bytes:
+    with socket.create_connection(endpoint, timeout=LIFE_S) as connection:
+        return connection.recv(100)
+
+
+# -- probing
+
+
+class NobodySpawns:
+    """A spawner for a probe that must not need one."""
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        raise AssertionError(f"{name} was called")
+
+
+def test_a_second_probe_knows_the_answer_without_starting_anything(bench: Bench) -> None:
+    again = QemuEngine(NobodySpawns(), bench.folder / "cache")  # type: ignore[arg-type]
+    assert again.probe(replace(bench.guest, rootfs=None)) == bench.report
+    assert again.base_arguments(SHAPE) == bench.engine.base_arguments(SHAPE)
+
+
+def test_kvm_is_used_only_if_the_kernel_has_booted_under_it(bench: Bench) -> None:
+    if bench.report.accelerator is Accelerator.KVM:
+        assert bench.report.reason == ""
+        assert "microcode" in bench.report.identity
+    else:
+        assert "kvm" in bench.report.reason
+        assert "tsc kHz" in bench.report.identity
+
+
+def test_a_probe_leaves_no_process_and_no_memory_behind(bench: Bench) -> None:
+    assert [path.name for path in bench.supervisor.run_dir.iterdir() if path.name.startswith("smoke")] == []
+
+
+def test_emulation_can_be_asked_for(bench: Bench) -> None:
+    engine = QemuEngine(bench.supervisor, bench.folder / "cache", accelerator=Accelerator.TCG)
+    assert engine.probe(bench.guest).accelerator is Accelerator.TCG
+
+
+# -- a base
+
+
+def test_a_base_boots_and_answers_and_shows_its_devices(bench: Bench) -> None:
+    with base(bench, "devices") as (vm, talk, files):
+        assert talk("ping 1") == "pong 1"
+        assert talk("file /dev/vda") == ROOTFS_WORDS.decode().strip()
+        assert [talk(f"file /sys/block/{name}/serial") for name in ("vda", "vdb", "vdc")] == [
+            "rootfs",
+            "drive1",
+            "drive2",
+        ]
+        assert talk("file /sys/block/vda/ro") == "1"
+        assert [talk(f"file /sys/class/net/eth{n}/address")[-2:] for n in range(3)] == ["01", "02", "03"]
+        assert "fcvm-agent: ready" in vm.console_path.read_text()
+        assert vm.vmm_log_path.read_text() == ""
+        assert files.memory.stat().st_mode & 0o777 == 0o600
+        assert files.memory.stat().st_size == SHAPE.mem_mib << 20
+
+
+def test_a_base_publishes_no_port(bench: Bench) -> None:
+    with base(bench, "portless") as (vm, _, _files):
+        assert vm.endpoint(80, Proto.TCP) is None
+        with pytest.raises(EngineError, match="is a base"):
+            vm.publish(PublishedPort(guest_port=80))
+
+
+def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(bench: Bench) -> None:
+    guest = replace(bench.guest, kernel=bench.folder / "no-kernel")
+    memory = bench.folder / "unbooted.memory"
+    with pytest.raises(EngineError, match=r"QEMU exited with 1: .*no-kernel"):
+        bench.engine.boot(BootPlan(name="unbooted", shape=SHAPE, files=guest, memory=memory))
+    assert not memory.exists()
+
+
+def test_a_memory_file_that_is_there_already_is_not_touched(bench: Bench) -> None:
+    memory = bench.folder / "taken.memory"
+    memory.write_text("somebody's")
+    with pytest.raises(HostError, match="cannot be made: File exists"):
+        bench.engine.boot(BootPlan(name="taken", shape=SHAPE, files=bench.guest, memory=memory))
+    assert memory.read_text() == "somebody's"
+
+
+def test_a_snapshot_is_a_small_private_file_and_ends_the_base(bench: Bench) -> None:
+    with base(bench, "saved") as (vm, talk, files):
+        assert talk("ping 1") == "pong 1"
+        vm.snapshot(files.state)
+        assert files.state.stat().st_mode & 0o777 == 0o600
+        assert 10_000 < files.state.stat().st_size < 300_000
+        vm.kill()
+        assert vm.wait(LIFE_S) == VmExit(signal=signal.SIGKILL, killed_by_us=True)
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_the_base_running(bench: Bench) -> None:
+    with base(bench, "unsaved") as (vm, talk, _files):
+        with pytest.raises(HostError, match="cannot be made"):
+            vm.snapshot(bench.folder / "no folder" / "state")
+        assert talk("ping 1") == "pong 1"
+
+
+def test_a_paused_base_is_not_snapshotted_for_its_clones_would_be_paused_too(bench: Bench) -> None:
+    with base(bench, "halted") as (vm, talk, files):
+        vm.pause()
+        with pytest.raises(EngineError, match="is paused"):
+            vm.snapshot(files.state)
+        vm.resume()
+        assert talk("ping 1") == "pong 1"
+
+
+# -- clones
+
+
+def test_every_clone_starts_from_the_snapshot_and_changes_nothing_but_itself(
+    bench: Bench, snapshot: SnapshotFiles
+) -> None:
+    before = hashlib.sha256(snapshot.memory.read_bytes()).digest()
+    for n in range(5):
+        with living(restore(bench, snapshot)) as talk:
+            assert talk("get") == "from the base"
+            assert talk(f"set {n}") == "ok"
+            assert talk("get") == str(n)
+    assert hashlib.sha256(snapshot.memory.read_bytes()).digest() == before
+
+
+def test_clones_side_by_side_do_not_see_each_other(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vms = [restore(bench, snapshot, f"side{n}", PublishedPort(guest_port=80)) for n in range(4)]
+    talks = [Talk(vm) for vm in vms]
+    for n, talk in enumerate(talks):
+        assert talk(f"set {n}") == "ok"
+    assert [talk("get") for talk in talks] == ["0", "1", "2", "3"]
+    assert len({vm.endpoint(80, Proto.TCP) for vm in vms}) == 4
+    for vm, talk in zip(vms, talks, strict=True):
+        talk.socket.close()
+        vm.kill()
+    assert all(vm.wait(LIFE_S).killed_by_us for vm in vms)
+
+
+def test_a_clone_comes_to_life_and_says_so(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm) as talk:
+        vm.wait_until_running(LIFE_S)
+        vm.wait_until_running(LIFE_S)
+        assert talk("say a word to the console") == "ok"
+        assert vm.console_path.read_text() == "a word to the console\n"
+
+
+def test_a_caller_that_closes_its_channel_can_have_it_again(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm) as first:
+        assert first("set kept") == "ok"
+        first.socket.close()
+        again = Talk(vm)
+        with again.socket:
+            assert again("get") == "kept"
+
+
+def test_a_paused_clone_is_silent_until_it_is_resumed(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm) as talk:
+        vm.wait_until_running(LIFE_S)
+        vm.pause()
+        talk.send("ping 1")
+        talk.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            talk.hear()
+        talk.socket.settimeout(LIFE_S)
+        vm.resume()
+        assert talk.hear() == "pong 1"
+
+
+def test_a_clone_cannot_be_snapshotted_like_a_base(bench: Bench, snapshot: SnapshotFiles, tmp_path: Path) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm), pytest.raises(EngineError, match="is a clone"):
+        vm.snapshot(tmp_path / "state")
+
+
+def test_a_killed_clone_leaves_no_process_no_file_and_no_descriptor(bench: Bench, snapshot: SnapshotFiles) -> None:
+    with living(restore(bench, snapshot)):
+        pass  # what is made once and stays is made now
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    vm = restore(bench, snapshot)
+    pid, folder = vm.pid, vm.console_path.parent
+    with living(vm) as talk:
+        assert talk("ping 1") == "pong 1"
+        assert folder.is_dir()
+    assert not Path(f"/proc/{pid}").exists()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+    with living(restore(bench, snapshot)) as talk:  # the guard removed the folder before it answered this spawn
+        assert talk("ping 1") == "pong 1"
+    assert not folder.exists()
+
+
+# -- ports
+
+
+def test_ports_are_there_from_the_start_and_later_ones_are_added(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot, "ports", PublishedPort(guest_port=80))
+    with living(vm) as talk:
+        first = vm.endpoint(80, Proto.TCP)
+        assert first is not None
+        assert fetch(first) == b"hello"
+        assert vm.publish(PublishedPort(guest_port=80)) == first
+        assert vm.endpoint(81, Proto.TCP) is None
+        assert talk("serve 81 later") == "ok"
+        later = vm.publish(PublishedPort(guest_port=81))
+        assert later == vm.endpoint(81, Proto.TCP)
+        assert fetch(later) == b"later"
+        assert vm.publish(PublishedPort(guest_port=53, proto=Proto.UDP)).port > 0
+
+
+def test_a_fixed_host_port_is_the_one_that_was_asked_for(bench: Bench, snapshot: SnapshotFiles) -> None:
+    with socket.create_server(("127.0.0.9", 0)) as free:
+        port = free.getsockname()[1]
+    wanted = PublishedPort(guest_port=80, host_port=port, host_ip="127.0.0.9")
+    vm = restore(bench, snapshot, "fixed", wanted)
+    with living(vm) as talk:
+        assert talk("ping 1") == "pong 1"
+        assert vm.endpoint(80, Proto.TCP) == ("127.0.0.9", port)
+        assert fetch(("127.0.0.9", port)) == b"hello"
+
+
+def test_a_taken_host_port_is_a_host_error_that_names_it(bench: Bench, snapshot: SnapshotFiles) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        wanted = PublishedPort(guest_port=80, host_port=taken.getsockname()[1])
+        vm = restore(bench, snapshot, "taken", wanted)
+        with living(vm), pytest.raises(HostError, match=rf"127\.0\.0\.1:{wanted.host_port}/tcp: the port is taken"):
+            vm.wait_until_running(LIFE_S)
+        vm = restore(bench, snapshot, "taken-later")
+        with living(vm) as talk:
+            with pytest.raises(HostError, match=rf"127\.0\.0\.1:{wanted.host_port}/tcp: the port is taken"):
+                vm.publish(wanted)
+            assert talk("ping 1") == "pong 1"
+
+
+def test_a_clone_reaches_the_host_only_with_egress(
+    bench: Bench, snapshot: SnapshotFiles, open_snapshot: SnapshotFiles
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def greet() -> None:
+            with server.accept()[0] as peer:
+                peer.sendall(b"from the host")
+
+        accepted = threading.Thread(target=greet, daemon=True)
+        accepted.start()
+        with living(restore(bench, snapshot)) as talk:
+            assert talk(f"dial 10.0.2.2 {port}").startswith("error")
+        plan = RestorePlan(name="egress", shape=replace(SHAPE, egress=True), files=open_snapshot)
+        with living(bench.engine.restore(plan)) as talk:
+            assert talk(f"dial 10.0.2.2 {port}") == "from the host"
+        accepted.join(LIFE_S)
+
+
+# -- death
+
+
+def test_a_vm_that_somebody_kills_ends_every_call_at_once_and_calls_back(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm, ends = restore(bench, snapshot), []
+    called = threading.Event()
+    vm.on_exit(lambda end: (ends.append(end), called.set()))
+    with living(vm) as talk:
+        assert talk("ping 1") == "pong 1"
+        os.kill(vm.pid, signal.SIGKILL)
+        assert called.wait(LIFE_S)
+        assert talk.socket.recv(1) == b""
+        for call in (vm.pause, vm.resume, vm.channel, lambda: vm.wait_until_running(600)):
+            with pytest.raises(EngineError, match="somebody killed QEMU"):
+                call()
+        assert ends == [VmExit(signal=signal.SIGKILL)]
+        vm.on_exit(ends.append)
+        assert ends == [VmExit(signal=signal.SIGKILL)] * 2
+
+
+def test_a_panic_is_told_with_its_console(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm) as talk:
+        talk.send("panic")
+        assert vm.wait(LIFE_S) == VmExit(code=0)
+        with pytest.raises(EngineError, match="the guest's kernel panicked: sysrq triggered crash") as caught:
+            vm.pause()
+        assert "Kernel panic" in caught.value.evidence["console"]
+
+
+def test_a_guest_that_powers_off_is_told_apart_from_a_panic(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm) as talk:
+        talk.send("poweroff")
+        assert vm.wait(LIFE_S) == VmExit(code=0)
+        with pytest.raises(EngineError, match="the guest shut down or reset itself"):
+            vm.pause()
+
+
+def test_waiting_for_the_end_of_a_living_vm_has_a_deadline(bench: Bench, snapshot: SnapshotFiles) -> None:
+    vm = restore(bench, snapshot)
+    with living(vm), pytest.raises(EngineError, match=r"did not end within 0\.05 s"):
+        vm.wait(0.05)
+
+
+def test_a_state_that_was_cut_is_refused_in_qemus_words_with_the_way_out(
+    bench: Bench, snapshot: SnapshotFiles, tmp_path: Path
+) -> None:
+    cut = tmp_path / "state"
+    cut.write_bytes(snapshot.state.read_bytes()[:20_000])
+    vm = restore(bench, replace(snapshot, state=cut), "cut")
+    with living(vm), pytest.raises(EngineError, match=r"QEMU exited with 1: .*load of migration failed") as caught:
+        vm.wait_until_running(LIFE_S)
+    assert "--fcvm-rebuild" in caught.value.hint
+
+
+@pytest.mark.parametrize("change", [-4096, 4096])
+def test_a_memory_file_of_the_wrong_size_is_refused_before_anything_starts(
+    bench: Bench, snapshot: SnapshotFiles, tmp_path: Path, change: int
+) -> None:
+    memory = tmp_path / "memory"
+    with memory.open("wb") as file:
+        file.truncate((SHAPE.mem_mib << 20) + change)
+    with pytest.raises(EngineError, match="bytes and not") as caught:
+        restore(bench, replace(snapshot, memory=memory))
+    assert "--fcvm-rebuild" in caught.value.hint
+    assert memory.stat().st_size == (SHAPE.mem_mib << 20) + change
+
+
+def test_missing_snapshot_files_are_named(bench: Bench, snapshot: SnapshotFiles, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="gone cannot be read"):
+        restore(bench, replace(snapshot, memory=tmp_path / "gone"))
+
+
+def test_an_engine_that_was_not_probed_does_nothing(bench: Bench, snapshot: SnapshotFiles) -> None:
+    engine = QemuEngine(bench.supervisor, bench.folder / "cache")
+    with pytest.raises(EngineError, match="was not probed"):
+        engine.restore(RestorePlan(name="early", shape=SHAPE, files=snapshot))
