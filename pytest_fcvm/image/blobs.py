@@ -1,0 +1,210 @@
+"""A layer's bytes as a plain tar file on disk: decompressed once, its digests verified on the way."""
+
+from __future__ import annotations
+
+import bz2
+import hashlib
+import lzma
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from pytest_fcvm.errors import ImageError
+from pytest_fcvm.host.process import condense, resolve_tool
+
+__all__ = ["LayerBlob", "spool_layer"]
+
+_CHUNK = 1 << 20
+_GZIP, _ZSTD, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
+_SKIPPABLE = tuple(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))  # zstd frames without content
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBlob:
+    """A layer as it lies on disk. Empty digests are not verified; both have the form "sha256:HEX"."""
+
+    path: Path
+    digest: str = ""
+    diff_id: str = ""
+
+
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    @property
+    def needs_input(self) -> bool: ...
+    def decompress(self, data: bytes, max_length: int = ..., /) -> bytes: ...
+
+
+def spool_layer(blob: LayerBlob, folder: Path, *, max_bytes: int) -> IO[bytes]:
+    """Return the layer's tar, open for reading at any place: the blob itself, or an unnamed decompressed copy.
+
+    `folder` takes the copy. Raise ImageError for a wrong digest, a broken stream or more than `max_bytes`; OSError
+    when the disk is full.
+    """
+    with blob.path.open("rb") as head:
+        magic = head.read(8)
+    compressed = not _is_plain(magic)
+    copy = tempfile.TemporaryFile(dir=folder) if compressed else None  # noqa: SIM115  it is what we return
+    try:
+        whole, plain, size = _new_hash(blob.digest), _new_hash(blob.diff_id), 0
+        for chunk in _plain_chunks(blob.path, magic, whole.update):
+            size += len(chunk)
+            if size > max_bytes:
+                raise ImageError(
+                    f"a layer of the image unpacks to more than {max_bytes >> 20} MiB", hint="use a smaller image"
+                )
+            plain.update(chunk)
+            if copy is not None:
+                copy.write(chunk)
+        _verify("digest", blob.digest, whole.hexdigest())
+        _verify("diff_id", blob.diff_id, plain.hexdigest())
+    except BaseException:
+        if copy is not None:
+            copy.close()
+        raise
+    if copy is None:
+        return blob.path.open("rb")
+    copy.flush()
+    return copy
+
+
+def _is_plain(magic: bytes) -> bool:
+    return not (magic.startswith((_GZIP, _ZSTD, _BZIP2, _XZ)) or magic[:4] in _SKIPPABLE)
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class _NoHash:
+    """Stands where no digest is known and none is worth the time."""
+
+    def update(self, data: bytes, /) -> None:
+        pass
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+def _new_hash(expected: str) -> _Hash:
+    algorithm = expected.partition(":")[0]
+    if not expected:
+        return _NoHash()
+    if algorithm not in ("sha256", "sha384", "sha512"):
+        raise ImageError(f"the image uses an unknown digest: {algorithm[:20]!r}", hint="build the image anew")
+    return hashlib.new(algorithm)
+
+
+def _verify(what: str, expected: str, found: str) -> None:
+    if expected and expected.partition(":")[2] != found:
+        raise ImageError(
+            f"a layer of the image is damaged: its {what} is {found[:12]}…, not {expected.partition(':')[2][:12]}…",
+            hint="pull or build the image anew (--fcvm-pull always)",
+        )
+
+
+def _plain_chunks(path: Path, magic: bytes, seen: Callable[[bytes], None]) -> Iterator[bytes]:
+    """Yield the decompressed content in pieces; `seen` gets the bytes as they lie on disk."""
+    if magic.startswith(_GZIP):
+        yield from _inflate(path, seen, _Gzip)
+    elif magic.startswith(_BZIP2):
+        yield from _inflate(path, seen, bz2.BZ2Decompressor)
+    elif magic.startswith(_XZ):
+        yield from _inflate(path, seen, lzma.LZMADecompressor)
+    elif _is_plain(magic):
+        for chunk in _read(path):
+            seen(chunk)
+            yield chunk
+    else:
+        yield from _unzstd(path, seen)
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+class _Gzip:
+    """zlib's decoder in the shape of those of bz2 and lzma."""
+
+    def __init__(self) -> None:
+        self._decoder = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._decoder.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._decoder.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._decoder.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int = -1, /) -> bytes:
+        return self._decoder.decompress(self._decoder.unconsumed_tail + data, max(0, max_length))
+
+
+def _inflate(path: Path, seen: Callable[[bytes], None], new_decoder: Callable[[], _Decoder]) -> Iterator[bytes]:
+    """Decompress one member or many in a row (pigz and estargz write many), zero padding after the last ignored."""
+    decoder = new_decoder()
+    try:
+        for data in _read(path):
+            seen(data)
+            while True:
+                if decoder.eof:
+                    data = (decoder.unused_data + data).lstrip(b"\0")
+                    if not data:
+                        break
+                    decoder = new_decoder()
+                if chunk := decoder.decompress(data, _CHUNK):
+                    yield chunk
+                data = b""
+                if decoder.needs_input and not decoder.eof:
+                    break
+    except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
+        raise _damaged(str(error)) from error
+    if not decoder.eof:
+        raise _damaged("its compressed data ends early")
+
+
+def _unzstd(path: Path, seen: Callable[[bytes], None]) -> Iterator[bytes]:
+    for chunk in _read(path):
+        seen(chunk)
+    with _zstd(path) as process:
+        assert process.stdout is not None
+        while chunk := process.stdout.read(_CHUNK):
+            yield chunk
+        assert process.stderr is not None
+        last_words = process.stderr.read(64 * 1024).decode("utf-8", "replace")
+        if process.wait():
+            raise _damaged(condense(last_words))
+
+
+@contextmanager
+def _zstd(path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    tool = resolve_tool("zstd", package="zstd")
+    with subprocess.Popen(
+        [tool, "-dcq", "--", path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _damaged(reason: str) -> ImageError:
+    return ImageError(
+        f"a layer of the image is damaged: {reason}", hint="pull or build the image anew (--fcvm-pull always)"
+    )

@@ -1,0 +1,175 @@
+"""Flatten an image's layers to one tar stream in which every path comes once.
+
+The rules are those of OCI's image-spec layer.md: `.wh.NAME` removes NAME of the layers below, `.wh..wh..opq` everything
+below its directory, both wherever they stand in their layer. So a layer's members are read first; then its whiteouts
+meet the tree of the layers below; then its members are added.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+from pytest_fcvm.errors import ImageError
+from pytest_fcvm.image.blobs import LayerBlob, spool_layer
+from pytest_fcvm.image.headers import END_OF_ARCHIVE, member_header
+from pytest_fcvm.image.members import Limits, Member, read_members
+from pytest_fcvm.image.tree import Node, NodeKind, RootTree, broken_layer
+
+__all__ = ["flatten", "read_tree", "write_tree"]
+
+_WHITEOUT = ".wh."
+_META = ".wh..wh."  # aufs' own files; only the opaque marker means anything
+_OPAQUE = ".wh..wh..opq"
+_CHUNK = 1 << 20
+_ZEROS = bytes(_CHUNK)
+
+Write = Callable[[bytes], object]
+
+
+def flatten(
+    blobs: Sequence[LayerBlob], write: Write, *, folder: Path, whiteouts: bool = True, limits: Limits | None = None
+) -> None:
+    """Write the layers, lowest first, as one uncompressed tar stream, the same bytes for the same layers.
+
+    `folder` takes the decompressed copies while this runs; `whiteouts=False` is for a plain root filesystem. Raise
+    ImageError for layers that are damaged, leave the root or exceed the limits.
+    """
+    with ExitStack() as stack:
+        tree, files = read_tree(blobs, stack, folder=folder, whiteouts=whiteouts, limits=limits or Limits())
+        write_tree(tree, files, write)
+
+
+def read_tree(
+    blobs: Sequence[LayerBlob], stack: ExitStack, *, folder: Path, whiteouts: bool, limits: Limits
+) -> tuple[RootTree, list[IO[bytes]]]:
+    """Return the file system the layers make and the files its contents are in, which `stack` closes."""
+    tree, files = RootTree(), []
+    budget = _Budget(limits)
+    for number, blob in enumerate(blobs):
+        file = stack.enter_context(spool_layer(blob, folder, max_bytes=budget.bytes))
+        budget.spend_bytes(os.fstat(file.fileno()).st_size)
+        files.append(file)
+        members = []
+        for member in read_members(file, number, limits):
+            budget.spend(member)
+            members.append(member)
+        _apply(tree, members, whiteouts=whiteouts)
+    return tree, files
+
+
+def write_tree(tree: RootTree, files: Sequence[IO[bytes]], write: Write) -> None:
+    """Write a file system as a tar stream in the order of its walk. `files` are the layers' tars."""
+    first_names: dict[Node, str] = {}
+    for path, node in tree.walk():
+        if node.kind is NodeKind.DIRECTORY:
+            write(member_header(path, node))
+            continue
+        known = first_names.setdefault(node, path)
+        if known is not path:
+            write(member_header(path, node, link=known))
+            continue
+        write(member_header(path, node))
+        if node.kind is NodeKind.FILE:
+            _write_content(node, files[node.layer], write)
+    write(END_OF_ARCHIVE)
+
+
+class _Budget:
+    def __init__(self, limits: Limits) -> None:
+        self.entries, self.bytes = limits.entries, limits.unpacked_bytes
+
+    def spend_bytes(self, count: int) -> None:
+        self.bytes -= count
+        if self.bytes < 0:
+            raise ImageError("the image unpacks to more than is allowed", hint="use a smaller image")
+
+    def spend(self, member: Member) -> None:
+        self.entries -= 1
+        if self.entries < 0:
+            raise ImageError("the image has more files than is allowed", hint="use a smaller image")
+        if member.node is not None and member.node.extents:
+            self.spend_bytes(member.node.size - sum(extent.length for extent in member.node.extents))
+
+
+def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> None:
+    removed: dict[tuple[str, ...], Node] = {}
+    kept = members
+    if whiteouts:
+        kept = [member for member in members if not (member.parts and member.parts[-1].startswith(_WHITEOUT))]
+        for member in members:
+            if member.parts and member.parts[-1].startswith(_WHITEOUT):
+                _remove(tree, member.parts, removed)
+    for member in kept:
+        node = member.node
+        if node is None:
+            node = _linked(tree, member, removed)
+        if not (node.kind is NodeKind.CHARACTER and node.device == (0, 0)):  # overlayfs' own whiteout
+            tree.put(member.parts, node)
+
+
+def _remove(tree: RootTree, parts: tuple[str, ...], removed: dict[tuple[str, ...], Node]) -> None:
+    *above, name = parts
+    directory = tree.find_directory(tuple(above))
+    if name == _OPAQUE:
+        if directory is not None:
+            removed.update({(*above, child): node for child, node in directory.children.items()})
+            directory.children.clear()
+        return
+    hidden = name.removeprefix(_WHITEOUT)
+    if name.startswith(_META):
+        return
+    if hidden in ("", ".", ".."):
+        raise broken_layer("whiteout of nothing", "/".join(parts))
+    if directory is not None and (node := directory.children.pop(hidden, None)) is not None:
+        removed[*above, hidden] = node
+
+
+def _linked(tree: RootTree, member: Member, removed: dict[tuple[str, ...], Node]) -> Node:
+    """Return the node a hard link names, even one that this same layer whites out."""
+    node = tree.find(member.link) or _find_removed(removed, member.link)
+    if node is None:
+        raise broken_layer(f"hard link to {'/'.join(member.link)[:100]!r}, which is not there", "/".join(member.parts))
+    if node.kind is NodeKind.DIRECTORY:
+        raise broken_layer("hard link to a directory", "/".join(member.parts))
+    return node
+
+
+def _find_removed(removed: dict[tuple[str, ...], Node], parts: tuple[str, ...]) -> Node | None:
+    for depth in range(len(parts), 0, -1):
+        node = removed.get(parts[:depth])
+        for name in parts[depth:]:
+            node = node.children.get(name) if node else None
+        if node is not None:
+            return node
+    return None
+
+
+def _write_content(node: Node, file: IO[bytes], write: Write) -> None:
+    position = 0
+    for extent in node.extents:
+        _write_zeros(extent.start - position, write)
+        for chunk in _chunks(file.fileno(), extent.offset, extent.length):
+            write(chunk)
+        position = extent.start + extent.length
+    _write_zeros(node.size - position, write)
+    write(bytes(-node.size % 512))
+
+
+def _write_zeros(count: int, write: Write) -> None:
+    while count > 0:
+        write(_ZEROS[: min(count, _CHUNK)])
+        count -= _CHUNK
+
+
+def _chunks(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
+    end = offset + length
+    while offset < end:
+        chunk = os.pread(descriptor, min(_CHUNK, end - offset), offset)
+        if not chunk:
+            raise broken_layer("the archive was cut while it was read", f"byte {offset}")
+        yield chunk
+        offset += len(chunk)

@@ -1,0 +1,196 @@
+"""The names people give images: what skopeo knows, a bare name as Docker reads it, a rootfs as a tar or a folder."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pytest_fcvm.errors import UsageProblem
+
+__all__ = ["ImageKind", "ImageReference", "parse_reference"]
+
+
+class ImageKind(StrEnum):
+    """Where an image is kept; the values of all but the last two are skopeo's transports."""
+
+    DOCKER = "docker"
+    OCI = "oci"
+    OCI_ARCHIVE = "oci-archive"
+    DOCKER_ARCHIVE = "docker-archive"
+    DIR = "dir"
+    CONTAINERS_STORAGE = "containers-storage"
+    DOCKER_DAEMON = "docker-daemon"
+    ROOTFS_TAR = "rootfs-tar"
+    ROOTFS_DIR = "rootfs-dir"
+
+    @property
+    def is_rootfs(self) -> bool:
+        """Say whether it is a plain file system without an image's configuration."""
+        return self in (ImageKind.ROOTFS_TAR, ImageKind.ROOTFS_DIR)
+
+    @property
+    def is_remote(self) -> bool:
+        """Say whether a registry has to be asked."""
+        return self is ImageKind.DOCKER
+
+    @property
+    def has_path(self) -> bool:
+        """Say whether the reference names a file or a folder of this machine."""
+        return self in _WITH_PATH or self.is_rootfs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReference:
+    """One image. `text` is what the person wrote, `skopeo` the reference skopeo takes, None for a plain rootfs.
+
+    `path` is the absolute file or folder of a local kind, `registry` the host[:port] of a remote one.
+    """
+
+    text: str
+    kind: ImageKind
+    skopeo: str | None
+    path: Path | None = None
+    registry: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the reference without its transport."""
+        return self.skopeo.partition(":")[2].removeprefix("//") if self.skopeo else str(self.path)
+
+    @property
+    def is_local_registry(self) -> bool:
+        """Say whether the registry listens on this machine's loopback, where TLS is not expected."""
+        host = self.registry.rpartition(":")[0] if _PORT.search(self.registry) else self.registry
+        try:
+            return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def pinned_digest(self) -> str:
+        """Return the manifest digest in the reference, empty when it names a tag, which may move."""
+        return self.name.partition("@")[2] if self.kind.is_remote else ""
+
+    def at_digest(self, digest: str) -> ImageReference:
+        """Return the same repository's image with this manifest digest; itself when it is not in a registry."""
+        if not self.kind.is_remote:
+            return self
+        repository = _TAG.sub("", self.name.partition("@")[0])
+        return ImageReference(
+            text=self.text, kind=self.kind, skopeo=f"docker://{repository}@{digest}", registry=self.registry
+        )
+
+
+_WITH_PATH = (ImageKind.OCI, ImageKind.OCI_ARCHIVE, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR)
+_ROOTFS_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_USERINFO = re.compile(r"[^/@\s]+:[^/@]*@(?!sha\d+:)")
+_PORT = re.compile(r":\d+$")
+_TAG = re.compile(r":[\w.-]+$", re.ASCII)
+_PATH_START = re.compile(r"(/|\./|\.\./|~/)|\.{1,2}$")
+# The grammar of distribution/reference: repository components, then a tag and a digest, either may be left out.
+_NAME = re.compile(
+    r"(?P<repository>[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)*)"
+    r"(?::(?P<tag>\w[\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}))?",
+    re.ASCII,
+)
+_REGISTRY = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
+_FORMS = (
+    "write nginx:latest, registry:5000/name:tag, oci:PATH:TAG, docker-archive:PATH, containers-storage:NAME, "
+    "rootfs.tar or ./folder"
+)
+
+
+def parse_reference(text: str, *, base: Path) -> ImageReference:
+    """Read what a person calls an image; relative paths start at `base`.
+
+    A bare name is docker.io's, as Docker reads it. A folder is meant by an absolute path, by a leading `./`, `../` or
+    `~/`, or by a relative path with a slash that exists. Raise UsageProblem, which never repeats a password.
+    """
+    _refuse_hostile(text)
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in list(ImageKind) and not ImageKind(scheme).is_rootfs:
+        return _with_transport(text, ImageKind(scheme), rest, base)
+    found = _find_rootfs(text, base)
+    return found or _docker(text, text)
+
+
+def _refuse_hostile(text: str) -> None:
+    if not text.strip():
+        raise UsageProblem("the image's name is empty", hint=_FORMS)
+    if text.startswith("-") or text != text.strip() or _CONTROL.search(text):
+        raise UsageProblem(f"{_shown(text)!r} is not an image's name", hint=_FORMS)
+
+
+def _with_transport(text: str, kind: ImageKind, rest: str, base: Path) -> ImageReference:
+    if kind is ImageKind.DOCKER:
+        if not rest.startswith("//"):
+            raise UsageProblem(f"{_shown(text)!r} lacks two slashes", hint=f"write docker://{_shown(rest)}")
+        return _docker(text, rest[2:])
+    if not rest or rest.startswith("-"):
+        raise UsageProblem(f"{_shown(text)!r} names no image", hint=_FORMS)
+    if kind not in _WITH_PATH:
+        if " " in rest:
+            raise UsageProblem(f"{_shown(text)!r} has a space", hint=_FORMS)
+        return ImageReference(text=text, kind=kind, skopeo=f"{kind}:{rest}")
+    name, colon, tag = (rest, "", "") if kind is ImageKind.DIR else rest.partition(":")
+    path = _absolute(name, base)
+    if ":" in str(path) and kind is not ImageKind.DIR:
+        raise UsageProblem(
+            f"{path} has a colon, which ends the path in {kind}: references", hint="use a path without one"
+        )
+    return ImageReference(text=text, kind=kind, skopeo=f"{kind}:{path}{colon}{tag}", path=path)
+
+
+def _find_rootfs(text: str, base: Path) -> ImageReference | None:
+    path = _absolute(text, base)
+    explicit = bool(_PATH_START.match(text))
+    if text.endswith(_ROOTFS_SUFFIXES) and (path.is_file() or ":" not in text):
+        if not path.is_file():
+            raise UsageProblem(f"{path} does not exist", hint="name an existing rootfs tar, or write oci-archive:PATH")
+        return ImageReference(text=text, kind=ImageKind.ROOTFS_TAR, skopeo=None, path=path)
+    if (explicit or "/" in text) and path.is_dir():
+        return _folder(text, path)
+    if explicit:
+        cause = "is neither a folder nor a rootfs tar" if path.exists() else "does not exist"
+        raise UsageProblem(f"{path} {cause}", hint=f"a tar ends in {', '.join(_ROOTFS_SUFFIXES)}")
+    return None
+
+
+def _folder(text: str, path: Path) -> ImageReference:
+    if (path / "oci-layout").is_file():
+        raise UsageProblem(f"{path} is an OCI layout, not a root file system", hint=f"write oci:{text}")
+    if (path / "version").is_file() and (path / "manifest.json").is_file():
+        raise UsageProblem(f"{path} is an image as skopeo's dir: keeps it", hint=f"write dir:{text}")
+    return ImageReference(text=text, kind=ImageKind.ROOTFS_DIR, skopeo=None, path=path)
+
+
+def _docker(text: str, name: str) -> ImageReference:
+    registry, slash, rest = name.partition("/")
+    if not slash or not (set(registry) & set(".:[") or registry == "localhost" or registry != registry.lower()):
+        registry, rest = "docker.io", name
+    match = _NAME.fullmatch(rest)
+    if match is None or not _REGISTRY.fullmatch(registry):
+        lowered = " (a repository's name is lower case)" if rest != rest.lower() else ""
+        raise UsageProblem(f"{_shown(text)!r} is not an image's name{lowered}", hint=_FORMS)
+    repository, tag, digest = match["repository"], match["tag"], match["digest"]
+    if registry in ("docker.io", "index.docker.io"):
+        registry = "docker.io"
+        repository = repository if "/" in repository else f"library/{repository}"
+    # skopeo refuses a tag beside a digest, and the digest says more.
+    version = f"@{digest}" if digest else f":{tag or 'latest'}"
+    return ImageReference(
+        text=text, kind=ImageKind.DOCKER, skopeo=f"docker://{registry}/{repository}{version}", registry=registry
+    )
+
+
+def _absolute(name: str, base: Path) -> Path:
+    expanded = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    return Path(base, expanded).absolute()
+
+
+def _shown(text: str) -> str:
+    return _USERINFO.sub("", text)

@@ -1,0 +1,170 @@
+"""A root filesystem in memory: names and attributes, with contents named by where they lie, not held.
+
+Every path given here is taken inside the root: symbolic links among the parents are followed as the kernel would after
+chroot, but a link that climbs above the root is an error rather than clamped, and so is `..` in a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from pytest_fcvm.errors import ImageError
+
+__all__ = ["Extent", "Node", "NodeKind", "RootTree", "broken_layer", "split_name"]
+
+_MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
+_MAX_NAME = 255  # bytes; squashfs has 256, every other file system 255
+
+
+class NodeKind(StrEnum):
+    """What a node is."""
+
+    DIRECTORY = "directory"
+    FILE = "file"
+    SYMLINK = "symlink"
+    CHARACTER = "character device"
+    BLOCK = "block device"
+    FIFO = "fifo"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a run of a file's bytes lies: `start` in the file, `offset` in the layer's tar. Between runs are zeros."""
+
+    start: int
+    offset: int
+    length: int
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One inode. Hard links are the same node under several names. `layer` is where the contents are to be read."""
+
+    kind: NodeKind
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    mtime: int = 0
+    size: int = 0
+    target: str = ""
+    device: tuple[int, int] = (0, 0)
+    xattrs: Mapping[str, bytes] = field(default_factory=dict)
+    layer: int = -1
+    extents: tuple[Extent, ...] = ()
+    children: dict[str, Node] = field(default_factory=dict)
+
+    def take_attributes(self, other: Node) -> None:
+        """Become what a later layer says of the same directory; the children stay."""
+        self.mode, self.uid, self.gid = other.mode, other.uid, other.gid
+        self.mtime, self.xattrs, self.layer = other.mtime, other.xattrs, other.layer
+
+
+def broken_layer(what: str, path: str) -> ImageError:
+    """Return the error for a layer that is not sound, the path escaped for a terminal."""
+    shown = path if len(path) <= 200 else f"{path[:200]}…"
+    return ImageError(
+        f"a layer of the image is not sound: {what}: {shown!r}", hint="build the image anew, or name another image"
+    )
+
+
+def split_name(name: str, *, max_path: int) -> tuple[str, ...]:
+    """Return the parts of a member's name. Raise ImageError for names that leave the root or cannot be stored."""
+    if name.startswith("/") and name.strip("/."):
+        raise broken_layer("absolute name", name)
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    if ".." in parts:
+        raise broken_layer("name leaves the root", name)
+    if "\0" in name:
+        raise broken_layer("name with a NUL byte", name)
+    encoded = [part.encode("utf-8", "surrogateescape") for part in parts]
+    if sum(map(len, encoded)) + len(parts) > max_path or any(len(part) > _MAX_NAME for part in encoded):
+        raise broken_layer("name is too long", name)
+    return parts
+
+
+class RootTree:
+    """The file system that the layers so far make."""
+
+    def __init__(self) -> None:
+        self.root = Node(NodeKind.DIRECTORY, 0o755)
+
+    def find_directory(self, parts: tuple[str, ...]) -> Node | None:
+        """Return the directory, links followed, or None when it is not there."""
+        return self._walk(parts, "/".join(parts), make=False)
+
+    def find(self, parts: tuple[str, ...]) -> Node | None:
+        """Return what is at a path, links followed among the parents only."""
+        if not parts:
+            return self.root
+        parent = self.find_directory(parts[:-1])
+        return parent.children.get(parts[-1]) if parent else None
+
+    def make_directory(self, parts: tuple[str, ...]) -> Node:
+        """Return the directory, links followed; what is missing is made, 0755 and root's."""
+        found = self._walk(parts, "/".join(parts), make=True)
+        assert found is not None
+        return found
+
+    def put(self, parts: tuple[str, ...], node: Node) -> None:
+        """Add a node. A directory over a directory changes its attributes; anything else replaces what was there."""
+        if not parts:
+            self._put_root(node)
+            return
+        parent = self.make_directory(parts[:-1])
+        old = parent.children.get(parts[-1])
+        if old is not None and old.kind is node.kind is NodeKind.DIRECTORY:
+            old.take_attributes(node)
+        else:
+            parent.children[parts[-1]] = node
+
+    def walk(self) -> Iterator[tuple[str, Node]]:
+        """Yield (path, node) in one fixed order, parents before children, the root as an empty path first."""
+        pending = [("", self.root)]
+        while pending:
+            path, node = pending.pop()
+            yield path, node
+            prefix = f"{path}/" if path else ""
+            pending.extend((f"{prefix}{name}", node.children[name]) for name in sorted(node.children, reverse=True))
+
+    def _put_root(self, node: Node) -> None:
+        if node.kind is not NodeKind.DIRECTORY:
+            raise broken_layer("the root is no directory", "/")
+        self.root.take_attributes(node)
+
+    def _walk(self, parts: tuple[str, ...], shown: str, *, make: bool) -> Node | None:
+        trail, links = [self.root], 0
+        pending = list(reversed(parts))
+        while pending:
+            name = pending.pop()
+            if name == "..":
+                _climb(trail, shown)
+                continue
+            child = trail[-1].children.get(name)
+            if child is None and make:
+                child = trail[-1].children[name] = Node(NodeKind.DIRECTORY, 0o755)
+            if child is not None and child.kind is NodeKind.SYMLINK:
+                links += 1
+                _follow(child.target, links, trail, pending, shown)
+            elif child is not None and child.kind is NodeKind.DIRECTORY:
+                trail.append(child)
+            elif child is not None and make:
+                raise broken_layer(f"a parent is a {child.kind}", shown)
+            else:
+                return None
+        return trail[-1]
+
+
+def _climb(trail: list[Node], shown: str) -> None:
+    if len(trail) == 1:
+        raise broken_layer("a symbolic link among the parents leaves the root", shown)
+    trail.pop()
+
+
+def _follow(target: str, links: int, trail: list[Node], pending: list[str], shown: str) -> None:
+    if links > _MAX_LINKS:
+        raise broken_layer("too many symbolic links among the parents", shown)
+    if target.startswith("/"):
+        del trail[1:]
+    pending.extend(part for part in reversed(target.split("/")) if part not in ("", "."))
