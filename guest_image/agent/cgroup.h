@@ -1,0 +1,34 @@
+/* The workload's cgroup: freezing it, what it uses, its out-of-memory kills. */
+#ifndef FCVM_CGROUP_H
+#define FCVM_CGROUP_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "report.h"
+
+/* Mount cgroup2 and make the workload's group, called `name`. */
+int cgroup_make(const char *name, struct failure *failure);
+
+/* Tests only: leave nothing behind on the host. */
+void cgroup_remove(void);
+
+/* The group's directory, or -1 where there is none. */
+int cgroup_fd(void);
+
+/* Move the calling process in. */
+void cgroup_enter(void);
+
+int cgroup_freeze(struct failure *failure);
+int cgroup_thaw(struct failure *failure);
+bool cgroup_is_frozen(void);
+
+/* Call back when the group's count of out-of-memory kills may have changed. */
+void cgroup_watch_oom(void (*changed)(void));
+uint64_t cgroup_oom_kills(void);
+
+/* A number from one of the group's files: the whole file, or the one after `key`. False where there is no such file. */
+bool cgroup_number(const char *file, const char *key, uint64_t *value);
+
+#endif

@@ -1,0 +1,35 @@
+#include "configure.h"
+
+#include <errno.h>
+
+#include "cgroup.h"
+#include "names.h"
+#include "namespaces.h"
+#include "network.h"
+#include "protocol.h"
+#include "sockets.h"
+
+static const char *cgroup_name = "workload";
+
+void configure_use_cgroup(const char *name)
+{
+    cgroup_name = name;
+}
+
+int configure(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    static bool tried;
+    uint64_t upper_mib = 0;
+
+    (void)reply;
+    if (tried)
+        return fail_with(failure, EALREADY, "the guest is configured already");
+    tried = true;
+    body_number(body, FIELD_UPPER_MIB, &upper_mib);
+    if (namespaces_make(body_text(body, FIELD_ROOT_DEVICE), upper_mib, failure))
+        return -1;
+    if (cgroup_make(cgroup_name, failure) || names_configure(body, failure) || network_configure(body, failure))
+        return -1;
+    sockets_probe();
+    return 0;
+}

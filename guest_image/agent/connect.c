@@ -1,0 +1,268 @@
+#include "connect.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "loop.h"
+#include "network.h"
+#include "output.h"
+#include "protocol.h"
+#include "sink.h"
+#include "streams.h"
+
+struct connection {
+    struct stream stream;
+    struct source socket;
+    struct sink sink; /* held until the connection stands */
+    int error;        /* what ended it, when the end was not orderly */
+    bool readable;
+    bool output_ended; /* EOF was sent to the host */
+    bool input_shut;   /* EOF of the host was passed on */
+};
+
+union socket_address {
+    struct sockaddr any;
+    struct sockaddr_in four;
+    struct sockaddr_in6 six;
+};
+
+static socklen_t fill_address(union socket_address *into, const struct inet *from, uint16_t port)
+{
+    memset(into, 0, sizeof *into);
+    into->any.sa_family = from->family;
+    if (from->family == AF_INET6) {
+        into->six.sin6_port = htons(port);
+        memcpy(&into->six.sin6_addr, from->bytes, 16);
+        return sizeof into->six;
+    }
+    into->four.sin_port = htons(port);
+    memcpy(&into->four.sin_addr, from->bytes, 4);
+    return sizeof into->four;
+}
+
+static void finish(struct connection *connection)
+{
+    loop_close(&connection->socket);
+    sink_free(&connection->sink);
+    streams_end(&connection->stream);
+    loop_free(connection);
+}
+
+/* Close so that the guest sees a reset, as it would from a peer that went away. */
+static void reset(struct connection *connection)
+{
+    const struct linger at_once = {.l_onoff = 1, .l_linger = 0};
+
+    setsockopt(connection->socket.fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    finish(connection);
+}
+
+static void take_error(struct connection *connection)
+{
+    int error = 0;
+    socklen_t size = sizeof error;
+
+    if (getsockopt(connection->socket.fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error)
+        connection->error = error;
+}
+
+static void refuse(struct connection *connection)
+{
+    struct reply reply = {0};
+    char text[80] = "connect: ";
+
+    strncat(text, strerror(connection->error), sizeof text - strlen(text) - 1);
+    reply_text(&reply, FIELD_MESSAGE, text);
+    output_reply(connection->stream.id, (uint32_t)connection->error, reply.bytes, reply.used);
+    finish(connection);
+}
+
+/* Pass on what the host sent; its EOF follows the last byte. */
+static void push_input(struct connection *connection)
+{
+    bool is_empty = sink_flush(&connection->sink);
+
+    if (connection->sink.is_broken && !connection->error)
+        connection->error = connection->sink.error;
+    if (connection->error) {
+        streams_ready(&connection->stream);
+    } else if (connection->stream.input_ended && is_empty && !connection->input_shut) {
+        shutdown(connection->socket.fd, SHUT_WR);
+        connection->input_shut = true;
+        streams_ready(&connection->stream);
+    }
+}
+
+static void on_socket(struct source *source, uint32_t events)
+{
+    struct connection *connection = (struct connection *)(void *)((char *)source - offsetof(struct connection, socket));
+
+    if (events & EPOLLERR)
+        take_error(connection);
+    if (connection->sink.is_held) {
+        if (connection->error) {
+            refuse(connection);
+            return;
+        }
+        if (!(events & EPOLLOUT))
+            return; /* not connected yet */
+        connection->sink.is_held = false;
+        output_reply(connection->stream.id, 0, NULL, 0);
+    }
+    if (events & EPOLLOUT)
+        push_input(connection);
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
+        connection->readable = true;
+        streams_ready(&connection->stream);
+    }
+}
+
+static void on_data(struct stream *stream, const unsigned char *bytes, size_t length)
+{
+    struct connection *connection = (struct connection *)stream;
+
+    sink_put(&connection->sink, bytes, length);
+    if (connection->sink.is_broken)
+        push_input(connection);
+}
+
+static void on_eof(struct stream *stream)
+{
+    struct connection *connection = (struct connection *)stream;
+
+    if (!connection->sink.is_held)
+        push_input(connection);
+}
+
+static void close_with_error(struct connection *connection)
+{
+    output_close(connection->stream.id, (uint32_t)connection->error);
+    finish(connection);
+}
+
+/* Read one frame's worth. True when a frame was put out. */
+static bool send_output(struct connection *connection)
+{
+    size_t size;
+    unsigned char *place = output_data_place(&size);
+
+    if (size > connection->stream.may_send[0])
+        size = (size_t)connection->stream.may_send[0];
+    if (!connection->readable || connection->output_ended || !size)
+        return false;
+    ssize_t got = recv(connection->socket.fd, place, size, 0);
+    if (got > 0) {
+        connection->stream.may_send[0] -= (uint64_t)got;
+        output_data(connection->stream.id, 0, (size_t)got);
+        return true;
+    }
+    connection->readable = false;
+    if (got < 0 && errno != EAGAIN && errno != EINTR && !connection->error)
+        connection->error = errno;
+    if (got < 0 || connection->error)
+        return false;
+    output_in_turn(FRAME_EOF, connection->stream.id, "", 1);
+    connection->output_ended = true;
+    return true;
+}
+
+static bool emit(struct stream *stream)
+{
+    struct connection *connection = (struct connection *)stream;
+
+    if (send_output(connection))
+        return true;
+    /* A reset is told after what came before it. */
+    if (connection->error && !connection->readable)
+        close_with_error(connection);
+    else if (connection->output_ended && connection->input_shut)
+        finish(connection);
+    return false;
+}
+
+static void abandon(struct stream *stream, bool lost)
+{
+    (void)lost;
+    reset((struct connection *)stream);
+}
+
+static const struct stream_ops ops = {.data = on_data, .eof = on_eof, .emit = emit, .abandon = abandon};
+
+static int choose_target(const struct body *body, struct inet *target, struct failure *failure)
+{
+    const char *text = body_text(body, FIELD_ADDRESS);
+
+    *target = *network_address();
+    if (text && *text && !inet_parse(text, target))
+        return fail_with(failure, EINVAL, "\"%.60s\" is not an IP address", text);
+    if (!target->family)
+        return fail_with(failure, EADDRNOTAVAIL, "the guest has no address to connect to");
+    return 0;
+}
+
+static int dial(int fd, const struct inet *target, uint16_t port, struct failure *failure)
+{
+    const int on = 1;
+    const struct inet *peer = network_peer();
+    union socket_address address;
+
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (peer && peer->family == target->family && network_owns(target) && target->bytes[0] != 127) {
+        setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
+        socklen_t size = fill_address(&address, peer, 0);
+        if (bind(fd, &address.any, size))
+            return fail(failure, "bind", "to the gateway's address");
+    }
+    socklen_t size = fill_address(&address, target, port);
+    if (connect(fd, &address.any, size) && errno != EINPROGRESS)
+        return fail(failure, "connect", "");
+    return 0;
+}
+
+static struct connection *make(uint32_t id, int fd)
+{
+    struct connection *connection = calloc(1, sizeof *connection);
+
+    if (!connection)
+        return NULL;
+    connection->socket = (struct source){.fd = fd, .ready = on_socket};
+    connection->sink =
+        (struct sink){.stream = &connection->stream, .source = &connection->socket, .is_held = true};
+    if (loop_add(&connection->socket, EPOLLIN | EPOLLOUT | EPOLLRDHUP)) {
+        free(connection);
+        return NULL;
+    }
+    streams_begin(&connection->stream, id, &ops);
+    return connection;
+}
+
+int connect_open(uint32_t id, const struct body *body, struct failure *failure)
+{
+    const char *protocol = body_text(body, FIELD_PROTO);
+    struct inet target;
+    uint64_t port = 0;
+
+    if (protocol && *protocol && strcmp(protocol, "tcp") != 0)
+        return fail_with(failure, EPROTONOSUPPORT, "CONNECT knows tcp, not \"%.20s\"", protocol);
+    if (!body_number(body, FIELD_PORT, &port) || port == 0 || port > 65535)
+        return fail_with(failure, EINVAL, "PORT must be 1 to 65535");
+    if (choose_target(body, &target, failure))
+        return -1;
+    int fd = socket(target.family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return fail(failure, "socket", "");
+    if (dial(fd, &target, (uint16_t)port, failure) == 0) {
+        if (make(id, fd))
+            return 0; /* the REPLY follows when the connection stands */
+        fail_with(failure, ENOMEM, "no memory for a connection");
+    }
+    close(fd);
+    return -1;
+}

@@ -1,0 +1,359 @@
+#include "exec.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "cgroup.h"
+#include "child.h"
+#include "loop.h"
+#include "namespaces.h"
+#include "output.h"
+#include "protocol.h"
+#include "sink.h"
+#include "streams.h"
+#include "tar.h"
+
+enum { DETACHED = 1, PARENT = 0, CHILD = 1 };
+
+/* A pipe that the process writes and we read. */
+struct drain {
+    struct source source;
+    struct exec *exec;
+    bool readable;
+    uint32_t left; /* once the process has ended: what was in the pipe then */
+};
+
+struct exec {
+    struct stream stream;
+    struct child child;
+    struct source input;
+    struct sink sink;
+    struct drain drains[2];
+    uint8_t turn; /* the drain to ask first */
+    bool is_detached;
+    bool has_ended;
+    bool is_orphan; /* the stream is gone */
+};
+
+static void close_pipes(struct exec *exec)
+{
+    loop_close(&exec->input);
+    loop_close(&exec->drains[0].source);
+    loop_close(&exec->drains[1].source);
+    sink_free(&exec->sink);
+}
+
+static void give_back(struct exec *exec)
+{
+    close_pipes(exec);
+    child_release(&exec->child);
+    loop_free(exec);
+}
+
+/* Close stdin once the host has ended it and everything is written. */
+static void settle_input(struct exec *exec)
+{
+    bool is_empty = sink_flush(&exec->sink);
+
+    if (exec->sink.is_broken || (exec->stream.input_ended && is_empty))
+        loop_close(&exec->input);
+}
+
+static struct exec *of_input(struct source *source)
+{
+    return (struct exec *)(void *)((char *)source - offsetof(struct exec, input));
+}
+
+static void on_input(struct source *source, uint32_t events)
+{
+    struct exec *exec = of_input(source);
+
+    if (events & EPOLLERR)
+        exec->sink.is_broken = true;
+    settle_input(exec);
+}
+
+static void discard_output(struct drain *drain)
+{
+    static char nowhere[16384];
+    ssize_t got;
+
+    while ((got = read(drain->source.fd, nowhere, sizeof nowhere)) > 0)
+        ;
+    if (got == 0)
+        loop_close(&drain->source);
+}
+
+static void on_output(struct source *source, uint32_t events)
+{
+    struct drain *drain = (struct drain *)source;
+
+    (void)events;
+    drain->readable = true;
+    if (drain->exec->is_orphan)
+        discard_output(drain);
+    else
+        streams_ready(&drain->exec->stream);
+}
+
+static void on_end(struct child *child, int status)
+{
+    struct exec *exec = (struct exec *)(void *)((char *)child - offsetof(struct exec, child));
+
+    (void)status;
+    exec->has_ended = true;
+    if (exec->is_orphan) {
+        give_back(exec);
+        return;
+    }
+    /* Grandchildren may hold the pipes for ever: only what is in them now still belongs to the process. */
+    for (int i = 0; i < 2; i++) {
+        int waiting = 0;
+        if (exec->drains[i].source.fd >= 0)
+            ioctl(exec->drains[i].source.fd, FIONREAD, &waiting);
+        exec->drains[i].left = (uint32_t)waiting;
+        exec->drains[i].readable = true;
+    }
+    streams_ready(&exec->stream);
+}
+
+static void on_data(struct stream *stream, const unsigned char *bytes, size_t length)
+{
+    struct exec *exec = (struct exec *)stream;
+
+    sink_put(&exec->sink, bytes, length);
+    if (exec->sink.is_broken)
+        loop_close(&exec->input);
+}
+
+static void on_eof(struct stream *stream)
+{
+    settle_input((struct exec *)stream);
+}
+
+static void on_signal(struct stream *stream, int number)
+{
+    struct exec *exec = (struct exec *)stream;
+
+    if (exec->child.pid && number > 0 && number < NSIG)
+        kill(-exec->child.pid, number);
+}
+
+/* Send one frame of what the process wrote, if there is any and the host may be sent it. */
+static bool send_output(struct exec *exec, uint8_t channel)
+{
+    struct drain *drain = &exec->drains[channel];
+    size_t size;
+    unsigned char *place = output_data_place(&size);
+
+    if (drain->source.fd < 0 || !drain->readable)
+        return false;
+    if (exec->has_ended && size > drain->left)
+        size = drain->left;
+    if (exec->has_ended && !size)
+        loop_close(&drain->source);
+    if (size > exec->stream.may_send[channel])
+        size = (size_t)exec->stream.may_send[channel];
+    if (!size)
+        return false;
+    ssize_t got = read(drain->source.fd, place, size);
+    if (got > 0) {
+        exec->stream.may_send[channel] -= (uint64_t)got;
+        drain->left -= exec->has_ended ? (uint32_t)got : 0;
+        output_data(exec->stream.id, channel, (size_t)got);
+        return true;
+    }
+    drain->readable = false;
+    if (got < 0 && !exec->has_ended)
+        return false;
+    loop_close(&drain->source);
+    output_in_turn(FRAME_EOF, exec->stream.id, &channel, 1);
+    return true;
+}
+
+static void send_exit(struct exec *exec)
+{
+    struct reply fields = {0};
+
+    child_put_status(&fields, &exec->child, exec->child.status);
+    output_in_turn(FRAME_EXIT, exec->stream.id, fields.bytes, fields.used);
+    streams_end(&exec->stream);
+    give_back(exec);
+}
+
+static bool emit(struct stream *stream)
+{
+    struct exec *exec = (struct exec *)stream;
+
+    for (uint8_t i = 0; i < 2; i++) {
+        uint8_t channel = exec->turn ^ i;
+        if (send_output(exec, channel)) {
+            exec->turn = channel ^ 1;
+            return true;
+        }
+    }
+    if (exec->has_ended && exec->drains[0].source.fd < 0 && exec->drains[1].source.fd < 0)
+        send_exit(exec);
+    return false;
+}
+
+static void abandon(struct stream *stream, bool lost)
+{
+    struct exec *exec = (struct exec *)stream;
+
+    streams_end(stream);
+    exec->is_orphan = true;
+    if (exec->has_ended) {
+        give_back(exec);
+        return;
+    }
+    if (lost && exec->is_detached) {
+        loop_close(&exec->input);
+        for (int i = 0; i < 2; i++)
+            if (exec->drains[i].source.fd >= 0)
+                discard_output(&exec->drains[i]);
+        return;
+    }
+    close_pipes(exec);
+    child_hang_up(&exec->child);
+}
+
+static const struct stream_ops ops = {
+    .data = on_data, .eof = on_eof, .signal = on_signal, .emit = emit, .abandon = abandon};
+
+static void close_pair(int pair[2])
+{
+    close(pair[PARENT]);
+    close(pair[CHILD]);
+}
+
+/* pair[PARENT] is ours and non-blocking, pair[CHILD] the process's. */
+static int make_pipe(int pair[2], bool we_read)
+{
+    int ends[2];
+
+    if (pipe2(ends, O_CLOEXEC))
+        return -1;
+    pair[PARENT] = ends[we_read ? 0 : 1];
+    pair[CHILD] = ends[we_read ? 1 : 0];
+    return fcntl(pair[PARENT], F_SETFL, O_NONBLOCK);
+}
+
+static int make_pipes(int pipes[3][2])
+{
+    for (int i = 0; i < 3; i++) {
+        if (make_pipe(pipes[i], i > 0) == 0)
+            continue;
+        while (i-- > 0)
+            close_pair(pipes[i]);
+        return -1;
+    }
+    return 0;
+}
+
+static int watch(struct exec *exec, int pipes[3][2])
+{
+    exec->input = (struct source){.fd = pipes[0][PARENT], .ready = on_input};
+    exec->sink = (struct sink){.stream = &exec->stream, .source = &exec->input};
+    for (int i = 0; i < 2; i++)
+        exec->drains[i] =
+            (struct drain){.source = {.fd = pipes[i + 1][PARENT], .ready = on_output}, .exec = exec, .readable = true};
+    if (loop_add(&exec->input, EPOLLOUT))
+        return -1;
+    return loop_add(&exec->drains[0].source, EPOLLIN) || loop_add(&exec->drains[1].source, EPOLLIN) ? -1 : 0;
+}
+
+static int start(struct exec *exec, struct launch *how, struct failure *failure)
+{
+    int pipes[3][2];
+
+    if (make_pipes(pipes))
+        return fail(failure, "pipe2", "");
+    how->input = pipes[0][CHILD];
+    how->output = pipes[1][CHILD];
+    how->errors = pipes[2][CHILD];
+    exec->child.ended = on_end;
+    int result = child_start(&exec->child, how, failure);
+    for (int i = 0; i < 3; i++)
+        close(pipes[i][CHILD]);
+    if (result) {
+        for (int i = 0; i < 3; i++)
+            close(pipes[i][PARENT]);
+        return result;
+    }
+    if (watch(exec, pipes)) {
+        /* Out of memory for epoll: end the process; its own end gives the memory back. */
+        result = fail(failure, "epoll_ctl", "");
+        exec->is_orphan = true;
+        close_pipes(exec);
+        child_hang_up(&exec->child);
+    }
+    return result;
+}
+
+static int begin(uint32_t id, struct launch *how, bool is_detached, struct failure *failure)
+{
+    struct reply reply = {0};
+
+    if (!namespaces_are_made())
+        return fail_with(failure, EINVAL, "the guest is not configured");
+    if (cgroup_is_frozen())
+        return fail_with(failure, EBUSY, "the workload is frozen: PERSONALISE comes first");
+    struct exec *exec = calloc(1, sizeof *exec);
+    if (!exec)
+        return fail_with(failure, ENOMEM, "no memory for a stream");
+    exec->is_detached = is_detached;
+    if (start(exec, how, failure)) {
+        if (!exec->is_orphan)
+            free(exec);
+        return -1;
+    }
+    streams_begin(&exec->stream, id, &ops);
+    reply_number(&reply, FIELD_PID, (uint64_t)exec->child.notice->pid);
+    output_reply(id, 0, reply.bytes, reply.used);
+    return 0;
+}
+
+int exec_open(uint32_t id, const struct body *body, struct failure *failure)
+{
+    uint64_t flags = 0;
+
+    if (!body_count(body, FIELD_ARG))
+        return fail_with(failure, EINVAL, "EXEC has no ARG");
+    body_number(body, FIELD_FLAGS, &flags);
+    struct launch how = {.arguments = body_texts(body, FIELD_ARG, 0),
+                         .environment = body_texts(body, FIELD_ENV, 2),
+                         .directory = body_text(body, FIELD_CWD),
+                         .user = body_text(body, FIELD_USER)};
+    int result = how.arguments && how.environment ? begin(id, &how, flags & DETACHED, failure)
+                                                  : fail_with(failure, ENOMEM, "no memory for the arguments");
+    free(how.arguments);
+    free(how.environment);
+    return result;
+}
+
+static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, struct notice *), struct failure *failure)
+{
+    struct tar_request request = {.path = body_text(body, FIELD_PATH), .user = body_text(body, FIELD_USER)};
+    struct launch how = {.run = run, .argument = &request};
+
+    if (!request.path || !*request.path)
+        return fail_with(failure, EINVAL, "no PATH");
+    return begin(id, &how, false, failure);
+}
+
+int exec_open_tar_in(uint32_t id, const struct body *body, struct failure *failure)
+{
+    return open_tar(id, body, tar_extract, failure);
+}
+
+int exec_open_tar_out(uint32_t id, const struct body *body, struct failure *failure)
+{
+    return open_tar(id, body, tar_create, failure);
+}

@@ -1,0 +1,135 @@
+#include "information.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cgroup.h"
+#include "logs.h"
+#include "namespaces.h"
+#include "protocol.h"
+
+enum { NOBODY = 0, EVERYWHERE = 1, LOOPBACK_ONLY = 2, TCP_LISTENING = 10, UDP_UNCONNECTED = 7 };
+
+static const struct cgroup_metric {
+    const char *name, *file, *key;
+} cgroup_metrics[] = {
+    {"workload_memory_bytes", "memory.current", NULL},
+    {"workload_memory_peak_bytes", "memory.peak", NULL},
+    {"workload_cpu_us", "cpu.stat", "usage_usec"},
+    {"workload_processes", "pids.current", NULL},
+    {"workload_oom_kills", "memory.events", "oom_kill"},
+};
+
+static const struct meminfo_metric {
+    const char *name, *key;
+} meminfo_metrics[] = {{"memory_total_bytes", "MemTotal:"}, {"memory_available_bytes", "MemAvailable:"}};
+
+static void add_metric(struct reply *reply, const char *name, uint64_t value)
+{
+    char text[80];
+
+    snprintf(text, sizeof text, "%s=%llu", name, (unsigned long long)value);
+    reply_text(reply, FIELD_METRIC, text);
+}
+
+static void add_meminfo(struct reply *reply)
+{
+    char line[128];
+    FILE *file = fopen("/proc/meminfo", "re");
+
+    while (file && fgets(line, sizeof line, file))
+        for (size_t i = 0; i < sizeof meminfo_metrics / sizeof meminfo_metrics[0]; i++) {
+            size_t length = strlen(meminfo_metrics[i].key);
+            if (strncmp(line, meminfo_metrics[i].key, length) == 0)
+                add_metric(reply, meminfo_metrics[i].name, strtoull(line + length, NULL, 10) * 1024);
+        }
+    if (file)
+        fclose(file);
+}
+
+int information_metrics(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    struct statvfs layer;
+    struct timespec up;
+    uint64_t value;
+
+    (void)body;
+    (void)failure;
+    clock_gettime(CLOCK_BOOTTIME, &up);
+    add_metric(reply, "uptime_ms", (uint64_t)up.tv_sec * 1000 + (uint64_t)up.tv_nsec / 1000000);
+    add_meminfo(reply);
+    for (size_t i = 0; i < sizeof cgroup_metrics / sizeof cgroup_metrics[0]; i++)
+        if (cgroup_number(cgroup_metrics[i].file, cgroup_metrics[i].key, &value))
+            add_metric(reply, cgroup_metrics[i].name, value);
+    if (namespaces_are_made() && statvfs(WORKLOAD_BASE, &layer) == 0) {
+        add_metric(reply, "overlay_size_bytes", (uint64_t)layer.f_blocks * layer.f_frsize);
+        add_metric(reply, "overlay_used_bytes", (uint64_t)(layer.f_blocks - layer.f_bfree) * layer.f_frsize);
+    }
+    add_metric(reply, "log_dropped_bytes", logs_dropped());
+    return 0;
+}
+
+/* Addresses in /proc/net are 32-bit words in the machine's order, each printed as a number. */
+static bool is_loopback(const char *hex)
+{
+    unsigned words[4] = {0};
+    int count = sscanf(hex, "%8x%8x%8x%8x", &words[0], &words[1], &words[2], &words[3]);
+
+    if (count == 1)
+        return (ntohl(words[0]) >> 24) == 127;
+    if (words[0] || words[1])
+        return false;
+    if (ntohl(words[2]) == 0xffff)
+        return (ntohl(words[3]) >> 24) == 127;
+    return words[2] == 0 && ntohl(words[3]) == 1;
+}
+
+/* How `port` is listened to according to one table of /proc/net. */
+static int look_in_table(const char *path, uint64_t port, unsigned wanted_state)
+{
+    char line[512], address[40];
+    unsigned local_port, state;
+    int result = NOBODY;
+    FILE *table = fopen(path, "re");
+
+    while (table && result != EVERYWHERE && fgets(line, sizeof line, table)) {
+        if (sscanf(line, " %*d: %39[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%*x %x", address, &local_port, &state) != 3)
+            continue;
+        if (local_port == port && state == wanted_state)
+            result = is_loopback(address) ? LOOPBACK_ONLY : EVERYWHERE;
+    }
+    if (table)
+        fclose(table);
+    return result;
+}
+
+int information_listening(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    const char *protocol = body_text(body, FIELD_PROTO);
+    bool is_udp = protocol && strcmp(protocol, "udp") == 0;
+    unsigned state = is_udp ? UDP_UNCONNECTED : TCP_LISTENING;
+    uint64_t port;
+
+    if (!body_number(body, FIELD_PORT, &port) || port == 0 || port > 65535)
+        return fail_with(failure, EINVAL, "PORT must be 1 to 65535");
+    int four = look_in_table(is_udp ? "/proc/net/udp" : "/proc/net/tcp", port, state);
+    int six = four == EVERYWHERE ? NOBODY : look_in_table(is_udp ? "/proc/net/udp6" : "/proc/net/tcp6", port, state);
+    int result = four == EVERYWHERE || six == EVERYWHERE ? EVERYWHERE : four ? four : six;
+    reply_number(reply, FIELD_LISTENING, (uint64_t)result);
+    return 0;
+}
+
+int information_sync(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    (void)body;
+    (void)reply;
+    (void)failure;
+    sync();
+    return 0;
+}

@@ -1,0 +1,256 @@
+#include "launch.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cgroup.h"
+#include "namespaces.h"
+#include "users.h"
+
+enum { EXIT_CANNOT_START = 126, EXIT_NOT_FOUND = 127, SOFT_FILES = 1024, HARD_FILES = 524288 };
+
+#define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+#ifndef CLONE_INTO_CGROUP
+#define CLONE_INTO_CGROUP 0x200000000ULL
+#endif
+
+/* As in linux/sched.h, whose other contents clash with sched.h in some libraries. */
+struct clone_arguments {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
+};
+
+void launch_complain_text(struct notice *notice, const char *format, ...)
+{
+    va_list arguments;
+
+    va_start(arguments, format);
+    vsnprintf(notice->text, sizeof notice->text, format, arguments);
+    va_end(arguments);
+}
+
+void launch_complain(struct notice *notice, const char *call, const char *subject)
+{
+    launch_complain_text(notice, "%s %s: %s", call, subject, strerror(errno));
+}
+
+static void publish(struct notice *notice)
+{
+    __atomic_store_n(&notice->pid, (int)getpid(), __ATOMIC_RELEASE);
+    syscall(SYS_futex, &notice->pid, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static void await_pid(const struct notice *notice)
+{
+    const struct timespec limit = {.tv_sec = 1};
+
+    while (__atomic_load_n(&notice->pid, __ATOMIC_ACQUIRE) == 0)
+        if (syscall(SYS_futex, &notice->pid, FUTEX_WAIT, 0, &limit, NULL, 0) && errno == ETIMEDOUT)
+            return;
+}
+
+static _Noreturn void give_up(struct notice *notice, const char *call, const char *subject, int code)
+{
+    launch_complain(notice, call, subject);
+    publish(notice);
+    _exit(code);
+}
+
+static void restore_defaults(void)
+{
+    const struct rlimit files = {.rlim_cur = SOFT_FILES, .rlim_max = HARD_FILES};
+    sigset_t none;
+
+    setrlimit(RLIMIT_NOFILE, &files);
+    signal(SIGPIPE, SIG_DFL);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    umask(022);
+}
+
+/* mkdir -p; what fails shows when the directory is entered. */
+static void make_directories(const char *path)
+{
+    char part[4096];
+    size_t length = strlen(path);
+
+    if (length >= sizeof part)
+        return;
+    memcpy(part, path, length + 1);
+    for (size_t i = 1; i <= length; i++) {
+        if (part[i] != '/' && part[i] != 0)
+            continue;
+        char kept = part[i];
+        part[i] = 0;
+        mkdir(part, 0755);
+        part[i] = kept;
+    }
+}
+
+static void enter_directory(const struct launch *launch)
+{
+    const char *directory = launch->directory && *launch->directory ? launch->directory : "/";
+
+    if (chdir(directory) == 0)
+        return;
+    if (errno == ENOENT)
+        make_directories(directory);
+    if (chdir(directory))
+        give_up(launch->notice, "chdir", directory, EXIT_CANNOT_START);
+}
+
+/* Let the user open /dev/stdout: it leads to the pipe, whose owner is root otherwise. */
+static void give_pipes(uid_t user)
+{
+    struct stat status;
+
+    for (int fd = 0; user && fd <= 2; fd++)
+        if (fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode) && fchown(fd, user, (gid_t)-1))
+            return;
+}
+
+static const char *get_variable(char **environment, const char *name)
+{
+    size_t length = strlen(name);
+
+    for (; *environment; environment++)
+        if (strncmp(*environment, name, length) == 0 && (*environment)[length] == '=')
+            return *environment + length + 1;
+    return NULL;
+}
+
+/* `environment` has room for two more: see launch(). */
+static void complete_environment(char **environment, const char *home)
+{
+    static char home_variable[4096 + 8];
+    static char path_variable[] = "PATH=" DEFAULT_PATH;
+    char **end = environment;
+
+    while (*end)
+        end++;
+    if (!get_variable(environment, "PATH"))
+        *end++ = path_variable;
+    if (!get_variable(environment, "HOME")) {
+        snprintf(home_variable, sizeof home_variable, "HOME=%s", home);
+        *end++ = home_variable;
+    }
+    *end = NULL;
+}
+
+/* Like execvpe, but without handing a file of unknown format to a shell: container runtimes do not. */
+static void search_and_execute(char **arguments, char **environment)
+{
+    char candidate[4096];
+    bool found = false;
+
+    if (strchr(arguments[0], '/')) {
+        execve(arguments[0], arguments, environment);
+        return;
+    }
+    for (const char *path = get_variable(environment, "PATH"); path; path = *path ? path + 1 : NULL) {
+        int length = (int)strcspn(path, ":");
+        snprintf(candidate, sizeof candidate, "%.*s%s%s", length, path, length ? "/" : "./", arguments[0]);
+        execve(candidate, arguments, environment);
+        if (errno != ENOENT && errno != ENOTDIR && errno != EACCES)
+            return;
+        found |= errno == EACCES;
+        path += length;
+        if (!*path)
+            break;
+    }
+    errno = found ? EACCES : ENOENT;
+}
+
+static _Noreturn void run_program(const struct launch *launch)
+{
+    struct user user;
+    const char *program = launch->arguments[0];
+
+    if (users_find(launch->user, &user, launch->notice))
+        _exit(EXIT_CANNOT_START);
+    enter_directory(launch);
+    give_pipes(user.id);
+    if (users_become(&user))
+        give_up(launch->notice, "becoming user", launch->user ? launch->user : "root", EXIT_CANNOT_START);
+    complete_environment(launch->environment, user.home);
+    search_and_execute(launch->arguments, launch->environment);
+    int code = errno == ENOENT ? EXIT_NOT_FOUND : EXIT_CANNOT_START;
+    if (errno == ENOENT && strchr(program, '/') && access(program, F_OK) == 0)
+        launch_complain_text(launch->notice, "exec %s: the interpreter or loader it names is missing", program);
+    else
+        launch_complain(launch->notice, "exec", program);
+    _exit(code);
+}
+
+static void set_oom_score(void)
+{
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+
+    if (fd < 0)
+        return;
+    ssize_t ignored = write(fd, "0", 1);
+    (void)ignored;
+    close(fd);
+}
+
+static _Noreturn void be_child(const struct launch *launch, bool in_cgroup)
+{
+    if (!in_cgroup && !launch->is_hook)
+        cgroup_enter();
+    set_oom_score();
+    setsid();
+    if (dup2(launch->input, 0) < 0 || dup2(launch->output, 1) < 0 || dup2(launch->errors, 2) < 0)
+        give_up(launch->notice, "dup2", "", EXIT_CANNOT_START);
+    const char *step = namespaces_enter(launch->is_workload);
+    if (step)
+        give_up(launch->notice, "entering the workload's namespaces:", step, EXIT_CANNOT_START);
+    publish(launch->notice);
+    restore_defaults();
+    if (!launch->run)
+        run_program(launch);
+    syscall(SYS_close_range, 3U, ~0U, 0U);
+    _exit(launch->run(launch->argument, launch->notice));
+}
+
+static pid_t fork_into(uint64_t flags, int cgroup)
+{
+    struct clone_arguments arguments = {.flags = flags, .exit_signal = SIGCHLD};
+
+    if (cgroup >= 0) {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = (uint64_t)cgroup;
+    }
+    return (pid_t)syscall(SYS_clone3, &arguments, sizeof arguments);
+}
+
+pid_t launch(const struct launch *launch, struct failure *failure)
+{
+    uint64_t flags = launch->is_workload ? CLONE_NEWPID : 0;
+    int cgroup = launch->is_hook ? -1 : cgroup_fd();
+    bool in_cgroup = cgroup >= 0;
+
+    /* Straight into the cgroup: moving a process there later can take a kernel-wide lock for milliseconds. */
+    pid_t pid = fork_into(flags, cgroup);
+    if (pid < 0 && in_cgroup) {
+        in_cgroup = false;
+        pid = fork_into(flags, -1);
+    }
+    if (pid == 0)
+        be_child(launch, in_cgroup);
+    if (pid < 0)
+        return fail(failure, "clone3", launch->run ? "" : launch->arguments[0]);
+    await_pid(launch->notice);
+    return pid;
+}

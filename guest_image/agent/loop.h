@@ -1,0 +1,36 @@
+/* The event loop: one epoll, every descriptor registered once and edge-triggered, no wakeup without a cause. */
+#ifndef FCVM_LOOP_H
+#define FCVM_LOOP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct source {
+    int fd; /* -1 when closed */
+    void (*ready)(struct source *source, uint32_t events);
+};
+
+/* A deadline. `ring` runs once, at or after `at`; 0 means not set. */
+struct alarm {
+    int64_t at;
+    void (*ring)(void);
+    struct alarm *next;
+    bool listed;
+};
+
+void loop_open(void);
+int loop_add(struct source *source, uint32_t events);
+
+/* Close the source's descriptor. Events already fetched for it are dropped. */
+void loop_close(struct source *source);
+
+/* free(3) after the events fetched so far are handled, since they may point into the memory. */
+void loop_free(void *memory);
+
+void loop_set_alarm(struct alarm *alarm, int64_t at);
+int64_t loop_now_ms(void);
+
+/* Wait (not at all when `busy`) and hand out what is there. */
+void loop_turn(bool busy);
+
+#endif

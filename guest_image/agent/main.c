@@ -1,0 +1,114 @@
+/* The guest agent: process 1 of the virtual machine. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "boot.h"
+#include "cgroup.h"
+#include "channel.h"
+#include "child.h"
+#include "configure.h"
+#include "logs.h"
+#include "loop.h"
+#include "namespaces.h"
+#include "output.h"
+#include "report.h"
+#include "session.h"
+#include "version.h"
+#include "workload.h"
+
+struct options {
+    int channel_fd; /* -1: find the channel of the machine */
+    const char *root;
+    const char *cgroup;
+};
+
+static _Noreturn void show_usage(void)
+{
+    fputs("usage: agent [--version] [--channel-fd N --root DIR --cgroup NAME --no-reboot]\n", stderr);
+    exit(2);
+}
+
+static struct options parse_options(int count, char **arguments)
+{
+    struct options options = {.channel_fd = -1};
+
+    for (int i = 1; i < count; i++) {
+        const char *value = i + 1 < count ? arguments[i + 1] : NULL;
+        if (strcmp(arguments[i], "--version") == 0) {
+            puts(VERSION_TEXT);
+            exit(0);
+        }
+        if (strcmp(arguments[i], "--no-reboot") == 0) {
+            report_test_mode = true;
+            continue;
+        }
+        if (!value)
+            show_usage();
+        if (strcmp(arguments[i], "--channel-fd") == 0)
+            options.channel_fd = atoi(value);
+        else if (strcmp(arguments[i], "--root") == 0)
+            options.root = value;
+        else if (strcmp(arguments[i], "--cgroup") == 0)
+            options.cgroup = value;
+        else
+            show_usage();
+        i++;
+    }
+    return options;
+}
+
+/* The kernel passes what it does not know of its command line to /init: only a test gives options that count. */
+static void set_up_test(const struct options *options)
+{
+    prctl(PR_SET_CHILD_SUBREAPER, 1);
+    atexit(cgroup_remove);
+    if (options->root)
+        namespaces_use_directory(options->root);
+    if (options->cgroup)
+        configure_use_cgroup(options->cgroup);
+}
+
+static _Noreturn void serve(void)
+{
+    bool is_busy = false;
+
+    for (;;) {
+        loop_turn(is_busy);
+        bool was_backed_up = output_is_backed_up();
+        is_busy = logs_pump();
+        is_busy |= session_read();
+        is_busy |= output_pump();
+        is_busy |= was_backed_up && !output_is_backed_up(); /* requests that waited can go on */
+        if (workload_wants_power_off() && output_is_empty())
+            report_power_off();
+    }
+}
+
+int main(int count, char **arguments)
+{
+    bool is_init = getpid() == 1 && count >= 1 && strcmp(arguments[0], "/init") == 0;
+    struct options options = {.channel_fd = -1};
+
+    umask(0);
+    if (!is_init)
+        options = parse_options(count, arguments);
+    if (report_test_mode) {
+        set_up_test(&options);
+    } else {
+        boot_mount();
+        boot_load_modules();
+    }
+    boot_raise_limits();
+    loop_open();
+    child_open();
+    if (options.channel_fd >= 0)
+        channel_use(options.channel_fd);
+    else
+        channel_find();
+    report("serving, " VERSION_TEXT);
+    serve();
+}

@@ -1,0 +1,271 @@
+#include "namespaces.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "boot.h"
+
+#define LOWER WORKLOAD_BASE "/lower"
+#define NEW_ROOT WORKLOAD_BASE "/root"
+#define BOOT_ID WORKLOAD_BASE "/boot_id"
+#define BOOT_ID_SHOWN "/proc/sys/kernel/random/boot_id"
+
+enum { DEVICE_WAIT_S = 10 };
+
+#ifndef OPEN_TREE_CLONE
+#define OPEN_TREE_CLONE 1
+#endif
+#ifndef MOVE_MOUNT_F_EMPTY_PATH
+#define MOVE_MOUNT_F_EMPTY_PATH 4
+#endif
+
+static const struct workload_mount {
+    const char *type, *target, *options;
+    unsigned long flags;
+} workload_mounts[] = {
+    {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+    {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+    {"devtmpfs", "/dev", NULL, MS_NOSUID},
+    {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
+    {"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+    {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+};
+
+static const struct device_link {
+    const char *target, *name;
+} device_links[] = {
+    {"/proc/self/fd", "/dev/fd"},
+    {"/proc/self/fd/0", "/dev/stdin"},
+    {"/proc/self/fd/1", "/dev/stdout"},
+    {"/proc/self/fd/2", "/dev/stderr"},
+    {"pts/ptmx", "/dev/ptmx"}, /* stays as it is where devtmpfs has a node of that name */
+};
+
+static const struct device_node {
+    const char *name;
+    unsigned minor;
+} test_nodes[] = {{"/dev/null", 3}, {"/dev/zero", 5}, {"/dev/full", 7}, {"/dev/random", 8}, {"/dev/urandom", 9}};
+
+static int own_mounts = -1, own_pids = -1;
+static int workload_mounts_fd = -1, workload_cgroups = -1;
+static int root = -1, boot_id = -1;
+static int given_directory = -1;
+
+void namespaces_use_directory(const char *path)
+{
+    given_directory = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (given_directory < 0)
+        report_fatal("open", path);
+}
+
+bool namespaces_are_made(void)
+{
+    return workload_mounts_fd >= 0;
+}
+
+int namespaces_root(void)
+{
+    return root;
+}
+
+static bool exists(const void *path)
+{
+    return access(path, F_OK) == 0;
+}
+
+static int mount_lower(const char *device, struct failure *failure)
+{
+    char given[64];
+
+    if (given_directory >= 0) {
+        snprintf(given, sizeof given, "/proc/self/fd/%d", given_directory);
+        return mount(given, LOWER, NULL, MS_BIND, NULL) ? fail(failure, "bind", LOWER) : 0;
+    }
+    if (!device)
+        return fail_with(failure, EINVAL, "CONFIGURE has no ROOT_DEVICE");
+    if (!boot_wait_for(exists, device, DEVICE_WAIT_S))
+        return fail_with(failure, ENOENT, "the root device %s did not appear within %d s", device, DEVICE_WAIT_S);
+    if (mount(device, LOWER, "squashfs", MS_RDONLY, NULL))
+        return fail(failure, "mount", device);
+    return 0;
+}
+
+static int make_layers(uint64_t upper_mib, struct failure *failure)
+{
+    static const char *const directories[] = {LOWER, WORKLOAD_BASE "/upper", WORKLOAD_BASE "/work", NEW_ROOT};
+    char options[64] = "mode=0755";
+
+    if (upper_mib)
+        snprintf(options, sizeof options, "mode=0755,size=%lluM", (unsigned long long)upper_mib);
+    if (mount("fcvm", WORKLOAD_BASE, "tmpfs", 0, options))
+        return fail(failure, "mount", "tmpfs for the writable layer");
+    for (size_t i = 0; i < sizeof directories / sizeof directories[0]; i++)
+        if (mkdir(directories[i], 0755))
+            return fail(failure, "mkdir", directories[i]);
+    return 0;
+}
+
+static int copy_boot_id(struct failure *failure)
+{
+    char text[64];
+    int kernels = open(BOOT_ID_SHOWN, O_RDONLY | O_CLOEXEC);
+    ssize_t got = kernels < 0 ? -1 : read(kernels, text, sizeof text);
+
+    if (kernels >= 0)
+        close(kernels);
+    boot_id = open(BOOT_ID, O_RDWR | O_CREAT | O_CLOEXEC, 0444);
+    if (got <= 0 || boot_id < 0 || write(boot_id, text, (size_t)got) != got)
+        return fail(failure, "copy", BOOT_ID_SHOWN);
+    return 0;
+}
+
+static int mount_root(struct failure *failure)
+{
+    static const char options[] =
+        "lowerdir=" LOWER ",upperdir=" WORKLOAD_BASE "/upper,workdir=" WORKLOAD_BASE "/work";
+
+    if (mount("fcvm", NEW_ROOT, "overlay", 0, options))
+        return fail(failure, "mount", "overlay");
+    root = open(NEW_ROOT, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (root < 0)
+        return fail(failure, "open", NEW_ROOT);
+    return copy_boot_id(failure);
+}
+
+static void fill_test_devices(void)
+{
+    for (size_t i = 0; i < sizeof test_nodes / sizeof test_nodes[0]; i++)
+        if (mknod(test_nodes[i].name, S_IFCHR | 0666, makedev(1, test_nodes[i].minor)))
+            report("test mode goes on without %s: %s", test_nodes[i].name, strerror(errno));
+}
+
+static int mount_workload_views(struct failure *failure)
+{
+    for (size_t i = 0; i < sizeof workload_mounts / sizeof workload_mounts[0]; i++) {
+        const struct workload_mount *view = &workload_mounts[i];
+        bool test_devices = report_test_mode && strcmp(view->type, "devtmpfs") == 0;
+        mkdir(view->target, 0755);
+        if (mount(view->type, view->target, test_devices ? "tmpfs" : view->type, view->flags, view->options) &&
+            fail_unless_test(failure, "mount", view->target))
+            return -1;
+        if (test_devices)
+            fill_test_devices();
+    }
+    for (size_t i = 0; i < sizeof device_links / sizeof device_links[0]; i++)
+        if (symlink(device_links[i].target, device_links[i].name) && errno != EEXIST)
+            return fail(failure, "symlink", device_links[i].name);
+    return 0;
+}
+
+/* pivot_root cannot leave an initramfs; moving the new root over the old one does. */
+static int move_into_root(struct failure *failure)
+{
+    if (chdir(NEW_ROOT) || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
+        return fail(failure, "changing root to", NEW_ROOT);
+    if (mount_workload_views(failure))
+        return -1;
+    workload_mounts_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    return workload_mounts_fd < 0 ? fail(failure, "open", "/proc/self/ns/mnt") : 0;
+}
+
+int namespaces_make(const char *device, uint64_t upper_mib, struct failure *failure)
+{
+    own_mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+    own_pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
+    if (own_mounts < 0 || own_pids < 0)
+        return fail(failure, "open", "/proc/self/ns");
+    if (make_layers(upper_mib, failure) || mount_lower(device, failure) || mount_root(failure))
+        return -1;
+    if (unshare(CLONE_NEWNS))
+        return fail(failure, "unshare", "CLONE_NEWNS");
+    int result = move_into_root(failure);
+    if (setns(own_mounts, CLONE_NEWNS))
+        report_fatal("setns", "own mount namespace");
+    return result;
+}
+
+/* A detached copy of the mount that carries the boot id, to be attached inside the workload's namespace. */
+static int clone_boot_id(void)
+{
+    return (int)syscall(SYS_open_tree, AT_FDCWD, BOOT_ID, OPEN_TREE_CLONE | O_CLOEXEC);
+}
+
+/* Mount /proc of the caller's PID namespace, with the boot id over the kernel's own. */
+static const char *show_processes(int boot_id_tree)
+{
+    umount2("/proc", MNT_DETACH);
+    int failed = mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+    if (boot_id_tree >= 0) {
+        syscall(SYS_move_mount, boot_id_tree, "", AT_FDCWD, BOOT_ID_SHOWN, MOVE_MOUNT_F_EMPTY_PATH);
+        close(boot_id_tree);
+    }
+    return failed && !report_test_mode ? "mount /proc" : NULL;
+}
+
+const char *namespaces_enter(bool is_workload)
+{
+    if (workload_mounts_fd < 0)
+        return "not configured";
+    int boot_id_tree = is_workload ? clone_boot_id() : -1;
+    if (setns(workload_mounts_fd, CLONE_NEWNS))
+        return "setns mount";
+    if (!is_workload) {
+        if (workload_cgroups >= 0 && setns(workload_cgroups, CLONE_NEWCGROUP))
+            return "setns cgroup";
+        return NULL;
+    }
+    /* The cgroup's view is a comfort: a workload that cannot have it still runs. */
+    if (unshare(CLONE_NEWCGROUP) == 0) {
+        umount2("/sys/fs/cgroup", MNT_DETACH);
+        mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
+    }
+    return show_processes(boot_id_tree);
+}
+
+void namespaces_follow(pid_t pid)
+{
+    char path[64];
+
+    if (workload_cgroups >= 0)
+        close(workload_cgroups);
+    workload_cgroups = -1;
+    setns(own_pids, CLONE_NEWPID);
+    if (!pid) {
+        /* /proc of a dead PID namespace is empty: show our own to what runs from now on. */
+        int tree = clone_boot_id();
+        if (setns(workload_mounts_fd, CLONE_NEWNS) == 0)
+            show_processes(tree);
+        if (setns(own_mounts, CLONE_NEWNS))
+            report_fatal("setns", "own mount namespace");
+        return;
+    }
+    snprintf(path, sizeof path, "/proc/%d/ns/pid", pid);
+    int pids = open(path, O_RDONLY | O_CLOEXEC);
+    if (pids < 0)
+        return; /* it has ended already; its end will be told */
+    setns(pids, CLONE_NEWPID);
+    close(pids);
+    snprintf(path, sizeof path, "/proc/%d/ns/cgroup", pid);
+    workload_cgroups = open(path, O_RDONLY | O_CLOEXEC);
+}
+
+int namespaces_set_boot_id(const char *text, size_t length, struct failure *failure)
+{
+    char line[64];
+
+    if (length > sizeof line - 1)
+        return fail_with(failure, EINVAL, "the boot id has %zu bytes", length);
+    memcpy(line, text, length);
+    line[length++] = '\n';
+    if (pwrite(boot_id, line, length, 0) != (ssize_t)length)
+        return fail(failure, "write", BOOT_ID);
+    return 0;
+}

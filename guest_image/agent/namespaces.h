@@ -1,0 +1,33 @@
+/* The workload's world: its root, its mount namespace, and entering the namespaces it made. */
+#ifndef FCVM_NAMESPACES_H
+#define FCVM_NAMESPACES_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "report.h"
+
+#define WORKLOAD_BASE "/mnt"
+
+/* Tests: the directory that stands for the root device. */
+void namespaces_use_directory(const char *path);
+
+/* Mount the rootfs under a writable layer of `upper_mib` (0: half of the memory), and make the mount namespace. */
+int namespaces_make(const char *device, uint64_t upper_mib, struct failure *failure);
+bool namespaces_are_made(void);
+
+/* The workload's root as the agent sees it, for openat2 with RESOLVE_IN_ROOT. */
+int namespaces_root(void);
+
+/* In a child: enter; the workload itself also makes its own views of /proc and of its cgroup. NULL, or the step that failed. */
+const char *namespaces_enter(bool is_workload);
+
+/* Let later children enter the PID and cgroup namespaces of the workload, whose first process `pid` is; 0: it has ended. */
+void namespaces_follow(pid_t pid);
+
+/* What the workload reads as /proc/sys/kernel/random/boot_id. */
+int namespaces_set_boot_id(const char *text, size_t length, struct failure *failure);
+
+#endif

@@ -1,0 +1,218 @@
+#include "network.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "protocol.h"
+
+static unsigned loopback, interface;
+static struct inet address, gateway;
+static uint8_t mac[6];
+static bool has_mac, peer_is_own;
+
+const struct inet *network_address(void)
+{
+    return &address;
+}
+
+const struct inet *network_peer(void)
+{
+    return peer_is_own && gateway.family ? &gateway : NULL;
+}
+
+bool network_owns(const struct inet *other)
+{
+    static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
+    static const uint8_t loopback6[16] = {[15] = 1};
+    struct inet plain = *other;
+
+    if (plain.family == AF_INET6 && memcmp(plain.bytes, mapped, sizeof mapped) == 0) {
+        plain = (struct inet){.family = AF_INET};
+        memcpy(plain.bytes, other->bytes + 12, 4);
+    }
+    if (plain.family == AF_INET ? plain.bytes[0] == 127 : memcmp(plain.bytes, loopback6, 16) == 0)
+        return true;
+    return inet_equal(&plain, &address) || (network_peer() && inet_equal(&plain, &gateway));
+}
+
+static int parse_field(const struct body *body, uint16_t tag, struct inet *value, struct failure *failure)
+{
+    const char *text = body_text(body, tag);
+    struct inet parsed;
+
+    if (!text || !*text)
+        return 0;
+    if (!inet_parse(text, &parsed))
+        return fail_with(failure, EINVAL, "\"%.60s\" is not an IP address", text);
+    *value = parsed;
+    return 0;
+}
+
+static void set_option(const char *family, const char *device, const char *option, const char *value)
+{
+    char path[160];
+
+    snprintf(path, sizeof path, "/proc/sys/net/%s/conf/%s/%s", family, device, option);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return; /* no IPv6 here */
+    ssize_t ignored = write(fd, value, strlen(value));
+    (void)ignored;
+    close(fd);
+}
+
+static bool has_ipv6(void)
+{
+    return access("/proc/sys/net/ipv6", F_OK) == 0;
+}
+
+/* fe80::/64 with the EUI-64 of a MAC. */
+static struct inet link_local(const uint8_t *of)
+{
+    return (struct inet){.family = AF_INET6,
+                         .prefix = 64,
+                         .bytes = {0xfe, 0x80, 0, 0, 0, 0, 0, 0, of[0] ^ 2, of[1], of[2], 0xff, 0xfe, of[3], of[4], of[5]}};
+}
+
+/* The interface by that name; without one a dummy, and where the kernel has no dummies the loopback device. */
+static int find_interface(const char *name)
+{
+    struct failure failure;
+
+    interface = if_nametoindex(name);
+    if (interface)
+        return 0;
+    netlink_begin();
+    netlink_dummy(name);
+    if (netlink_commit(&failure) == 0)
+        interface = if_nametoindex(name);
+    if (!interface) {
+        report("no interface %s and no dummy device (%s): its address goes to lo", name, failure.text);
+        interface = loopback;
+    }
+    return 0;
+}
+
+static void set_options(const char *name)
+{
+    /* Otherwise removing an address removes the newer ones of its subnet as well. */
+    set_option("ipv4", "all", "promote_secondaries", "1");
+    /* Nobody on the link answers router solicitations or contests addresses, and waiting for either costs seconds. */
+    set_option("ipv6", name, "accept_ra", "0");
+    set_option("ipv6", name, "accept_dad", "0");
+    set_option("ipv6", name, "router_solicitations", "0");
+    if (has_mac)
+        set_option("ipv6", name, "addr_gen_mode", "1"); /* the link-local address is ours to set: it follows the MAC */
+}
+
+static struct inet host_only(const struct inet *from)
+{
+    struct inet host = *from;
+
+    host.prefix = (uint8_t)(inet_size(&host) * 8);
+    return host;
+}
+
+static int read_fields(const struct body *body, struct failure *failure)
+{
+    const struct field *new_mac = body_find(body, FIELD_MAC);
+    uint64_t own = peer_is_own;
+
+    if (parse_field(body, FIELD_ADDRESS, &address, failure) || parse_field(body, FIELD_GATEWAY, &gateway, failure))
+        return -1;
+    body_number(body, FIELD_PEER_GATEWAY, &own);
+    peer_is_own = own != 0;
+    if (new_mac) {
+        memcpy(mac, new_mac->bytes, sizeof mac);
+        has_mac = true;
+    }
+    return 0;
+}
+
+static void add_gateway(void)
+{
+    if (!gateway.family)
+        return;
+    struct inet host = host_only(&gateway);
+    if (peer_is_own)
+        netlink_address(true, loopback, &host);
+    else if (interface != loopback)
+        netlink_default_route(interface, &gateway);
+}
+
+int network_configure(const struct body *body, struct failure *failure)
+{
+    const char *name = body_text(body, FIELD_INTERFACE);
+
+    if (read_fields(body, failure))
+        return -1;
+    loopback = if_nametoindex("lo");
+    netlink_begin();
+    netlink_link(loopback, NULL, true);
+    if (netlink_commit(failure))
+        return -1;
+    if (!name || !*name)
+        return 0;
+    if (strlen(name) >= IF_NAMESIZE || strchr(name, '/'))
+        return fail_with(failure, EINVAL, "\"%.40s\" is not an interface name", name);
+    find_interface(name);
+    set_options(name);
+    netlink_begin();
+    netlink_link(interface, has_mac && interface != loopback ? mac : NULL, true);
+    if (has_mac && has_ipv6() && interface != loopback) {
+        struct inet local = link_local(mac);
+        netlink_address(true, interface, &local);
+    }
+    if (address.family)
+        netlink_address(true, interface, &address);
+    add_gateway();
+    return netlink_commit(failure);
+}
+
+/* New addresses come before the old ones go, so that no socket sees the interface without one. */
+static void change_link(const uint8_t *old_mac, bool had_mac)
+{
+    if (!has_mac || interface == loopback || (had_mac && memcmp(mac, old_mac, sizeof mac) == 0))
+        return;
+    netlink_link(interface, mac, false);
+    if (!has_ipv6())
+        return;
+    struct inet local = link_local(mac), old_local = link_local(old_mac);
+    netlink_address(true, interface, &local);
+    if (had_mac)
+        netlink_address(false, interface, &old_local);
+}
+
+int network_personalise(const struct body *body, struct failure *failure)
+{
+    const struct inet old_address = address, old_gateway = gateway;
+    const bool old_own = peer_is_own, had_mac = has_mac;
+    uint8_t old_mac[6];
+
+    memcpy(old_mac, mac, sizeof mac);
+    if (read_fields(body, failure))
+        return -1;
+    if (!interface)
+        return 0;
+    netlink_begin();
+    change_link(old_mac, had_mac);
+    bool moved = !inet_equal(&address, &old_address);
+    if (moved)
+        netlink_address(true, interface, &address);
+    if (moved || peer_is_own != old_own || !inet_equal(&gateway, &old_gateway)) {
+        struct inet old_host = host_only(&old_gateway);
+        if (old_own && old_gateway.family)
+            netlink_address(false, loopback, &old_host);
+        if (!body_find(body, FIELD_MAC))
+            netlink_flush_neighbours(interface);
+        if (moved && old_address.family)
+            netlink_address(false, interface, &old_address);
+        add_gateway(); /* last: removing an address takes the routes through it along */
+    }
+    return netlink_commit(failure);
+}

@@ -1,0 +1,18 @@
+/* The guest's network: loopback, one interface with an address, and whose the gateway's address is. */
+#ifndef FCVM_NETWORK_H
+#define FCVM_NETWORK_H
+
+#include "fields.h"
+#include "netlink.h"
+
+int network_configure(const struct body *body, struct failure *failure);
+int network_personalise(const struct body *body, struct failure *failure);
+
+/* The interface's address (family 0: none), and the gateway's as long as it is the guest's own. */
+const struct inet *network_address(void);
+const struct inet *network_peer(void);
+
+/* Whether an address is one of the guest's own. */
+bool network_owns(const struct inet *address);
+
+#endif

@@ -1,0 +1,92 @@
+#include "personalise.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/random.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "cgroup.h"
+#include "hook.h"
+#include "names.h"
+#include "namespaces.h"
+#include "network.h"
+#include "protocol.h"
+#include "sockets.h"
+
+enum { ENTROPY = 32, NS_PER_S = 1000000000 };
+
+int personalise_quiesce(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    const struct field *secret = body_find(body, FIELD_SECRET);
+
+    (void)reply;
+    if (!secret || memchr(secret->bytes, 0, PROTOCOL_SECRET))
+        return fail_with(failure, EINVAL, "QUIESCE needs a SECRET without zero bytes");
+    return cgroup_freeze(failure);
+}
+
+/* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */
+static int stir_random_numbers(const struct body *body, struct failure *failure)
+{
+    static int device = -1;
+    const struct field *entropy = body_find(body, FIELD_ENTROPY);
+    union {
+        struct rand_pool_info pool;
+        unsigned char bytes[sizeof(struct rand_pool_info) + ENTROPY];
+    } added = {.pool = {.entropy_count = ENTROPY * 8, .buf_size = ENTROPY}};
+
+    if (!entropy)
+        return 0;
+    memcpy(added.bytes + sizeof(struct rand_pool_info), entropy->bytes, ENTROPY);
+    if (device < 0)
+        device = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+    if (device < 0)
+        return fail(failure, "open", "/dev/urandom");
+    if (ioctl(device, RNDADDENTROPY, &added) || ioctl(device, RNDRESEEDCRNG))
+        return fail_unless_test(failure, "ioctl", "/dev/urandom");
+    return 0;
+}
+
+static int set_clock(const struct body *body, struct failure *failure)
+{
+    uint64_t now;
+
+    if (!body_number(body, FIELD_REALTIME_NS, &now))
+        return 0;
+    const struct timespec time = {.tv_sec = (time_t)(now / NS_PER_S), .tv_nsec = (long)(now % NS_PER_S)};
+    if (clock_settime(CLOCK_REALTIME, &time))
+        return fail_unless_test(failure, "clock_settime", "CLOCK_REALTIME");
+    return 0;
+}
+
+static int set_boot_id(const struct body *body, struct failure *failure)
+{
+    const struct field *id = body_find(body, FIELD_BOOT_ID);
+
+    return id ? namespaces_set_boot_id(id->bytes, id->length, failure) : 0;
+}
+
+static int reset_connections(struct reply *reply, struct failure *failure)
+{
+    if (sockets_reset_foreign(failure))
+        return -1;
+    if (!sockets_can_reset())
+        reply_text(reply, FIELD_MESSAGE, "connections to peers outside were kept: the kernel has no tcp_diag");
+    return 0;
+}
+
+int personalise(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    if (!namespaces_are_made())
+        return fail_with(failure, EINVAL, "the guest is not configured");
+    if (stir_random_numbers(body, failure) || set_clock(body, failure))
+        return -1;
+    if (names_personalise(body, failure) || set_boot_id(body, failure) || network_personalise(body, failure))
+        return -1;
+    if (reset_connections(reply, failure) || hook_run(body, failure))
+        return -1;
+    return cgroup_thaw(failure);
+}

@@ -1,0 +1,246 @@
+#include "session.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "channel.h"
+#include "fields.h"
+#include "output.h"
+#include "protocol.h"
+#include "report.h"
+#include "requests.h"
+#include "streams.h"
+#include "version.h"
+
+enum {
+    INPUT_MAX = 262144, /* room for a frame that is incomplete and much behind it; untouched pages cost nothing */
+    READ_PER_TURN = 262144,
+    NONCE = 16,
+    HELLO_SIZE = 4 + NONCE + PROTOCOL_SECRET
+};
+
+enum session_state { DISCARDING, GREETING, LIVE };
+
+struct frame {
+    uint8_t type;
+    uint32_t stream;
+    uint32_t length;
+    unsigned char *payload; /* payload[length] is the trailer, and writable */
+};
+
+static enum session_state state = DISCARDING;
+static unsigned char secret[PROTOCOL_SECRET + 1] = PROTOCOL_BOOT_SECRET;
+static unsigned char input[INPUT_MAX];
+static size_t input_start, input_end; /* what is not yet acted on */
+static size_t searched;               /* up to here no secret begins */
+static uint64_t offset;               /* of input_start, in this session's input */
+static uint32_t highest;              /* stream id opened so far */
+
+bool session_is_live(void)
+{
+    return state == LIVE;
+}
+
+static void consume(size_t length)
+{
+    input_start += length;
+    offset += length;
+    if (searched < input_start)
+        searched = input_start;
+}
+
+void session_fault(const char *format, ...)
+{
+    unsigned char payload[8 + 160];
+    va_list arguments;
+
+    for (int i = 0; i < 8; i++)
+        payload[i] = (unsigned char)(offset >> (8 * i));
+    va_start(arguments, format);
+    vsnprintf((char *)payload + 8, sizeof payload - 8, format, arguments);
+    va_end(arguments);
+    state = LIVE; /* a host that never said hello is told as well */
+    output_control(FRAME_ERROR, 0, payload, 8 + strlen((char *)payload + 8));
+    state = DISCARDING;
+    streams_end_all();
+}
+
+void session_quiesce(const unsigned char *new_secret)
+{
+    memcpy(secret, new_secret, PROTOCOL_SECRET);
+    state = DISCARDING;
+}
+
+static void begin_session(size_t after_secret)
+{
+    state = GREETING;
+    streams_end_all();
+    output_reset();
+    input_start = searched = after_secret;
+    offset = 0;
+    highest = 0;
+}
+
+/* Secrets hold no zero byte and frames end in one, so a secret never begins in bytes that were already acted on. */
+static void find_secret(void)
+{
+    unsigned char *found;
+
+    while (input_end - searched >= PROTOCOL_SECRET &&
+           (found = memmem(input + searched, input_end - searched, secret, PROTOCOL_SECRET)))
+        begin_session((size_t)(found - input) + PROTOCOL_SECRET);
+    if (input_end - searched >= PROTOCOL_SECRET)
+        searched = input_end - PROTOCOL_SECRET + 1;
+}
+
+static void on_hello(const struct frame *frame)
+{
+    unsigned char welcome[4 + sizeof VERSION_TEXT];
+
+    if (frame->length != HELLO_SIZE || memchr(frame->payload + 4 + NONCE, 0, PROTOCOL_SECRET)) {
+        session_fault("HELLO must have %d bytes and a secret without zero bytes", HELLO_SIZE);
+        return;
+    }
+    memcpy(secret, frame->payload + 4 + NONCE, PROTOCOL_SECRET);
+    state = LIVE;
+    output_raw(frame->payload + 4, NONCE);
+    store_u32(welcome, PROTOCOL_VERSION);
+    memcpy(welcome + 4, VERSION_TEXT, sizeof VERSION_TEXT - 1);
+    output_control(FRAME_WELCOME, 0, welcome, 4 + sizeof VERSION_TEXT - 1);
+    if (load_u32(frame->payload) != PROTOCOL_VERSION)
+        session_fault("the host speaks protocol version %u, the agent %d", load_u32(frame->payload), PROTOCOL_VERSION);
+}
+
+static void on_open(const struct frame *frame)
+{
+    if (frame->length < 5 || frame->stream <= highest) {
+        session_fault(frame->length < 5 ? "OPEN is too short" : "OPEN reuses a stream id");
+        return;
+    }
+    uint8_t kind = frame->payload[0];
+    uint32_t total = load_u32(frame->payload + 1);
+    uint32_t here = frame->length - 5;
+    highest = frame->stream;
+    if (total > PROTOCOL_BODY_MAX || here > total)
+        session_fault("OPEN has a body of %u bytes, %u of them here", total, here);
+    else
+        requests_open(frame->stream, kind, total, frame->payload + 5, here);
+}
+
+static void on_data(struct stream *stream, const struct frame *frame)
+{
+    if (frame->length < 1 || frame->payload[0] != 0)
+        session_fault("DATA for a channel that takes none");
+    else
+        streams_take_data(stream, frame->payload + 1, frame->length - 1);
+}
+
+static void on_window(struct stream *stream, const struct frame *frame)
+{
+    if (frame->length != 5 || frame->payload[0] > 1)
+        session_fault("malformed WINDOW");
+    else
+        streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1));
+}
+
+/* The frames of streams: everything but HELLO and OPEN. */
+static void on_stream_frame(const struct frame *frame)
+{
+    struct stream *stream = streams_find(frame->stream);
+
+    if (frame->stream == 0 || frame->stream > highest)
+        session_fault("a frame of type %u for stream %u, which was never opened", frame->type, frame->stream);
+    else if (!stream)
+        return; /* it has ended */
+    else if (frame->type == FRAME_BODY)
+        requests_continue(stream, frame->payload, frame->length);
+    else if (frame->type == FRAME_DATA)
+        on_data(stream, frame);
+    else if (frame->type == FRAME_EOF && frame->length == 1 && frame->payload[0] == 0)
+        streams_take_eof(stream);
+    else if (frame->type == FRAME_WINDOW)
+        on_window(stream, frame);
+    else if (frame->type == FRAME_CLOSE && frame->length == 4)
+        streams_abandon(stream);
+    else if (frame->type == FRAME_SIGNAL && frame->length == 1)
+        streams_signal(stream, frame->payload[0]);
+    else
+        session_fault("malformed frame of type %u, %u bytes", frame->type, frame->length);
+}
+
+static void on_frame(const struct frame *frame)
+{
+    if (state == GREETING && (frame->type != FRAME_HELLO || frame->stream != 0))
+        session_fault("the first frame must be HELLO");
+    else if (state == GREETING)
+        on_hello(frame);
+    else if (frame->type == FRAME_OPEN)
+        on_open(frame);
+    else
+        on_stream_frame(frame);
+}
+
+/* Act on the next frame if all of it is there. */
+static bool take_frame(void)
+{
+    unsigned char *at = input + input_start;
+    size_t here = input_end - input_start;
+
+    if (state == DISCARDING || here < PROTOCOL_HEADER)
+        return false;
+    struct frame frame = {at[4], load_u32(at + 5), load_u32(at), at + PROTOCOL_HEADER};
+    if (frame.length > PROTOCOL_PAYLOAD_MAX) {
+        session_fault("frame of type %u has %u bytes", frame.type, frame.length);
+        return false;
+    }
+    if (here < PROTOCOL_HEADER + (size_t)frame.length + 1 || output_is_backed_up())
+        return false;
+    if (frame.payload[frame.length] != 0) {
+        /* Not consumed: the next host's secret may have begun in what looked like the end of this frame. */
+        session_fault("frame of type %u does not end in zero", frame.type);
+        return false;
+    }
+    on_frame(&frame);
+    consume(PROTOCOL_HEADER + (size_t)frame.length + 1);
+    return true;
+}
+
+static void act_on_input(void)
+{
+    do {
+        find_secret(); /* again after each frame: HELLO and QUIESCE change what to look for */
+    } while (take_frame());
+    if (state == DISCARDING)
+        input_start = searched;
+    if (input_start == input_end)
+        input_start = input_end = searched = 0;
+}
+
+static void make_room(void)
+{
+    memmove(input, input + input_start, input_end - input_start);
+    searched -= input_start;
+    input_end -= input_start;
+    input_start = 0;
+}
+
+bool session_read(void)
+{
+    size_t taken = 0, got;
+
+    act_on_input(); /* frames may have been left because too many replies waited */
+    while (taken < READ_PER_TURN) {
+        if (input_end == INPUT_MAX)
+            make_room();
+        if (input_end == INPUT_MAX)
+            return false; /* full of requests that wait for the host to read replies */
+        got = channel_read(input + input_end, INPUT_MAX - input_end);
+        if (!got)
+            return false;
+        input_end += got;
+        taken += got;
+        act_on_input();
+    }
+    return true;
+}

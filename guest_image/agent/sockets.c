@@ -1,0 +1,125 @@
+#include "sockets.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <linux/inet_diag.h>
+#include <linux/netlink.h>
+#include <linux/sock_diag.h>
+
+#include "network.h"
+
+#ifndef SOCK_DESTROY
+#define SOCK_DESTROY 21
+#endif
+
+enum { FOUND_MAX = 64, ROUNDS_MAX = 64, TCP_LISTENING = 10, TCP_TIME_WAITING = 6, TCP_CLOSED = 7 };
+
+struct question {
+    struct nlmsghdr header;
+    struct inet_diag_req_v2 request;
+};
+
+static int diag = -1;
+static bool usable;
+static struct inet_diag_sockid found[FOUND_MAX];
+static unsigned found_count;
+
+static int ask(uint16_t type, uint16_t flags, uint8_t family, const struct inet_diag_sockid *id)
+{
+    const uint32_t not_connected = 1U << TCP_LISTENING | 1U << TCP_TIME_WAITING | 1U << TCP_CLOSED;
+    struct question question = {
+        .header = {.nlmsg_len = sizeof question, .nlmsg_type = type, .nlmsg_flags = NLM_F_REQUEST | flags},
+        .request = {.sdiag_family = family, .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~not_connected}};
+
+    if (id)
+        question.request.id = *id;
+    return send(diag, &question, sizeof question, 0) == sizeof question ? 0 : -1;
+}
+
+static void consider(const struct inet_diag_msg *socket)
+{
+    struct inet peer = {.family = socket->idiag_family};
+
+    memcpy(peer.bytes, socket->id.idiag_dst, inet_size(&peer));
+    if (found_count < FOUND_MAX && !network_owns(&peer))
+        found[found_count++] = socket->id;
+}
+
+/* One datagram of a dump: 1 when the dump has ended, -1 with errno when it failed. */
+static int take_answer(bool collect)
+{
+    union {
+        struct nlmsghdr header;
+        unsigned char bytes[8192];
+    } answer;
+    ssize_t got = recv(diag, answer.bytes, sizeof answer.bytes, 0);
+    size_t left = got < 0 ? 0 : (size_t)got;
+
+    if (got < 0)
+        return -1;
+    for (struct nlmsghdr *header = &answer.header; NLMSG_OK(header, left); header = NLMSG_NEXT(header, left)) {
+        if (header->nlmsg_type == NLMSG_DONE)
+            return 1;
+        if (header->nlmsg_type == NLMSG_ERROR) {
+            errno = -((const struct nlmsgerr *)NLMSG_DATA(header))->error;
+            return errno ? -1 : 1;
+        }
+        if (collect && header->nlmsg_type == SOCK_DIAG_BY_FAMILY)
+            consider(NLMSG_DATA(header));
+    }
+    return 0;
+}
+
+static int dump(uint8_t family)
+{
+    int end = 0;
+
+    if (ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, NULL))
+        return -1;
+    while (!end)
+        end = take_answer(true);
+    return end > 0 ? 0 : -1;
+}
+
+void sockets_probe(void)
+{
+    diag = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
+    usable = diag >= 0 && dump(AF_INET) == 0;
+}
+
+bool sockets_can_reset(void)
+{
+    return usable;
+}
+
+static int reset_family(uint8_t family, struct failure *failure)
+{
+    for (int round = 0; round < ROUNDS_MAX; round++) {
+        found_count = 0;
+        if (dump(family))
+            return family == AF_INET6 && errno == ENOENT ? 0 : fail(failure, "dump of", "sockets");
+        if (!found_count)
+            return 0;
+        for (unsigned i = 0; i < found_count; i++) {
+            if (ask(SOCK_DESTROY, NLM_F_ACK, family, &found[i]))
+                return fail(failure, "send", "SOCK_DESTROY");
+            /* ENOENT: it ended by itself meanwhile. EOPNOTSUPP: the kernel is built without; the host is told. */
+            if (take_answer(false) < 0 && errno == EOPNOTSUPP)
+                usable = false;
+        }
+        if (!usable)
+            return 0;
+    }
+    return 0;
+}
+
+int sockets_reset_foreign(struct failure *failure)
+{
+    if (!usable)
+        return 0;
+    return reset_family(AF_INET, failure) || reset_family(AF_INET6, failure) ? -1 : 0;
+}
