@@ -25,7 +25,6 @@ from fakes.agent_wire import PIECE, Body, FakeStream, Wire
 from pytest_fcvm.guest.frames import (
     PROTOCOL_BOOT_SECRET,
     EventKind,
-    Fields,
     FieldTag,
     FrameType,
     StreamKind,
@@ -43,7 +42,6 @@ class FakeAgent(Wire):
 
     def __init__(self, sock: socket.socket | None = None, *, secret: bytes = PROTOCOL_BOOT_SECRET) -> None:
         super().__init__(secret, asyncio.new_event_loop())
-        self.executed: list[tuple[StreamKind, Fields]] = []
         self.refusals: dict[StreamKind, tuple[int, str]] = {}  # errno and message instead of the deed
         self.silent: set[StreamKind] = set()  # kinds that are never answered
         self.replies: dict[StreamKind, Body] = {}
@@ -124,7 +122,6 @@ class FakeAgent(Wire):
 
     async def serve(self, stream: FakeStream) -> None:
         kind = stream.kind
-        self.executed.append((kind, stream.fields))
         if kind in self.silent:
             return None
         if kind in self.refusals:

@@ -102,6 +102,7 @@ class Wire:
         self.errors: list[str] = []  # what ended sessions
         self.version, self.build_id = PROTOCOL_VERSION, "fake"
         self.bytes_read = 0
+        self.executed: list[tuple[StreamKind, Fields]] = []
         self.streams: dict[int, FakeStream] = {}
         self.loop = loop
         self._secret, self._in_session, self._greeted = secret, False, False
@@ -196,7 +197,6 @@ class Wire:
 
     def feed(self, data: bytes) -> None:
         """Read what the host sent, as the agent does: secret first, frames in between."""
-        self.bytes_read += len(data)
         view, known, hit = memoryview(data), b"", -1
         while view:
             if known != self._secret:
@@ -211,6 +211,7 @@ class Wire:
             if hit == 0:
                 self._begin_session()
                 known = b""
+        self.bytes_read += len(data)
 
     def _step(self, view: memoryview) -> int:
         """Take bytes up to the end of one frame at most and return their number."""
@@ -298,6 +299,7 @@ class Wire:
             raise Violation("more BODY than announced")
         if len(stream.body) == stream.body_size:
             stream.fields = decode_fields(bytes(stream.body))
+            self.executed.append((stream.kind, stream.fields))
             stream.task = self.spawn(self.serve(stream))
 
     def _take_data(self, stream: FakeStream, payload: bytes) -> None:
