@@ -101,6 +101,9 @@ class Talk:
         return text.decode().strip()
 
 
+RunningBase = tuple[QemuVm, Talk, SnapshotFiles]
+
+
 @contextmanager
 def living(vm: QemuVm) -> Iterator[Talk]:
     talk = Talk(vm)
@@ -113,13 +116,20 @@ def living(vm: QemuVm) -> Iterator[Talk]:
 
 
 @contextmanager
-def base(bench: Bench, name: str = "base", shape: MachineShape = SHAPE) -> Iterator[tuple[QemuVm, Talk, SnapshotFiles]]:
+def base(bench: Bench, name: str = "base", shape: MachineShape = SHAPE) -> Iterator[RunningBase]:
     files = SnapshotFiles(
         memory=bench.folder / f"{name}.memory", state=bench.folder / f"{name}.state", rootfs=bench.folder / "rootfs"
     )
     vm = bench.engine.boot(BootPlan(name=name, shape=shape, files=bench.guest, memory=files.memory))
     with living(vm) as talk:
         yield vm, talk, files
+
+
+@pytest.fixture(scope="module")
+def running_base(bench: Bench) -> Iterator[RunningBase]:
+    """A base for tests that leave it as it was."""
+    with base(bench, "running") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -186,28 +196,25 @@ def test_emulation_can_be_asked_for(bench: Bench) -> None:
 # -- a base
 
 
-def test_a_base_boots_and_answers_and_shows_its_devices(bench: Bench) -> None:
-    with base(bench, "devices") as (vm, talk, files):
-        assert talk("ping 1") == "pong 1"
-        assert talk("file /dev/vda") == ROOTFS_WORDS.decode().strip()
-        assert [talk(f"file /sys/block/{name}/serial") for name in ("vda", "vdb", "vdc")] == [
-            "rootfs",
-            "drive1",
-            "drive2",
-        ]
-        assert talk("file /sys/block/vda/ro") == "1"
-        assert [talk(f"file /sys/class/net/eth{n}/address")[-2:] for n in range(3)] == ["01", "02", "03"]
-        assert "fcvm-agent: ready" in vm.console_path.read_text()
-        assert vm.vmm_log_path.read_text() == ""
-        assert files.memory.stat().st_mode & 0o777 == 0o600
-        assert files.memory.stat().st_size == SHAPE.mem_mib << 20
+def test_a_base_boots_and_answers_and_shows_its_devices(running_base: RunningBase) -> None:
+    vm, talk, files = running_base
+    assert talk("ping 1") == "pong 1"
+    assert talk("file /dev/vda") == ROOTFS_WORDS.decode().strip()
+    serials = [talk(f"file /sys/block/{name}/serial") for name in ("vda", "vdb", "vdc")]
+    assert serials == ["rootfs", "drive1", "drive2"]
+    assert talk("file /sys/block/vda/ro") == "1"
+    assert [talk(f"file /sys/class/net/eth{n}/address")[-2:] for n in range(3)] == ["01", "02", "03"]
+    assert "fcvm-agent: ready" in vm.console_path.read_text()
+    assert vm.vmm_log_path.read_text() == ""
+    assert files.memory.stat().st_mode & 0o777 == 0o600
+    assert files.memory.stat().st_size == SHAPE.mem_mib << 20
 
 
-def test_a_base_publishes_no_port(bench: Bench) -> None:
-    with base(bench, "portless") as (vm, _, _files):
-        assert vm.endpoint(80, Proto.TCP) is None
-        with pytest.raises(EngineError, match="is a base"):
-            vm.publish(PublishedPort(guest_port=80))
+def test_a_base_publishes_no_port(running_base: RunningBase) -> None:
+    vm, _, _ = running_base
+    assert vm.endpoint(80, Proto.TCP) is None
+    with pytest.raises(EngineError, match="is a base"):
+        vm.publish(PublishedPort(guest_port=80))
 
 
 def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(bench: Bench) -> None:
@@ -236,20 +243,21 @@ def test_a_snapshot_is_a_small_private_file_and_ends_the_base(bench: Bench) -> N
         assert vm.wait(LIFE_S) == VmExit(signal=signal.SIGKILL, killed_by_us=True)
 
 
-def test_a_snapshot_that_cannot_be_written_leaves_the_base_running(bench: Bench) -> None:
-    with base(bench, "unsaved") as (vm, talk, _files):
-        with pytest.raises(HostError, match="cannot be made"):
-            vm.snapshot(bench.folder / "no folder" / "state")
-        assert talk("ping 1") == "pong 1"
+def test_a_snapshot_that_cannot_be_written_leaves_the_base_running(bench: Bench, running_base: RunningBase) -> None:
+    vm, talk, _ = running_base
+    with pytest.raises(HostError, match="cannot be made"):
+        vm.snapshot(bench.folder / "no folder" / "state")
+    assert talk("ping 1") == "pong 1"
 
 
-def test_a_paused_base_is_not_snapshotted_for_its_clones_would_be_paused_too(bench: Bench) -> None:
-    with base(bench, "halted") as (vm, talk, files):
-        vm.pause()
-        with pytest.raises(EngineError, match="is paused"):
-            vm.snapshot(files.state)
-        vm.resume()
-        assert talk("ping 1") == "pong 1"
+def test_a_paused_base_is_not_snapshotted_for_its_clones_would_be_paused_too(running_base: RunningBase) -> None:
+    vm, talk, files = running_base
+    vm.pause()
+    with pytest.raises(EngineError, match="is paused"):
+        vm.snapshot(files.state)
+    vm.resume()
+    assert talk("ping 1") == "pong 1"
+    assert not files.state.exists()
 
 
 # -- clones

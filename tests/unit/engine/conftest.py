@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from pytest_fcvm.errors import HostError
 
 _GREETING = {
     "QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}
@@ -22,8 +26,8 @@ Answer = Callable[[str, Mapping[str, object]], object]
 class FakeQmp:
     """The VMM's end of a QMP connection, as 7.2 behaves: greets, reads JSON without separators, answers in order."""
 
-    def __init__(self) -> None:
-        self.client, self._socket = socket.socketpair()
+    def __init__(self, client: socket.socket, end: socket.socket) -> None:
+        self.client, self._socket = client, end
         self.answers: dict[str, Answer] = {}
         self.received: list[tuple[str, Mapping[str, object]]] = []
         self.fds: list[int] = []
@@ -88,8 +92,91 @@ class FakeQmp:
 @pytest.fixture
 def qmp() -> Iterator[FakeQmp]:
     """A fake QEMU monitor that is serving; `client` is our end."""
-    fake = FakeQmp()
+    fake = FakeQmp(*socket.socketpair())
     fake.start()
+    yield fake
+    fake.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    code: int | None = None
+    signal: int | None = None
+
+
+class FakeChild:
+    """A process that ends when it is told to."""
+
+    pid = 4711
+
+    def __init__(self) -> None:
+        self.end: Ended | None = None
+        self._callbacks: list[Callable[[Ended], None]] = []
+        self._over = threading.Event()
+
+    def finish(self, end: Ended) -> None:
+        if self.end is None:
+            self.end = end
+            self._over.set()
+            for callback in self._callbacks:
+                callback(end)
+
+    def kill(self) -> None:
+        self.finish(Ended(signal=9))
+
+    def wait(self, timeout_s: float) -> Ended:
+        if not self._over.wait(timeout_s) or self.end is None:
+            raise HostError("it did not end")
+        return self.end
+
+    def on_exit(self, callback: Callable[[Ended], None]) -> None:
+        if self.end is not None:
+            callback(self.end)
+        else:
+            self._callbacks.append(callback)
+
+
+class FakeSpawner:
+    """Starts no QEMU but a fake monitor on the descriptor that QEMU would have it on; keeps what it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.argv: Sequence[str] = ()
+        self.passed: dict[int, bytes] = {}
+        self.child = FakeChild()
+        self.answers: dict[str, Answer] = {}
+        self.refusal: HostError | None = None
+        self.qmp: FakeQmp | None = None
+
+    def make_dir(self, name: str) -> Path:
+        path = self.folder / name
+        path.mkdir(mode=0o700)
+        return path
+
+    def spawn(self, argv: Sequence[str], *, fds: Mapping[int, int], **_: object) -> FakeChild:
+        if self.refusal is not None:
+            raise self.refusal
+        self.argv = argv
+        for target, fd in fds.items():
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                self.passed[target] = os.read(fd, 1000)
+        end = socket.socket(fileno=os.dup(fds[3]))
+        self.qmp = FakeQmp(end, end)
+        self.qmp.answers = self.answers
+        self.child.on_exit(lambda _: self.qmp and self.qmp.hang_up_quietly())
+        self.qmp.start()
+        return self.child
+
+    def close(self) -> None:
+        self.child.kill()
+        if self.qmp is not None:
+            self.qmp.close()
+
+
+@pytest.fixture
+def spawner(tmp_path: Path) -> Iterator[FakeSpawner]:
+    """A spawner of fake VMs."""
+    fake = FakeSpawner(tmp_path)
     yield fake
     fake.close()
 

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.engine.protocol import (
+    Accelerator,
+    BootPlan,
+    GuestFiles,
+    MachineShape,
+    RestorePlan,
+    SnapshotFiles,
+    VmExit,
+)
+from pytest_fcvm.engine.qemu.engine import QemuEngine
+from pytest_fcvm.engine.qemu.monitor import CommandRefused
+from pytest_fcvm.errors import EngineError, HostError
+
+SHAPE = MachineShape(mem_mib=64, cpus=1)
+IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}
+EVENTS = {"capability": "events", "state": True}
+
+MakeEngine = Callable[[str], QemuEngine]
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path, spawner: Any, fake_qemu: Callable[..., Path]) -> MakeEngine:
+    def make(version: str) -> QemuEngine:
+        engine = QemuEngine(spawner, tmp_path / "cache", binary=fake_qemu(version=version), accelerator=Accelerator.TCG)
+        assert engine.probe(GuestFiles(kernel=Path("k"), initramfs=Path("i"), rootfs=None)).usable
+        return engine
+
+    return make
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> SnapshotFiles:
+    found = SnapshotFiles(memory=tmp_path / "memory", state=tmp_path / "state", rootfs=tmp_path / "rootfs")
+    found.state.write_bytes(b"device state")
+    found.memory.touch()
+    os.truncate(found.memory, 64 << 20)
+    return found
+
+
+def boot_plan(tmp_path: Path) -> BootPlan:
+    guest = GuestFiles(kernel=Path("k"), initramfs=Path("i"), rootfs=Path("r"))
+    return BootPlan(name="base", shape=SHAPE, files=guest, memory=tmp_path / "new-memory")
+
+
+@pytest.mark.parametrize("version", ["7.2.22", "8.1.0"])
+def test_an_old_qemu_gets_a_clones_state_by_descriptor(
+    make_engine: MakeEngine, spawner: Any, files: SnapshotFiles, version: str
+) -> None:
+    spawner.answers["migrate-incoming"] = lambda *_: spawner.qmp.event("RESUME") or {}
+    vm = make_engine(version).restore(RestorePlan(name="clone", shape=SHAPE, files=files))
+    vm.wait_until_running(5)
+    assert spawner.qmp.received == [
+        ("qmp_capabilities", {}),
+        ("migrate-set-capabilities", {"capabilities": [IGNORE_SHARED]}),
+        ("migrate-incoming", {"uri": "fd:5"}),
+    ]
+    assert spawner.passed == {5: b"device state"}
+
+
+@pytest.mark.parametrize("version", ["8.2.0", "10.0.13", "11.1.3"])
+def test_a_newer_qemu_opens_a_clones_state_itself(
+    make_engine: MakeEngine, spawner: Any, files: SnapshotFiles, version: str
+) -> None:
+    spawner.answers["migrate-incoming"] = lambda *_: spawner.qmp.event("RESUME") or {}
+    vm = make_engine(version).restore(RestorePlan(name="clone", shape=SHAPE, files=files))
+    vm.wait_until_running(5)
+    assert spawner.qmp.received[-1] == ("migrate-incoming", {"uri": f"file:{files.state}"})
+    assert spawner.passed == {}
+
+
+def save_with(spawner: Any, status: str, **query: object) -> None:
+    """Make the fake VM answer `migrate` with the events of a migration that ends like this."""
+
+    def migrate(*_: object) -> object:
+        for word in ("setup", "active", status):
+            spawner.qmp.event("MIGRATION", status=word)
+        return {}
+
+    spawner.answers["migrate"] = migrate
+    spawner.answers["query-migrate"] = lambda *_: {"status": status, **query}
+
+
+@pytest.mark.parametrize(
+    ("version", "commands"),
+    [("7.2.22", [("getfd", {"fdname": "state"}), ("migrate", {"uri": "fd:state"})]), ("11.1.3", [])],
+)
+def test_a_base_is_saved_in_the_way_its_version_knows(
+    make_engine: MakeEngine, spawner: Any, tmp_path: Path, version: str, commands: list[object]
+) -> None:
+    save_with(spawner, "completed")
+    vm = make_engine(version).boot(boot_plan(tmp_path))
+    vm.snapshot(tmp_path / "saved")
+    first, capabilities, *others = spawner.qmp.received
+    assert first == ("qmp_capabilities", {})
+    assert capabilities == ("migrate-set-capabilities", {"capabilities": [IGNORE_SHARED, EVENTS]})
+    assert others == (commands or [("migrate", {"uri": f"file:{tmp_path / 'saved'}"})])
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
+    for fd in spawner.qmp.fds:
+        os.close(fd)
+
+
+def test_a_state_that_qemu_cannot_save_is_told_in_its_words_and_leaves_no_file(
+    make_engine: MakeEngine, spawner: Any, tmp_path: Path
+) -> None:
+    save_with(spawner, "failed", **{"error-desc": "Unable to write to file: No space left on device"})
+    vm = make_engine("10.0.13").boot(boot_plan(tmp_path))
+    with pytest.raises(EngineError, match=r"could not save the state of VM base: .*No space left on device"):
+        vm.snapshot(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_refused_migration_carries_console_and_log(make_engine: MakeEngine, spawner: Any, tmp_path: Path) -> None:
+    def refuse(*_: object) -> object:
+        raise LookupError("fd: migration to a file is not supported")
+
+    spawner.answers["migrate"] = refuse
+    vm = make_engine("10.0.13").boot(boot_plan(tmp_path))
+    vm.console_path.write_text("last words of the guest")
+    vm.vmm_log_path.write_text("last words of QEMU")
+    with pytest.raises(CommandRefused, match="migration to a file is not supported") as caught:
+        vm.snapshot(tmp_path / "saved")
+    assert caught.value.evidence == {"console": "last words of the guest", "VMM log": "last words of QEMU"}
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_base_whose_capabilities_are_refused_is_killed_and_leaves_no_memory(
+    make_engine: MakeEngine, spawner: Any, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> object:
+        raise LookupError("no x-ignore-shared")
+
+    spawner.answers["migrate-set-capabilities"] = refuse
+    with pytest.raises(CommandRefused, match="no x-ignore-shared"):
+        make_engine("10.0.13").boot(boot_plan(tmp_path))
+    assert spawner.child.end.signal == 9
+    assert not (tmp_path / "new-memory").exists()
+
+
+def test_a_spawn_that_fails_leaves_no_descriptor_and_no_memory(
+    make_engine: MakeEngine, spawner: Any, tmp_path: Path
+) -> None:
+    engine = make_engine("7.2.22")
+    spawner.refusal = HostError("no descriptors left")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(HostError, match="no descriptors left"):
+        engine.boot(boot_plan(tmp_path))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not (tmp_path / "new-memory").exists()
+
+
+def test_a_vm_that_died_by_itself_was_not_killed_by_us(
+    make_engine: MakeEngine, spawner: Any, files: SnapshotFiles
+) -> None:
+    vm = make_engine("7.2.22").restore(RestorePlan(name="clone", shape=SHAPE, files=files))
+    spawner.child.finish(SimpleNamespace(code=1, signal=None))
+    vm.kill()
+    assert vm.wait(1) == VmExit(code=1)
