@@ -1,0 +1,86 @@
+"""Real images for real machines: built from distribution packages, served by a real registry on loopback."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import MachineSpec
+from pytest_fcvm.host.clock import Deadline, wait_until
+
+_ROOT = Path(__file__).parents[2]
+_TOOLS = ("qemu-system-x86_64", "skopeo", "mksquashfs", "mmdebstrap", "docker-registry")
+
+
+@pytest.fixture(scope="session")
+def built_image() -> Callable[[str], str]:
+    """Return a function that builds an image and returns its `oci:` reference. Kept in .demo between runs."""
+    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    if missing:
+        pytest.skip(f"the VM tier needs {', '.join(missing)}: run `make test`, which installs them")
+    build = runpy.run_path(str(_ROOT / "examples/images/build.py"))["build"]
+
+    def reference(name: str) -> str:
+        folder = _ROOT / ".demo"
+        folder.mkdir(exist_ok=True)
+        return f"oci:{build(name, folder)}:latest"
+
+    return reference
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Run a registry on loopback and return its host:port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("registry")
+    config = folder / "config.yml"
+    config.write_text(
+        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {folder}}}}}\n"
+        f"http: {{addr: '127.0.0.1:{port}'}}\n"
+    )
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(["docker-registry", "serve", config], stdout=log, stderr=log)
+    try:
+        assert wait_until(lambda: _answers(f"http://127.0.0.1:{port}/v2/"), Deadline(30)), (folder / "log").read_text()
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def image(built_image: Callable[[str], str], registry: str) -> Callable[[str], str]:
+    """Return a function that builds an image, pushes it to the registry and returns the reference to pull."""
+    pushed: dict[str, str] = {}
+
+    def reference(name: str) -> str:
+        if name not in pushed:
+            target = f"{registry}/{name}:latest"
+            command = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", built_image(name), f"docker://{target}"]
+            subprocess.run(command, check=True)
+            pushed[name] = target
+        return pushed[name]
+
+    return reference
+
+
+@pytest.fixture(scope="session")
+def fcvm_spec(image: Callable[[str], str]) -> MachineSpec:
+    """Make nginx the image of every test that does not say otherwise."""
+    return MachineSpec(image=image("nginx"))

@@ -1,0 +1,130 @@
+"""Bad input and faults: a clear error with a hint, at once, and nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import (
+    Clone,
+    EngineError,
+    GuestTimeout,
+    ImageError,
+    MachineSpec,
+    Prepare,
+    Snapshot,
+    SnapshotFactory,
+    UsageProblem,
+    WorkloadExited,
+)
+from pytest_fcvm.host.clock import monotonic
+
+
+def test_an_image_that_does_not_exist(fcvm_snapshot_factory: SnapshotFactory, registry: str) -> None:
+    with pytest.raises(ImageError, match="no-such-image") as caught:
+        fcvm_snapshot_factory(image=f"{registry}/no-such-image:1")
+    assert caught.value.hint
+
+
+def test_a_workload_that_ends_before_it_is_ready(fcvm_snapshot_factory: SnapshotFactory) -> None:
+    started = monotonic()
+    with pytest.raises(WorkloadExited, match="exit code 7") as caught:
+        fcvm_snapshot_factory(command=["sh", "-c", "echo cannot go on >&2; exit 7"], ready="tcp:80", ready_timeout="100s")
+    assert "cannot go on" in caught.value.evidence["workload log"]
+    assert monotonic() - started < 60
+
+
+def test_a_workload_that_does_not_exist(fcvm_snapshot_factory: SnapshotFactory) -> None:
+    with pytest.raises((WorkloadExited, EngineError), match=r"no-such-program|127"):
+        fcvm_snapshot_factory(command=["no-such-program"])
+
+
+def test_readiness_that_never_comes(fcvm_snapshot_factory: SnapshotFactory) -> None:
+    with pytest.raises(GuestTimeout, match=r"http:80/missing.*404") as caught:
+        fcvm_snapshot_factory(ready="http:80/missing", ready_timeout="2s")
+    assert "--fcvm-ready" in caught.value.hint
+    assert "missing" in caught.value.evidence["workload log"]
+
+
+def test_a_prepare_function_that_raises(fcvm_snapshot_factory: SnapshotFactory) -> None:
+    with pytest.raises(Exception, match="no rows today"):
+        fcvm_snapshot_factory(prepare=Prepare(_broken_prepare))
+
+
+def _broken_prepare(_base: Clone) -> None:
+    raise RuntimeError("no rows today")
+
+
+def test_an_unknown_health_check(fcvm_snapshot_factory: SnapshotFactory) -> None:
+    with pytest.raises(UsageProblem, match="no HEALTHCHECK"):
+        fcvm_snapshot_factory(ready="healthcheck")
+
+
+def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> None:
+    with fcvm_clone.popen(["sleep", "1000"]) as process:
+        os.kill(fcvm_clone._machine.vm.pid, signal.SIGSEGV)
+        started = monotonic()
+        with pytest.raises(EngineError, match="ended unexpectedly"):
+            process.wait(60)
+        assert monotonic() - started < 10
+    with pytest.raises(EngineError, match="ended unexpectedly"):
+        fcvm_clone.exec("true")
+
+
+def test_a_kernel_panic_is_told(fcvm_clone: Clone) -> None:
+    with pytest.raises(EngineError) as caught:
+        fcvm_clone.exec("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60", timeout=60)
+    assert "panic" in (str(caught.value) + str(caught.value.evidence)).lower()
+
+
+def test_a_workload_that_ends_later_stops_waits_and_nothing_else(fcvm_clone: Clone) -> None:
+    fcvm_clone.exec("nginx -s stop")
+    with pytest.raises(WorkloadExited):
+        fcvm_clone.wait_for_log("never printed", timeout=60)
+    assert fcvm_clone.exec(["echo", "alive"]).stdout == "alive\n"
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_snapshot_is_built_again(
+    image: Callable[[str], str], fcvm_snapshot_factory: SnapshotFactory, pytester: pytest.Pytester, damage: str, tmp_path: Path
+) -> None:
+    text = image("nginx")
+    cache = tmp_path / "cache"
+    pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
+    kernel = fcvm_snapshot_factory()._parts.files.kernel  # type: ignore[attr-defined]
+    arguments = ("--fcvm-image", text, "--fcvm-cache-dir", str(cache), "--fcvm-kernel", str(kernel))
+    pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=1)
+    (state,) = cache.glob("snapshots/*/state")
+    _damage(state, damage)
+    again = pytester.runpytest_subprocess(*arguments)
+    again.assert_outcomes(passed=1)
+    again.stdout.fnmatch_lines(["*snapshots built 1, reused 0*", "*put aside and built anew*"])
+
+
+def _damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "remove":
+        path.unlink()
+        return
+    if how == "truncate":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_a_pinned_host_port_that_is_taken(fcvm_snapshot: Snapshot) -> None:
+    with fcvm_snapshot.clone() as first:
+        taken = first.port(80)
+        with pytest.raises(Exception, match=str(taken)):
+            fcvm_snapshot.clone(publish=MachineSpec().merged({"publish": (_pinned(taken),)}).publish)
+
+
+def _pinned(port: int) -> object:
+    from pytest_fcvm.model.net import PublishedPort
+
+    return PublishedPort(guest_port=80, host_port=port)

@@ -1,0 +1,38 @@
+"""No instruction of the workload runs in a clone before its identity is set."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pytest_fcvm import Snapshot
+from pytest_fcvm.host.clock import real_time_ns
+
+# Prints as fast as it can: what the kernel gives as random, the time of day, and who it believes to be.
+LOOP = (
+    "sh",
+    "-c",
+    'echo begun; while :; do echo "tick $(od -An -N8 -tx8 /dev/urandom) $(date +%s) $(hostname) $(cat /etc/machine-id)"; done',
+)
+TICK = re.compile(r"tick +(\w+) (\d+) (\S+) (\w+)")
+
+
+@pytest.mark.fcvm(command=LOOP, ready="log:tick")
+def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snapshot) -> None:
+    base = {match[4] for match in TICK.finditer(fcvm_snapshot.logs())}
+    assert len(base) == 1
+    firsts = []
+    for _ in range(4):
+        started = real_time_ns() // 10**9
+        with fcvm_snapshot.clone() as clone:
+            clone.wait_for_log(rf"tick +\w+ \d+ {clone.name} ")
+            own = clone.logs()[len(fcvm_snapshot.logs()) :]
+            # A line that was begun before the snapshot carries the base's values; every line begun after it does not.
+            whole = [match.groups() for match in TICK.finditer(own)][1:]
+            assert all(name == clone.name for _, _, name, _ in whole), whole[:3]
+            assert all(int(second) >= started - 1 for _, second, _, _ in whole)
+            assert base.isdisjoint(machine for *_, machine in whole)
+            firsts.append({random for random, *_ in whole})
+    assert not firsts[0] & firsts[1] & firsts[2] & firsts[3]
+    assert len(set.union(*firsts)) == sum(map(len, firsts))

@@ -1,0 +1,230 @@
+"""Whole pytest runs: workers, other runs at the same time, failures shared, reports, and death at any moment."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import SnapshotFactory
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.host.paths import run_root
+
+Run = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def run(
+    pytester: pytest.Pytester, image: Callable[[str], str], fcvm_snapshot_factory: SnapshotFactory, tmp_path: Path
+) -> Iterator[Run]:
+    """Start a pytest of its own with an empty cache; the kernel is given, so that it need not be downloaded again."""
+    kernel = fcvm_snapshot_factory()._parts.files.kernel  # type: ignore[attr-defined]
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, name: str = "nginx", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--fcvm-image", image(name)]
+        command += ["--fcvm-cache-dir", str(tmp_path / "cache"), "--fcvm-kernel", str(kernel), *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=pytester.path,
+            env={**os.environ, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=600)
+    return process.returncode, output
+
+
+def count(output: str, what: str) -> int:
+    match = re.search(rf"{what} (\d+)", output)
+    assert match, output
+    return int(match[1])
+
+
+def test_four_workers_build_once(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.parametrize("n", range(8))
+        def test_it(fcvm_clone, n):
+            fcvm_clone.succeed("true")
+        """
+    )
+    code, output = ends(run("-n", "4"))
+    assert code == 0, output
+    assert count(output, "snapshots built") == 1
+    assert count(output, "clones") == 8
+
+
+def test_five_specs_on_four_workers_build_five(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.parametrize("again", range(2))
+        @pytest.mark.parametrize("colour", [
+            pytest.param(c, marks=pytest.mark.fcvm(env={"COLOUR": c})) for c in "abcde"
+        ])
+        def test_it(fcvm_clone, colour, again):
+            assert f"COLOUR={colour}" in fcvm_clone.succeed("tr '\\\\0' '\\\\n' < /proc/1/environ")
+        """
+    )
+    code, output = ends(run("-n", "4"))
+    assert code == 0, output
+    assert count(output, "snapshots built") == 5
+
+
+def test_two_runs_at_once_build_once_and_the_other_says_whom_it_waits_for(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
+    outputs = [ends(process) for process in (run(), run())]
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    assert sorted(count(output, "snapshots built") for _, output in outputs) == [0, 1]
+    assert any("waiting for pid" in output for _, output in outputs)
+
+
+def test_a_bad_image_fails_every_test_with_one_build(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.fcvm(command=["sh", "-c", "echo one build >> /tmp/x; exit 9"])
+        @pytest.mark.parametrize("n", range(6))
+        def test_it(fcvm_clone, n):
+            pass
+        """
+    )
+    code, output = ends(run("-n", "2"))
+    assert code == 1
+    assert "6 errors" in output
+    assert output.count("exit code 9 (failed before in this run)") + output.count("booting the kernel") >= 6
+    assert output.count("booting the kernel") == 1, output
+
+
+def test_a_failing_test_shows_log_console_and_timeline(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import urllib.request
+        def test_it(fcvm_clone):
+            urllib.request.urlopen(fcvm_clone.url(80, "/"))
+            fcvm_clone.wait_for_log("GET /")
+            assert False
+        """
+    )
+    code, output = ends(run("--fcvm-artifacts", "failed"))
+    assert code == 1
+    assert re.search(r"fcvm nginx-\w+: workload log", output), output
+    assert "GET / HTTP" in output
+    assert re.search(r"fcvm nginx-\w+: timeline", output)
+    (kept,) = (pytester.path / "fcvm-artifacts").glob("*/*workload-log.txt")
+    assert "GET / HTTP" in kept.read_text()
+
+
+def test_a_second_run_starts_its_first_test_soon(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
+    assert ends(run())[0] == 0
+    code, output = ends(run("--durations=5", "--durations-min=0"))
+    assert code == 0
+    assert count(output, "reused") == 1
+    assert "booting the kernel" not in output
+
+
+def processes_with(text: str) -> list[int]:
+    """Return the processes whose command line has `text` in it, ourselves left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+            except OSError:
+                continue
+            if text in line:
+                found.append(int(entry.name))
+    return found
+
+
+PHASES = {
+    "boot": "booting the kernel",
+    "ready": "waiting until it is ready",
+    "snapshot": "taking the snapshot",
+    "test": "test_it",
+}
+
+
+@pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "no-namespaces"])
+@pytest.mark.parametrize("phase", list(PHASES))
+def test_nothing_is_left_after_sigkill(
+    run: Run, pytester: pytest.Pytester, tmp_path: Path, phase: str, namespaces: bool
+) -> None:
+    pytester.makepyfile(
+        """
+        import sys, time
+        def test_it(fcvm_clone):
+            print("in the test", flush=True)
+            time.sleep(600)
+        """
+    )
+    env = {} if namespaces else {"FCVM_NO_NAMESPACES": "1"}
+    process = run("-s", env=env)
+    assert process.stdout is not None
+    sign = "in the test" if phase == "test" else PHASES[phase]
+    for line in process.stdout:
+        if sign in line:
+            break
+    else:
+        pytest.fail("the run ended before its time")
+    cache = str(tmp_path / "cache")
+    assert processes_with(cache)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    died = monotonic()
+    gone = wait_until(lambda: not processes_with(cache), Deadline(10))
+    assert gone, processes_with(cache)
+    assert monotonic() - died < 5  # 1 s on an idle machine
+    pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
+    code, output = ends(run(env=env))
+    assert code == 0, output
+    assert not list((tmp_path / "cache").glob("*/*.tmp-*"))
+    assert wait_until(lambda: _only_live_runs(), Deadline(10)), list(run_root().iterdir())
+
+
+def _only_live_runs() -> bool:
+    """Say whether the only run directory left is this process's own (and its reporter's)."""
+    return len([entry for entry in run_root().iterdir() if re.fullmatch(r"[0-9a-f]{8}", entry.name)]) <= 2
+
+
+def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, tmp_path: Path) -> None:
+    pytester.makepyfile(
+        """
+        import time
+        def test_it(fcvm_clone):
+            print("in the test", flush=True)
+            time.sleep(600)
+        """
+    )
+    process = run("-s")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "in the test" in line:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 2
+    assert wait_until(lambda: not processes_with(str(tmp_path / "cache")), Deadline(5))
