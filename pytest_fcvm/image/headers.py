@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pytest_fcvm.image.tree import Node, NodeKind
 
-__all__ = ["END_OF_ARCHIVE", "member_header"]
+__all__ = ["BLOCK", "END_OF_ARCHIVE", "member_header"]
 
 END_OF_ARCHIVE = bytes(1024)
-_BLOCK = 512
+BLOCK = 512
 _TYPES = {
     NodeKind.FILE: b"0",
     NodeKind.SYMLINK: b"2",
@@ -83,7 +83,7 @@ def _pax(records: list[tuple[bytes, bytes]]) -> bytes:
     body = b"".join(_record(key, value) for key, value in records)
     carrier = Node(NodeKind.FILE, 0o644)
     head = _block(b"PaxHeader", b"", b"x", carrier, len(body))
-    return head + body + bytes(-len(body) % _BLOCK)
+    return head + body + bytes(-len(body) % BLOCK)
 
 
 def _record(key: bytes, value: bytes) -> bytes:

@@ -8,24 +8,23 @@ meet the tree of the layers below; then its members are added.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import ImageError
 from pytest_fcvm.image.blobs import LayerBlob, spool_layer
-from pytest_fcvm.image.headers import END_OF_ARCHIVE, member_header
+from pytest_fcvm.image.contents import Contents, LayerContents
+from pytest_fcvm.image.headers import BLOCK, END_OF_ARCHIVE, member_header
 from pytest_fcvm.image.members import Limits, Member, read_members
 from pytest_fcvm.image.tree import Node, NodeKind, RootTree, broken_layer
 
-__all__ = ["flatten", "read_tree", "write_tree"]
+__all__ = ["flatten", "write_tree"]
 
 _WHITEOUT = ".wh."
 _META = ".wh..wh."  # aufs' own files; only the opaque marker means anything
 _OPAQUE = ".wh..wh..opq"
-_CHUNK = 1 << 20
-_ZEROS = bytes(_CHUNK)
 
 Write = Callable[[bytes], object]
 
@@ -39,15 +38,15 @@ def flatten(
     ImageError for layers that are damaged, leave the root or exceed the limits.
     """
     with ExitStack() as stack:
-        tree, files = read_tree(blobs, stack, folder=folder, whiteouts=whiteouts, limits=limits or Limits())
-        write_tree(tree, files, write)
+        tree, contents = _read_layers(blobs, stack, folder=folder, whiteouts=whiteouts, limits=limits or Limits())
+        write_tree(tree, contents, write)
 
 
-def read_tree(
+def _read_layers(
     blobs: Sequence[LayerBlob], stack: ExitStack, *, folder: Path, whiteouts: bool, limits: Limits
-) -> tuple[RootTree, list[IO[bytes]]]:
-    """Return the file system the layers make and the files its contents are in, which `stack` closes."""
-    tree, files = RootTree(), []
+) -> tuple[RootTree, LayerContents]:
+    """Return the file system the layers make and its contents, whose files `stack` closes."""
+    tree, files = RootTree(), list[IO[bytes]]()
     budget = _Budget(limits)
     for number, blob in enumerate(blobs):
         file = stack.enter_context(spool_layer(blob, folder, max_bytes=budget.bytes))
@@ -58,11 +57,11 @@ def read_tree(
             budget.spend(member)
             members.append(member)
         _apply(tree, members, whiteouts=whiteouts)
-    return tree, files
+    return tree, LayerContents(files)
 
 
-def write_tree(tree: RootTree, files: Sequence[IO[bytes]], write: Write) -> None:
-    """Write a file system as a tar stream in the order of its walk. `files` are the layers' tars."""
+def write_tree(tree: RootTree, contents: Contents, write: Write) -> None:
+    """Write a file system as a tar stream in the order of its walk."""
     first_names: dict[Node, str] = {}
     for path, node in tree.walk():
         if node.kind is NodeKind.DIRECTORY:
@@ -74,7 +73,9 @@ def write_tree(tree: RootTree, files: Sequence[IO[bytes]], write: Write) -> None
             continue
         write(member_header(path, node))
         if node.kind is NodeKind.FILE:
-            _write_content(node, files[node.layer], write)
+            for chunk in contents.chunks(node):
+                write(chunk)
+            write(bytes(-node.size % BLOCK))
     write(END_OF_ARCHIVE)
 
 
@@ -146,30 +147,3 @@ def _find_removed(removed: dict[tuple[str, ...], Node], parts: tuple[str, ...]) 
         if node is not None:
             return node
     return None
-
-
-def _write_content(node: Node, file: IO[bytes], write: Write) -> None:
-    position = 0
-    for extent in node.extents:
-        _write_zeros(extent.start - position, write)
-        for chunk in _chunks(file.fileno(), extent.offset, extent.length):
-            write(chunk)
-        position = extent.start + extent.length
-    _write_zeros(node.size - position, write)
-    write(bytes(-node.size % 512))
-
-
-def _write_zeros(count: int, write: Write) -> None:
-    while count > 0:
-        write(_ZEROS[: min(count, _CHUNK)])
-        count -= _CHUNK
-
-
-def _chunks(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
-    end = offset + length
-    while offset < end:
-        chunk = os.pread(descriptor, min(_CHUNK, end - offset), offset)
-        if not chunk:
-            raise broken_layer("the archive was cut while it was read", f"byte {offset}")
-        yield chunk
-        offset += len(chunk)

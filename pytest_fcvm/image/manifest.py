@@ -1,0 +1,110 @@
+"""An image as skopeo's `dir:` layout keeps it: `manifest.json`, and blobs named by the hex of their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.errors import ImageError
+from pytest_fcvm.image.blobs import LayerBlob
+from pytest_fcvm.image.config import ImageConfig
+
+__all__ = ["ImageFolder", "digest_of", "read_image_folder"]
+
+_DIGEST = re.compile(r"(sha256|sha384|sha512):[0-9a-f]{64,128}")
+_LARGEST_JSON = 16 << 20
+_ARCH_NAMES = {"amd64": ("amd64", "x86_64"), "arm64": ("arm64", "aarch64")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder:
+    """What a `dir:` layout holds. `digest` is the manifest's, layers are lowest first."""
+
+    digest: str
+    config: ImageConfig
+    layers: tuple[LayerBlob, ...]
+
+
+def digest_of(data: bytes) -> str:
+    """Return the digest of bytes as images write it."""
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def read_image_folder(folder: Path, *, arch: str) -> ImageFolder:
+    """Read manifest and configuration. Raise ImageError when they are broken, of an old kind or of another platform."""
+    raw = _read(folder / "manifest.json")
+    manifest = _document(raw, "manifest")
+    if "config" not in manifest or "layers" not in manifest:
+        raise ImageError(
+            f"the image's manifest is of a kind that is not supported: {str(manifest.get('mediaType', ''))[:80]!r}",
+            hint="push the image anew with a tool that writes OCI or Docker schema 2 manifests",
+        )
+    try:
+        config = _read(folder / _blob_name(manifest["config"]["digest"]))
+        if digest_of(config) != manifest["config"]["digest"]:
+            raise _broken("its configuration has another digest than the manifest says")
+        document = _document(config, "configuration")
+        layers = _layers(folder, manifest["layers"], document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _broken(f"its manifest lacks a field ({error})") from error
+    _check_platform(document, arch)
+    return ImageFolder(digest=digest_of(raw), config=ImageConfig.from_image(document), layers=layers)
+
+
+def _layers(folder: Path, entries: list[Mapping[str, Any]], document: Mapping[str, Any]) -> tuple[LayerBlob, ...]:
+    diff_ids = document.get("rootfs", {}).get("diff_ids") or []
+    if diff_ids and len(diff_ids) != len(entries):
+        raise _broken(f"it has {len(entries)} layers but {len(diff_ids)} diff_ids")
+    blobs = []
+    for number, entry in enumerate(entries):
+        if "encrypted" in str(entry.get("mediaType", "")):
+            raise ImageError("a layer of the image is encrypted", hint="name an image whose layers are not")
+        diff_id = diff_ids[number] if diff_ids else ""
+        _blob_name(diff_id or entry["digest"])
+        blobs.append(LayerBlob(path=folder / _blob_name(entry["digest"]), digest=entry["digest"], diff_id=diff_id))
+    return tuple(blobs)
+
+
+def _check_platform(document: Mapping[str, Any], arch: str) -> None:
+    system, architecture = document.get("os") or "linux", document.get("architecture") or arch
+    if system != "linux" or architecture not in _ARCH_NAMES.get(arch, (arch,)):
+        raise ImageError(
+            f"the image is for {str(system)[:20]}/{str(architecture)[:20]}, this machine's guests are linux/{arch}",
+            hint=f"name an image with a variant for linux/{arch}",
+        )
+
+
+def _blob_name(digest: str) -> str:
+    if not _DIGEST.fullmatch(digest):
+        raise _broken(f"{digest[:80]!r} is not a digest")
+    return digest.partition(":")[2]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise _broken(f"{path.name} cannot be read ({error.strerror})") from error
+    if len(data) > _LARGEST_JSON:
+        raise _broken(f"{path.name} is too large")
+    return data
+
+
+def _document(data: bytes, what: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _broken(f"its {what} is not JSON") from error
+    if not isinstance(value, dict):
+        raise _broken(f"its {what} is not a JSON object")
+    return value
+
+
+def _broken(what: str) -> ImageError:
+    return ImageError(f"the image is broken: {what}", hint="pull or build the image anew (--fcvm-pull always)")

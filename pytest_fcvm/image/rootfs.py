@@ -1,0 +1,136 @@
+"""A pulled image as one squashfs file, without root: `mksquashfs - FILE -tar` reads the flattened layers."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.process import condense, resolve_tool
+from pytest_fcvm.image.contents import read_directory
+from pytest_fcvm.image.layers import flatten, write_tree
+from pytest_fcvm.image.reference import ImageKind
+from pytest_fcvm.image.source import PulledImage
+from pytest_fcvm.image.tools import ends_with_us
+
+__all__ = ["ROOTFS_FORMAT", "build_rootfs"]
+
+# Part of the cache's key: change it with anything that changes the bytes of a root filesystem.
+ROOTFS_FORMAT = "squashfs-zstd-1"
+
+_DEADLINE_S = 1800.0
+_MEMORY = "512M"
+_PIPE_BYTES = 1 << 20
+_OPTIONS = (
+    *("-tar", "-noappend", "-no-progress", "-quiet"),
+    *("-comp", "zstd", "-Xcompression-level", "3", "-b", "131072"),
+    *("-mkfs-time", "0", "-root-time", "0", "-root-mode", "0755", "-mem", _MEMORY),
+)
+
+Write = Callable[[bytes], object]
+
+
+def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], None]) -> None:
+    """Write the image's root filesystem to `dest`, the same bytes for the same image.
+
+    Raise ImageError for layers that are not sound, HostError without mksquashfs, at the deadline and when the disk is
+    full. Nothing is left at `dest` then.
+    """
+    layers = image.layers
+    progress(f"unpacking {len(layers)} layers" if layers else "reading the directory")
+    try:
+        with _squashing(dest) as write:
+            if image.reference.kind is ImageKind.ROOTFS_DIR:
+                assert image.reference.path is not None
+                tree, contents = read_directory(image.reference.path)
+                write_tree(tree, contents, write)
+            else:
+                flatten(layers, write, folder=dest.parent, whiteouts=not image.reference.kind.is_rootfs)
+    except OSError as error:
+        dest.unlink(missing_ok=True)
+        raise HostError(
+            f"the root filesystem cannot be built in {dest.parent}: {error.strerror}",
+            hint="free some disk or name another --fcvm-cache-dir",
+        ) from error
+    except BaseException:
+        dest.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _squashing(dest: Path) -> Iterator[Write]:
+    """Run mksquashfs; yield the function that feeds it. Raise HostError when it fails."""
+    tool = resolve_tool("mksquashfs", package="squashfs-tools")
+    # It refuses to run with this variable beside -mkfs-time.
+    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    command = [*ends_with_us(), tool, "-", dest, *_OPTIONS]
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=words, stderr=words, env=environment, bufsize=0
+        ) as process,
+        _killed_at_deadline(process) as late,
+    ):
+        assert process.stdin is not None
+        with suppress(OSError):
+            fcntl.fcntl(process.stdin.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        broken = False
+        try:
+            yield partial(_write_all, process.stdin.fileno())
+        except BrokenPipeError:
+            broken = True
+        process.stdin.close()
+        code = process.wait()
+        if code or broken:
+            raise _failure(words, code, dest, late=late.is_set())
+
+
+@contextmanager
+def _killed_at_deadline(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
+    """Kill the process at the end of the block or at the deadline, which sets the event."""
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(_DEADLINE_S, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        process.kill()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _failure(words: IO[bytes], code: int, dest: Path, *, late: bool) -> HostError:
+    words.seek(0)
+    text = words.read(64 * 1024).decode("utf-8", "replace")
+    if "No space left" in text or "File too large" in text:
+        return HostError(
+            f"no room left in {dest.parent} for the root filesystem",
+            hint="free some disk or name another --fcvm-cache-dir",
+        )
+    if late:
+        return HostError(f"mksquashfs did not end within {_DEADLINE_S:.0f} s", hint="use a smaller image")
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    return HostError(
+        f"mksquashfs failed with {how}: {condense(text)}",
+        hint="apt-get install squashfs-tools (4.5 or later)",
+        evidence={"mksquashfs": text[-4000:]},
+    )

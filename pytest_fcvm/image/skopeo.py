@@ -1,0 +1,126 @@
+"""Ask for manifests and copy images by `skopeo`, with its own credentials, mirrors and policies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.process import ToolFailed, condense, find_tool, resolve_tool, run_tool
+from pytest_fcvm.image.reference import ImageKind, ImageReference
+from pytest_fcvm.image.tools import ends_with_us
+
+__all__ = ["ask_manifest", "copy_image"]
+
+_COPY_S, _ASK_S, _LOCAL_S = 1800.0, 120.0, 20.0
+_POLICIES = (Path("/etc/containers/policy.json"), Path("~/.config/containers/policy.json"))
+_MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
+_USERINFO = re.compile(r"(?<=://)[^/@\s\"]+@")
+_SECRET_QUERY = re.compile(r"(?i)\b(token|password|secret|signature|sig)=[^&\s\"]+")
+_FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
+
+_AUTH = "skopeo login {registry} (or podman login, docker login) with an account that may read it"
+_SPELLING = "check the spelling of name and tag; skopeo list-tags docker://{repository} shows what is there"
+_UNREACHABLE = (
+    "the registry {registry} cannot be reached from here: check network, proxy and mirrors, or name a local image as "
+    "docker-archive:FILE or containers-storage:NAME"
+)
+# skopeo's own words, the most telling first, and what to change
+_HINTS = (
+    (r"no image found in (manifest list|image index) for architecture", "the image has no variant for linux/{arch}"),
+    (r"toomanyrequests|too many requests", "the registry limits anonymous pulls: " + _AUTH),
+    (r"unauthorized|authentication required|access to the resource is denied|status 40[13]|forbidden", _AUTH),
+    (r"server gave HTTP response to HTTPS client", "set insecure = true for {registry} in registries.conf"),
+    (r"x509|certificate", "put the registry's CA certificate into /etc/containers/certs.d/{registry}/ca.crt"),
+    (
+        r"no such host|connection refused|i/o timeout|timed? ?out|unreachable|did not end within|network is",
+        _UNREACHABLE,
+    ),
+    (r"(manifest|name|repository name).{0,20}(unknown|not known|not found)|status 404|not found", _SPELLING),
+    (r"more than one image|choose an image", "name one of them: oci:PATH:TAG, docker-archive:FILE:NAME:TAG"),
+    (r"docker daemon|docker\.sock", "start Docker, or give this user the right to /var/run/docker.sock"),
+    (r"does not resolve to an image|image not known", "podman images (as this user) shows the names that are there"),
+    (r"no such file or directory|not a directory", "check the path"),
+)
+
+
+def ask_manifest(reference: ImageReference) -> bytes:
+    """Return the manifest or index that the reference names now, as the registry sends it. Raise ImageError."""
+    assert reference.skopeo is not None
+    argv = ["inspect", "--raw", *_tls(reference, "--tls-verify=false"), reference.skopeo]
+    try:
+        return _skopeo(argv, timeout_s=_ASK_S).encode("utf-8", "surrogateescape")
+    except ToolFailed as error:
+        raise _image_error(error, reference, "amd64") from None
+
+
+def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
+    """Copy one platform's image into a new folder in skopeo's `dir:` layout, which keeps Docker's HEALTHCHECK.
+
+    Raise ImageError with skopeo's reason, HostError without skopeo or when the disk is full.
+    """
+    assert reference.skopeo is not None
+    argv = ["--override-os", "linux", "--override-arch", arch, "copy", "--quiet", "--remove-signatures"]
+    argv += [*_tls(reference, "--src-tls-verify=false"), reference.skopeo, f"dir:{folder}"]
+    try:
+        _skopeo(argv, timeout_s=_COPY_S)
+    except ToolFailed as error:
+        if _FULL.search(error.stderr):
+            raise HostError(
+                f"no room left in {folder.parent} for the image {reference.text}",
+                hint="free some disk or name another --fcvm-cache-dir",
+            ) from None
+        raise _image_error(error, reference, arch) from None
+
+
+def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:
+    skopeo = resolve_tool("skopeo", package="skopeo")
+    policy = [] if any(path.expanduser().exists() for path in _POLICIES) else ["--insecure-policy"]
+    return run_tool([*ends_with_us(), skopeo, *policy, *arguments], timeout_s=timeout_s)
+
+
+def _tls(reference: ImageReference, option: str) -> list[str]:
+    return [option] if reference.is_local_registry else []
+
+
+def _image_error(error: ToolFailed, reference: ImageReference, arch: str) -> ImageError:
+    reason = _reason(error)
+    repository = reference.name.partition("@")[0]
+    words = {"registry": reference.registry or "the registry", "arch": arch, "repository": repository}
+    hints = (hint.format(**words) for pattern, hint in _HINTS if re.search(pattern, reason, re.IGNORECASE))
+    hint = next(hints, "skopeo inspect " + str(reference.skopeo) + " shows more")
+    if local := _find_locally(reference):
+        hint = f"this machine has it: {local}. Else {hint}"
+    return ImageError(
+        f"image {reference.text} cannot be had: {reason}", hint=hint, evidence={"skopeo": _clean(error.stderr[-4000:])}
+    )
+
+
+def _reason(error: ToolFailed) -> str:
+    """Return skopeo's last message on one line; it ends with the cause, so the front is what is cut."""
+    messages = _MESSAGE.findall(error.stderr)
+    text = re.sub(r"\\(.)", r"\1", messages[-1]) if messages else condense(error.stderr or error.message)
+    return condense(_clean(" ".join(text.split())), limit=300)
+
+
+def _clean(text: str) -> str:
+    return _SECRET_QUERY.sub(r"\1=…", _USERINFO.sub("", text))
+
+
+def _find_locally(reference: ImageReference) -> str:
+    """Return how to name an image that podman or Docker has under a bare name, empty when neither does."""
+    if reference.kind is not ImageKind.DOCKER or reference.text.startswith("docker:"):
+        return ""
+    for tool, transport in (("podman", "containers-storage"), ("docker", "docker-daemon")):
+        found = find_tool(tool)
+        if found is None:
+            continue
+        command = ("image", "inspect", "--format", "{{index .RepoTags 0}}", reference.text)
+        try:
+            name = run_tool([found, *command], timeout_s=_LOCAL_S).strip()
+        except ToolFailed:
+            continue
+        if name:
+            return f"{transport}:{name}"
+    return ""

@@ -1,0 +1,162 @@
+"""From a reference to an image on this machine: digest and configuration at once, layers when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.image.blobs import LayerBlob
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.image.contents import read_directory
+from pytest_fcvm.image.manifest import digest_of, read_image_folder
+from pytest_fcvm.image.records import Record, find_record, save_record, take_stamps
+from pytest_fcvm.image.reference import ImageKind, ImageReference
+from pytest_fcvm.image.skopeo import ask_manifest, copy_image
+from pytest_fcvm.store import canonical_digest
+
+__all__ = ["PullPolicy", "PulledImage", "resolve_image"]
+
+Progress = Callable[[str], None]
+
+
+class PullPolicy(StrEnum):
+    """When to ask the registry: for what is not known yet, in every run, or not at all."""
+
+    MISSING = "missing"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class PulledImage:
+    """An image whose digest and configuration are known. Its layers are fetched when they are first asked for.
+
+    They lie in `folder`, which is made with them; `discard` removes it. The lock under which the store's sweeper finds
+    it in use is that of `canonical_digest({"image": reference.text})` in `images_dir`, and the caller's to hold.
+    """
+
+    def __init__(self, reference: ImageReference, images_dir: Path, arch: str, progress: Progress) -> None:
+        self.reference, self.arch = reference, arch
+        self.folder = images_dir / f"{canonical_digest({'image': reference.text})}.tmp-{os.getpid()}"
+        self.digest, self.config = "", ImageConfig(architecture=arch)
+        self._progress = progress
+        self._layers: tuple[LayerBlob, ...] | None = None
+
+    @property
+    def layers(self) -> tuple[LayerBlob, ...]:
+        """Return the layers, lowest first; none for a directory. Raise ImageError when they cannot be had."""
+        if self._layers is None:
+            self.make_folder()
+            pinned = self.reference.at_digest(self.digest)
+            if self._copy(pinned) != self.digest:
+                raise ImageError(
+                    f"image {self.reference.text} changed while it was read",
+                    hint="run again, or use --fcvm-pull always",
+                )
+        assert self._layers is not None
+        return self._layers
+
+    def pull(self) -> None:
+        """Fetch the image the reference names now; digest and configuration become its."""
+        self.digest = ""
+        self.make_folder()
+        self.digest = self._copy(self.reference)
+
+    def make_folder(self) -> Path:
+        """Make the folder for what is needed until `discard`, empty."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            raise HostError(
+                f"{self.folder.parent} cannot be written: {error.strerror}", hint="name another --fcvm-cache-dir"
+            ) from error
+        return self.folder
+
+    def discard(self) -> None:
+        """Remove the layers. Digest and configuration stay; layers asked for later are fetched again."""
+        self._layers = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def know(self, record: Record) -> None:
+        """Take digest and configuration from last time."""
+        self.digest, self.config = record.digest, record.config
+
+    def _copy(self, reference: ImageReference) -> str:
+        try:
+            if reference.kind.is_rootfs:
+                return self._read_rootfs()
+            self._progress(f"pulling {reference.text}")
+            copy_image(reference, self.folder / "image", arch=self.arch)
+            found = read_image_folder(self.folder / "image", arch=self.arch)
+        except BaseException:
+            self.discard()
+            raise
+        self.config, self._layers = found.config, found.layers
+        return found.digest
+
+    def _read_rootfs(self) -> str:
+        path = self.reference.path
+        assert path is not None
+        if self.reference.kind is ImageKind.ROOTFS_DIR:
+            self._layers = ()
+            return _directory_digest(path)
+        digest = _file_digest(path) if not self.digest else self.digest
+        self._layers = (LayerBlob(path=path, digest=digest),)
+        return digest
+
+
+def resolve_image(
+    reference: ImageReference, *, images_dir: Path, pull: PullPolicy, progress: Progress, arch: str = "amd64"
+) -> PulledImage:
+    """Return the image a reference names, from last time's record where the policy and the image's files allow.
+
+    Raise ImageError when it cannot be had or is not for `arch`, HostError when skopeo or disk space is lacking. The
+    caller holds a lock on the reference.
+    """
+    image = PulledImage(reference, images_dir, arch, progress)
+    try:
+        stamps = take_stamps(reference)
+    except OSError as error:
+        raise ImageError(f"image {reference.text} cannot be read: {error}", hint="check the path") from error
+    record = find_record(images_dir, reference, arch) if reference.kind is not ImageKind.ROOTFS_DIR else None
+    asked = ""
+    if reference.kind.is_remote and pull is PullPolicy.ALWAYS and not reference.pinned_digest:
+        progress(f"asking {reference.registry} for {reference.text}")
+        asked = digest_of(ask_manifest(reference))
+        record = record if record and record.asked == asked else None
+    if record is not None:
+        image.know(record)
+        return image
+    if reference.kind.is_remote and pull is PullPolicy.NEVER:
+        raise ImageError(
+            f"image {reference.text} is not in the cache and may not be pulled",
+            hint="run once with --fcvm-pull missing",
+        )
+    image.pull()
+    if reference.kind is not ImageKind.ROOTFS_DIR:
+        known = Record(digest=image.digest, config=image.config, asked=asked or image.digest)
+        save_record(images_dir, reference, arch, known, stamps)
+    return image
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}", hint="check the path and its rights") from error
+
+
+def _directory_digest(path: Path) -> str:
+    """Return a digest over names and attributes, inode and ctime among them, which tells changes without reading."""
+    digest = hashlib.sha256()
+    tree, contents = read_directory(path)
+    for name, node in tree.walk():
+        digest.update(f"{name}\0{node.kind}\0{node.mode:o} {node.uid} {node.gid} {node.size} {node.device}".encode())
+        digest.update(f"\0{node.target}\0{contents.stamp(node)}\0".encode("utf-8", "surrogateescape"))
+    return f"sha256:{digest.hexdigest()}"
