@@ -91,7 +91,7 @@ def _text(value: Any, _origin: Origin) -> str:
 
 
 def _path(value: Any, origin: Origin) -> Path:
-    return Path(os.path.normpath(origin.base / Path(value).expanduser()))
+    return parse.parse_path(value, origin.base)
 
 
 _PATH_IMAGE = re.compile(

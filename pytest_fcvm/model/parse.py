@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,8 @@ __all__ = [
     "parse_env",
     "parse_map",
     "parse_network",
+    "parse_path",
+    "parse_port",
     "parse_publish",
     "parse_ready",
     "parse_size_mib",
@@ -30,6 +33,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _MIB_PER = {"k": 1 / 1024, "": 1.0, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
 _SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
+_LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
@@ -87,8 +91,10 @@ def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str
     pairs = items.items() if isinstance(items, Mapping) else (_env_pair(item, host_env) for item in items)
     env = {str(name): str(value) for name, value in pairs}
     for name, value in env.items():
-        if not _ENV_NAME.fullmatch(name) or "\0" in value:
+        if not _ENV_NAME.fullmatch(name):
             raise UsageProblem(f"{name!r} is not an environment variable's name", hint="write NAME=value")
+        if "\0" in value:
+            raise UsageProblem(f"the value of {name} has a NUL byte", hint="pass binary data as a file, with map")
     return env
 
 
@@ -128,7 +134,18 @@ def parse_publish(text: str | int | PublishedPort) -> PublishedPort:
             proto=Proto(proto or "tcp"),
         )
     except (UsageProblem, ValueError) as error:
-        raise UsageProblem(f"publish {text!r}: {error}", hint="write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]") from error
+        cause = error.message if isinstance(error, UsageProblem) else str(error)
+        raise UsageProblem(f"publish {text!r}: {cause}", hint="write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]") from error
+
+
+def parse_path(text: str | Path, base: Path) -> Path:
+    """Read a path of the host; `~` is a home folder, a relative one starts at `base`."""
+    if not str(text):
+        raise UsageProblem("the path is empty", hint="name a file or folder")
+    try:
+        return Path(os.path.normpath(base / Path(text).expanduser()))
+    except RuntimeError as error:  # what pathlib says of ~nobody
+        raise UsageProblem(f"{str(text)!r}: {error}", hint="write the path in full") from error
 
 
 def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
@@ -139,7 +156,7 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
     host, colon, guest = rest.rpartition(":")
     if not colon or not host or not guest.startswith("/"):
         raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint="write HOST:/GUEST[:ro]")
-    path = base / Path(host).expanduser()
+    path = parse_path(host, base)
     if not path.exists():
         raise UsageProblem(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
     return MappedPath(host=path, guest=guest, read_only=text.endswith(":ro"))
@@ -168,9 +185,7 @@ def parse_ready(text: str | ReadySpec) -> ReadySpec:
 
 def _short_ready(text: str) -> ReadySpec:
     word, _, rest = text.partition(":")
-    if word not in list(ReadyMode):
-        raise UsageProblem(f"unknown mode {word!r}")
-    mode = ReadyMode(word)
+    mode = _ready_mode(word)
     if mode.needs_port:
         port, slash, path = rest.partition("/")
         return ReadySpec(mode=mode, port=parse_port(port), text=_http_path(mode, slash + path))
@@ -178,24 +193,35 @@ def _short_ready(text: str) -> ReadySpec:
 
 
 def _long_ready(text: str) -> ReadySpec:
-    options = dict(part.split("=", 1) for part in text.split(",", 1))
-    mode, rest = ReadyMode(options.pop("mode")), ",".join(f"{k}={v}" for k, v in options.items())
-    key, _, value = rest.partition("=")
-    if mode is ReadyMode.HTTP and key == "url":
+    word, _, rest = text.removeprefix("mode=").partition(",")
+    mode, (key, _, value) = _ready_mode(word), rest.partition("=")
+    wanted = _LONG_KEYS.get(mode, "")
+    if key != wanted:
+        raise UsageProblem(f"{mode} does not take {key!r}" if key else f"{mode} needs {wanted}=")
+    if mode is ReadyMode.HTTP:
         url = urlsplit(value)
+        if url.scheme != "http":
+            raise UsageProblem(f"{value!r} is not an http:// URL")
         query = f"?{url.query}" if url.query else ""
-        return ReadySpec(mode=mode, port=url.port or 80, text=(url.path or "/") + query)
-    if mode is ReadyMode.TCP and key == "port":
+        return ReadySpec(mode=mode, port=url.port or 80, text=_http_path(mode, url.path + query))
+    if mode is ReadyMode.TCP:
         return ReadySpec(mode=mode, port=parse_port(value))
-    if (mode, key) in ((ReadyMode.LOG, "regex"), (ReadyMode.EXEC, "cmd")) or not rest:
-        return _checked_ready(mode, value)
-    raise UsageProblem(f"{mode} does not take {key!r}")
+    return _checked_ready(mode, value)
+
+
+def _ready_mode(word: str) -> ReadyMode:
+    if word not in list(ReadyMode):
+        raise UsageProblem(f"unknown mode {word!r}")
+    return ReadyMode(word)
 
 
 def _http_path(mode: ReadyMode, path: str) -> str:
     if mode is ReadyMode.TCP and path:
         raise UsageProblem("tcp takes a port alone")
-    return (path or "/") if mode is ReadyMode.HTTP else ""
+    if not path.isascii() or not path.isprintable() or " " in path:
+        raise UsageProblem(f"the path {path!r} must be percent-encoded")
+    path = path if path.startswith("/") else f"/{path}"
+    return path if mode is ReadyMode.HTTP else ""
 
 
 def _checked_ready(mode: ReadyMode, text: str) -> ReadySpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -84,7 +85,7 @@ class Prepare:
     """Work on the ready base before it is snapshotted: load rows, warm caches.
 
     `func` is called with the base (a `Clone`). It runs again whenever its source file, the bytes of a file in `inputs`
-    or `version` change.
+    or `version` change. Relative `inputs` start at the folder of the source file.
     """
 
     func: Callable[[Any], object]
@@ -93,8 +94,9 @@ class Prepare:
 
     def identity(self) -> str:
         """Return a digest of everything that decides what the function does. Raise UsageProblem for a missing input."""
+        source = _source_file(self.func)
         digest = hashlib.sha256(f"{self.func.__module__}.{self.func.__qualname__}\0{self.version}\0".encode())
-        for path in (_source_file(self.func), *(Path(name) for name in self.inputs)):
+        for path in (source, *(source.parent / name for name in self.inputs)):
             digest.update(_read(path))
             digest.update(b"\0")
         return digest.hexdigest()
@@ -142,12 +144,11 @@ def spec_fields() -> tuple[str, ...]:
 
 
 def _source_file(func: Callable[[Any], object]) -> Path:
-    try:
-        return Path(inspect.getfile(inspect.unwrap(func)))
-    except TypeError as error:
-        raise UsageProblem(
-            f"prepare function {func!r} has no source file", hint="pass a function defined in a module"
-        ) from error
+    with suppress(TypeError):  # what is no function of a module: a partial, a built-in, an object
+        path = Path(inspect.getfile(inspect.unwrap(func)))
+        if path.is_file():
+            return path
+    raise UsageProblem(f"prepare function {func!r} has no source file", hint="pass a function defined in a module")
 
 
 def _read(path: Path) -> bytes:
