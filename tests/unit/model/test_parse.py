@@ -14,6 +14,7 @@ from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import MappedPath, NetworkSpec, ReadyMode, ReadySpec
 
 _PUBLISH_HINT = "write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]"
+_NETWORK_HINT = "user, or user,egress to let the guest reach outside"
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 )
@@ -145,9 +146,9 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
     (parse.parse_publish, "0", "publish '0': '0' is not a port", _PUBLISH_HINT),
     (parse.parse_publish, "x:80", "publish 'x:80': 'x' is not a port", _PUBLISH_HINT),
     (parse.parse_publish, "::1:80:80", "publish '::1:80:80': Expected 4 octets in '::1'", _PUBLISH_HINT),
-    (parse.parse_publish, "80/sctp", "publish '80/sctp': 'sctp' is neither tcp nor udp", "[HOSTIP:]HOSTPORT:GUESTPORT/udp"),
-    (parse.parse_network, "bridge", "unknown network 'bridge'", "user, or user,egress to let the guest reach outside"),
-    (parse.parse_network, "user,all", "unknown network 'user,all'", "user, or user,egress to let the guest reach outside"),
+    (parse.parse_publish, "80/x", "publish '80/x': 'x' is neither tcp nor udp", "[HOSTIP:]HOSTPORT:GUESTPORT/udp"),
+    (parse.parse_network, "bridge", "unknown network 'bridge'", _NETWORK_HINT),
+    (parse.parse_network, "user,all", "unknown network 'user,all'", _NETWORK_HINT),
     (parse.parse_ready, "soon", "ready 'soon': unknown mode 'soon'", _READY_HINT),
     (parse.parse_ready, "http", "ready 'http': '' is not a port", _READY_HINT),
     (parse.parse_ready, "http:80/a b", "ready 'http:80/a b': the path '/a b' must be percent-encoded", _READY_HINT),
