@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -111,6 +112,7 @@ class FakeChild:
 
     def __init__(self) -> None:
         self.end: Ended | None = None
+        self.owned_dir: Path | None = None
         self._callbacks: list[Callable[[Ended], None]] = []
         self._over = threading.Event()
 
@@ -123,6 +125,8 @@ class FakeChild:
 
     def kill(self) -> None:
         self.finish(Ended(signal=9))
+        if self.owned_dir is not None:
+            shutil.rmtree(self.owned_dir, ignore_errors=True)
 
     def wait(self, timeout_s: float) -> Ended:
         if not self._over.wait(timeout_s) or self.end is None:
@@ -147,16 +151,20 @@ class FakeSpawner:
         self.answers: dict[str, Answer] = {}
         self.refusal: HostError | None = None
         self.qmp: FakeQmp | None = None
+        self.console: bytes | None = b""  # what the guest prints before it ends; None: it prints nothing and lives on
+        self.log = ""
 
     def make_dir(self, name: str) -> Path:
         path = self.folder / name
         path.mkdir(mode=0o700)
         return path
 
-    def spawn(self, argv: Sequence[str], *, fds: Mapping[int, int], **_: object) -> FakeChild:
+    def spawn(
+        self, argv: Sequence[str], *, fds: Mapping[int, int], stdout: Path, owned_dir: Path, **_: object
+    ) -> FakeChild:
         if self.refusal is not None:
             raise self.refusal
-        self.argv = argv
+        self.argv, self.child.owned_dir = argv, owned_dir
         for target, fd in fds.items():
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 self.passed[target] = os.read(fd, 1000)
@@ -165,6 +173,14 @@ class FakeSpawner:
         self.qmp.answers = self.answers
         self.child.on_exit(lambda _: self.qmp and self.qmp.hang_up_quietly())
         self.qmp.start()
+        stdout.write_text(self.log)
+        if 6 in fds and self.console is not None:
+            with socket.socket(fileno=os.dup(fds[6])) as console:
+                console.sendall(self.console)
+            self.child.finish(Ended(signal=6))
+        elif 6 in fds:
+            self._held = socket.socket(fileno=os.dup(fds[6]))
+            self.child.on_exit(lambda _: self._held.close())
         return self.child
 
     def close(self) -> None:

@@ -3,10 +3,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pytest_fcvm.engine.qemu.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
+from pytest_fcvm.engine.qemu.installation import Installation
+from pytest_fcvm.engine.qemu.kvm import SmokeTimeout, boot_smoke, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.qemu.version import QemuVersion
 
 MSR = "QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"
 
@@ -73,3 +77,36 @@ def test_a_host_without_the_device_is_told_so(tmp_path: Path) -> None:
 def test_a_device_that_may_be_opened_is_no_reason(tmp_path: Path) -> None:
     (tmp_path / "kvm").touch()
     assert explain_missing_device(tmp_path / "kvm") == ("", "")
+
+
+INSTALLATION = Installation(
+    binary=Path("/usr/bin/qemu-system-x86_64"),
+    version=QemuVersion(7, 2, 22),
+    accelerators=frozenset(Accelerator),
+    has_microvm=True,
+    digests={},
+)
+SMOKE = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=None)
+
+
+def test_an_agent_that_shows_itself_on_the_console_proves_kvm(spawner: Any) -> None:
+    spawner.console = b"[    0.1] PCI: Fatal: No config space access function found\r\nfcvm-agent: serving, 0.1\r\n"
+    assert boot_smoke(spawner, INSTALLATION, SMOKE) == ""
+    assert spawner.argv[spawner.argv.index("-accel") + 1] == "kvm"
+    assert not (spawner.folder / "smoke").exists()
+
+
+def test_a_vmm_that_dies_before_is_quoted(spawner: Any) -> None:
+    spawner.console = b"[    0.1] half a boot"
+    spawner.log = "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x0\n"
+    assert boot_smoke(spawner, INSTALLATION, SMOKE) == (
+        "/dev/kvm cannot boot a kernel: QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"
+    )
+
+
+def test_a_boot_that_shows_nothing_is_killed_at_its_deadline(spawner: Any) -> None:
+    spawner.console = None
+    with pytest.raises(SmokeTimeout, match=r"no sign of the agent within 0\.1 s"):
+        boot_smoke(spawner, INSTALLATION, SMOKE, timeout_s=0.1)
+    assert spawner.child.end.signal == 9
+    assert not (spawner.folder / "smoke").exists()
