@@ -57,8 +57,10 @@ static int set_clock(const struct body *body, struct failure *failure)
     if (!body_number(body, FIELD_REALTIME_NS, &now))
         return 0;
     const struct timespec time = {.tv_sec = (time_t)(now / NS_PER_S), .tv_nsec = (long)(now % NS_PER_S)};
+    if (report_test_mode)
+        return 0; /* it would be the host's clock */
     if (clock_settime(CLOCK_REALTIME, &time))
-        return fail_unless_test(failure, "clock_settime", "CLOCK_REALTIME");
+        return fail(failure, "clock_settime", "CLOCK_REALTIME");
     return 0;
 }
 

@@ -128,20 +128,24 @@ static void on_open(const struct frame *frame)
         requests_open(frame->stream, kind, total, frame->payload + 5, here);
 }
 
-static void on_data(struct stream *stream, const struct frame *frame)
+static bool has_its_shape(const struct frame *frame)
 {
-    if (frame->length < 1 || frame->payload[0] != 0)
-        session_fault("DATA for a channel that takes none");
-    else
-        streams_take_data(stream, frame->payload + 1, frame->length - 1);
-}
-
-static void on_window(struct stream *stream, const struct frame *frame)
-{
-    if (frame->length != 5 || frame->payload[0] > 1)
-        session_fault("malformed WINDOW");
-    else
-        streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1));
+    switch (frame->type) {
+    case FRAME_BODY:
+        return true;
+    case FRAME_DATA:
+        return frame->length >= 1 && frame->payload[0] == 0;
+    case FRAME_EOF:
+        return frame->length == 1 && frame->payload[0] == 0;
+    case FRAME_WINDOW:
+        return frame->length == 5 && frame->payload[0] <= 1;
+    case FRAME_CLOSE:
+        return frame->length == 4;
+    case FRAME_SIGNAL:
+        return frame->length == 1;
+    default:
+        return false;
+    }
 }
 
 /* The frames of streams: everything but HELLO and OPEN. */
@@ -151,22 +155,22 @@ static void on_stream_frame(const struct frame *frame)
 
     if (frame->stream == 0 || frame->stream > highest)
         session_fault("a frame of type %u for stream %u, which was never opened", frame->type, frame->stream);
+    else if (!has_its_shape(frame))
+        session_fault("malformed frame of type %u, %u bytes", frame->type, frame->length);
     else if (!stream)
         return; /* it has ended */
     else if (frame->type == FRAME_BODY)
         requests_continue(stream, frame->payload, frame->length);
     else if (frame->type == FRAME_DATA)
-        on_data(stream, frame);
-    else if (frame->type == FRAME_EOF && frame->length == 1 && frame->payload[0] == 0)
+        streams_take_data(stream, frame->payload + 1, frame->length - 1);
+    else if (frame->type == FRAME_EOF)
         streams_take_eof(stream);
     else if (frame->type == FRAME_WINDOW)
-        on_window(stream, frame);
-    else if (frame->type == FRAME_CLOSE && frame->length == 4)
+        streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1));
+    else if (frame->type == FRAME_CLOSE)
         streams_abandon(stream);
-    else if (frame->type == FRAME_SIGNAL && frame->length == 1)
-        streams_signal(stream, frame->payload[0]);
     else
-        session_fault("malformed frame of type %u, %u bytes", frame->type, frame->length);
+        streams_signal(stream, frame->payload[0]);
 }
 
 static void on_frame(const struct frame *frame)

@@ -1,3 +1,284 @@
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
 #include "tar.h"
-int tar_extract(void*r,struct notice*n){(void)r;(void)n;return 1;}
-int tar_create(void*r,struct notice*n){(void)r;(void)n;return 1;}
+#include "tar_format.h"
+
+enum { BUFFER = 65536, BUCKETS = 1024, VIRTUAL_MAX = 4194304 };
+
+/* The first name under which a file with several was sent. */
+struct known_file {
+    dev_t device;
+    ino_t inode;
+    struct known_file *next;
+    char path[];
+};
+
+static unsigned char buffer[BUFFER];
+static size_t buffered;
+static struct known_file *known_files[BUCKETS];
+static struct tar_entry entry;
+static struct notice *complaints;
+static dev_t device;
+
+static int complain(const char *call, const char *subject)
+{
+    launch_complain(complaints, call, subject);
+    return -1;
+}
+
+static int flush(void)
+{
+    for (size_t done = 0; done < buffered;) {
+        ssize_t put = write(STDOUT_FILENO, buffer + done, buffered - done);
+        if (put < 0 && errno != EINTR)
+            return complain("write", "to the host");
+        done += put > 0 ? (size_t)put : 0;
+    }
+    buffered = 0;
+    return 0;
+}
+
+static int put(const void *bytes, size_t size)
+{
+    const unsigned char *from = bytes;
+
+    while (size) {
+        size_t here = BUFFER - buffered < size ? BUFFER - buffered : size;
+        memcpy(buffer + buffered, from, here);
+        buffered += here;
+        from += here;
+        size -= here;
+        if (buffered == BUFFER && flush())
+            return -1;
+    }
+    return 0;
+}
+
+static int put_zeros(uint64_t size)
+{
+    static const unsigned char zeros[TAR_BLOCK];
+
+    for (; size; size -= size < TAR_BLOCK ? size : TAR_BLOCK)
+        if (put(zeros, size < TAR_BLOCK ? (size_t)size : TAR_BLOCK))
+            return -1;
+    return 0;
+}
+
+static int put_header(void)
+{
+    static unsigned char blocks[TAR_ENCODED_MAX];
+
+    return put(blocks, tar_encode(&entry, blocks));
+}
+
+/* Exactly as many bytes as the header announced, whatever happens to the file meanwhile. */
+static int put_contents(int fd, const char *path)
+{
+    static unsigned char chunk[BUFFER];
+    uint64_t left = entry.size;
+
+    while (left) {
+        ssize_t got = read(fd, chunk, left < sizeof chunk ? (size_t)left : sizeof chunk);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return complain("read", path);
+        if (got == 0)
+            break;
+        if (put(chunk, (size_t)got))
+            return -1;
+        left -= (uint64_t)got;
+    }
+    return put_zeros(left) || put_zeros(tar_padding(entry.size)) ? -1 : 0;
+}
+
+static void fill_entry(const struct stat *status, char type, const char *path)
+{
+    entry.type = type;
+    entry.mode = status->st_mode & 07777;
+    entry.uid = status->st_uid;
+    entry.gid = status->st_gid;
+    entry.mtime = status->st_mtime;
+    entry.size = 0;
+    entry.major = entry.minor = 0;
+    entry.link[0] = 0;
+    strncpy(entry.path, path, TAR_PATH - 1);
+}
+
+/* The name this inode was sent under before; otherwise NULL, and remember this one. */
+static const char *find_known(const struct stat *status, const char *path)
+{
+    struct known_file **bucket = &known_files[status->st_ino % BUCKETS];
+
+    for (const struct known_file *file = *bucket; file; file = file->next)
+        if (file->inode == status->st_ino && file->device == status->st_dev)
+            return file->path;
+    struct known_file *file = malloc(sizeof *file + strlen(path) + 1);
+    if (!file)
+        return NULL; /* then it is sent twice */
+    file->device = status->st_dev;
+    file->inode = status->st_ino;
+    strcpy(file->path, path);
+    file->next = *bucket;
+    *bucket = file;
+    return NULL;
+}
+
+static int put_file(int folder, const char *name, const char *path, const struct stat *status)
+{
+    const char *known = status->st_nlink > 1 ? find_known(status, path) : NULL;
+
+    fill_entry(status, known ? TAR_HARDLINK : TAR_FILE, path);
+    if (known) {
+        strncpy(entry.link, known, TAR_PATH - 1);
+        return put_header();
+    }
+    int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0)
+        return complain("open", path);
+    entry.size = (uint64_t)status->st_size;
+    int result = put_header() || put_contents(fd, path) ? -1 : 0;
+    close(fd);
+    return result;
+}
+
+static int put_symlink(int folder, const char *name, const char *path, const struct stat *status)
+{
+    fill_entry(status, TAR_SYMLINK, path);
+    ssize_t length = readlinkat(folder, name, entry.link, TAR_PATH - 1);
+    if (length < 0)
+        return complain("readlink", path);
+    entry.link[length] = 0;
+    return put_header();
+}
+
+static int put_device(const char *path, const struct stat *status, char type)
+{
+    fill_entry(status, type, path);
+    entry.major = major(status->st_rdev);
+    entry.minor = minor(status->st_rdev);
+    return put_header();
+}
+
+static int put_folder(int fd, char *path);
+
+static int put_subfolder(int folder, const char *name, char *path, const struct stat *status)
+{
+    strcat(path, "/"); /* put_name left room */
+    fill_entry(status, TAR_DIRECTORY, path);
+    if (put_header())
+        return -1;
+    if (status->st_dev != device)
+        return 0; /* another file system (/proc, /sys, a volume) stays out */
+    int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    return fd < 0 ? complain("open", path) : put_folder(fd, path);
+}
+
+/* `path` is the entry's, with room for TAR_PATH bytes. What has vanished since the directory was read is left out. */
+static int put_name(int folder, const char *name, char *path)
+{
+    struct stat status;
+
+    if (fstatat(folder, name, &status, AT_SYMLINK_NOFOLLOW))
+        return errno == ENOENT ? 0 : complain("stat", path);
+    switch (status.st_mode & S_IFMT) {
+    case S_IFREG:
+        return put_file(folder, name, path, &status);
+    case S_IFDIR:
+        return put_subfolder(folder, name, path, &status);
+    case S_IFLNK:
+        return put_symlink(folder, name, path, &status);
+    case S_IFCHR:
+        return put_device(path, &status, TAR_CHARACTER);
+    case S_IFBLK:
+        return put_device(path, &status, TAR_BLOCK_DEVICE);
+    case S_IFIFO:
+        fill_entry(&status, TAR_FIFO, path);
+        return put_header();
+    default:
+        return 0; /* sockets have no place in an archive */
+    }
+}
+
+/* Everything in the directory `fd`, which is closed; `path` ends in a slash. */
+static int put_folder(int fd, char *path)
+{
+    const size_t length = strlen(path);
+    struct dirent *item;
+    DIR *folder = fdopendir(fd);
+    int result = 0;
+
+    if (!folder)
+        return complain("opendir", path);
+    while (result == 0 && (item = readdir(folder))) {
+        if (strcmp(item->d_name, ".") == 0 || strcmp(item->d_name, "..") == 0)
+            continue;
+        if (length + strlen(item->d_name) + 2 > TAR_PATH) {
+            errno = ENAMETOOLONG;
+            result = complain("path", path);
+            break;
+        }
+        strcpy(path + length, item->d_name);
+        result = put_name(dirfd(folder), item->d_name, path);
+    }
+    path[length] = 0;
+    closedir(folder);
+    return result;
+}
+
+/* Files of /proc and /sys say they are empty: their size is what reading them gives. */
+static int put_virtual_file(int fd, const char *path)
+{
+    static unsigned char contents[VIRTUAL_MAX];
+    size_t used = 0;
+    ssize_t got;
+
+    while (used < sizeof contents && (got = read(fd, contents + used, sizeof contents - used)) != 0) {
+        if (got < 0)
+            return complain("read", path);
+        used += (size_t)got;
+    }
+    entry.size = used;
+    return put_header() || put(contents, used) || put_zeros(tar_padding(used)) ? -1 : 0;
+}
+
+/* The requested path itself: its symlinks are followed. A file goes under its base name, a directory as "./". */
+static int put_request(const char *path)
+{
+    static char name[TAR_PATH] = "./";
+    struct stat status;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+    if (fd < 0 || fstat(fd, &status))
+        return complain("open", path);
+    device = status.st_dev;
+    if (S_ISDIR(status.st_mode)) {
+        fill_entry(&status, TAR_DIRECTORY, name);
+        return put_header() ? -1 : put_folder(fd, name);
+    }
+    const char *slash = strrchr(path, '/');
+    fill_entry(&status, TAR_FILE, slash ? slash + 1 : path);
+    if (!S_ISREG(status.st_mode)) {
+        errno = EINVAL;
+        return complain("not a file or directory:", path);
+    }
+    entry.size = (uint64_t)status.st_size;
+    if (!entry.size)
+        return put_virtual_file(fd, path);
+    return put_header() || put_contents(fd, path) ? -1 : 0;
+}
+
+int tar_create(void *argument, struct notice *notice)
+{
+    const struct tar_request *request = argument;
+
+    complaints = notice;
+    return put_request(request->path) || put_zeros(2 * TAR_BLOCK) || flush() ? 1 : 0;
+}

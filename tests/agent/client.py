@@ -79,6 +79,7 @@ class Client:
         self.numbers = count(1)
         self.next_secret = new_secret()
         nonce = os.urandom(16)
+        self.sent = -len(secret)  # bytes of this session
         self.send(secret + frame(HELLO, 0, struct.pack("<I", 1) + nonce + self.next_secret))
         self.wait(lambda: nonce in self.buffer, parse=False)
         del self.buffer[: self.buffer.index(nonce) + 16]
@@ -93,7 +94,9 @@ class Client:
             if readable:
                 self.receive()
             if writable:
-                view = view[self.channel.send(view[:65536]) :]
+                put = self.channel.send(view[:65536])
+                self.sent += put
+                view = view[put:]
 
     def receive(self):
         self.buffer += self.channel.recv(1 << 20)
