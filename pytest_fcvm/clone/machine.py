@@ -9,7 +9,7 @@ from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.protocol import Vm, VmExit
-from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
+from pytest_fcvm.errors import FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.model.guest import ExitStatus, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
@@ -97,11 +97,8 @@ class Machine:
     def _vm_ended(self, how: VmExit) -> None:
         if how.killed_by_us or self.closed:
             return
-        status = f"signal {how.signal}" if how.signal else f"exit code {how.code}"
-        error = EngineError(
-            f"the VM {self.vm.name} ended unexpectedly ({status})", hint="look at its console and VMM log below"
-        )
-        self._end(self.explain(error))
+        error = self.explain(self.vm.explain())
+        self._end(error)
         self.agent.session.abort(error)
 
     def _workload_ended(self, status: ExitStatus) -> None:

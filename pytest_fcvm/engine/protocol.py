@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = [
@@ -177,6 +178,10 @@ class Vm(Protocol):
 
     def wait(self, timeout_s: float) -> VmExit:
         """Wait until the VMM process has ended. Raise EngineError at the deadline."""
+        ...
+
+    def explain(self) -> FcvmError:
+        """Return why the VM is dead, with the tails of its console and log; waits up to 2 s for its end."""
         ...
 
     def on_exit(self, callback: Callable[[VmExit], None]) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pytest_fcvm.clone.clone import Clone
-from pytest_fcvm.clone.log import WorkloadLog
+from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
-from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout
+from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
@@ -26,7 +26,7 @@ from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.addresses import base_config
 from pytest_fcvm.snapshot.ingredients import Ingredients
 
-__all__ = ["BASE_LOG", "build_snapshot", "snapshot_files"]
+__all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
 
 BASE_LOG = "base.log"
 _MEMORY, _STATE = "memory", "state"
@@ -109,14 +109,14 @@ def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path) -> tuple[Vm, Ag
     watch.daemon = True
     watch.start()
     try:
-        agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S)
+        agent = start_session(
+            vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S, explain=vm.explain
+        )
     except FcvmError as error:
-        vm.kill()
-        vm.wait(_CALL_S)
-        log.close()
+        abandon(vm, log, error)
         if hangs.is_set():
-            raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from error
-        raise _boot_failed(vm, error) from error
+            raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
+        raise error from None
     finally:
         watch.cancel()
     return vm, agent, log
@@ -128,16 +128,15 @@ def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
         vm.kill()
 
 
-def _boot_failed(vm: Vm, error: FcvmError) -> EngineError:
-    told = {
-        title: path.read_text("utf-8", "backslashreplace")[-8000:]
-        for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path))
-        if path.exists()
-    }
-    what = f"no agent within {_BOOT_S:.0f} s" if isinstance(error, GuestTimeout) else error.message
-    return EngineError(
-        f"the guest did not boot: {what}", hint="try another --fcvm-kernel, more --fcvm-mem", evidence=told
-    )
+def abandon(vm: Vm, log: WorkloadLog, error: FcvmError) -> FcvmError:
+    """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
+    for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
+        if path.exists():
+            error.evidence.setdefault(title, tail(path.read_bytes()))
+    vm.kill()
+    vm.wait(_CALL_S)
+    log.close()
+    return error
 
 
 def _as_clone(parts: Ingredients, machine: Machine) -> Clone:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_fcvm.clone.clone import Clone
-from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.machine import Machine
-from pytest_fcvm.engine.protocol import RestorePlan, Vm
-from pytest_fcvm.errors import EngineError, FcvmError, UsageProblem
+from pytest_fcvm.engine.protocol import RestorePlan
+from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import Endpoint, PublishedPort
@@ -21,7 +21,7 @@ from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.ready import prove_client_path
 from pytest_fcvm.snapshot.addresses import fresh_identity
-from pytest_fcvm.snapshot.build import BASE_LOG, snapshot_files
+from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.store import Entry
 
@@ -124,12 +124,15 @@ class Snapshot:
         secret = bytes.fromhex(self.facts["secret"])
         try:
             agent = start_session(
-                vm.channel(), secret, identity=fresh_identity(name), log_sink=log.append, timeout_s=_RESTORE_S
+                vm.channel(),
+                secret,
+                identity=fresh_identity(name),
+                log_sink=log.append,
+                timeout_s=_RESTORE_S,
+                explain=vm.explain,
             )
         except FcvmError as error:
-            vm.kill()
-            log.close()
-            raise _restore_failed(vm, error) from error
+            raise abandon(vm, log, error) from None
         timeline.mark("agent", monotonic())
         return Machine(vm, agent, log, vm, timeline)
 
@@ -154,13 +157,3 @@ class _Probed:
 
     def pause_for_exit(self, timeout_s: float) -> None:
         self._machine.pause_for_exit(timeout_s)
-
-
-def _restore_failed(vm: Vm, error: FcvmError) -> EngineError:
-    told = {
-        title: tail(path.read_bytes())
-        for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path))
-        if path.exists()
-    }
-    last = told.get("VMM log", "").strip().splitlines()[-1:] or [error.message]
-    return EngineError(f"a clone did not come to life: {last[0]}", hint="try --fcvm-rebuild", evidence=told)

@@ -16,7 +16,9 @@ PASSWORD = "correct horse"
 
 def connect(clone: Clone) -> psycopg.Connection[tuple[Any, ...]]:
     host, port = clone.endpoint(5432)
-    return psycopg.connect(host=host, port=port, user="postgres", password=PASSWORD, connect_timeout=30, autocommit=True)
+    return psycopg.connect(
+        host=host, port=port, user="postgres", password=PASSWORD, connect_timeout=30, autocommit=True
+    )
 
 
 def load_rows(base: Clone) -> None:

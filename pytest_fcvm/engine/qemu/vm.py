@@ -76,7 +76,7 @@ class QemuVm:
         with self._lock:
             if self._agent.fileno() >= 0:
                 return self._agent.dup()
-        raise self._explain()
+        raise self.explain()
 
     def wait_until_running(self, timeout_s: float) -> None:
         """Wait until the restored guest executes. A booted VM runs from the start.
@@ -177,12 +177,13 @@ class QemuVm:
         try:
             yield
         except MonitorGone as error:
-            raise self._explain() from error
+            raise self.explain() from error
         except EngineError as error:
             error.with_evidence(console=read_tail(self.console_path), VMM_log=read_tail(self.vmm_log_path))
             raise
 
-    def _explain(self) -> FcvmError:
+    def explain(self) -> FcvmError:
+        """Return why QEMU is dead, with the tails of its console and log; waits up to 2 s for its end."""
         ended: VmExit | None = None
         with suppress(HostError):
             ended = self._exit_of(self._child.wait(_LAST_WORDS_S))
