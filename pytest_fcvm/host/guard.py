@@ -128,17 +128,11 @@ def _works_in_child(step: Callable[[], None]) -> bool:
 
 def _end_descendants() -> None:
     """Kill until no descendant is left. A subreaper gets the orphans of what it kills as its own children."""
-    while True:
-        children = list(_children())
+    while children := list(_children()):
         for pid in children:
             spawner.kill_quietly(os.kill, pid)
-        try:
-            # Without a list of them (a foreign /proc) only those that have ended can be waited for.
-            pid = os.waitpid(-1, 0 if children else os.WNOHANG)[0]
-        except ChildProcessError:
-            return
-        if not (children or pid):
-            return
+        for _ in children:  # each of them ends; who else does is counted in the next round
+            os.waitpid(-1, 0)
 
 
 def _children() -> Iterator[int]:

@@ -79,10 +79,14 @@ class Owner:
         return self.left()
 
     def end(self) -> None:
-        """End all of it, whatever the test did."""
-        for pid in self.left() | {self.process.pid}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, 9)
+        """End all of it, whatever the test did: first as it is meant to end, then whoever is left."""
+        self.process.kill()
+        self.process.wait()
+        self.wait_until_left(set())
+        while left := self.left():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, 9)
         self.process.communicate()
 
 
