@@ -37,6 +37,8 @@ from pytest_fcvm.kernel.sources import resolve_kernel
 from pytest_fcvm.model.net import Proto, PublishedPort
 
 SHAPE = MachineShape(mem_mib=128, cpus=1)
+# Another QEMU than the one on PATH, to run all of this against other versions.
+QEMU = Path(os.environ["FCVM_TEST_QEMU"]) if "FCVM_TEST_QEMU" in os.environ else None
 BOOT_S = 60.0
 LIFE_S = 20.0
 ROOTFS_WORDS = b"first line of the rootfs\n"
@@ -64,7 +66,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     (folder / "rootfs").write_bytes(ROOTFS_WORDS.ljust(4096, b"\0"))
     guest = GuestFiles(kernel=kernel.bzimage, initramfs=folder / "initramfs", rootfs=folder / "rootfs")
     with RunDir() as run, Supervisor.start(run.path) as supervisor:
-        engine = QemuEngine(supervisor, folder / "cache")
+        engine = QemuEngine(supervisor, folder / "cache", binary=QEMU)
         report = engine.probe(replace(guest, rootfs=None))
         assert report.usable, report.reason
         yield Bench(engine, report, guest, supervisor, folder)
@@ -170,7 +172,7 @@ class NobodySpawns:
 
 
 def test_a_second_probe_knows_the_answer_without_starting_anything(bench: Bench) -> None:
-    again = QemuEngine(NobodySpawns(), bench.folder / "cache")  # type: ignore[arg-type]
+    again = QemuEngine(NobodySpawns(), bench.folder / "cache", binary=QEMU)  # type: ignore[arg-type]
     assert again.probe(replace(bench.guest, rootfs=None)) == bench.report
     assert again.base_arguments(SHAPE) == bench.engine.base_arguments(SHAPE)
 
@@ -189,7 +191,7 @@ def test_a_probe_leaves_no_process_and_no_memory_behind(bench: Bench) -> None:
 
 
 def test_emulation_can_be_asked_for(bench: Bench) -> None:
-    engine = QemuEngine(bench.supervisor, bench.folder / "cache", accelerator=Accelerator.TCG)
+    engine = QemuEngine(bench.supervisor, bench.folder / "cache", binary=QEMU, accelerator=Accelerator.TCG)
     assert engine.probe(bench.guest).accelerator is Accelerator.TCG
 
 

@@ -117,7 +117,7 @@ def _machine(platform: Platform, shape: MachineShape) -> Iterator[str]:
     yield from ("-machine", "microvm,acpi=on,memory-backend=mem")
     yield from ("-accel", f"tcg,tb-size={_TRANSLATION_CACHE_MIB}" if tcg else "kvm", "-cpu", "max" if tcg else "host")
     yield from ("-m", f"{shape.mem_mib}M", "-smp", str(shape.cpus))
-    yield from ("-chardev", f"socket,id=monitor,fd={MONITOR_FD}", "-mon", "chardev=monitor,mode=control")
+    yield from ("-chardev", f"socket,id=monitor,fd={MONITOR_FD}", "-qmp", "chardev:monitor")
 
 
 def _console(fd: int | None) -> Iterator[str]:

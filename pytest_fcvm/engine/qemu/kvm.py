@@ -99,7 +99,7 @@ def _saw_sign(console: socket.socket, timeout_s: float) -> bool:
         try:
             data = console.recv(65536)
         except TimeoutError:
-            raise SmokeTimeout(f"a smoke boot showed no sign of the agent within {deadline}") from None
+            raise SmokeTimeout(f"/dev/kvm cannot boot a kernel: no sign of the agent within {deadline}") from None
         if not data:
             return False
         seen += data
