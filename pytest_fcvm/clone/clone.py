@@ -196,9 +196,9 @@ class Clone:
     def copy_out(self, source: str, dest: str | Path) -> None:
         """Copy a file or folder of the guest to the host path `dest`; into it where that is a folder."""
         path = Path(dest)
-        into, rename = (path, None) if path.is_dir() else (path.parent, path.name)
+        final = path / PurePosixPath(source).name if path.is_dir() else path
         with self._live().agent.tar_out(source, timeout_s=_COPY_S) as stream:
-            archive.unpack_into(stream, into, rename)
+            archive.unpack_as(stream, final)
 
     def read_bytes(self, path: str) -> bytes:
         """Return the content of a file in the guest."""

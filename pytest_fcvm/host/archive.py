@@ -10,7 +10,7 @@ from typing import IO, Protocol, cast
 
 from pytest_fcvm.errors import GuestError, UsageProblem
 
-__all__ = ["pack_path", "pack_text", "unpack_file", "unpack_into"]
+__all__ = ["pack_path", "pack_text", "unpack_as", "unpack_file"]
 
 
 class _Sink(io.RawIOBase):
@@ -53,18 +53,19 @@ def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], object]
         archive.addfile(member, io.BytesIO(data))
 
 
-def unpack_into(stream: Source, dest: Path, rename: str | None) -> None:
-    """Write a tar stream from the guest below `dest`; the first path component becomes `rename` where it is given.
+def unpack_as(stream: Source, path: Path) -> None:
+    """Write what a guest sent as `path`: a folder comes as members of "./", a file as a single member.
 
-    Raise GuestError for members that would leave `dest` or are devices.
+    Raise GuestError for members that would leave `path` or are devices.
     """
     with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
         for member in archive:
-            if rename is not None:
-                _, *rest = PurePosixPath(member.name).parts or ("",)
-                member.name = str(PurePosixPath(rename, *rest))
+            inside = PurePosixPath(member.name).parts if member.name.startswith("./") or member.name == "." else ()
+            member.name = str(PurePosixPath(path.name, *inside))
+            if member.islnk():
+                member.linkname = str(PurePosixPath(path.name, member.linkname))
             try:
-                archive.extract(member, dest, filter="data")
+                archive.extract(member, path.parent, filter="data")
             except tarfile.FilterError as error:
                 raise GuestError(f"the guest sent an unsafe archive member: {error}") from error
 

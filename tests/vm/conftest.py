@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import MachineSpec
+from pytest_fcvm import MachineSpec, SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.paths import cache_root
 
 _ROOT = Path(__file__).parents[2]
 _TOOLS = ("qemu-system-x86_64", "skopeo", "mksquashfs", "mmdebstrap", "docker-registry")
@@ -78,6 +79,17 @@ def image(built_image: Callable[[str], str], registry: str) -> Callable[[str], s
         return pushed[name]
 
     return reference
+
+
+@pytest.fixture
+def cold_cache(fcvm_snapshot_factory: SnapshotFactory, tmp_path: Path) -> Path:
+    """Return a cache folder that has a guest kernel, so that it is not downloaded again, and nothing else."""
+    fcvm_snapshot_factory()
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o700)
+    shutil.copytree(cache_root(None) / "kernels", cache / "kernels", symlinks=True)
+    (cache / "kernels").chmod(0o700)
+    return cache
 
 
 @pytest.fixture(scope="session")

@@ -92,19 +92,13 @@ def test_a_workload_that_ends_later_stops_waits_and_nothing_else(fcvm_clone: Clo
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_a_damaged_snapshot_is_built_again(
-    image: Callable[[str], str],
-    fcvm_snapshot_factory: SnapshotFactory,
-    pytester: pytest.Pytester,
-    damage: str,
-    tmp_path: Path,
+    image: Callable[[str], str], cold_cache: Path, pytester: pytest.Pytester, damage: str
 ) -> None:
-    text = image("nginx")
-    cache = tmp_path / "cache"
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
-    kernel = fcvm_snapshot_factory()._parts.files.kernel  # type: ignore[attr-defined]
-    arguments = ("--fcvm-image", text, "--fcvm-cache-dir", str(cache), "--fcvm-kernel", str(kernel))
+    # Joined by "=": pytest would take the value of an unjoined option for a place to look for the ini file.
+    arguments = (f"--fcvm-image={image('nginx')}", f"--fcvm-cache-dir={cold_cache}")
     pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=1)
-    (state,) = cache.glob("snapshots/*/state")
+    (state,) = cold_cache.glob("snapshots/*/state")
     _damage(state, damage)
     again = pytester.runpytest_subprocess(*arguments)
     again.assert_outcomes(passed=1)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.host.paths import run_root
 
@@ -20,16 +19,13 @@ Run = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def run(
-    pytester: pytest.Pytester, image: Callable[[str], str], fcvm_snapshot_factory: SnapshotFactory, tmp_path: Path
-) -> Iterator[Run]:
-    """Start a pytest of its own with an empty cache; the kernel is given, so that it need not be downloaded again."""
-    kernel = fcvm_snapshot_factory()._parts.files.kernel  # type: ignore[attr-defined]
+def run(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Path) -> Iterator[Run]:
+    """Start a pytest of its own with a cold cache."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, name: str = "nginx", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--fcvm-image", image(name)]
-        command += ["--fcvm-cache-dir", str(tmp_path / "cache"), "--fcvm-kernel", str(kernel), *arguments]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--fcvm-image={image(name)}"]
+        command += [f"--fcvm-cache-dir={cold_cache}", *arguments]
         process = subprocess.Popen(
             command,
             cwd=pytester.path,
@@ -172,7 +168,7 @@ PHASES = {
 @pytest.mark.parametrize("namespaces", [True, False], ids=["namespaces", "no-namespaces"])
 @pytest.mark.parametrize("phase", list(PHASES))
 def test_nothing_is_left_after_sigkill(
-    run: Run, pytester: pytest.Pytester, tmp_path: Path, phase: str, namespaces: bool
+    run: Run, pytester: pytest.Pytester, cold_cache: Path, phase: str, namespaces: bool
 ) -> None:
     pytester.makepyfile(
         """
@@ -191,7 +187,7 @@ def test_nothing_is_left_after_sigkill(
             break
     else:
         pytest.fail("the run ended before its time")
-    cache = str(tmp_path / "cache")
+    cache = str(cold_cache)
     assert processes_with(cache)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -202,7 +198,7 @@ def test_nothing_is_left_after_sigkill(
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     code, output = ends(run(env=env))
     assert code == 0, output
-    assert not list((tmp_path / "cache").glob("*/*.tmp-*"))
+    assert not list(cold_cache.glob("*/*.tmp-*"))
     assert wait_until(_only_live_runs, Deadline(10)), list(run_root().iterdir())
 
 
@@ -211,7 +207,7 @@ def _only_live_runs() -> bool:
     return len([entry for entry in run_root().iterdir() if re.fullmatch(r"[0-9a-f]{8}", entry.name)]) <= 2
 
 
-def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: Path) -> None:
     pytester.makepyfile(
         """
         import time
@@ -227,4 +223,4 @@ def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, tmp_path: Pa
             break
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 2
-    assert wait_until(lambda: not processes_with(str(tmp_path / "cache")), Deadline(5))
+    assert wait_until(lambda: not processes_with(str(cold_cache)), Deadline(5))
