@@ -67,14 +67,9 @@ void boot_load_modules(void)
 void boot_raise_limits(void)
 {
     const struct rlimit files = {.rlim_cur = FILES, .rlim_max = FILES};
-    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
 
     if (setrlimit(RLIMIT_NOFILE, &files))
         report("setrlimit: %s", strerror(errno));
-    if (fd < 0 || write(fd, "-1000", 5) != 5)
-        report("oom_score_adj: %s", strerror(errno));
-    if (fd >= 0)
-        close(fd);
 }
 
 static int open_uevents(void)

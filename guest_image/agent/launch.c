@@ -194,22 +194,10 @@ static _Noreturn void run_program(const struct launch *launch)
     _exit(code);
 }
 
-static void set_oom_score(void)
-{
-    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-
-    if (fd < 0)
-        return;
-    ssize_t ignored = write(fd, "0", 1);
-    (void)ignored;
-    close(fd);
-}
-
 static _Noreturn void be_child(const struct launch *launch, bool in_cgroup)
 {
     if (!in_cgroup && !launch->is_hook)
         cgroup_enter();
-    set_oom_score();
     setsid();
     if (dup2(launch->input, 0) < 0 || dup2(launch->output, 1) < 0 || dup2(launch->errors, 2) < 0)
         give_up(launch->notice, "dup2", "", EXIT_CANNOT_START);

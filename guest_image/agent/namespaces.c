@@ -100,7 +100,7 @@ static int mount_lower(const char *device, struct failure *failure)
 
 static int make_layers(uint64_t upper_mib, struct failure *failure)
 {
-    static const char *const directories[] = {LOWER, WORKLOAD_BASE "/upper", WORKLOAD_BASE "/work", NEW_ROOT};
+    static const char *const directories[] = {LOWER, WORKLOAD_UPPER, WORKLOAD_BASE "/work", NEW_ROOT};
     char options[64] = "mode=0755";
 
     if (upper_mib)
@@ -130,7 +130,7 @@ static int copy_boot_id(struct failure *failure)
 static int mount_root(struct failure *failure)
 {
     static const char options[] =
-        "lowerdir=" LOWER ",upperdir=" WORKLOAD_BASE "/upper,workdir=" WORKLOAD_BASE "/work";
+        "lowerdir=" LOWER ",upperdir=" WORKLOAD_UPPER ",workdir=" WORKLOAD_BASE "/work";
 
     if (mount("fcvm", NEW_ROOT, "overlay", 0, options))
         return fail(failure, "mount", "overlay");

@@ -10,6 +10,7 @@
 #include "report.h"
 
 #define WORKLOAD_BASE "/mnt"
+#define WORKLOAD_UPPER WORKLOAD_BASE "/upper" /* the writable layer */
 
 /* Tests: the directory that stands for the root device. */
 void namespaces_use_directory(const char *path);

@@ -3,8 +3,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
+#include <net/if_arp.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -14,6 +16,7 @@ static unsigned loopback, interface;
 static struct inet address, gateway;
 static uint8_t mac[6];
 static bool has_mac, peer_is_own;
+static char interface_name[IF_NAMESIZE];
 
 const struct inet *network_address(void)
 {
@@ -66,27 +69,14 @@ static void set_option(const char *family, const char *device, const char *optio
     close(fd);
 }
 
-static bool has_ipv6(void)
-{
-    return access("/proc/sys/net/ipv6", F_OK) == 0;
-}
-
-/* fe80::/64 with the EUI-64 of a MAC. */
-static struct inet link_local(const uint8_t *of)
-{
-    return (struct inet){.family = AF_INET6,
-                         .prefix = 64,
-                         .bytes = {0xfe, 0x80, 0, 0, 0, 0, 0, 0, of[0] ^ 2, of[1], of[2], 0xff, 0xfe, of[3], of[4], of[5]}};
-}
-
 /* The interface by that name; without one a dummy, and where the kernel has no dummies the loopback device. */
-static int find_interface(const char *name)
+static void find_interface(const char *name)
 {
     struct failure failure;
 
     interface = if_nametoindex(name);
     if (interface)
-        return 0;
+        return;
     netlink_begin();
     netlink_dummy(name);
     if (netlink_commit(&failure) == 0)
@@ -95,7 +85,6 @@ static int find_interface(const char *name)
         report("no interface %s and no dummy device (%s): its address goes to lo", name, failure.text);
         interface = loopback;
     }
-    return 0;
 }
 
 static void set_options(const char *name)
@@ -106,8 +95,8 @@ static void set_options(const char *name)
     set_option("ipv6", name, "accept_ra", "0");
     set_option("ipv6", name, "accept_dad", "0");
     set_option("ipv6", name, "router_solicitations", "0");
-    if (has_mac)
-        set_option("ipv6", name, "addr_gen_mode", "1"); /* the link-local address is ours to set: it follows the MAC */
+    /* No link-local address: it would tell the base's MAC in every clone. */
+    set_option("ipv6", name, "addr_gen_mode", "1");
 }
 
 static struct inet host_only(const struct inet *from)
@@ -160,34 +149,35 @@ int network_configure(const struct body *body, struct failure *failure)
         return 0;
     if (strlen(name) >= IF_NAMESIZE || strchr(name, '/'))
         return fail_with(failure, EINVAL, "\"%.40s\" is not an interface name", name);
+    strcpy(interface_name, name);
     find_interface(name);
     set_options(name);
     netlink_begin();
     netlink_link(interface, has_mac && interface != loopback ? mac : NULL, true);
-    if (has_mac && has_ipv6() && interface != loopback) {
-        struct inet local = link_local(mac);
-        netlink_address(true, interface, &local);
-    }
     if (address.family)
         netlink_address(true, interface, &address);
     add_gateway();
     return netlink_commit(failure);
 }
 
-/* New addresses come before the old ones go, so that no socket sees the interface without one. */
-static void change_link(const uint8_t *old_mac, bool had_mac)
+/* By ioctl: a clone pays for every part of the kernel that it is the first to run, and netlink's has far more of them. */
+static int change_mac(const uint8_t *old_mac, bool had_mac, struct failure *failure)
 {
+    static int control = -1;
+    struct ifreq request = {.ifr_hwaddr.sa_family = ARPHRD_ETHER};
+
     if (!has_mac || interface == loopback || (had_mac && memcmp(mac, old_mac, sizeof mac) == 0))
-        return;
-    netlink_link(interface, mac, false);
-    if (!has_ipv6())
-        return;
-    struct inet local = link_local(mac), old_local = link_local(old_mac);
-    netlink_address(true, interface, &local);
-    if (had_mac)
-        netlink_address(false, interface, &old_local);
+        return 0;
+    if (control < 0)
+        control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    memcpy(request.ifr_name, interface_name, sizeof request.ifr_name);
+    memcpy(request.ifr_hwaddr.sa_data, mac, sizeof mac);
+    if (control < 0 || ioctl(control, SIOCSIFHWADDR, &request))
+        return fail(failure, "setting the MAC of", interface_name);
+    return 0;
 }
 
+/* New addresses come before the old ones go, so that no socket sees the interface without one. */
 int network_personalise(const struct body *body, struct failure *failure)
 {
     const struct inet old_address = address, old_gateway = gateway;
@@ -199,8 +189,9 @@ int network_personalise(const struct body *body, struct failure *failure)
         return -1;
     if (!interface)
         return 0;
+    if (change_mac(old_mac, had_mac, failure))
+        return -1;
     netlink_begin();
-    change_link(old_mac, had_mac);
     bool moved = !inet_equal(&address, &old_address);
     if (moved)
         netlink_address(true, interface, &address);

@@ -25,7 +25,10 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     (void)reply;
     if (!secret || memchr(secret->bytes, 0, PROTOCOL_SECRET))
         return fail_with(failure, EINVAL, "QUIESCE needs a SECRET without zero bytes");
-    return cgroup_freeze(failure);
+    if (cgroup_freeze(failure))
+        return -1;
+    sockets_note_quiesce();
+    return 0;
 }
 
 /* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */

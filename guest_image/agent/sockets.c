@@ -25,6 +25,8 @@ struct question {
 
 static int diag = -1;
 static bool usable;
+static bool distrust_gateway; /* its address is the guest's own now, and may be the network's in a clone */
+static bool none_at_quiesce; /* nothing can have connected to a frozen workload since */
 static struct inet_diag_sockid found[FOUND_MAX];
 static unsigned found_count;
 
@@ -40,12 +42,17 @@ static int ask(uint16_t type, uint16_t flags, uint8_t family, const struct inet_
     return send(diag, &question, sizeof question, 0) == sizeof question ? 0 : -1;
 }
 
+static bool is_gateway(const struct inet *peer)
+{
+    return network_peer() && inet_equal(peer, network_peer());
+}
+
 static void consider(const struct inet_diag_msg *socket)
 {
     struct inet peer = {.family = socket->idiag_family};
 
     memcpy(peer.bytes, socket->id.idiag_dst, inet_size(&peer));
-    if (found_count < FOUND_MAX && !network_owns(&peer))
+    if (found_count < FOUND_MAX && (!network_owns(&peer) || (distrust_gateway && is_gateway(&peer))))
         found[found_count++] = socket->id;
 }
 
@@ -117,9 +124,20 @@ static int reset_family(uint8_t family, struct failure *failure)
     return 0;
 }
 
+void sockets_note_quiesce(void)
+{
+    found_count = 0;
+    distrust_gateway = true;
+    none_at_quiesce = usable && dump(AF_INET) == 0 && dump(AF_INET6) == 0 && !found_count;
+    distrust_gateway = false;
+}
+
 int sockets_reset_foreign(struct failure *failure)
 {
-    if (!usable)
+    bool is_clean = none_at_quiesce;
+
+    none_at_quiesce = false;
+    if (!usable || is_clean)
         return 0;
     return reset_family(AF_INET, failure) || reset_family(AF_INET6, failure) ? -1 : 0;
 }

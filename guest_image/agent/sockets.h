@@ -10,6 +10,9 @@
 void sockets_probe(void);
 bool sockets_can_reset(void);
 
+/* Look for such connections in the frozen guest, so that its clones need not when there are none. */
+void sockets_note_quiesce(void);
+
 /* Reset every TCP connection whose peer is not one of the guest's own addresses. */
 int sockets_reset_foreign(struct failure *failure);
 
