@@ -1,57 +1,73 @@
 """Kernel modules: which files a guest needs, in the order in which they can be loaded.
 
-A freshly unpacked kernel package has no modules.dep (depmod makes it at installation), so dependencies are read from
-the modules themselves: `depends=` in the .modinfo section, names separated by commas (kernel/module, MODULE_INFO).
+A freshly unpacked kernel package has no modules.dep (depmod writes it at installation), so dependencies are read from
+the modules themselves: `depends=` in the .modinfo section, names separated by commas (MODULE_INFO, scripts/mod).
 """
 
 from __future__ import annotations
 
-import lzma
 import re
-import subprocess
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.process import resolve_tool
+from pytest_fcvm.errors import FcvmError, HostError
+from pytest_fcvm.kernel.packing import unpack
+from pytest_fcvm.kernel.vmlinux import read_vmlinux
 
-__all__ = ["read_module", "resolve_modules"]
+__all__ = ["check_built_in", "read_module", "resolve_modules"]
 
-_REQUIRED = ("virtio_mmio", "virtio_blk", "virtio_console", "squashfs", "overlay")
+# What no guest can do without, and what a kernel shows when it has it built in: names of drivers and file systems.
+_REQUIRED = {
+    "virtio_mmio": b"virtio-mmio\0",
+    "virtio_blk": b"virtio_blk\0",
+    "virtio_console": b"virtio_console\0",
+    "squashfs": b"squashfs\0",
+    "overlay": b"overlay\0",
+}
+# What a guest has if the kernel has it. dummy holds the address of a guest without a network card, tcp_diag lets the
+# agent reset connections after a restore.
 _WELCOME = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag")
-_MODULE = re.compile(r"(?P<name>.+)\.ko(?:\.(?:xz|zst|gz))?")
+_FILE = re.compile(r"(?P<name>.+)\.ko(?:\.(?:xz|zst|gz))?")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+_ELF_MAGIC = b"\x7fELF"
+_HINT = "name a kernel for virtual machines with --fcvm-kernel, with its modules in lib/modules/RELEASE beside it"
 
 
 def resolve_modules(tree: Path) -> list[Path]:
     """Return the module files a guest needs, dependencies first, those built in left out.
 
-    `tree` is a /lib/modules/RELEASE folder. Raise HostError when a module that no guest can do without is missing.
+    `tree` is a /lib/modules/RELEASE folder, or any folder with modules and modules.builtin. Raise HostError naming the
+    modules that no guest can do without and that are neither there nor built in.
     """
-    files = {_name_of(path): path for path in tree.rglob("*.ko*") if _MODULE.fullmatch(path.name)}
-    built_in = set(_built_in(tree))
+    files = {_name_of(path.name): path for path in sorted(tree.rglob("*.ko*")) if _FILE.fullmatch(path.name)}
+    built_in = _built_in(tree)
+    missing = [name for name in _REQUIRED if name not in files and name not in built_in]
+    if missing:
+        raise _lacks(f"the guest kernel in {tree}", missing)
     ordered: dict[str, Path] = {}
-    for wanted in _REQUIRED + _WELCOME:
-        if wanted in files:
-            _add(wanted, files, ordered)
-        elif wanted in _REQUIRED and wanted not in built_in:
-            raise HostError(f"the guest kernel in {tree} has no {wanted}", hint="use another --fcvm-kernel")
+    for name in (*_REQUIRED, *_WELCOME):
+        _add(name, files, ordered)
     return list(ordered.values())
 
 
+def check_built_in(image: Path) -> None:
+    """Raise HostError when a kernel that comes without modules lacks what no guest can do without.
+
+    A kernel that cannot be unpacked here is believed: QEMU boots it all the same.
+    """
+    try:
+        kernel = read_vmlinux(image)
+    except FcvmError:
+        return
+    missing = [name for name, mark in _REQUIRED.items() if mark not in kernel]
+    if missing:
+        raise _lacks(f"{image} comes without modules and", missing)
+
+
 def read_module(path: Path) -> bytes:
-    """Return a module as the kernel loads it, unpacked. Raise HostError when the tool for it is missing."""
+    """Return a module as the kernel loads it, unpacked. Raise HostError when it cannot be unpacked here."""
     data = path.read_bytes()
-    match path.suffix:
-        case ".xz":
-            return lzma.decompress(data)
-        case ".gz":
-            return zlib.decompress(data, zlib.MAX_WBITS | 16)
-        case ".zst":
-            zstd = resolve_tool("zstd", package="zstd")
-            return subprocess.run([zstd, "-dc", path], stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout
-    return data
+    return data if data.startswith(_ELF_MAGIC) else unpack(data, what=f"the module {path}")
 
 
 def _add(name: str, files: dict[str, Path], ordered: dict[str, Path]) -> None:
@@ -63,16 +79,19 @@ def _add(name: str, files: dict[str, Path], ordered: dict[str, Path]) -> None:
     ordered[name] = files[name]
 
 
-def _built_in(tree: Path) -> Iterator[str]:
+def _built_in(tree: Path) -> set[str]:
     listing = tree / "modules.builtin"
-    if listing.exists():
-        yield from (_name_of(Path(line)) for line in listing.read_text().split())
+    return {_name_of(Path(line).name) for line in listing.read_text().split()} if listing.exists() else set()
 
 
-def _name_of(path: Path) -> str:
-    match = _MODULE.fullmatch(path.name)
-    return _plain(match["name"] if match else path.stem)
+def _name_of(file_name: str) -> str:
+    match = _FILE.fullmatch(file_name)
+    return _plain(match["name"] if match else file_name)
 
 
 def _plain(name: str) -> str:
     return name.replace("-", "_")
+
+
+def _lacks(who: str, missing: Iterable[str]) -> HostError:
+    return HostError(f"{who} has no {', '.join(missing)}", hint=_HINT)

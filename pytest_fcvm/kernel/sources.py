@@ -1,4 +1,8 @@
-"""Find a kernel for the guests: named, installed as a wheel, unpacked before, a distribution's package, the host's."""
+"""Find a kernel for the guests: named, installed as a wheel, unpacked before, a distribution's package, the host's own.
+
+A downloaded kernel is the entry `kernel` of the store's shelf: vmlinuz, the modules that guests need and the list of
+those built in, all in one folder.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,40 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tarfile
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pytest_fcvm.errors import FcvmError, HostError, UsageProblem
+from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.host.process import resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
+from pytest_fcvm.store import Entry, Shelf
 
 __all__ = ["GuestKernel", "resolve_kernel"]
 
+Progress = Callable[[str], None]
+
+_KEY = "kernel"
+_IMAGE = "vmlinuz"
+_BUILT_IN = "modules.builtin"
 _WHEEL = "pytest_fcvm_kernel_x86_64"
-# Debian's and Ubuntu's names for a kernel that is meant for virtual machines; the first that exists is taken.
+# Debian's and Ubuntu's names of a kernel for virtual machines; the first that apt knows is taken.
 _PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-kvm", "linux-image-amd64")
-_CURRENT = "current"
 _APT_S = 300.0
+_UNPACK_S = 120.0
+_HINT = "run apt-get update as root once, or name a kernel with --fcvm-kernel PATH"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestKernel:
-    """A bzImage and its modules; `modules_dir` is None when all is built in. `digest` is the bzImage's SHA-256."""
+    """A kernel and its modules.
+
+    `bzimage` may be an ELF vmlinux as well. `modules_dir` is laid out as /lib/modules/RELEASE, None when all is built
+    in. `origin` is for people. `digest` is a SHA-256 over the image and the modules that a guest gets.
+    """
 
     bzimage: Path
     modules_dir: Path | None
@@ -38,122 +52,141 @@ class GuestKernel:
     digest: str
 
 
-def resolve_kernel(*, option: Path | None, kernels_dir: Path, progress: Callable[[str], None]) -> GuestKernel:
+def resolve_kernel(
+    *, option: Path | None, kernels_dir: Path, progress: Progress, root: Path = Path("/")
+) -> GuestKernel:
     """Return the kernel to use; one that has to be downloaded is kept in `kernels_dir`. Works without root.
 
-    Raise UsageProblem for a wrong `option`, HostError that lists why no source has a kernel.
+    The caller holds the lock `kernel` of that shelf of the store. `root` stands for `/` in tests. Raise UsageProblem
+    for an `option` that is no kernel, HostError for one without the modules that guests need, or one that lists why no
+    source has a kernel.
     """
     if option is not None:
-        return _named(option, "given by --fcvm-kernel")
+        return _named(option, "--fcvm-kernel", root)
+    shelf = Shelf(path=kernels_dir)
+    sources: tuple[Callable[[], GuestKernel | None], ...] = (
+        _find_wheel,
+        lambda: _find_unpacked(shelf, progress),
+        lambda: _download(shelf, progress),
+        lambda: _resolve_host(root),
+    )
     reasons = []
-    for source in (_wheel, _unpacked, _package, _host):
+    for source in sources:
         try:
-            kernel = source(kernels_dir, progress)
+            kernel = source()
         except FcvmError as error:
             reasons.append(error.message)
         else:
-            if kernel:
+            if kernel is not None:
                 return kernel
-    raise HostError(
-        "no guest kernel: " + "; ".join(reasons), hint="run apt-get update as root once, or name one with --fcvm-kernel"
-    )
+    raise HostError(f"no guest kernel: {'; '.join(reasons)}", hint=_HINT)
 
 
-def _wheel(_kernels_dir: Path, _progress: Callable[[str], None]) -> GuestKernel | None:
+def _find_wheel() -> GuestKernel | None:
     found = importlib.util.find_spec(_WHEEL)
     places = list(found.submodule_search_locations or ()) if found else []
-    return _named(Path(places[0]) / "bzImage", f"package {_WHEEL}") if places else None
+    return _describe(Path(places[0]) / "bzImage", None, f"package {_WHEEL}") if places else None
 
 
-def _unpacked(kernels_dir: Path, _progress: Callable[[str], None]) -> GuestKernel | None:
-    current = kernels_dir / _CURRENT
-    if not current.is_symlink():
-        return None
-    folder = current.resolve()
-    images = list((folder / "boot").glob("vmlinuz-*"))
-    return _named(images[0], f"package {folder.name}") if images else None
+def _find_unpacked(shelf: Shelf, progress: Progress) -> GuestKernel | None:
+    was_there = (shelf.path / _KEY).exists()
+    entry = shelf.find(_KEY)
+    if was_there and entry is None:
+        progress("the unpacked guest kernel is not what it was, and is fetched anew")
+    return _of_entry(entry) if entry else None
 
 
-def _package(kernels_dir: Path, progress: Callable[[str], None]) -> GuestKernel | None:
-    resolve_tool("apt-get", package="apt")
-    resolve_tool("dpkg-deb", package="dpkg")
+def _of_entry(entry: Entry) -> GuestKernel:
+    facts = {name: str(entry.facts[name]) for name in ("release", "origin", "digest")}
+    return GuestKernel(bzimage=entry.file(_IMAGE), modules_dir=entry.path, **facts)
+
+
+def _download(shelf: Shelf, progress: Progress) -> GuestKernel:
+    for tool, package in (("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")):
+        resolve_tool(tool, package=package)
     packages = _choose_packages()
     progress(f"downloading the guest kernel {packages[0]}")
-    with tempfile.TemporaryDirectory(dir=kernels_dir, prefix="download.tmp-") as scratch:
-        folder = Path(scratch)
-        run_tool(["apt-get", "download", *packages], timeout_s=_APT_S, cwd=folder)
-        unpacked = folder / "unpacked"
-        unpacked.mkdir()
-        for archive in sorted(folder.glob("*.deb")):
-            _unpack(archive, unpacked)
-        release = read_release(next((unpacked / "boot").glob("vmlinuz-*")))
-        _keep_needed_modules(unpacked / "lib" / "modules" / release)
-        final = kernels_dir / release
-        shutil.rmtree(final, ignore_errors=True)
-        unpacked.rename(final)
-    link = kernels_dir / f"{_CURRENT}.{os.getpid()}"
-    with suppress(FileNotFoundError):
-        link.unlink()
-    link.symlink_to(final.name)
-    link.replace(kernels_dir / _CURRENT)
-    return _unpacked(kernels_dir, progress)
+    try:
+        return _of_entry(shelf.build(_KEY, lambda folder: _fill(folder, packages)))
+    except OSError as error:
+        raise HostError(f"{error.filename or shelf.path}: {error.strerror}") from error
+
+
+def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
+    """Put a kernel from packages into a folder. Neither root nor the packages' scripts are needed for that."""
+    scratch = folder / "scratch"
+    unpacked = scratch / "unpacked"
+    scratch.mkdir()
+    run_tool(["apt-get", "download", *packages], timeout_s=_APT_S, cwd=scratch)
+    archives = sorted(scratch.glob("*.deb"))
+    for archive in archives:
+        run_tool(["dpkg-deb", "--extract", archive, unpacked], timeout_s=_UNPACK_S)
+    image = _only_kernel(unpacked)
+    release = read_release(image)
+    tree = next((place for place in _module_places(unpacked, release) if place.is_dir()), None)
+    if tree is None:
+        raise HostError(f"{archives[0].name} has no modules for {release}")
+    built_in = tree / _BUILT_IN
+    for path in [*resolve_modules(tree), *([built_in] if built_in.exists() else [])]:
+        path.rename(folder / path.name)
+    image.rename(folder / _IMAGE)
+    shutil.rmtree(scratch)
+    origin = "package " + " ".join(next(path for path in archives if "-image-" in path.name).stem.split("_")[:2])
+    kernel = _describe(folder / _IMAGE, folder, origin)
+    return {"release": release, "origin": origin, "digest": kernel.digest}
+
+
+def _only_kernel(unpacked: Path) -> Path:
+    images = [path for path in (unpacked / "boot").glob("vmlinuz-*") if path.is_file() and not path.is_symlink()]
+    if len(images) != 1:
+        raise HostError(f"the kernel's package has {len(images)} kernels")
+    return images[0]
 
 
 def _choose_packages() -> list[str]:
-    """Return the packages with the image and the modules behind a distribution's meta package."""
+    """Return the packages with the image and the modules behind a distribution's meta package, the image first."""
     for meta in _PACKAGES:
-        wanted = [name for name in _depends(meta) if name.startswith("linux-image-")]
-        if wanted:
-            modules = [name for name in _depends(wanted[0]) if name.startswith("linux-modules-")]
-            return [wanted[0], *modules[:1]]
-    raise HostError("apt knows no kernel for virtual machines", hint="run apt-get update as root")
+        image = next((name for name in _depends(meta) if name.startswith("linux-image-")), None)
+        if image:
+            # Debian has the modules in the image's package, Ubuntu in one of their own.
+            return [image, *(name for name in _depends(image) if name.startswith("linux-modules-"))]
+    raise HostError("apt knows no kernel for virtual machines")
 
 
 def _depends(package: str) -> list[str]:
-    with suppress(HostError):
-        lines = run_tool(["apt-cache", "depends", "--important", package], timeout_s=_APT_S).splitlines()
+    with suppress(HostError):  # apt does not know the package
+        command = ["apt-cache", "depends", "--important", package]
+        lines = run_tool(command, timeout_s=_APT_S, env={**os.environ, "LC_ALL": "C"}).splitlines()
         return [line.partition("Depends:")[2].strip() for line in lines if "Depends:" in line]
     return []
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Take boot/ and lib/modules/ out of a Debian package, without its scripts and without root."""
-    data = folder.with_name(f"{archive.name}.tar")
-    run_tool(["sh", "-c", 'dpkg-deb --fsys-tarfile "$1" > "$2"', "sh", archive, data], timeout_s=_APT_S)
-    with tarfile.open(data) as content:
-        for member in content:
-            path = member.name.removeprefix("./").removeprefix("usr/")
-            if member.isreg() and path.startswith(("boot/vmlinuz-", "lib/modules/")):
-                member.name = path
-                content.extract(member, folder, filter="data")
-    data.unlink()
+def _resolve_host(root: Path) -> GuestKernel:
+    release = os.uname().release
+    places = (root / "boot" / f"vmlinuz-{release}", root / "lib/modules" / release / "vmlinuz")
+    for place in places:
+        if os.access(place, os.R_OK):
+            return _named(place, "the host's own", root)
+    raise HostError(f"the host's own kernel {places[0]} {'is not readable' if places[0].exists() else 'is not there'}")
 
 
-def _keep_needed_modules(tree: Path) -> None:
-    needed = set(resolve_modules(tree))
-    for path in list(tree.rglob("*")):
-        if path.is_file() and path.name != "modules.builtin" and path not in needed:
-            path.unlink()
-    for folder in sorted((path for path in tree.rglob("*") if path.is_dir()), reverse=True):
-        with suppress(OSError):  # not empty
-            folder.rmdir()
-
-
-def _host(_kernels_dir: Path, _progress: Callable[[str], None]) -> GuestKernel | None:
-    image = Path("/boot") / f"vmlinuz-{os.uname().release}"
-    if not os.access(image, os.R_OK):
-        raise HostError(f"{image} is not readable")
-    return _named(image, "the host's own kernel")
-
-
-def _named(image: Path, origin: str) -> GuestKernel:
+def _named(image: Path, origin: str, root: Path) -> GuestKernel:
     release = read_release(image)
-    places = (image.parent.parent / "lib/modules" / release, image.parent / "modules", Path("/lib/modules") / release)
-    tree = next((place for place in places if place.is_dir()), None)
-    if tree is None and _WHEEL not in str(image) and not (image.parent / "built-in").exists():
-        raise UsageProblem(
-            f"{image} ({release}) has no modules beside it",
-            hint=f"put them in {places[0]}, or an empty file {image.parent / 'built-in'} if it needs none",
-        )
-    digest = hashlib.sha256(image.read_bytes()).hexdigest()
-    return GuestKernel(bzimage=image, modules_dir=tree, release=release, origin=origin, digest=digest)
+    folder = image.resolve().parent
+    beside = (*_module_places(folder, release), folder / "modules", *_module_places(folder.parent, release))
+    tree = next((place for place in (*beside, root / "lib/modules" / release) if place.is_dir()), None)
+    return _describe(image.resolve(), tree, f"{origin} ({image})")
+
+
+def _module_places(root: Path, release: str) -> tuple[Path, Path]:
+    return root / "lib/modules" / release, root / "usr/lib/modules" / release
+
+
+def _describe(image: Path, modules_dir: Path | None, origin: str) -> GuestKernel:
+    release = read_release(image)
+    digest = hashlib.sha256(image.read_bytes())
+    for path in resolve_modules(modules_dir) if modules_dir else ():
+        digest.update(f"{path.name}:".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return GuestKernel(
+        bzimage=image, modules_dir=modules_dir, release=release, origin=origin, digest=digest.hexdigest()
+    )

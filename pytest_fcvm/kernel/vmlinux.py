@@ -1,75 +1,86 @@
-"""What is inside a bzImage: its release, and the ELF vmlinux that Firecracker boots.
+"""What is inside a kernel file: its release, and the ELF vmlinux that Firecracker boots.
 
-Format: Documentation/arch/x86/boot.rst of the kernel (setup header at 0x1f1); the payload's magic tells its packing.
+Formats: a bzImage's setup header at 0x1f1 and the payload behind the setup code (Documentation/arch/x86/boot.rst of the
+kernel); an ELF vmlinux, which QEMU boots by its PVH note, tells its release in the banner alone.
 """
 
 from __future__ import annotations
 
-import lzma
+import re
 import struct
-import subprocess
-import zlib
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, UsageProblem
-from pytest_fcvm.host.process import resolve_tool
+from pytest_fcvm.kernel.packing import GZIP_MAGIC, unpack
 
-__all__ = ["extract_vmlinux", "read_release"]
+__all__ = ["extract_vmlinux", "read_release", "read_vmlinux"]
 
+_HEADER_AT = 0x202
 _HEADER_MAGIC = b"HdrS"
-_LZ4_MAGIC = b"\x02\x21\x4c\x18"
-_ELF = b"\x7fELF"
+_VERSION_AT = 0x20E  # u16, relative to 0x200
+_SETUP_SECTORS_AT = 0x1F1  # u8
+_PAYLOAD_AT = 0x248  # u32 offset behind the setup code, u32 length
+_SECTOR = 512
+_ELF_MAGIC = b"\x7fELF"
+_BANNER = re.compile(rb"Linux version (\d[\x21-\x7e]*) \(")
+_RELEASE = re.compile(r"\d[\x21-\x7e]*")
+_HINT = "name a bzImage (a distribution's vmlinuz file) with --fcvm-kernel"
 
 
 def read_release(image: Path) -> str:
-    """Return a bzImage's kernel release ("6.1.0-56-cloud-amd64"). Raise UsageProblem for what is no bzImage."""
-    data = _read_bzimage(image)
-    (pointer,) = struct.unpack_from("<H", data, 0x20E)
-    text = data[pointer + 0x200 : pointer + 0x300].split(b"\0", 1)[0].decode("ascii", "replace")
-    if not pointer or not text:
-        raise UsageProblem(f"{image} does not tell its release", hint="name a bzImage with --fcvm-kernel")
-    return text.split()[0]
+    """Return a kernel's release ("6.1.0-56-cloud-amd64"). Raise UsageProblem for what is no bzImage and no vmlinux."""
+    data = _read(image)
+    if data.startswith(_ELF_MAGIC):
+        banner = _BANNER.search(data)
+        text = banner[1].decode() if banner else ""
+    else:
+        (pointer,) = struct.unpack_from("<H", data, _VERSION_AT)
+        text = data[pointer + 0x200 : pointer + 0x300].split(b"\0", 1)[0].decode("ascii", "replace") if pointer else ""
+    release = _RELEASE.match(text)
+    # It becomes part of a path: "..", or a slash, is not something to follow.
+    if release is None or "/" in release[0]:
+        raise UsageProblem(f"{image} does not tell its release", hint=_HINT)
+    return release[0]
 
 
-def extract_vmlinux(image: Path, dest: Path) -> None:
-    """Write the ELF kernel that a bzImage carries. Raise HostError when the tool to unpack it is missing."""
-    data = _read_bzimage(image)
-    (setup_sectors,) = struct.unpack_from("<B", data, 0x1F1)
-    offset, length = struct.unpack_from("<II", data, 0x248)
-    start = ((setup_sectors or 4) + 1) * 512 + offset
-    kernel = _unpack(data[start : start + length])
-    if not kernel.startswith(_ELF):
-        raise UsageProblem(f"{image} carries no ELF kernel", hint="name another --fcvm-kernel")
-    dest.write_bytes(kernel)
+def extract_vmlinux(bzimage: Path, dest: Path) -> None:
+    """Write the ELF kernel that a bzImage carries (a vmlinux is copied); nothing is left of a write that failed.
+
+    Raise UsageProblem for what is no kernel, HostError when it cannot be unpacked here (the command is named).
+    """
+    kernel = read_vmlinux(bzimage)
+    try:
+        dest.write_bytes(kernel)
+    except BaseException:
+        dest.unlink(missing_ok=True)
+        raise
 
 
-def _read_bzimage(image: Path) -> bytes:
+def read_vmlinux(image: Path) -> bytes:
+    """Return the ELF kernel in a bzImage, or a vmlinux as it is. Raise as `extract_vmlinux` does."""
+    data = _read(image)
+    if data.startswith(_ELF_MAGIC):
+        return data
+    (setup_sectors,) = struct.unpack_from("<B", data, _SETUP_SECTORS_AT)
+    offset, length = struct.unpack_from("<II", data, _PAYLOAD_AT)
+    start = ((setup_sectors or 4) + 1) * _SECTOR + offset
+    payload = data[start : start + length]
+    if len(payload) < length or length < len(_ELF_MAGIC):
+        raise UsageProblem(f"{image} is cut short", hint=_HINT)
+    if not payload.startswith(GZIP_MAGIC):
+        payload = payload[:-4]  # the build appends the unpacked size, which a gzip stream has in itself
+    kernel = unpack(payload, what=f"the kernel in {image}")
+    if not kernel.startswith(_ELF_MAGIC):
+        raise HostError(f"{image} carries no ELF kernel", hint=_HINT)
+    return kernel
+
+
+def _read(image: Path) -> bytes:
     try:
         data = image.read_bytes()
     except OSError as error:
-        raise UsageProblem(f"{image}: {error.strerror}", hint="name a bzImage with --fcvm-kernel") from error
-    if data[0x202:0x206] != _HEADER_MAGIC:
-        raise UsageProblem(f"{image} is not a bzImage", hint="name a vmlinuz file with --fcvm-kernel")
+        raise UsageProblem(f"{image}: {error.strerror}", hint=_HINT) from error
+    is_bzimage = data[_HEADER_AT : _HEADER_AT + 4] == _HEADER_MAGIC and len(data) >= _PAYLOAD_AT + 8
+    if not is_bzimage and not data.startswith(_ELF_MAGIC):
+        raise UsageProblem(f"{image} is not a bzImage", hint=_HINT)
     return data
-
-
-def _unpack(payload: bytes) -> bytes:
-    if payload.startswith(b"\xfd7zXZ"):
-        return lzma.LZMADecompressor().decompress(payload)  # the kernel's size follows the stream
-    if payload.startswith(b"\x1f\x8b"):
-        return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload)
-    if payload.startswith(_LZ4_MAGIC):
-        return _pipe("lz4", payload[:-4])
-    if payload.startswith(b"\x28\xb5\x2f\xfd"):
-        return _pipe("zstd", payload[:-4])
-    raise HostError(
-        f"the kernel is packed in an unknown way (magic {payload[:4].hex()})", hint="use another --fcvm-kernel"
-    )
-
-
-def _pipe(tool: str, data: bytes) -> bytes:
-    program = resolve_tool(tool, package=tool)
-    done = subprocess.run([program, "-dc"], input=data, capture_output=True, check=False)
-    if done.returncode:
-        raise HostError(f"{tool} cannot unpack the kernel: {done.stderr.decode('utf-8', 'replace').strip()}")
-    return done.stdout

@@ -1,0 +1,77 @@
+"""Which modules a guest gets, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.kernel.modules import check_built_in, read_module, resolve_modules
+
+Tree = Callable[..., Path]
+
+
+def names(tree: Path) -> list[str]:
+    return [path.name.split(".")[0] for path in resolve_modules(tree)]
+
+
+def test_modules_come_after_what_they_depend_on(tmp_path: Path, modules_tree: Tree) -> None:
+    assert names(modules_tree(tmp_path / "tree")) == [
+        "virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "squashfs", "overlay",
+        "failover", "net_failover", "virtio_net", "virtio-rng",
+    ]  # fmt: skip
+
+
+def test_modules_nobody_needs_stay_out(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree")
+    assert list(tree.rglob("xfs.ko"))
+    assert "xfs" not in names(tree)
+
+
+def test_what_is_built_in_is_not_loaded(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree", built_in=("virtio_ring", "virtio", "virtio_mmio", "virtio_net", "overlay"))
+    assert names(tree) == ["virtio_blk", "virtio_console", "squashfs", "virtio-rng"]
+
+
+def test_a_network_card_and_the_like_may_be_missing(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree", without=("virtio_net", "virtio-rng"))
+    assert names(tree)[-1] == "overlay"
+
+
+def test_all_that_every_guest_needs_and_the_kernel_lacks_is_named(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree", without=("squashfs", "virtio_mmio"))
+    with pytest.raises(HostError, match="has no virtio_mmio, squashfs\n") as caught:
+        resolve_modules(tree)
+    assert "--fcvm-kernel" in caught.value.hint
+
+
+@pytest.mark.parametrize("packing", ["xz", "gz", "zst"])
+def test_packed_modules_are_ordered_and_read_as_plain_ones(packing: str, tmp_path: Path, modules_tree: Tree) -> None:
+    plain = resolve_modules(modules_tree(tmp_path / "plain"))
+    packed = resolve_modules(modules_tree(tmp_path / "packed", packing=packing))
+    assert [path.name for path in packed] == [f"{path.name}.{packing}" for path in plain]
+    assert [read_module(path) for path in packed] == [read_module(path) for path in plain]
+
+
+def test_a_broken_packed_module_is_named(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree", packing="xz")
+    path = next(tree.rglob("virtio_blk.ko.xz"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(HostError, match=r"the module .*virtio_blk\.ko\.xz cannot be unpacked"):
+        resolve_modules(tree)
+
+
+def test_a_kernel_with_all_built_in_needs_no_modules(bzimage: Callable[..., Path], all_built_in: bytes) -> None:
+    check_built_in(bzimage("vmlinuz", all_built_in))
+
+
+def test_a_kernel_without_its_modules_is_found_out(bzimage: Callable[..., Path], vmlinux: Callable[..., bytes]) -> None:
+    image = bzimage("vmlinuz", vmlinux(b"virtio_blk\0", b"overlay\0"))
+    with pytest.raises(HostError, match="comes without modules and has no virtio_mmio, virtio_console, squashfs\n"):
+        check_built_in(image)
+
+
+def test_a_kernel_that_cannot_be_looked_into_is_believed(bzimage: Callable[..., Path]) -> None:
+    check_built_in(bzimage("vmlinuz", b"BZh91AY", packing="none"))

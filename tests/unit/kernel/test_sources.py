@@ -1,0 +1,262 @@
+"""Where the guests' kernel comes from, with an apt that serves small packages."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.errors import HostError, UsageProblem
+from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
+from pytest_fcvm.store import Shelf
+
+RELEASE = "6.1.0-56-cloud-amd64"
+
+Resolve = Callable[..., GuestKernel]
+
+
+class Said(list[str]):
+    """The lines of progress that a person would see."""
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def kernels_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "kernels"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def resolve(tmp_path: Path, kernels_dir: Path, said: Said) -> Resolve:
+    """Return resolve_kernel on a machine of its own."""
+
+    def call(option: Path | None = None) -> GuestKernel:
+        return resolve_kernel(option=option, kernels_dir=kernels_dir, progress=said.append, root=tmp_path / "machine")
+
+    return call
+
+
+@pytest.fixture
+def no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which there is no apt, nor anything else."""
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+
+
+# -- named
+
+
+@pytest.mark.parametrize(
+    ("image", "tree"),
+    [
+        ("k/vmlinuz", f"k/lib/modules/{RELEASE}"),
+        ("k/vmlinuz", f"k/usr/lib/modules/{RELEASE}"),
+        ("k/vmlinuz", "k/modules"),
+        (f"k/boot/vmlinuz-{RELEASE}", f"k/lib/modules/{RELEASE}"),
+        ("k/vmlinuz", f"machine/lib/modules/{RELEASE}"),
+    ],
+)
+def test_a_named_kernel_finds_its_modules(
+    image: str, tree: str, tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    path, modules = bzimage(image, b""), modules_tree(tmp_path / tree)
+    kernel = resolve(path)
+    assert (kernel.bzimage, kernel.modules_dir, kernel.release) == (path, modules, RELEASE)
+    assert kernel.origin == f"--fcvm-kernel ({path})"
+
+
+def test_modules_are_looked_for_beside_the_file_that_a_link_leads_to(
+    tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    tree = modules_tree(tmp_path / "k/modules")
+    link = tmp_path / "link"
+    link.symlink_to(bzimage("k/vmlinuz", b""))
+    assert resolve(link).modules_dir == tree
+
+
+def test_a_kernel_without_modules_has_all_built_in(bzimage: Any, resolve: Resolve) -> None:
+    assert resolve(bzimage("vmlinuz", b"", release="6.12.117")).modules_dir is None
+
+
+def test_a_vmlinux_may_be_named(tmp_path: Path, vmlinux: Any, resolve: Resolve) -> None:
+    path = tmp_path / "vmlinux"
+    path.write_bytes(vmlinux(release="6.12.117"))
+    kernel = resolve(path)
+    assert (kernel.bzimage, kernel.release) == (path, "6.12.117")
+
+
+def test_a_named_file_that_is_no_kernel_is_not_replaced_by_another(
+    tmp_path: Path, debian: object, resolve: Resolve, kernels_dir: Path
+) -> None:
+    with pytest.raises(UsageProblem, match="No such file"):
+        resolve(tmp_path / "missing")
+    assert not list(kernels_dir.iterdir())
+
+
+def test_a_named_kernel_whose_modules_lack_one_is_refused(
+    tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    modules_tree(tmp_path / "k/modules", without=("squashfs",))
+    with pytest.raises(HostError, match="has no squashfs"):
+        resolve(bzimage("k/vmlinuz", b""))
+
+
+def test_the_digest_covers_the_kernel_and_the_modules_that_a_guest_gets(
+    tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    tree = modules_tree(tmp_path / "k/modules")
+    digests = [resolve(bzimage("k/vmlinuz", b"one")).digest]
+    digests.append(resolve(bzimage("k/vmlinuz", b"two")).digest)
+    for module in ("virtio_blk", "xfs"):
+        path = next(tree.rglob(f"{module}.ko"))
+        path.write_bytes(path.read_bytes() + b"changed")
+        digests.append(resolve(tmp_path / "k/vmlinuz").digest)
+    assert len(set(digests[:3])) == 3
+    assert digests[3] == digests[2], "no guest gets xfs"
+
+
+# -- a distribution's package
+
+
+def test_debians_kernel_is_downloaded_and_only_what_guests_need_is_kept(
+    debian: object, resolve: Resolve, kernels_dir: Path, said: Said
+) -> None:
+    kernel = resolve()
+    assert (kernel.release, kernel.origin) == (RELEASE, f"package linux-image-{RELEASE} 6.1.192-2")
+    assert said == [f"downloading the guest kernel linux-image-{RELEASE}"]
+    assert [path.name for path in kernels_dir.iterdir()] == ["kernel"]
+    kept = {path.name for path in (kernels_dir / "kernel").iterdir()}
+    assert {"vmlinuz", "virtio_blk.ko", "virtio-rng.ko", "modules.builtin"} <= kept
+    assert not {"xfs.ko", "scratch"} & kept
+
+
+def test_ubuntus_modules_come_from_a_package_of_their_own(
+    apt: Any, tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    release = "6.8.0-31-generic"
+    apt.add("linux-image-virtual", None, (f"  Depends: linux-image-{release}", "  Depends: linux-base"))
+    bzimage(f"image/boot/vmlinuz-{release}", b"", release=release)
+    modules_tree(tmp_path / "modules/usr/lib/modules" / release, built_in=("virtio_mmio", "virtio_ring", "virtio"))
+    apt.add(f"linux-image-{release}", tmp_path / "image", ("  Depends: kmod", f"  Depends: linux-modules-{release}"))
+    apt.add(f"linux-modules-{release}", tmp_path / "modules")
+    kernel = resolve()
+    assert kernel.origin == f"package linux-image-{release} 6.1.192-2"
+    assert {path.name for path in kernel.bzimage.parent.glob("*.ko")} >= {"virtio_blk.ko", "squashfs.ko"}
+
+
+def test_a_kernel_once_unpacked_is_used_without_apt(
+    debian: object, resolve: Resolve, said: Said, request: pytest.FixtureRequest
+) -> None:
+    first = resolve()
+    request.getfixturevalue("no_apt")
+    assert resolve() == first
+    assert len(said) == 1
+
+
+def test_an_unpacked_kernel_that_was_changed_is_downloaded_anew(debian: object, resolve: Resolve, said: Said) -> None:
+    first = resolve()
+    data = bytearray(first.bzimage.read_bytes())
+    data[-1] ^= 1
+    first.bzimage.write_bytes(data)
+    again = resolve()
+    assert again == first
+    assert again.bzimage.read_bytes() != data
+    assert any("is not what it was" in line for line in said)
+
+
+def test_what_a_killed_download_left_is_swept(debian: object, resolve: Resolve, kernels_dir: Path) -> None:
+    (kernels_dir / "kernel.tmp-1/scratch").mkdir(parents=True)
+    resolve()
+    assert not list(kernels_dir.glob("*.tmp-*"))
+
+
+def test_no_sweeper_takes_a_download_under_way(
+    debian: Any, resolve: Resolve, kernels_dir: Path, tmp_path: Path
+) -> None:
+    sweep = "import sys, pathlib; from pytest_fcvm.host.janitor import sweep_temporary"
+    sweep += "; print(sweep_temporary(pathlib.Path(sys.argv[1])))"
+    debian.during_download(f"'{sys.executable}' -c '{sweep}' '{kernels_dir}' > '{tmp_path / 'swept'}'")
+    with Shelf(path=kernels_dir).locked("kernel", "test", print):
+        resolve()
+    assert (tmp_path / "swept").read_text() == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'E: Failed to fetch: 404 Not Found' >&2; exit 100", "apt-get failed with exit code 100.*404 Not Found"),
+        ("for n; do echo junk > $n.deb; done; exit 0", "dpkg-deb failed"),
+        ("exit 0", "has 0 kernels"),
+    ],
+)
+def test_a_download_that_fails_is_a_reason_and_leaves_nothing(
+    script: str, reason: str, debian: Any, resolve: Resolve, kernels_dir: Path
+) -> None:
+    debian.during_download(script)
+    with pytest.raises(HostError, match=reason):
+        resolve()
+    assert not list(kernels_dir.iterdir())
+
+
+def test_a_package_without_modules_is_a_reason(apt: Any, tmp_path: Path, bzimage: Any, resolve: Resolve) -> None:
+    bzimage(f"root/boot/vmlinuz-{RELEASE}", b"")
+    apt.add("linux-image-cloud-amd64", None, (f"  Depends: linux-image-{RELEASE}",))
+    apt.add(f"linux-image-{RELEASE}", tmp_path / "root")
+    with pytest.raises(HostError, match=f"no modules for {RELEASE}"):
+        resolve()
+
+
+# -- the others
+
+
+def test_an_installed_kernel_wheel_comes_first_and_is_not_imported(
+    debian: object, tmp_path: Path, bzimage: Any, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = bzimage("site/pytest_fcvm_kernel_x86_64/bzImage", b"", release="6.12.117")
+    (image.parent / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    kernel = resolve()
+    assert (kernel.bzimage, kernel.modules_dir) == (image, None)
+    assert kernel.origin == "package pytest_fcvm_kernel_x86_64"
+
+
+@pytest.mark.parametrize("place", ["boot/vmlinuz-{}", "lib/modules/{}/vmlinuz"])
+def test_the_hosts_own_kernel_is_the_last_resort(
+    place: str, no_apt: None, tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
+) -> None:
+    release = os.uname().release
+    tree = modules_tree(tmp_path / "machine/lib/modules" / release)
+    image = bzimage(f"machine/{place.format(release)}", b"", release=release)
+    kernel = resolve()
+    assert (kernel.bzimage, kernel.modules_dir) == (image, tree)
+    assert kernel.origin == f"the host's own ({image})"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_a_host_kernel_for_root_alone_is_a_reason(no_apt: None, bzimage: Any, resolve: Resolve) -> None:
+    bzimage(f"machine/boot/vmlinuz-{os.uname().release}", b"").chmod(0)
+    with pytest.raises(HostError, match="is not readable"):
+        resolve()
+
+
+def test_without_any_kernel_every_source_says_why(no_apt: None, resolve: Resolve, kernels_dir: Path) -> None:
+    with pytest.raises(HostError) as caught:
+        resolve()
+    assert caught.value.message.startswith("no guest kernel: apt-get is not installed; the host's own kernel ")
+    assert caught.value.message.endswith("is not there")
+    assert "apt-get update" in caught.value.hint
+    assert "--fcvm-kernel PATH" in caught.value.hint
+    assert not list(kernels_dir.iterdir())
+
+
+def test_an_apt_without_lists_is_a_reason(apt: object, resolve: Resolve) -> None:
+    with pytest.raises(HostError, match="apt knows no kernel for virtual machines"):
+        resolve()
