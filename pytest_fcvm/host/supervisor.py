@@ -127,26 +127,17 @@ class Supervisor:
         Raise HostError when it cannot be started.
         """
         home = owned_dir or cwd or self.run_dir
+        given = dict(fds or {})
         request = (
-            _encode(_resolve_program(argv)),
+            [os.fsencode(part) for part in _resolve_program(argv)],
             os.fsencode(home / stdout),
             os.fsencode(cwd or home),
             None if env is None else {os.fsencode(key): os.fsencode(value) for key, value in env.items()},
             nice,
-            list(fds or ()),
+            list(given),
             None if owned_dir is None else os.fsencode(owned_dir),
         )
-        number = next(self._numbers)
-        child = Child(name, end=lambda: self._tell_end(number))
-        try:
-            with self._asking:
-                self._ask(number, child, request, fds or {})
-                pid, pidfd = self._take_answer(number, name)
-        except BaseException:
-            self._tell_end(number)  # also when a signal handler raised between request and answer
-            raise
-        child.attach(pid, pidfd)
-        return child
+        return self._start(name, request, list(given.values()))
 
     def close(self) -> None:
         """Kill every process, remove the run directory and wait for both; idempotent."""
@@ -178,14 +169,26 @@ class Supervisor:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _ask(self, number: int, child: Child, request: tuple[object, ...], fds: Mapping[int, int]) -> None:
+    def _start(self, name: str, request: tuple[object, ...], descriptors: Sequence[int]) -> Child:
+        number = next(self._numbers)
+        child = Child(name, end=lambda: self._tell_end(number))
+        try:
+            with self._asking:
+                self._ask(number, child, request, descriptors)
+                child.attach(*self._take_answer(number, name))
+        except BaseException:
+            self._tell_end(number)  # also when a signal handler raised between request and answer
+            raise
+        return child
+
+    def _ask(self, number: int, child: Child, request: tuple[object, ...], descriptors: Sequence[int]) -> None:
         if os.getpid() != self._owner:
             raise UsageProblem("a forked child of pytest cannot start VMs", hint="start them before the fork")
         with self._table:  # held over the request, so that no end is reported of what is not in the table yet
             if self._closed:
                 raise UsageProblem("the supervisor is closed", hint="no VM can be started after the session's end")
             try:
-                wire.send(self._control, (wire.OP_SPAWN, number, *request), list(fds.values()))
+                wire.send(self._control, (wire.OP_SPAWN, number, *request), descriptors)
             except ConnectionError:
                 raise self._lost() from None
             except OSError as error:
@@ -309,10 +312,6 @@ def _resolve_program(argv: Sequence[str | Path]) -> list[str]:
     if found is None:
         raise HostError(f"{program} is not installed", hint=f"install {program}, or see `fcvm doctor`")
     return [found, *map(str, argv[1:])]
-
-
-def _encode(argv: Sequence[str]) -> list[bytes]:
-    return [os.fsencode(part) for part in argv]
 
 
 def _refusal(name: str, code: int, what: str) -> HostError:

@@ -23,7 +23,7 @@ def test_sigkill_of_the_owner_leaves_no_process_and_no_directory(start_owner: St
     owner.process.kill()
     owner.process.wait()
     assert owner.wait_until_left(set()) == set()
-    assert wait_until(lambda: not owner.run_dir.exists(), Deadline(1.0))
+    assert owner.wait_until_gone()
 
 
 @pytest.mark.parametrize("attempt", range(4))
@@ -32,7 +32,7 @@ def test_sigkill_right_after_the_start_leaves_nothing(start_owner: StartOwner, a
     owner.process.kill()
     owner.process.wait()
     assert owner.wait_until_left(set()) == set()
-    assert wait_until(lambda: not owner.run_dir.exists(), Deadline(1.0))
+    assert owner.wait_until_gone()
 
 
 @pytest.mark.parametrize("spawns", [1, 7, 40, 120])
@@ -43,7 +43,7 @@ def test_sigkill_in_a_burst_of_spawns_leaves_nothing(start_owner: StartOwner, sp
     owner.process.kill()
     owner.process.wait()
     assert owner.wait_until_left(set()) == set()
-    assert wait_until(lambda: not owner.run_dir.exists(), Deadline(1.0))
+    assert owner.wait_until_gone()
 
 
 def test_a_forked_child_that_holds_the_sockets_keeps_nothing_alive(start_owner: StartOwner) -> None:
@@ -53,7 +53,7 @@ def test_a_forked_child_that_holds_the_sockets_keeps_nothing_alive(start_owner: 
     owner.process.kill()
     owner.process.wait()
     assert owner.wait_until_left({forked}) == {forked}
-    assert wait_until(lambda: not owner.run_dir.exists(), Deadline(1.0))
+    assert owner.wait_until_gone()
 
 
 def test_teardown_in_a_forked_child_touches_nothing(start_owner: StartOwner) -> None:
@@ -79,6 +79,43 @@ def test_sigkill_of_the_guard_or_the_spawner_ends_the_tree_and_the_owner_hears(
     owner.process.wait()
     sweep(run_root)
     assert not owner.run_dir.exists()
+
+
+def test_a_spawner_that_hangs_does_not_keep_the_tree_alive(start_owner: StartOwner) -> None:
+    owner = start_owner("serving")
+    owner.hear()
+    os.kill(owner.spawner(), signal.SIGSTOP)
+    os.kill(owner.process.pid, signal.SIGKILL)
+    owner.process.wait()
+    assert owner.wait_until_left(set()) == set()
+    assert owner.wait_until_gone()
+
+
+def test_guard_and_spawner_killed_at_the_same_moment_take_their_children_along(
+    start_owner: StartOwner, isolation: str
+) -> None:
+    owner = start_owner("serving")
+    children = set(owner.hear()["children"])
+    owner.wait_for_families()
+    spawner = owner.spawner()
+    os.kill(spawner, signal.SIGSTOP)  # so that it does not notice the guard's end
+    os.kill(owner.guard, signal.SIGKILL)
+    os.kill(spawner, signal.SIGKILL)
+    assert owner.wait_until_ended(children)
+    if isolation == "namespace":
+        assert owner.wait_until_left({owner.process.pid}) == {owner.process.pid}
+
+
+def test_a_spawner_in_a_namespace_dies_with_its_guard_even_when_it_hangs(
+    start_owner: StartOwner, isolation: str
+) -> None:
+    if isolation != "namespace":
+        pytest.skip("without a namespace the spawner has to live to kill its grandchildren")
+    owner = start_owner("serving")
+    owner.hear()
+    os.kill(owner.spawner(), signal.SIGSTOP)
+    os.kill(owner.guard, signal.SIGKILL)
+    assert owner.wait_until_left({owner.process.pid}) == {owner.process.pid}
 
 
 def test_a_stopped_owner_loses_nothing(start_owner: StartOwner) -> None:

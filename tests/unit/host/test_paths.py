@@ -133,7 +133,7 @@ def test_something_in_the_place_of_the_run_root_is_refused(
         pytest.skip("only root can give a directory away")
     tmp, elsewhere = tmp_path / "tmp", tmp_path / "elsewhere"
     tmp.mkdir()
-    elsewhere.mkdir()
+    elsewhere.mkdir(mode=0o700)  # fit in every way but that it is not where it seems to be
     place = tmp / f"fcvm-{os.geteuid()}"
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     _put_in_place(place, attack, elsewhere)
@@ -147,7 +147,7 @@ def _put_in_place(place: Path, attack: str, elsewhere: Path) -> None:
     if attack == "symlink":
         place.symlink_to(elsewhere)
     elif attack == "file":
-        place.touch()
+        place.touch(mode=0o600)
     else:
         place.mkdir()
         place.chmod(0o777 if attack == "open to all" else 0o700)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from types import FrameType
 
 import pytest
 
+import pytest_fcvm
 from pytest_fcvm.errors import HostError, UsageProblem
-from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.host.supervisor import Child, ChildExit, Supervisor
 
 LOG = Path("log")
@@ -114,6 +116,17 @@ def test_a_child_gets_no_other_descriptor(supervisor: Supervisor, run_dir: Path)
     os.close(read)
     os.close(write)
     assert (run_dir / "log").read_text() == "[0, 1, 2, 5]\n"
+
+
+def test_the_supervisor_holds_no_descriptor_that_pytest_left_inheritable(run_dir: Path, isolation: str) -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)  # noqa: FBT003 - it takes no keyword
+    with Supervisor.start(run_dir, namespaces=isolation == "namespace") as supervisor:
+        assert supervisor.isolation == isolation
+        os.close(write)
+        os.set_blocking(read, False)
+        assert os.read(read, 1) == b"", "somebody still holds the other end"
+    os.close(read)
 
 
 def test_stdin_is_empty_unless_given(supervisor: Supervisor, run_dir: Path) -> None:
@@ -318,6 +331,16 @@ def test_close_ends_all_children_removes_the_run_directory_and_refuses_more(
     supervisor.close()
 
 
+def test_close_does_not_wait_for_a_spawner_that_hangs(supervisor: Supervisor, run_dir: Path) -> None:
+    child = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
+    os.kill(spawner_of(supervisor), signal.SIGSTOP)
+    began = monotonic()
+    supervisor.close()
+    assert monotonic() - began < 5
+    assert not run_dir.exists()
+    assert child.exited == ChildExit(signal=9)
+
+
 def test_a_dead_guard_is_a_host_error_that_says_so(supervisor: Supervisor) -> None:
     child = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
     os.kill(supervisor.guard_pid, signal.SIGKILL)
@@ -331,6 +354,15 @@ def test_what_the_guard_said_when_it_failed_is_in_the_error(run_dir: Path, monke
     with Supervisor.start(run_dir) as supervisor, pytest.raises(HostError) as caught:
         supervisor.spawn(["true"], name="true", stdout=LOG)
     assert "SyntaxError" in caught.value.evidence["supervisor log"]
+
+
+def test_the_guard_imports_nothing_that_would_cost_its_start() -> None:
+    root = str(Path(pytest_fcvm.__file__).parents[1])
+    code = f"import sys; sys.path.append({root!r}); import pytest_fcvm.host.guard; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout
+    slow = {"socket", "signal", "enum", "re", "json", "typing", "collections", "pathlib", "subprocess", "contextlib"}
+    assert slow & set(loaded.split()) == set()
+    assert "pytest_fcvm.host.spawner" in loaded.split()
 
 
 def test_a_run_directory_that_is_gone_is_a_host_error(run_root: Path) -> None:
