@@ -113,7 +113,9 @@ def test_a_session_that_cannot_begin_closes_its_channel(fake: FakeAgent, connect
 
 
 def test_metrics_are_numbers_where_they_are(agent: Agent) -> None:
-    assert agent.metrics() == {"uptime_ms": 1234, "load": 0.25, "kernel": "6.12.1"}
+    metrics = agent.metrics()
+    assert metrics == {"uptime_ms": 1234, "load": 0.25, "kernel": "6.12.1"}
+    assert [type(value) for value in metrics.values()] == [int, float, str]
 
 
 def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: Agent) -> None:

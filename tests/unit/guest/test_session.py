@@ -14,12 +14,15 @@ from fakes.agent import FakeAgent
 
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout
 from pytest_fcvm.guest.agent import Agent, start_session
+from pytest_fcvm.guest.demux import Demultiplexer
 from pytest_fcvm.guest.frames import (
     PROTOCOL_BOOT_SECRET,
+    EventKind,
     FieldTag,
     FrameParser,
     FrameType,
     StreamKind,
+    encode_fields,
     encode_frame,
     new_secret,
 )
@@ -66,6 +69,28 @@ def test_the_nonce_is_found_however_the_bytes_arrive(peer_and_session: tuple) ->
     for byte in b"xx" + almost + nonce + welcome:
         peer.sock.sendall(bytes([byte]))
     assert session.wait_until_welcome(Deadline(10)) == "slow"
+
+
+def test_the_nonce_is_found_in_pieces_of_every_size() -> None:
+    class Nobody:
+        lock, reason, builds = threading.Lock(), None, list[str]()
+
+        def take_welcome(self, build_id: str) -> None:
+            self.builds.append(build_id)
+
+    for size in range(1, 40):
+        hub, nonce = Nobody(), new_secret()
+        demux = Demultiplexer(hub, nonce)  # type: ignore[arg-type]
+        data = os.urandom(2000) + nonce[:-1] + b"\0" + nonce + encode_frame(FrameType.WELCOME, 0, b"\1\0\0\0x")
+        for at in range(0, len(data), size):
+            demux.feed(memoryview(data)[at : at + size])
+        assert hub.builds.pop() == "x"
+
+
+def test_a_session_that_was_answered_is_resumed_by_one_secret(agent: Agent) -> None:
+    _, written = record_greeting(lambda sock: Session.resume(sock, agent.session), [])
+    assert written[:16] == agent.session.next_secret
+    assert [frame.type for frame in FrameParser().feed(written[16:])] == [FrameType.HELLO]
 
 
 def record_greeting(session_of: Callable[[socket.socket], Session], opening: list[Opening]) -> tuple[Session, bytes]:
@@ -158,8 +183,12 @@ def test_quiesce_ends_the_session_and_touches_the_channel_no_more(peer_and_agent
     assert frame.payload[0] == StreamKind.QUIESCE
     for _ in range(2):
         peer.send(FrameType.DATA, 1, b"\0" + bytes(32768))  # would be granted at once
-    peer.reply(frame.stream)
+    reply = encode_frame(FrameType.REPLY, frame.stream, bytes(4))
+    late = encode_frame(FrameType.EVENT, 0, bytes([EventKind.WORKLOAD_EXIT]) + encode_fields([(FieldTag.EXIT_CODE, 0)]))
+    peer.sock.sendall(reply + late)
     quiet.join(10)
+    agent.session._thread.join(10)
+    assert agent.workload_exit is None, "what follows the reply was heard"
     assert sum(map(len, logged)) == 65536
     agent.session.abort(EngineError("the base was killed"))
     with pytest.raises(GuestError, match="ended when the guest was made quiet"):

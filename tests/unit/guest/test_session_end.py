@@ -27,7 +27,7 @@ from pytest_fcvm.guest.frames import (
 )
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.host.clock import Deadline
-from pytest_fcvm.model.guest import ProcessSpec
+from pytest_fcvm.model.guest import ExitStatus, ProcessSpec
 
 Connect = Callable[[], socket.socket]
 
@@ -268,6 +268,34 @@ def test_a_reply_that_comes_after_its_deadline_is_ignored(peer_and_agent: tuple)
     thread.join(10)
     assert not thread.is_alive()
     assert agent.session.reason is None
+
+
+def test_a_program_that_did_not_start_in_time_is_given_up(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    with pytest.raises(GuestTimeout, match="exec x did not answer"):
+        agent.exec(ProcessSpec(argv=("x",)), timeout_s=0.05)
+    assert [(frame.type, frame.stream) for frame in peer.take_all(0.1)] == [(FrameType.OPEN, 1), (FrameType.CLOSE, 1)]
+
+
+def test_a_channel_that_takes_no_more_bytes_ends_the_session_though_it_still_could_bring_some(
+    peer_and_agent: tuple,
+) -> None:
+    peer, agent = peer_and_agent
+    peer.sock.shutdown(socket.SHUT_RD)
+    with pytest.raises(GuestError, match=r"the channel to the agent ended: .*Broken pipe"):
+        agent.status(timeout_s=30)
+
+
+def test_the_first_word_on_how_the_workload_ended_counts(peer_and_agent: tuple) -> None:
+    peer, agent = peer_and_agent
+    for code in (1, 2):
+        body = bytes([EventKind.WORKLOAD_EXIT]) + encode_fields([(FieldTag.EXIT_CODE, code)])
+        peer.send(FrameType.EVENT, 0, body)
+    sync = threading.Thread(target=agent.sync)
+    sync.start()
+    peer.reply(peer.take().stream)
+    sync.join(10)
+    assert agent.workload_exit == ExitStatus(code=1)
 
 
 def test_callers_keep_their_deadlines_while_the_channel_is_full(peer_and_agent: tuple) -> None:
