@@ -19,7 +19,7 @@ import pytest
 import pytest_fcvm
 from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
-from pytest_fcvm.host.supervisor import Child, ChildExit, Supervisor
+from pytest_fcvm.host.supervisor import _BOOTSTRAP, Child, ChildExit, Supervisor
 
 LOG = Path("log")
 
@@ -350,15 +350,15 @@ def test_a_dead_guard_is_a_host_error_that_says_so(supervisor: Supervisor) -> No
 
 
 def test_what_the_guard_said_when_it_failed_is_in_the_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_fcvm.host.supervisor._BOOTSTRAP", "import {root!r}")
+    monkeypatch.setattr("pytest_fcvm.host.supervisor._BOOTSTRAP", "import {host!r}")
     with Supervisor.start(run_dir) as supervisor, pytest.raises(HostError) as caught:
         supervisor.spawn(["true"], name="true", stdout=LOG)
     assert "SyntaxError" in caught.value.evidence["supervisor log"]
 
 
 def test_the_guard_imports_nothing_that_would_cost_its_start() -> None:
-    root = str(Path(pytest_fcvm.__file__).parents[1])
-    code = f"import sys; sys.path.append({root!r}); import pytest_fcvm.host.guard; print(*sys.modules)"
+    package = Path(pytest_fcvm.__file__).parent
+    code = _BOOTSTRAP.format(package=str(package), host=str(package / "host")).replace("main()", "print(*sys.modules)")
     loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout
     slow = {"socket", "signal", "enum", "re", "json", "typing", "collections", "pathlib", "subprocess", "contextlib"}
     assert slow & set(loaded.split()) == set()
