@@ -48,7 +48,8 @@ class Entry:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the entry from being pruned."""
-        descriptor = os.open(self.path / _MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+        # The folder's own inode: the manifest is replaced when a copied or touched entry is proven anew.
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             yield
@@ -62,12 +63,17 @@ class Shelf:
 
     path: Path
     note: Note = field(default=lambda _text: None)
+    _held: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> Entry | None:
-        """Return the entry if it is there and sound. One that is not is put aside, with a note."""
+        """Return the entry if it is there and sound.
+
+        One that is not is put aside, with a note, by the holder of the key's lock: without it, the entry that is moved
+        away could be the one that another process has just built.
+        """
         folder = self.path / key
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text())
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
             fault = _fault(folder, manifest, key)
         except FileNotFoundError:
             return None
@@ -75,7 +81,8 @@ class Shelf:
             fault = f"its manifest is not readable ({error})"
             manifest = {}
         if fault:
-            self._put_aside(folder, fault)
+            if key in self._held:
+                self._put_aside(folder, fault)
             return None
         return Entry(path=folder, key=key, facts=manifest["facts"])
 
@@ -92,9 +99,11 @@ class Shelf:
                 lock.acquire(timeout=0.5, poll_interval=_POLL_S)
             except Timeout:
                 told = _tell(waiting, _read_builder(state), told)
+        self._held.add(key)
         try:
             yield lambda phase: _write_builder(state, who, phase)
         finally:
+            self._held.discard(key)
             state.unlink(missing_ok=True)
             lock.release()
 
@@ -105,14 +114,14 @@ class Shelf:
         """
         self._sweep_key(key)
         folder = self.path / f"{key}.tmp-{os.getpid()}"
-        folder.mkdir(mode=0o700)
         try:
+            folder.mkdir(mode=0o700)
             facts = dict(make(folder))
             _write_manifest(folder, key, facts)
             _sync_folder(folder)
             final = self.path / key
             if final.exists():
-                self._put_aside(final, "")
+                shutil.rmtree(self._put_aside(final, ""), ignore_errors=True)
             folder.rename(final)
             _sync_path(self.path)
         except BaseException as error:
@@ -125,7 +134,7 @@ class Shelf:
         for folder in self.path.glob(f"{key}.tmp-*"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _put_aside(self, folder: Path, fault: str) -> None:
+    def _put_aside(self, folder: Path, fault: str) -> Path:
         aside = self.path / f"{folder.name}.bad-{secrets.token_hex(4)}"
         with suppress(OSError):
             for old in self.path.glob(f"{folder.name}.bad-*"):
@@ -133,6 +142,7 @@ class Shelf:
             folder.rename(aside)
         if fault:
             self.note(f"cache entry {folder.name[:12]} is put aside and built anew: {fault} ({aside})")
+        return aside
 
 
 class Store:
@@ -160,6 +170,8 @@ class Store:
 
     def _secret(self) -> bytes:
         path = self.root / "secret"
+        with suppress(FileNotFoundError):
+            return path.read_bytes()
         with suppress(FileExistsError):
             fresh = self.root / f"secret.{os.getpid()}.{secrets.token_hex(4)}"
             fresh.touch(mode=0o600)
@@ -217,13 +229,23 @@ def _write_manifest(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
         for path in sorted(folder.iterdir())
         if path.is_file() and not path.is_symlink()
     }
-    manifest = {"schema": MANIFEST_SCHEMA, "key": key, "facts": facts, "files": files}
-    _replace(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+    _replace_manifest(folder, {"schema": MANIFEST_SCHEMA, "key": key, "facts": facts, "files": files})
+
+
+def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    sealed = {**manifest, "seal": _seal(manifest)}
+    _replace(folder / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return canonical_digest({name: value for name, value in manifest.items() if name != "seal"})
 
 
 def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
     if manifest["schema"] != MANIFEST_SCHEMA or manifest["key"] != key:
         return "it is from another version"
+    if manifest["seal"] != _seal(manifest):
+        return f"{_MANIFEST} has changed"
     changed = False
     for name, known in manifest["files"].items():
         try:
@@ -235,15 +257,20 @@ def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
                 return f"{name} has changed"
             known["stamp"], changed = stamp, True
     if changed:
-        _replace(folder / _MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        with suppress(OSError):  # no room for it: the entry is sound all the same, and is hashed again next time
+            _replace_manifest(folder, manifest)
     return ""
 
 
 def _replace(path: Path, text: str) -> None:
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
-    fresh.touch(mode=0o600)
-    fresh.write_text(text)
-    fresh.replace(path)
+    try:
+        fresh.touch(mode=0o600)
+        fresh.write_text(text)
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def _sync_path(path: Path) -> None:
