@@ -1,0 +1,428 @@
+"""The cache: one build however many want the entry, nothing unsound ever used, nothing left of what failed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.janitor import sweep_temporary
+from pytest_fcvm.store import Entry, Shelf, Store, canonical_digest, content_digest
+
+_KEY = canonical_digest({"what": "a test's entry"})
+_SIZE = 300_000
+
+# Takes the lock, looks, builds if need be, as the harness does. Prints a line per event; a line on stdin goes on.
+_BUILDER = """
+import sys
+from pathlib import Path
+from pytest_fcvm.store import Store
+root, key, stops = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stops"
+shelf = Store(root).shelf("snapshots")
+def make(folder):
+    (folder / "memory").write_bytes(b"m" * 300000)
+    print("building", flush=True)
+    if stops:
+        sys.stdin.readline()
+    return {"answer": 42}
+def tell(text):
+    print(text, flush=True)
+with shelf.locked(key, "test_x.py::test_y", tell) as phase:
+    phase("booting")
+    entry = shelf.find(key) or shelf.build(key, make)
+print("facts", entry.facts, flush=True)
+"""
+
+
+def _make(folder: Path) -> Mapping[str, Any]:
+    (folder / "memory").write_bytes(b"m" * _SIZE)
+    (folder / "state").write_bytes(b"state")
+    return {"answer": 42}
+
+
+def _build(shelf: Shelf) -> Entry:
+    with shelf.locked(_KEY, "test", pytest.fail):
+        return shelf.build(_KEY, _make)
+
+
+def _find_locked(shelf: Shelf) -> Entry | None:
+    with shelf.locked(_KEY, "test", pytest.fail):
+        return shelf.find(_KEY)
+
+
+@contextmanager
+def _process(root: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", _BUILDER, str(root), *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _next_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.fixture
+def notes() -> list[str]:
+    """What the store said."""
+    return []
+
+
+@pytest.fixture
+def store(tmp_path: Path, notes: list[str]) -> Store:
+    """A store in a folder of its own."""
+    return Store(tmp_path / "store", note=notes.append)
+
+
+@pytest.fixture
+def shelf(store: Store) -> Shelf:
+    """An empty shelf."""
+    return store.shelf("snapshots")
+
+
+def test_an_entry_that_was_built_is_found_with_its_facts_and_files(shelf: Shelf, notes: list[str]) -> None:
+    assert shelf.find(_KEY) is None
+    built = _build(shelf)
+    found = shelf.find(_KEY)
+    assert found == built
+    assert found is not None
+    assert found.facts == {"answer": 42}
+    assert found.file("memory").read_bytes() == b"m" * _SIZE
+    assert (found.path.stat().st_mode & 0o777, found.file("manifest.json").stat().st_mode & 0o777) == (0o700, 0o600)
+    assert notes == []
+
+
+def test_of_many_processes_one_builds_and_the_others_say_whom_they_wait_for(tmp_path: Path) -> None:
+    with _process(tmp_path, _KEY, "stops") as first:
+        assert _next_line(first) == "building"
+        with _process(tmp_path, _KEY, "-") as second, _process(tmp_path, _KEY, "-") as third:
+            for waiting in (second, third):
+                assert _next_line(waiting) == f"waiting for pid {first.pid} (test_x.py::test_y): booting"
+            first.communicate("go on\n", timeout=30)
+            for waiting in (second, third):
+                assert _next_line(waiting) == "facts {'answer': 42}"
+                assert waiting.wait(30) == 0
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    script = [sys.executable, "-c", _BUILDER, str(tmp_path), _KEY, "-"]
+    racing = [subprocess.Popen(script, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    said = "".join(process.communicate(timeout=60)[0] for process in racing)
+    assert said.count("building") == 1
+    assert said.count("facts {'answer': 42}") == 6
+
+
+def test_a_killed_builder_frees_the_lock_and_the_next_build_removes_what_it_left(
+    tmp_path: Path, store: Store, shelf: Shelf
+) -> None:
+    with _process(store.root, _KEY, "stops") as builder:
+        assert _next_line(builder) == "building"
+        builder.kill()
+        builder.wait(30)
+    assert [path.name for path in shelf.path.glob("*.tmp-*")] == [f"{_KEY}.tmp-{builder.pid}"]
+    _build(shelf)
+    assert sorted(path.name for path in shelf.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
+
+
+def test_a_half_built_entry_is_swept_only_when_its_builder_is_dead(store: Store, shelf: Shelf) -> None:
+    with _process(store.root, _KEY, "stops") as builder:
+        assert _next_line(builder) == "building"
+        assert sweep_temporary(shelf.path) == []
+        builder.kill()
+        builder.wait(30)
+        assert sweep_temporary(shelf.path) == [f"{_KEY}.tmp-{builder.pid}"]
+    assert list(shelf.path.glob("*.tmp-*")) == []
+
+
+def test_nothing_is_left_of_a_build_that_fails(shelf: Shelf) -> None:
+    def fail(folder: Path) -> Mapping[str, Any]:
+        _make(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), shelf.locked(_KEY, "test", pytest.fail):
+        shelf.build(_KEY, fail)
+    assert [path.name for path in shelf.path.iterdir()] == [f"{_KEY}.lock"]
+
+
+def _truncate(entry: Path) -> None:
+    os.truncate(entry / "memory", 1000)
+
+
+def _flip(entry: Path) -> None:
+    before = (entry / "memory").stat()
+    with (entry / "memory").open("r+b") as file:
+        file.seek(_SIZE // 2)
+        file.write(b"x")
+    os.utime(entry / "memory", ns=(before.st_atime_ns, before.st_mtime_ns))  # ctime cannot be forged
+
+
+def _remove(entry: Path) -> None:
+    (entry / "state").unlink()
+
+
+def _edit(entry: Path, **changes: object) -> None:
+    manifest = json.loads((entry / "manifest.json").read_text())
+    (entry / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def _cut_manifest(entry: Path) -> None:
+    text = (entry / "manifest.json").read_text()
+    (entry / "manifest.json").write_text(text[: len(text) // 2])
+
+
+_FAULTS = {
+    "memory has changed": [_truncate, _flip],
+    "state is missing": [_remove],
+    "it is from another version": [lambda entry: _edit(entry, schema=0), lambda entry: _edit(entry, key="other")],
+    "manifest.json has changed": [lambda entry: _edit(entry, facts={"answer": 43})],
+    "its manifest is not readable": [
+        _cut_manifest,
+        lambda entry: (entry / "manifest.json").write_text("[]"),
+        lambda entry: (entry / "manifest.json").write_bytes(b"\xff\xfe"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("fault", "damage"), [(fault, damage) for fault, ways in _FAULTS.items() for damage in ways])
+def test_a_damaged_entry_is_put_aside_with_one_note_and_built_anew(
+    fault: str, damage: Any, shelf: Shelf, notes: list[str]
+) -> None:
+    damage(_build(shelf).path)
+    assert shelf.find(_KEY) is None
+    assert notes == []  # whoever has no lock only does not use it
+    assert _find_locked(shelf) is None
+    assert len(notes) == 1
+    assert notes[0].startswith(f"cache entry {_KEY[:12]} is put aside and built anew: {fault}")
+    (aside,) = shelf.path.glob("*.bad-*")
+    assert notes[0].endswith(f"({aside})")
+    _build(shelf)
+    assert shelf.find(_KEY) is not None
+    assert len(notes) == 1
+
+
+def test_only_the_last_damaged_entry_is_kept(shelf: Shelf, notes: list[str]) -> None:
+    for _ in range(2):
+        _truncate(_build(shelf).path)
+        assert _find_locked(shelf) is None
+    assert len(list(shelf.path.glob("*.bad-*"))) == 1
+    assert len(notes) == 2
+
+
+def test_without_the_lock_an_unsound_entry_stays_where_it_is(shelf: Shelf) -> None:
+    _truncate(_build(shelf).path)
+    assert Shelf(path=shelf.path).find(_KEY) is None
+    assert (shelf.path / _KEY).is_dir()
+
+
+def test_an_entry_that_is_built_anew_on_purpose_takes_the_place_of_the_old_one(shelf: Shelf, notes: list[str]) -> None:
+    _build(shelf)
+    _build(shelf)
+    assert sorted(path.name for path in shelf.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
+    assert notes == []
+
+
+def test_a_copied_store_is_hashed_once_and_then_trusted(tmp_path: Path, store: Store, shelf: Shelf) -> None:
+    _build(shelf)
+    copy = Store(Path(shutil.copytree(store.root, tmp_path / "copy"))).shelf("snapshots")
+    before = json.loads((copy.path / _KEY / "manifest.json").read_text())
+    entry = copy.find(_KEY)
+    assert entry is not None
+    after = json.loads(entry.file("manifest.json").read_text())
+    assert after["files"]["memory"]["stamp"] != before["files"]["memory"]["stamp"]
+    restamped = entry.file("manifest.json").stat().st_mtime_ns
+    assert copy.find(_KEY) == entry
+    assert entry.file("manifest.json").stat().st_mtime_ns == restamped
+
+
+def test_an_entry_is_read_again_only_when_a_stamp_differs(shelf: Shelf) -> None:
+    entry = _build(shelf)
+    assert _bytes_read_by_finding(shelf) < _SIZE
+    os.utime(entry.file("memory"))
+    assert _bytes_read_by_finding(shelf) >= _SIZE
+    assert _bytes_read_by_finding(shelf) < _SIZE
+
+
+def _bytes_read_by_finding(shelf: Shelf) -> int:
+    before = _bytes_read()
+    assert shelf.find(_KEY) is not None
+    return _bytes_read() - before
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: what read() returned, cached or not
+
+
+def test_an_entry_in_use_is_locked_even_when_its_manifest_is_written_anew(shelf: Shelf) -> None:
+    entry = _build(shelf)
+    with entry.in_use():
+        os.utime(entry.file("state"))  # makes the next look rewrite the manifest
+        assert shelf.find(_KEY) is not None
+        assert not _can_lock(entry.path)
+    assert _can_lock(entry.path)
+
+
+def _can_lock(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+_FULL_DISK = """
+import sys
+from pathlib import Path
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.store import Store
+store = Store(Path(sys.argv[1]))
+shelf = store.shelf("snapshots")
+def small(folder):
+    (folder / "state").write_bytes(b"state")
+    return {}
+def large(folder):
+    (folder / "state").write_bytes(b"state")
+    (folder / "memory").write_bytes(b"m" * (4 << 20))
+    return {}
+with shelf.locked("other", "test", print):
+    shelf.build("other", small)
+store.hidden_digest({})
+with shelf.locked("large", "test", print):
+    try:
+        shelf.build("large", large)
+    except HostError as error:
+        print(error.message, "|", error.hint)
+(store.root / "filler").open("wb", buffering=0).write(b"x" * (4 << 20))
+print(sorted(path.name for path in shelf.path.iterdir()), shelf.find("other") is not None)
+print(store.hidden_digest({"A": "1"}) == store.hidden_digest({"A": "1"}))
+"""
+
+
+def test_a_full_disk_is_a_host_error_that_names_the_place_and_leaves_other_entries_alone(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f'mount -t tmpfs -o size=1m none {place} && exec {sys.executable} -c "$0" {place}'
+    if subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs none {place}"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of their own")
+    done = subprocess.run([*unshare, "sh", "-c", mount, _FULL_DISK], capture_output=True, text=True, timeout=60)
+    full, left, digest = done.stdout.splitlines() or [done.stderr, "", ""]
+    hint = "free some disk or name another --fcvm-cache-dir"
+    assert full == f"no room left in {place}/snapshots: No space left on device | {hint}"
+    assert left == "['large.lock', 'other', 'other.lock'] True"
+    assert digest == "True"
+
+
+def test_a_limit_on_the_size_of_files_is_a_host_error_too(tmp_path: Path) -> None:
+    script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n{_FULL_DISK}"
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(f"no room left in {tmp_path}/snapshots: File too large | free some disk")
+
+
+def test_values_of_environment_variables_are_in_no_file_and_decide_the_digest(store: Store) -> None:
+    shelf = store.shelf("snapshots")
+    digest = store.hidden_digest({"PASSWORD": "tiger-lily"})
+    assert digest == Store(store.root).hidden_digest({"PASSWORD": "tiger-lily"})
+    assert digest != store.hidden_digest({"PASSWORD": "other"})
+    with shelf.locked(digest, "test", pytest.fail):
+        shelf.build(digest, lambda _folder: {"env": digest})
+    for path in store.root.rglob("*"):
+        assert not path.is_file() or b"tiger" not in path.read_bytes()
+    assert (store.root / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_another_store_gives_another_digest_of_the_same_secret(tmp_path: Path) -> None:
+    digests = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        digests.add(Store(tmp_path / name).hidden_digest({"PASSWORD": "tiger-lily"}))
+    assert len(digests) == 2
+
+
+def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from pytest_fcvm.store import Store\n"
+        "sys.stdin.readline(); print(Store(Path(sys.argv[1])).hidden_digest({'A': '1'}))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    racing = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    for process in racing:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert len({process.communicate(timeout=60)[0] for process in racing}) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_holes_cost_nothing_and_count_like_zeros(tmp_path: Path) -> None:
+    sparse, dense = tmp_path / "sparse", tmp_path / "dense"
+    with sparse.open("wb") as file:
+        file.truncate(64 << 30)
+        file.seek(5 << 30)
+        file.write(b"data")
+    started = time.process_time()
+    first = content_digest(sparse)
+    assert time.process_time() - started < 1  # 64 GiB cannot be read in that time
+    with sparse.open("r+b") as file:
+        file.seek(9 << 30)
+        file.write(bytes(1 << 20))  # zeros that are not a hole
+        assert content_digest(sparse) == first
+        file.seek(9 << 30)
+        file.write(b"\1")
+        file.flush()
+        assert content_digest(sparse) != first
+    dense.write_bytes(bytes(1 << 20))
+    with sparse.open("wb") as file:
+        file.truncate(1 << 20)
+    assert content_digest(sparse) == content_digest(dense)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 200_000])
+def test_every_byte_and_the_length_decide_a_contents_digest(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * size)
+    before = content_digest(path)
+    path.write_bytes(b"a" * size + b"\0")
+    assert content_digest(path) != before
+    if size:
+        path.write_bytes(b"a" * (size - 1) + b"b")
+        assert content_digest(path) != before
+
+
+def test_moved_data_is_other_data(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    digests = set()
+    for offset in (0, 65_536, 131_072):
+        path.write_bytes(bytes(offset) + b"x" + bytes(200_000 - offset))
+        digests.add(content_digest(path))
+    assert len(digests) == 3
+
+
+def test_a_waiter_gets_the_lock_as_soon_as_it_is_free(shelf: Shelf) -> None:
+    told: list[str] = []
+    with _process(shelf.path.parent, _KEY, "stops") as builder:
+        assert _next_line(builder) == "building"
+
+        def free_it(text: str) -> None:
+            told.append(text)
+            builder.kill()
+
+        with shelf.locked(_KEY, "test", free_it):
+            assert wait_until(lambda: builder.poll() is not None, Deadline(5))
+    assert told == [f"waiting for pid {builder.pid} (test_x.py::test_y): booting"]
