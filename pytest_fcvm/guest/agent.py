@@ -177,7 +177,7 @@ class Agent:
         return self._workload_exit
 
     def on_workload_exit(self, callback: Callable[[ExitStatus], None]) -> None:
-        """Call back once when the workload has ended: on the session's thread, or now if it already has."""
+        """Call back once when the workload has ended, on the thread that learns of it; now if it already has."""
         with self.session.lock:
             status = self._workload_exit
             if status is None:

@@ -64,8 +64,10 @@ class Peer:
             self._frames.extend(self._parser.feed(data))
         return self._frames.popleft()
 
-    def take_all(self, timeout_s: float = 0.2) -> list[Frame]:
-        """Return the frames of the host until it is silent for so long."""
+    def take_all(self, timeout_s: float = 0.2, until: Callable[[deque[Frame]], bool] = lambda _: True) -> list[Frame]:
+        """Return the frames of the host: those that `until` waits for, and what comes until it is silent for so long."""
+        while not until(self._frames):
+            self._frames.extend(self._parser.feed(self.sock.recv(1 << 16)))
         self.sock.settimeout(timeout_s)
         try:
             while data := self.sock.recv(1 << 16):

@@ -6,7 +6,7 @@ import hashlib
 import random
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -40,7 +40,7 @@ def running(peer_and_agent: tuple) -> tuple:
     return peer, got[0]
 
 
-def data_bytes(frames: list[Frame]) -> int:
+def data_bytes(frames: Iterable[Frame]) -> int:
     return sum(len(frame.payload) - 1 for frame in frames if frame.type is FrameType.DATA)
 
 
@@ -52,12 +52,13 @@ def test_a_writer_sends_its_window_and_then_exactly_what_is_granted(running: tup
     peer, process = running
     data = random.Random(4).randbytes(300_000)
     thread = in_thread(lambda: process.stdin.write(data))
-    frames = peer.take_all()
+    frames = peer.take_all(until=lambda seen: data_bytes(seen) >= PROTOCOL_WINDOW)
     assert data_bytes(frames) == PROTOCOL_WINDOW
     for more in (1, 30_000, 0, 100_000, len(data)):
         peer.send(FrameType.WINDOW, 1, struct.pack("<BI", 0, more))
-        fresh = peer.take_all(0.1)
-        assert data_bytes(fresh) == min(more, len(data) - data_bytes(frames))
+        due = min(more, len(data) - data_bytes(frames))
+        fresh = peer.take_all(0.1, until=lambda seen, due=due: data_bytes(seen) >= due)
+        assert data_bytes(fresh) == due
         frames += fresh
     thread.join(10)
     assert b"".join(frame.payload[1:] for frame in frames) == data
