@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import socket
+import threading
 from collections.abc import Iterable
 
 from pytest_fcvm.engine.qemu.command import USER_NETDEV, forward_rule
@@ -25,6 +25,7 @@ class Forwards:
 
     def __init__(self, monitor: Monitor, ports: Iterable[PublishedPort]) -> None:
         self._monitor = monitor
+        self._lock = threading.RLock()
         self._asked = {(port.proto, port.guest_port): port for port in ports}
         self._known = {
             key: Endpoint(_reachable(port.host_ip), port.host_port)
@@ -35,15 +36,17 @@ class Forwards:
     def find(self, guest_port: int, proto: Proto) -> Endpoint | None:
         """Return the mapping of a guest port if it has one."""
         key = (proto, guest_port)
-        if key in self._asked and key not in self._known:
-            self._read_back()
-        return self._known.get(key)
+        with self._lock:
+            if key in self._asked and key not in self._known:
+                self._read_back()
+            return self._known.get(key)
 
     def add(self, port: PublishedPort) -> Endpoint:
         """Map one more guest port. Raise HostError when the wanted host port cannot be had."""
-        known = self.find(port.guest_port, port.proto)
-        if known is not None:
-            return known
+        with self._lock:
+            return self.find(port.guest_port, port.proto) or self._add(port)
+
+    def _add(self, port: PublishedPort) -> Endpoint:
         answer = self._ask(f"hostfwd_add {USER_NETDEV} {forward_rule(port)}")
         if answer.strip():
             raise _refused(port, answer)
@@ -105,7 +108,7 @@ def _try_to_bind(port: PublishedPort) -> str:
             if port.proto is Proto.TCP:
                 probe.listen()
         except OSError as error:
-            return "the port is taken" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
+            return "the port is taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
     return ""
 
 

@@ -43,7 +43,8 @@ def read_tail(path: Path) -> str:
 
 def tell_end(code: int | None, signal_number: int | None, log: str) -> str:
     """Say in one line how QEMU ended, with its own last words."""
-    words = _last_line(log)
+    # What failed is said before the assertion that ends it.
+    words = _last_line(log, preferred=" error: " if signal_number == signal.SIGABRT else "")
     if signal_number == signal.SIGKILL:
         return "somebody killed QEMU (SIGKILL)"
     if signal_number is not None:
@@ -79,6 +80,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _last_line(log: str) -> str:
+def _last_line(log: str, preferred: str = "") -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return lines[-1].removeprefix("qemu-system-x86_64: ")[-500:] if lines else ""
+    chosen = [line for line in lines if preferred in line] or lines
+    return chosen[-1].removeprefix("qemu-system-x86_64: ")[-500:] if chosen else ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,6 +85,14 @@ def test_publishing_twice_gives_the_same_endpoint(qmp: Any, slirp: Slirp) -> Non
     first = forwards.add(PublishedPort(guest_port=81))
     assert forwards.add(PublishedPort(guest_port=81)) == first == ("127.0.0.1", 40000)
     assert slirp.asked == ["hostfwd_add net0 tcp:127.0.0.1:0-:81", "info usernet"]
+
+
+def test_threads_that_publish_the_same_port_share_one_mapping(qmp: Any, slirp: Slirp) -> None:
+    forwards = Forwards(Monitor(qmp.client), [])
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: forwards.add(PublishedPort(guest_port=81)), range(16)))
+    assert set(found) == {("127.0.0.1", 40000)}
+    assert len(slirp.lines) == 1
 
 
 def test_a_taken_host_port_is_named_with_the_reason(qmp: Any, slirp: Slirp) -> None:

@@ -39,6 +39,12 @@ def die(tmp_path: Path, how: VmExit | None, *, console: str = "", log: str = "")
         (VmExit(signal=signal.SIGKILL), "", "", "VM vm ended: somebody killed QEMU (SIGKILL)"),
         (VmExit(signal=signal.SIGKILL, killed_by_us=True), "", "", "VM vm was killed"),
         (VmExit(signal=signal.SIGSEGV), "", "oops", "VM vm ended: QEMU was killed by SIGSEGV: oops"),
+        (
+            VmExit(signal=signal.SIGABRT),
+            "",
+            "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x0\nkvm.c:3183: Assertion `ret' failed.\n",
+            "VM vm ended: QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0",
+        ),
         (VmExit(signal=64), "", "", "VM vm ended: QEMU was killed by SIGRTMAX"),
         (None, "", "", "VM vm ended: its monitor closed"),
     ],
