@@ -65,7 +65,7 @@ class Peer:
         return self._frames.popleft()
 
     def take_all(self, timeout_s: float = 0.2, until: Callable[[deque[Frame]], bool] = lambda _: True) -> list[Frame]:
-        """Return the frames of the host: those that `until` waits for, and what comes until it is silent for so long."""
+        """Return the frames of the host: what `until` waits for, and more until it is silent for so long."""
         while not until(self._frames):
             self._frames.extend(self._parser.feed(self.sock.recv(1 << 16)))
         self.sock.settimeout(timeout_s)
