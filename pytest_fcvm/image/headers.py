@@ -23,8 +23,8 @@ _TYPES = {
 
 
 def member_header(path: str, node: Node, *, link: str | None = None) -> bytes:
-    """Return the header blocks of a node at `path`, or of another name for the one at `link`. The root's path is ""."""
-    name = _encode(path) or b"."
+    """Return the header blocks of a node at `path`, or of another name for the one at `link`."""
+    name = _encode(path)
     if node.kind is NodeKind.DIRECTORY:
         name += b"/"
     target = _encode(link if link is not None else node.target)

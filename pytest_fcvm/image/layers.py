@@ -61,11 +61,12 @@ def _read_layers(
 
 
 def write_tree(tree: RootTree, contents: Contents, write: Write) -> None:
-    """Write a file system as a tar stream in the order of its walk."""
+    """Write a file system as a tar stream in the order of its walk, without the root: mksquashfs takes none."""
     first_names: dict[Node, str] = {}
     for path, node in tree.walk():
         if node.kind is NodeKind.DIRECTORY:
-            write(member_header(path, node))
+            if path:
+                write(member_header(path, node))
             continue
         known = first_names.setdefault(node, path)
         if known is not path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 import subprocess
 import tempfile
 import threading
@@ -31,9 +32,13 @@ _MEMORY = "512M"
 _PIPE_BYTES = 1 << 20
 _OPTIONS = (
     *("-tar", "-noappend", "-no-progress", "-quiet"),
-    *("-comp", "zstd", "-Xcompression-level", "3", "-b", "131072"),
-    *("-mkfs-time", "0", "-root-time", "0", "-root-mode", "0755", "-mem", _MEMORY),
+    *("-comp", "zstd", "-Xcompression-level", "1", "-b", "131072"),
+    *("-mkfs-time", "0", "-root-mode", "0755", "-root-uid", "0", "-root-gid", "0", "-mem", _MEMORY),
+    "-noI",  # metadata is cheaper to read in the guest, and the root's time can be set (`_settle_root_time`)
 )
+_SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")  # Documentation/filesystems/squashfs.rst
+_ROOT_INODE, _INODE_TABLE = 11, 15
+_METADATA_PLAIN = 0x8000
 
 Write = Callable[[bytes], object]
 
@@ -54,6 +59,7 @@ def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], No
                 write_tree(tree, contents, write)
             else:
                 flatten(layers, write, folder=dest.parent, whiteouts=not image.reference.kind.is_rootfs)
+        _settle_root_time(dest)
     except OSError as error:
         dest.unlink(missing_ok=True)
         raise HostError(
@@ -63,6 +69,18 @@ def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], No
     except BaseException:
         dest.unlink(missing_ok=True)
         raise
+
+
+def _settle_root_time(dest: Path) -> None:
+    """Set the root's time to 0: mksquashfs takes today's for a tar, whatever `-root-time` says (4.5.1)."""
+    with dest.open("r+b") as file:
+        fields = _SUPERBLOCK.unpack(file.read(_SUPERBLOCK.size))
+        block, offset = fields[_INODE_TABLE] + (fields[_ROOT_INODE] >> 16), fields[_ROOT_INODE] & 0xFFFF
+        file.seek(block)
+        (length,) = struct.unpack("<H", file.read(2))
+        if length & _METADATA_PLAIN:
+            file.seek(block + 2 + offset + 8)  # after type, mode, owner and group, two bytes each
+            file.write(bytes(4))
 
 
 @contextmanager
