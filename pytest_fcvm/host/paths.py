@@ -134,7 +134,9 @@ class RunDir:
     ) -> None:
         if os.getpid() == self._owner and self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
-        os.close(self._lock)
+        lock, self._lock = self._lock, -1
+        if lock >= 0:
+            os.close(lock)
 
 
 def is_run_id(name: str) -> bool:

@@ -165,6 +165,7 @@ def test_a_run_directory_is_private_locked_and_gone_at_the_end(run_root: Path) -
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path = run.path
     assert not path.exists()
+    run.__exit__(None, None, None)
 
 
 def test_a_run_directory_that_the_guard_has_removed_ends_quietly(run_root: Path) -> None:
