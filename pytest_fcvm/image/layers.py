@@ -101,9 +101,9 @@ def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> Non
     removed: dict[tuple[str, ...], Node] = {}
     kept = members
     if whiteouts:
-        kept = [member for member in members if not (member.parts and member.parts[-1].startswith(_WHITEOUT))]
+        kept = [member for member in members if not _is_marker(member.parts)]
         for member in members:
-            if member.parts and member.parts[-1].startswith(_WHITEOUT):
+            if _is_marker(member.parts):
                 _remove(tree, member.parts, removed)
     for member in kept:
         node = member.node
@@ -113,8 +113,14 @@ def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> Non
             tree.put(member.parts, node)
 
 
+def _is_marker(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith(_META) for part in parts) or (bool(parts) and parts[-1].startswith(_WHITEOUT))
+
+
 def _remove(tree: RootTree, parts: tuple[str, ...], removed: dict[tuple[str, ...], Node]) -> None:
     *above, name = parts
+    if any(part.startswith(_META) for part in above) or (name.startswith(_META) and name != _OPAQUE):
+        return
     directory = tree.find_directory(tuple(above))
     if name == _OPAQUE:
         if directory is not None:
@@ -122,8 +128,6 @@ def _remove(tree: RootTree, parts: tuple[str, ...], removed: dict[tuple[str, ...
             directory.children.clear()
         return
     hidden = name.removeprefix(_WHITEOUT)
-    if name.startswith(_META):
-        return
     if hidden in ("", ".", ".."):
         raise broken_layer("whiteout of nothing", "/".join(parts))
     if directory is not None and (node := directory.children.pop(hidden, None)) is not None:
