@@ -140,10 +140,11 @@ def _extents(info: tarfile.TarInfo, size: int) -> tuple[Extent, ...]:
         sparse = [(0, info.size)]
     extents, offset, end = [], info.offset_data, 0
     for start, length in sparse:
+        if not length:  # GNU's table is padded with these
+            continue
         if length < 0 or start < end or start + length > info.size:
             raise broken_layer("sparse map is broken", info.name)
-        if length:
-            extents.append(Extent(start, offset, length))
+        extents.append(Extent(start, offset, length))
         offset, end = offset + length, start + length
     if offset > size:
         raise broken_layer("the archive ends early", info.name)
