@@ -6,6 +6,7 @@ import http.client
 import re
 import select
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -16,15 +17,15 @@ from pytest_fcvm.model.net import Endpoint
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 
-__all__ = ["PortTarget", "ReadyTarget", "finalize_ready", "prove_client_path", "wait_until_ready"]
+__all__ = ["ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
 _TRY_S = 5.0  # one answer may take this long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
 
 
-class PortTarget(Protocol):
-    """What a probe of a port needs of a machine."""
+class ReadyTarget(Protocol):
+    """What probes need of a machine."""
 
     def endpoint(self, guest_port: int) -> Endpoint:
         """Return where the host reaches a guest port."""
@@ -37,10 +38,6 @@ class PortTarget(Protocol):
     def pause_for_exit(self, timeout_s: float) -> None:
         """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
         ...
-
-
-class ReadyTarget(PortTarget, Protocol):
-    """What every probe together needs of a machine."""
 
     def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:
         """Run a command in the guest."""
@@ -92,20 +89,79 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
         )
 
 
-def prove_client_path(target: PortTarget, ready: ReadySpec, port: int | None, timeout_s: float) -> None:
-    """Prove that a clone answers on the path a test will use; `port` is where a base that was ready listened.
+class ClientPath:
+    """The path on which a test will reach a clone, tried while the clone still comes to life.
 
-    Raise GuestTimeout with the last answer.
+    It leads to the port on which the base, as its agent saw, listened when it was frozen. The connection is made by a
+    thread of its own, over HTTP with the request: slirp takes both before the guest runs, which finds them there.
     """
-    if port is None:
-        return
-    ask = ReadySpec(mode=ReadyMode.HTTP, port=port, text=ready.text) if ready.mode is ReadyMode.HTTP else None
-    deadline, pause = Deadline(timeout_s), 0.001
-    while answer := _ask_http(target, ask) if ask else _ask_tcp(target, port):
-        if deadline.expired:
-            raise GuestTimeout(f"the clone does not answer on port {port}: {answer}", hint="try --fcvm-rebuild")
-        target.pause_for_exit(pause)
-        pause = min(pause * 2, _LONGEST_PAUSE_S)
+
+    def __init__(self, find_endpoint: Callable[[], Endpoint], ready: ReadySpec) -> None:
+        self._find_endpoint = find_endpoint
+        self._http = ready.text if ready.mode is ReadyMode.HTTP else ""
+        self._connection: socket.socket | None = None
+        self._fault = ""
+        self._thread = threading.Thread(target=self._open, daemon=True, name="fcvm-client-path")
+        self._thread.start()
+
+    def prove(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
+        """Wait until the clone, whose agent has answered, answers on the path too.
+
+        Raise GuestTimeout with the last answer, or what `pause_for_exit` raises when the clone has ended.
+        """
+        deadline, pause = Deadline(timeout_s), 0.001
+        while answer := self._answer():
+            if deadline.expired:
+                raise GuestTimeout(f"the clone's port does not answer: {answer}", hint="try --fcvm-rebuild")
+            pause_for_exit(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE_S)
+            self._open()
+
+    def close(self) -> None:
+        """End the attempt; the VM it leads to must be dead or have answered."""
+        self._thread.join(_TRY_S)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _open(self) -> None:
+        try:
+            host, port = self._find_endpoint()
+            self._connection = socket.create_connection((host, port), timeout=_TRY_S)
+            if self._http:
+                request = f"GET {self._http} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n"
+                self._connection.sendall(request.encode())
+            self._fault = ""
+        except (OSError, FcvmError) as error:
+            self._fault = f"{type(error).__name__}: {error}"
+
+    def _answer(self) -> str:
+        """Return "" when the path works, else what was seen."""
+        self._thread.join(_TRY_S)
+        if self._connection is None:
+            return self._fault or "no connection yet"
+        with self._connection as connection:
+            self._connection = None
+            return self._fault or (_read_status(connection) if self._http else _look_alive(connection))
+
+
+def _read_status(connection: socket.socket) -> str:
+    response = http.client.HTTPResponse(connection, method="GET")
+    try:
+        response.begin()
+    except (OSError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        response.close()
+    return "" if response.status < 400 else f"HTTP status {response.status}"
+
+
+def _look_alive(connection: socket.socket) -> str:
+    try:
+        ended = select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "the connection was closed" if ended else ""
 
 
 def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
@@ -147,7 +203,7 @@ def _ask_exec(target: ReadyTarget, command: str | Sequence[str]) -> str:
     return "" if result.exit_code == 0 else f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
 
 
-def _ask_http(target: PortTarget, ready: ReadySpec) -> str:
+def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
     host, port = target.endpoint(ready.port or 80)
     connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
     try:
@@ -161,7 +217,7 @@ def _ask_http(target: PortTarget, ready: ReadySpec) -> str:
     return "" if response.status < 400 else f"HTTP status {response.status}"
 
 
-def _ask_tcp(target: PortTarget, port: int) -> str:
+def _ask_tcp(target: ReadyTarget, port: int) -> str:
     """Connect on the client's path, ask the agent meanwhile, then look whether the connection still stands.
 
     A connect alone proves nothing: slirp accepts for closed ports and stopped machines.
@@ -170,12 +226,10 @@ def _ask_tcp(target: PortTarget, port: int) -> str:
         with socket.create_connection(target.endpoint(port), timeout=_TRY_S) as connection:
             if not target.listening(port):
                 return "nothing listens there, or on a loopback address alone"
-            if select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK):
-                return "the connection was closed"
+            return _look_alive(connection)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     except FcvmError as error:
         if isinstance(error, GuestTimeout):
             return error.message
         raise
-    return ""

@@ -160,6 +160,21 @@ int network_configure(const struct body *body, struct failure *failure)
     return netlink_commit(failure);
 }
 
+/* Before a snapshot: no connection from the gateway's address is left, and clones need not take it away one by one. */
+int network_forget_peer(struct failure *failure)
+{
+    struct inet host = host_only(&gateway);
+
+    if (!peer_is_own || !gateway.family || interface == loopback)
+        return 0;
+    peer_is_own = false;
+    netlink_begin();
+    netlink_address(false, loopback, &host);
+    netlink_flush_neighbours(interface);
+    add_gateway();
+    return netlink_commit(failure);
+}
+
 /* By ioctl: a clone pays for every part of the kernel that it is the first to run, and netlink's has far more of them. */
 static int change_mac(const uint8_t *old_mac, bool had_mac, struct failure *failure)
 {

@@ -28,7 +28,7 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     if (cgroup_freeze(failure))
         return -1;
     sockets_note_quiesce();
-    return 0;
+    return network_forget_peer(failure);
 }
 
 /* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */
@@ -91,7 +91,13 @@ int personalise(const struct body *body, struct reply *reply, struct failure *fa
         return -1;
     if (names_personalise(body, failure) || set_boot_id(body, failure) || network_personalise(body, failure))
         return -1;
-    if (reset_connections(reply, failure) || hook_run(body, failure))
-        return -1;
-    return cgroup_thaw(failure);
+    return reset_connections(reply, failure) || hook_run(body, failure) ? -1 : 0;
+}
+
+void personalise_thaw(void)
+{
+    struct failure failure = {0};
+
+    if (cgroup_thaw(&failure))
+        report("%s", failure.text);
 }

@@ -7,4 +7,7 @@
 int personalise_quiesce(const struct body *body, struct reply *reply, struct failure *failure);
 int personalise(const struct body *body, struct reply *reply, struct failure *failure);
 
+/* Let the workload go on, once the host has been told that all is set. */
+void personalise_thaw(void);
+
 #endif

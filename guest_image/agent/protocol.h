@@ -71,9 +71,10 @@ enum stream_kind {
     KIND_START = 2,       /* start the workload: ARG+ ENV* CWD USER; REPLY has PID. Once per boot */
     KIND_STATUS = 3,      /* REPLY: STATE (idle|running|exited|frozen), EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
     KIND_METRICS = 4,     /* REPLY: METRIC* "name=value" (units in the name) */
-    KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, reply, then discard input up to SECRET */
+    KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, give up the gateway's address, reply, then discard
+                             input up to SECRET */
     KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
-                             optional; ARG* is a hook command run before the thaw; then the workload is thawed */
+                             optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw */
     KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2 (2: on a loopback address alone) */
     KIND_STOP = 8,        /* SIGNAL to the workload's first process */
     KIND_POWEROFF = 9,

@@ -87,6 +87,10 @@ static int serve(uint32_t id, uint8_t kind, const struct body *body, struct fail
     if (request->verb(body, &reply, failure))
         return -1;
     output_reply(id, 0, reply.bytes, reply.used);
+    if (kind == KIND_PERSONALISE) {
+        output_pump(); /* the host goes on while the workload wakes: its first instructions are the slowest */
+        personalise_thaw();
+    }
     if (kind == KIND_QUIESCE)
         session_quiesce((const unsigned char *)body_find(body, FIELD_SECRET)->bytes);
     return 0;

@@ -12,14 +12,14 @@ from typing import Any
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.machine import Machine
-from pytest_fcvm.engine.protocol import RestorePlan
+from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.ready import prove_client_path
+from pytest_fcvm.ready import ClientPath
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
@@ -100,10 +100,18 @@ class Snapshot:
         timeline = Timeline(monotonic())
         with ExitStack() as room:
             room.enter_context(self._workshop.admit(_VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE))
-            machine = self._restore(name, ports, timeline)
+            vm = self._parts.engine.restore(self._plan(name, ports))
+            timeline.mark("spawn", monotonic())
+            path = self._open_client_path(vm)
+            try:
+                machine = self._meet(vm, name, timeline)
+            except FcvmError:
+                path.close() if path else None
+                raise
             machine.also_close([room.pop_all().close])
         try:
-            prove_client_path(_Probed(machine), self._parts.ready, self.facts["client_port"], _ANSWER_S)
+            if path:
+                path.prove(machine.pause_for_exit, _ANSWER_S)
         except FcvmError as error:
             machine.explain(error)
             machine.close()
@@ -111,21 +119,26 @@ class Snapshot:
         timeline.mark("ready", monotonic())
         return machine
 
-    def _restore(self, name: str, ports: tuple[PublishedPort, ...], timeline: Timeline) -> Machine:
-        plan = RestorePlan(
+    def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
+        return RestorePlan(
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts.rootfs),
             ports=self._with_client_port(ports),
         )
-        vm = self._parts.engine.restore(plan)
-        timeline.mark("spawn", monotonic())
+
+    def _open_client_path(self, vm: Vm) -> ClientPath | None:
+        number = self.facts["client_port"]
+        if number is None:
+            return None
+        return ClientPath(lambda: vm.publish(PublishedPort(guest_port=number)), self._parts.ready)
+
+    def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
-        secret = bytes.fromhex(self.facts["secret"])
         try:
             agent = start_session(
                 vm.channel(),
-                secret,
+                bytes.fromhex(self.facts["secret"]),
                 identity=fresh_identity(name),
                 log_sink=log.append,
                 timeout_s=_RESTORE_S,
@@ -141,19 +154,3 @@ class Snapshot:
         if number is None or any(port.guest_port == number and port.proto == "tcp" for port in ports):
             return ports
         return (*ports, PublishedPort(guest_port=number))
-
-
-class _Probed:
-    """A machine that is not a clone yet, as readiness probes see it."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-
-    def endpoint(self, guest_port: int) -> Endpoint:
-        return self._machine.publisher.publish(PublishedPort(guest_port=guest_port))
-
-    def listening(self, guest_port: int) -> bool:
-        return self._machine.listening(guest_port)
-
-    def pause_for_exit(self, timeout_s: float) -> None:
-        self._machine.pause_for_exit(timeout_s)

@@ -81,13 +81,19 @@ def image(built_image: Callable[[str], str], registry: str) -> Callable[[str], s
     return reference
 
 
-@pytest.fixture
-def cold_cache(fcvm_snapshot_factory: SnapshotFactory, tmp_path: Path) -> Path:
-    """Return a cache folder that has a guest kernel, so that it is not downloaded again, and nothing else."""
+@pytest.fixture(scope="session")
+def kernels(fcvm_snapshot_factory: SnapshotFactory) -> Path:
+    """Return the folder with this session's guest kernel. For the whole session: pytester moves HOME for its tests."""
     fcvm_snapshot_factory()
+    return cache_root(None) / "kernels"
+
+
+@pytest.fixture
+def cold_cache(kernels: Path, tmp_path: Path) -> Path:
+    """Return a cache folder that has a guest kernel, so that it is not downloaded again, and nothing else."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
-    shutil.copytree(cache_root(None) / "kernels", cache / "kernels", symlinks=True)
+    shutil.copytree(kernels, cache / "kernels", symlinks=True)
     (cache / "kernels").chmod(0o700)
     return cache
 
