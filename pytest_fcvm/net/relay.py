@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import struct
 import threading
@@ -16,6 +18,7 @@ __all__ = ["ByteStream", "Relay"]
 
 _CHUNK = 64 * 1024
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_PAUSE_S = 0.05  # after an accept that failed for want of descriptors
 
 
 class ByteStream(Protocol):
@@ -33,6 +36,10 @@ class ByteStream(Protocol):
         """Half-close: say that no more bytes will come."""
         ...
 
+    def reset(self) -> None:
+        """End the connection so that the guest sees a reset; wake whoever waits in another method. Idempotent."""
+        ...
+
     def close(self) -> None:
         """End the connection."""
         ...
@@ -45,43 +52,51 @@ class Relay:
         self._dial = dial
         self._lock = threading.Lock()
         self._listeners: dict[int, socket.socket] = {}
+        self._links: set[_Link] = set()
+        self._over = threading.Event()
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Listen for a guest port and return the address. Idempotent. Raise HostError when the host port is taken."""
         if port.proto is not Proto.TCP:
             raise EngineError("a machine that is being prepared has TCP ports only", hint="use TCP in prepare")
         with self._lock:
+            if self._over.is_set():
+                raise EngineError("the machine that was prepared is gone", hint="use its ports in prepare only")
             if port.guest_port not in self._listeners:
                 self._listeners[port.guest_port] = self._listen(port)
             return Endpoint(*self._listeners[port.guest_port].getsockname())
 
     def close(self) -> None:
-        """Stop listening. Connections end with the machine."""
+        """Stop listening and reset all connections, so that no thread waits for a client that stays; idempotent."""
         with self._lock:
+            self._over.set()
             for listener in self._listeners.values():
                 with suppress(OSError):  # shutdown wakes the thread in accept; close alone does not
                     listener.shutdown(socket.SHUT_RDWR)
                 listener.close()
             self._listeners.clear()
+            for link in self._links:
+                link.reset()
 
     def _listen(self, port: PublishedPort) -> socket.socket:
         try:
             listener = socket.create_server((port.host_ip, port.host_port), backlog=128)
         except OSError as error:
             raise HostError(
-                f"{port.host_ip}:{port.host_port} cannot be listened on: {error.strerror}",
+                f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
                 hint="publish another host port, or 0 for any free one",
             ) from error
-        threading.Thread(target=self._accept, args=(listener, port.guest_port), daemon=True, name="fcvm-relay").start()
+        _start_thread(self._accept, listener, port.guest_port)
         return listener
 
     def _accept(self, listener: socket.socket, guest_port: int) -> None:
-        while True:
+        while not self._over.is_set():
             try:
                 client, _ = listener.accept()
             except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client, guest_port), daemon=True, name="fcvm-relay").start()
+                self._over.wait(_PAUSE_S)
+            else:
+                _start_thread(self._serve, client, guest_port)
 
     def _serve(self, client: socket.socket, guest_port: int) -> None:
         try:
@@ -89,36 +104,95 @@ class Relay:
         except (OSError, FcvmError):
             _reset(client)
             return
-        upward = threading.Thread(target=_pump_up, args=(client, guest), daemon=True, name="fcvm-relay")
-        upward.start()
-        sound = _pump_down(guest, client)
-        if sound:
-            upward.join()
-        _reset(client) if not sound else client.close()
-        guest.close()
+        link = _Link(client, guest)
+        with self._lock:
+            self._links.add(link)
+            if self._over.is_set():
+                link.reset()
+        link.copy()
+        with self._lock:
+            self._links.discard(link)
+        link.close()
 
 
-def _pump_up(client: socket.socket, guest: ByteStream) -> None:
-    with suppress(OSError, FcvmError):
-        while data := client.recv(_CHUNK):
-            guest.sendall(data)
-        guest.shutdown_write()
-        return
-    guest.close()
+class _Link:
+    """A client's connection and the guest's end of it. Each half ends by itself; a break of one end resets both."""
+
+    def __init__(self, client: socket.socket, guest: ByteStream) -> None:
+        self._client, self._guest = client, guest
+        self._broken = threading.Event()
+        self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC)  # a shutdown would wake as well, but send a FIN
+
+    def copy(self) -> None:
+        """Copy both ways until both have ended."""
+        upward = _start_thread(self._pump_up)
+        self._pump_down()
+        upward.join()
+
+    def close(self) -> None:
+        """Give both ends back, after `copy`, when nobody calls `reset` any more."""
+        if self._broken.is_set():
+            _reset(self._client)
+        self._client.close()
+        self._guest.close()
+        os.close(self._wake_out)
+        os.close(self._wake_in)
+
+    def reset(self) -> None:
+        """End both ends by a reset and wake both directions."""
+        if not self._broken.is_set():
+            self._broken.set()
+            os.write(self._wake_in, b"\0")
+        self._guest.reset()
+
+    def _pump_up(self) -> None:
+        try:
+            while data := self._receive():
+                self._guest.sendall(data)
+            self._check_whole()
+            self._guest.shutdown_write()
+        except (OSError, FcvmError):
+            self.reset()
+
+    def _pump_down(self) -> None:
+        try:
+            while data := self._guest.recv(_CHUNK):
+                self._send(data)
+            self._check_whole()
+            self._client.shutdown(socket.SHUT_WR)
+        except (OSError, FcvmError):
+            self.reset()
+
+    def _check_whole(self) -> None:
+        if self._broken.is_set():  # what ended was no half-close
+            raise ConnectionAbortedError
+
+    def _receive(self) -> bytes:
+        self._wait(select.POLLIN)
+        return self._client.recv(_CHUNK)
+
+    def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._wait(select.POLLOUT)
+            with suppress(BlockingIOError):  # room for a byte is not room for all
+                view = view[self._client.send(view, socket.MSG_DONTWAIT) :]
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._client, event)
+        poll.register(self._wake_out, select.POLLIN)
+        if any(descriptor == self._wake_out for descriptor, _ in poll.poll()):
+            raise ConnectionAbortedError
 
 
-def _pump_down(guest: ByteStream, client: socket.socket) -> bool:
-    with suppress(OSError, FcvmError):
-        while data := guest.recv(_CHUNK):
-            client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
-        return True
-    return False
+def _start_thread(func: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=func, args=arguments, daemon=True, name="fcvm-relay")
+    thread.start()
+    return thread
 
 
 def _reset(client: socket.socket) -> None:
     with suppress(OSError):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    with suppress(OSError):
-        client.shutdown(socket.SHUT_RD)  # wakes a thread that still reads
     client.close()
