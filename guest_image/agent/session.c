@@ -66,9 +66,17 @@ void session_fault(const char *format, ...)
     streams_end_all();
 }
 
-void session_quiesce(const unsigned char *new_secret)
+/* Look for it in what was searched for the old one, behind the frame that brings it (see consume): one host may have said
+ * hello and died, and the next one have said hello too, before the guest read any of it. */
+static void set_secret(const unsigned char *new_secret)
 {
     memcpy(secret, new_secret, PROTOCOL_SECRET);
+    searched = input_start;
+}
+
+void session_quiesce(const unsigned char *new_secret)
+{
+    set_secret(new_secret);
     state = DISCARDING;
 }
 
@@ -102,7 +110,7 @@ static void on_hello(const struct frame *frame)
         session_fault("HELLO must have %d bytes and a secret without zero bytes", HELLO_SIZE);
         return;
     }
-    memcpy(secret, frame->payload + 4 + NONCE, PROTOCOL_SECRET);
+    set_secret(frame->payload + 4 + NONCE);
     state = LIVE;
     output_raw(frame->payload + 4, NONCE);
     store_u32(welcome, PROTOCOL_VERSION);
