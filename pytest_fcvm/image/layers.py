@@ -93,7 +93,7 @@ class _Budget:
         self.entries -= 1
         if self.entries < 0:
             raise ImageError("the image has more files than is allowed", hint="use a smaller image")
-        if member.node is not None and member.node.extents:
+        if member.node is not None and member.node.size:
             self.spend_bytes(member.node.size - sum(extent.length for extent in member.node.extents))
 
 
@@ -102,9 +102,11 @@ def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> Non
     kept = members
     if whiteouts:
         kept = [member for member in members if not _is_marker(member.parts)]
-        for member in members:
-            if _is_marker(member.parts):
-                _remove(tree, member.parts, removed)
+        made = {member.parts for member in members if member.node and member.node.kind is NodeKind.DIRECTORY}
+        # Shallow ones first: a parent that goes takes what is below it along.
+        for parts in sorted((member.parts for member in members if _is_marker(member.parts)), key=len):
+            if not _was_link(tree, parts[:-1], made):
+                _remove(tree, parts, removed)
     for member in kept:
         node = member.node
         if node is None:
@@ -115,6 +117,16 @@ def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> Non
 
 def _is_marker(parts: tuple[str, ...]) -> bool:
     return any(part.startswith(_META) for part in parts) or (bool(parts) and parts[-1].startswith(_WHITEOUT))
+
+
+def _was_link(tree: RootTree, parts: tuple[str, ...], made: set[tuple[str, ...]]) -> bool:
+    """Say whether the layer makes a directory of a link on the way; what the link names is then not meant."""
+    for depth in range(1, len(parts) + 1):
+        if parts[:depth] in made:
+            old = tree.find(parts[:depth])
+            if old is not None and old.kind is NodeKind.SYMLINK:
+                return True
+    return False
 
 
 def _remove(tree: RootTree, parts: tuple[str, ...], removed: dict[tuple[str, ...], Node]) -> None:

@@ -16,7 +16,7 @@ from pytest_fcvm.image.tree import Extent, Node, NodeKind, broken_layer, split_n
 __all__ = ["Limits", "Member", "read_members"]
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_HEADER = 8 << 20  # of one extended header; a PAX header with the largest xattrs Linux has is below 1 MiB
+_MAX_HEADER = 8 << 20  # of all headers of one member; a PAX header with the largest xattrs Linux has is below 1 MiB
 _XATTR = "SCHILY.xattr."
 _XATTR_STORED = ("user.", "trusted.", "security.")  # what squashfs can hold
 _XATTR_DROPPED = ("trusted.overlay.", "user.overlay.")  # the guest's own overlay would obey them
@@ -57,12 +57,14 @@ def read_members(file: IO[bytes], layer: int, limits: Limits) -> Iterator[Member
     if not size:
         return
     try:
-        with tarfile.open(fileobj=cast("IO[bytes]", _Guarded(file)), mode="r:", errors="surrogateescape") as archive:
+        guarded = _Guarded(file)
+        with tarfile.open(fileobj=cast("IO[bytes]", guarded), mode="r:", errors="surrogateescape") as archive:
             while (info := archive.next()) is not None:
+                guarded.spent = 0
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 yield _member(info, layer, size, limits)
             _check_end(file, archive)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
         raise broken_layer(f"broken archive ({error})", f"layer {layer + 1}") from error
 
 
@@ -70,7 +72,7 @@ class _Guarded:
     """A file that a hostile header can neither make us hold in memory nor read in a circle."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._furthest = file, 0
+        self._file, self._furthest, self.spent = file, 0, 0
         self.tell = file.tell
         file.seek(0)
 
@@ -81,7 +83,8 @@ class _Guarded:
         return self._file.seek(position)
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
+        self.spent += size  # sparse maps are read block by block
+        if size < 0 or self.spent > _MAX_HEADER:
             raise tarfile.ReadError("a header is too large")
         return self._file.read(size)
 

@@ -33,7 +33,7 @@ _PIPE_BYTES = 1 << 20
 _OPTIONS = (
     *("-tar", "-noappend", "-no-progress", "-quiet"),
     *("-comp", "zstd", "-Xcompression-level", "1", "-b", "131072"),
-    *("-mkfs-time", "0", "-root-mode", "0755", "-root-uid", "0", "-root-gid", "0", "-mem", _MEMORY),
+    *("-mkfs-time", "0", "-root-mode", "0755", "-mem", _MEMORY),
     "-noI",  # metadata is cheaper to read in the guest, and the root's time can be set (`_settle_root_time`)
 )
 _SUPERBLOCK = struct.Struct("<4sIIIIHHHHHHQQQQQQQQ")  # Documentation/filesystems/squashfs.rst
@@ -72,7 +72,11 @@ def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], No
 
 
 def _settle_root_time(dest: Path) -> None:
-    """Set the root's time to 0: mksquashfs takes today's for a tar, whatever `-root-time` says (4.5.1)."""
+    """Set the root's time to 0.
+
+    For a tar mksquashfs 4.5.1 heeds neither -root-uid nor -root-time: the root is its caller's, of today. The owner is
+    never seen (the guest's overlay has a root of its own); the time would make every build another file.
+    """
     with dest.open("r+b") as file:
         fields = _SUPERBLOCK.unpack(file.read(_SUPERBLOCK.size))
         block, offset = fields[_INODE_TABLE] + (fields[_ROOT_INODE] >> 16), fields[_ROOT_INODE] & 0xFFFF
