@@ -21,6 +21,7 @@ __all__ = ["ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
 _TRY_S = 5.0  # one answer may take this long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
+_STANDS_S = 0.05  # a server that is still starting may accept and hang up
 _SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
 
 
@@ -156,9 +157,9 @@ def _read_status(connection: socket.socket) -> str:
     return "" if response.status < 400 else f"HTTP status {response.status}"
 
 
-def _look_alive(connection: socket.socket) -> str:
+def _look_alive(connection: socket.socket, stands_s: float = 0) -> str:
     try:
-        ended = select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK)
+        ended = select.select([connection], [], [], stands_s)[0] and not connection.recv(1, socket.MSG_PEEK)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return "the connection was closed" if ended else ""
@@ -218,7 +219,7 @@ def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
 
 
 def _ask_tcp(target: ReadyTarget, port: int) -> str:
-    """Connect on the client's path, ask the agent meanwhile, then look whether the connection still stands.
+    """Connect on the client's path, ask the agent meanwhile, then look whether the connection stands for a moment.
 
     A connect alone proves nothing: slirp accepts for closed ports and stopped machines.
     """
@@ -226,7 +227,7 @@ def _ask_tcp(target: ReadyTarget, port: int) -> str:
         with socket.create_connection(target.endpoint(port), timeout=_TRY_S) as connection:
             if not target.listening(port):
                 return "nothing listens there, or on a loopback address alone"
-            return _look_alive(connection)
+            return _look_alive(connection, _STANDS_S)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     except FcvmError as error:
