@@ -1,0 +1,424 @@
+"""Readiness, asked of real servers: what counts as an answer, when to give up, and what is told then."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.model.net import Endpoint
+from pytest_fcvm.model.results import ExecResult
+from pytest_fcvm.model.specs import ReadyMode, ReadySpec
+from pytest_fcvm.ready import ClientPath, finalize_ready, wait_until_ready
+
+_HTTP = ReadySpec(mode=ReadyMode.HTTP, port=80, text="/health")
+_TCP = ReadySpec(mode=ReadyMode.TCP, port=80)
+_LONG_S, _SHORT_S = 20.0, 0.5
+
+
+class Target:
+    """A machine whose ports are servers of this process."""
+
+    def __init__(self) -> None:
+        self.ports: dict[int, Endpoint] = {}
+        self.listens = True
+        self.log = ""
+        self.commands: list[str | Sequence[str]] = []
+        self.results: list[ExecResult | Exception] = []
+        self.ended = threading.Event()
+        self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
+        self.on_pause: Callable[[], None] = lambda: None
+
+    def endpoint(self, guest_port: int) -> Endpoint:
+        return self.ports[guest_port]
+
+    def listening(self, guest_port: int) -> bool:  # noqa: ARG002
+        return self.listens
+
+    def pause_for_exit(self, timeout_s: float) -> None:
+        self.on_pause()
+        if self.ended.wait(timeout_s):
+            raise self.reason
+
+    def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:  # noqa: ARG002
+        self.commands.append(cmd)
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def logs(self) -> str:
+        return self.log
+
+
+class _Health(http.server.BaseHTTPRequestHandler):
+    statuses: Iterator[int]
+    asked: list[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Host"]))
+        self.send_response(next(self.statuses))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What is closed after the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def target() -> Target:
+    """A machine without a service."""
+    return Target()
+
+
+@pytest.fixture
+def serve_http(stack: ExitStack, target: Target) -> Callable[..., list[tuple[str, str]]]:
+    """Serve on guest port 80; each request gets the next status, the last one for ever. Return what was asked."""
+
+    def serve(*statuses: int) -> list[tuple[str, str]]:
+        asked: list[tuple[str, str]] = []
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Health", (_Health,), {"statuses": _then_for_ever(statuses), "asked": asked})
+        )
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        stack.callback(server.server_close)
+        stack.callback(server.shutdown)
+        target.ports[80] = Endpoint(*server.server_address[:2])
+        return asked
+
+    return serve
+
+
+@pytest.fixture
+def serve_tcp(stack: ExitStack, target: Target) -> Callable[[Callable[[socket.socket], None]], None]:
+    """Serve on guest port 80: each connection is given to a function."""
+
+    def serve(take: Callable[[socket.socket], None]) -> None:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        stack.callback(lambda: listener.shutdown(socket.SHUT_RDWR))
+
+        def accept() -> None:
+            with suppress(OSError):  # closed after the test
+                while True:
+                    take(stack.enter_context(listener.accept()[0]))
+
+        threading.Thread(target=accept, daemon=True).start()
+        target.ports[80] = Endpoint(*listener.getsockname())
+
+    return serve
+
+
+def _then_for_ever(statuses: Sequence[int]) -> Iterator[int]:
+    yield from statuses
+    while True:
+        yield statuses[-1]
+
+
+def _free_port() -> Endpoint:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return Endpoint(*free.getsockname())
+
+
+def _hang_up(connection: socket.socket) -> None:
+    connection.close()
+
+
+def _reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def _keep(_connection: socket.socket) -> None:
+    """Say nothing, as most servers until they are asked."""
+
+
+def _greet(connection: socket.socket) -> None:
+    connection.sendall(b"220 ready\r\n")
+
+
+def test_a_service_that_answers_is_ready_at_once(
+    target: Target, serve_http: Callable[..., list[tuple[str, str]]]
+) -> None:
+    asked = serve_http(200)
+    wait_until_ready(target, _HTTP, _LONG_S)
+    host, port = target.ports[80]
+    assert asked == [("/health", f"{host}:{port}")]
+
+
+def test_a_service_that_starts_slowly_is_asked_until_it_answers_well(
+    target: Target, serve_http: Callable[..., list[tuple[str, str]]]
+) -> None:
+    asked = serve_http(503, 500, 404, 204)
+    wait_until_ready(target, _HTTP, _LONG_S)
+    assert len(asked) == 4
+
+
+def test_a_service_that_is_not_there_yet_is_waited_for(
+    target: Target, serve_http: Callable[..., list[tuple[str, str]]]
+) -> None:
+    target.ports[80] = _free_port()
+    target.on_pause = lambda: None if target.commands else (target.commands.append("started"), serve_http(301))[0]
+    wait_until_ready(target, _HTTP, _LONG_S)
+    assert target.commands == ["started"]
+
+
+@pytest.mark.parametrize("take", [_keep, _greet])
+def test_a_listener_whose_connection_stands_is_ready(
+    take: Callable[[socket.socket], None], target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
+) -> None:
+    serve_tcp(take)
+    wait_until_ready(target, _TCP, _LONG_S)
+
+
+_LAST_ANSWERS: list[tuple[ReadySpec, Callable[[socket.socket], None] | int | None, str]] = [
+    (_HTTP, 500, r"http:80/health: HTTP status 500"),
+    (_HTTP, None, r"http:80/health: ConnectionRefusedError: .*Connection refused"),
+    (_HTTP, _hang_up, r"http:80/health: (RemoteDisconnected: Remote end closed|ConnectionResetError|BrokenPipeError)"),
+    (_HTTP, _greet, r"http:80/health: BadStatusLine: 220 ready"),
+    (_TCP, None, r"tcp:80: ConnectionRefusedError: .*Connection refused"),
+    (_TCP, _hang_up, r"tcp:80: the connection was closed"),
+    (_TCP, _reset, r"tcp:80: ConnectionResetError"),
+]
+
+
+@pytest.mark.parametrize(("ready", "service", "last"), _LAST_ANSWERS)
+def test_at_the_deadline_the_last_answer_is_told(
+    ready: ReadySpec,
+    service: Callable[[socket.socket], None] | int | None,
+    last: str,
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    serve_tcp: Callable[[Callable[[socket.socket], None]], None],
+) -> None:
+    target.ports[80] = _free_port()
+    if isinstance(service, int):
+        serve_http(service)
+    elif service:
+        serve_tcp(service)
+    with pytest.raises(GuestTimeout) as caught:
+        wait_until_ready(target, ready, _SHORT_S)
+    assert re.match(f"not ready after [01] s: {last}", caught.value.message)
+    assert caught.value.hint == "give --fcvm-ready another condition, or --fcvm-ready-timeout more time"
+
+
+def test_a_port_that_accepts_without_a_listener_in_the_guest_is_not_ready(
+    target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
+) -> None:
+    serve_tcp(_keep)  # as slirp accepts for every port
+    target.listens = False
+    with pytest.raises(GuestTimeout, match="tcp:80: nothing listens there, or on a loopback address alone"):
+        wait_until_ready(target, _TCP, _SHORT_S)
+
+
+@pytest.mark.parametrize(
+    "reason", [WorkloadExited("the workload ended with exit code 3"), EngineError("the VM ended unexpectedly")]
+)
+def test_a_workload_that_ends_is_told_at_once(reason: Exception, target: Target) -> None:
+    target.ports[80] = _free_port()
+    target.reason = reason
+    threading.Timer(0.2, target.ended.set).start()
+    started = monotonic()
+    with pytest.raises(type(reason)) as caught:
+        wait_until_ready(target, _TCP, 60)
+    assert caught.value is reason
+    assert monotonic() - started < 10
+
+
+def test_a_workload_that_ends_before_it_was_asked_for_is_not_ready(target: Target) -> None:
+    target.ended.set()
+    with pytest.raises(WorkloadExited):
+        wait_until_ready(target, ReadySpec(mode=ReadyMode.AGENT), _LONG_S)
+
+
+def test_a_line_of_the_log_is_waited_for(target: Target) -> None:
+    lines = iter(["starting\n", "ready to accept", " connections\n"])
+
+    def more() -> None:
+        target.log += next(lines)
+
+    target.on_pause = more
+    wait_until_ready(target, ReadySpec(mode=ReadyMode.LOG, text="^ready to accept connections$"), _LONG_S)
+    with pytest.raises(GuestTimeout, match="no such line in the workload's log"):
+        wait_until_ready(Target(), ReadySpec(mode=ReadyMode.LOG, text="x"), 0)
+
+
+def test_a_command_is_run_until_it_succeeds(target: Target) -> None:
+    target.results = [
+        ExecResult(exit_code=1, stderr_bytes=b"no"),
+        GuestTimeout("it hangs"),
+        ExecResult(exit_code=0),
+    ]
+    wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="pg_isready"), _LONG_S)
+    assert target.commands == ["pg_isready"] * 3
+
+
+def test_the_last_output_of_a_command_is_told(target: Target) -> None:
+    target.results = [ExecResult(exit_code=2, stdout_bytes=b"no response")]
+    with pytest.raises(GuestTimeout, match="exec:pg_isready: exit code 2: no response"):
+        wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="pg_isready"), 0)
+
+
+def test_a_command_that_can_never_run_is_told_at_once(target: Target) -> None:
+    target.results = [GuestError("the image has no shell to run pg_isready")]
+    with pytest.raises(GuestError, match="no shell"):
+        wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="pg_isready"), _LONG_S)
+
+
+def test_a_health_check_is_run_as_the_image_has_it(target: Target) -> None:
+    target.results = [ExecResult(exit_code=0)]
+    ready = finalize_ready(None, ("CMD-SHELL", "curl -f localhost"), ((80, "tcp"),))
+    wait_until_ready(target, ready, _LONG_S)
+    assert target.commands == [("/bin/sh", "-c", "curl -f localhost")]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "health", "exposed", "final"),
+    [
+        (None, ("CMD", "check", "-x"), [(80, "tcp")], ReadySpec(mode=ReadyMode.HEALTHCHECK, argv=("check", "-x"))),
+        (None, ("NONE",), [(53, "udp"), (80, "tcp"), (90, "tcp")], ReadySpec(mode=ReadyMode.TCP, port=80)),
+        (None, (), [(53, "udp")], ReadySpec(mode=ReadyMode.AGENT)),
+        (None, (), [], ReadySpec(mode=ReadyMode.AGENT)),
+        (_HTTP, ("CMD", "check"), [(80, "tcp")], _HTTP),
+        (
+            ReadySpec(mode=ReadyMode.HEALTHCHECK),
+            ("CMD", "check"),
+            [],
+            ReadySpec(mode=ReadyMode.HEALTHCHECK, argv=("check",)),
+        ),
+    ],
+)
+def test_what_is_asked_for_goes_before_what_the_image_says(
+    wanted: ReadySpec | None, health: Sequence[str], exposed: Sequence[tuple[int, str]], final: ReadySpec
+) -> None:
+    assert finalize_ready(wanted, health, exposed) == final
+
+
+@pytest.mark.parametrize("health", [(), ("NONE",)])
+def test_a_health_check_that_the_image_does_not_have_is_a_usage_problem(health: Sequence[str]) -> None:
+    with pytest.raises(UsageProblem, match="the image has no HEALTHCHECK") as caught:
+        finalize_ready(ReadySpec(mode=ReadyMode.HEALTHCHECK), health, [(80, "tcp")])
+    assert caught.value.hint == "use ready=tcp:PORT, http:PORT/path or exec:COMMAND"
+
+
+@pytest.fixture
+def open_path(stack: ExitStack, target: Target) -> Callable[[ReadySpec], ClientPath]:
+    """Try guest port 80 of a clone."""
+
+    def begin(ready: ReadySpec) -> ClientPath:
+        path = ClientPath(lambda: target.endpoint(80), ready)
+        stack.callback(path.close)
+        return path
+
+    return begin
+
+
+def test_a_clone_is_asked_once_when_it_answers(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    asked = serve_http(200)
+    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    host, port = target.ports[80]
+    assert asked == [("/health", f"{host}:{port}")]
+
+
+def test_a_clone_is_asked_again_until_it_answers_well(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    asked = serve_http(503, 404, 302)
+    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("ready", [_TCP, ReadySpec(mode=ReadyMode.LOG, text="x"), ReadySpec(mode=ReadyMode.AGENT)])
+def test_without_http_a_connection_that_stands_proves_a_clone(
+    ready: ReadySpec,
+    target: Target,
+    serve_tcp: Callable[[Callable[[socket.socket], None]], None],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    serve_tcp(_keep)
+    open_path(ready).prove(target.pause_for_exit, _LONG_S)
+
+
+def test_a_clone_whose_port_opens_late_is_waited_for(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    target.ports[80] = _free_port()
+    path = open_path(_HTTP)
+    target.on_pause = lambda: None if target.commands else (target.commands.append("started"), serve_http(200))[0]
+    path.prove(target.pause_for_exit, _LONG_S)
+    assert target.commands == ["started"]
+
+
+@pytest.mark.parametrize(
+    ("ready", "service", "last"), [case for case in _LAST_ANSWERS if case[1] not in (_hang_up, _reset)]
+)
+def test_a_clone_that_does_not_answer_is_told_with_the_last_answer(
+    ready: ReadySpec,
+    service: Callable[[socket.socket], None] | int | None,
+    last: str,
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    serve_tcp: Callable[[Callable[[socket.socket], None]], None],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    target.ports[80] = _free_port()
+    if isinstance(service, int):
+        serve_http(service)
+    elif service:
+        serve_tcp(service)
+    with pytest.raises(GuestTimeout) as caught:
+        open_path(ready).prove(target.pause_for_exit, 0.1)
+    assert re.match(f"the clone's port does not answer: {last.partition(': ')[2]}", caught.value.message)
+    assert caught.value.hint == "try --fcvm-rebuild"
+
+
+def test_a_clone_whose_port_cannot_be_mapped_is_told_why(target: Target) -> None:
+    def fail() -> Endpoint:
+        raise EngineError("the VM is gone")
+
+    path = ClientPath(fail, _TCP)
+    with pytest.raises(GuestTimeout, match="EngineError: the VM is gone"):
+        path.prove(target.pause_for_exit, 0)
+    path.close()
+
+
+def test_a_clone_that_ends_is_told_at_once(target: Target, open_path: Callable[[ReadySpec], ClientPath]) -> None:
+    target.ports[80] = _free_port()
+    target.ended.set()
+    with pytest.raises(WorkloadExited):
+        open_path(_TCP).prove(target.pause_for_exit, 60)
+
+
+def test_a_path_that_was_never_proven_leaves_no_connection_and_no_thread(
+    target: Target, stack: ExitStack, open_path: Callable[[ReadySpec], ClientPath]
+) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    target.ports[80] = Endpoint(*listener.getsockname())
+    path = open_path(_TCP)
+    connection = stack.enter_context(listener.accept()[0])
+    path.close()
+    connection.settimeout(_LONG_S)
+    assert connection.recv(1) == b""
+    assert "fcvm-client-path" not in [thread.name for thread in threading.enumerate()]
