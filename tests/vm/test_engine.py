@@ -30,6 +30,7 @@ from pytest_fcvm.engine.protocol import (
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.kernel.initramfs import build_initramfs
@@ -187,7 +188,8 @@ def test_kvm_is_used_only_if_the_kernel_has_booted_under_it(bench: Bench) -> Non
 
 
 def test_a_probe_leaves_no_process_and_no_memory_behind(bench: Bench) -> None:
-    assert [path.name for path in bench.supervisor.run_dir.iterdir() if path.name.startswith("smoke")] == []
+    gone = wait_until(lambda: not any(bench.supervisor.run_dir.glob("smoke*")), Deadline(LIFE_S))
+    assert gone, list(bench.supervisor.run_dir.iterdir())
 
 
 def test_emulation_can_be_asked_for(bench: Bench) -> None:
