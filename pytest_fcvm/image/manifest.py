@@ -14,7 +14,7 @@ from pytest_fcvm.errors import ImageError
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 
-__all__ = ["ImageFolder", "digest_of", "read_image_folder"]
+__all__ = ["ImageFolder", "digest_of", "listed_digests", "read_image_folder"]
 
 _DIGEST = re.compile(r"(sha256|sha384|sha512):[0-9a-f]{64,128}")
 _LARGEST_JSON = 16 << 20
@@ -54,6 +54,12 @@ def read_image_folder(folder: Path, *, arch: str) -> ImageFolder:
         raise _broken(f"its manifest lacks a field ({error})") from error
     _check_platform(document, arch)
     return ImageFolder(digest=digest_of(raw), config=ImageConfig.from_image(document), layers=layers)
+
+
+def listed_digests(raw: bytes) -> frozenset[str]:
+    """Return the digests of an index's manifests; none for a manifest."""
+    entries = _document(raw, "manifest").get("manifests")
+    return frozenset(str(entry.get("digest")) for entry in entries or () if isinstance(entry, dict))
 
 
 def _layers(folder: Path, entries: list[Mapping[str, Any]], document: Mapping[str, Any]) -> tuple[LayerBlob, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,46 +13,43 @@ from typing import Any
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
-__all__ = ["Record", "find_record", "save_record", "take_stamps"]
+__all__ = ["Record", "Stamp", "find_record", "save_record", "stamp_path"]
 
 _SCHEMA = 1
-# Where podman and skopeo keep their list of images; both write it anew whenever an image comes, goes or is renamed.
-_STORAGE_LISTS = ("/var/lib/containers/storage", "~/.local/share/containers/storage")
+# The file that changes whenever what the folder holds under its tags does
+_ENTRANCE = {ImageKind.OCI: "index.json", ImageKind.DIR: "manifest.json"}
 
-Stamps = Mapping[str, list[int]]
+Stamp = str | list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a reference meant. `asked` is the digest of what the registry answered: an index's, or the manifest's."""
+    """What a reference meant, and the stamp its source had then."""
 
     digest: str
     config: ImageConfig
-    asked: str = ""
+    stamp: Stamp = ""
 
 
 def find_record(folder: Path, reference: ImageReference, arch: str) -> Record | None:
-    """Return what is known of a reference, None when that is nothing or when its file has changed since."""
+    """Return what is known of a reference, None when that is nothing or cannot be read."""
     try:
         data = json.loads(_path(folder, reference, arch).read_text())
-        if (data["schema"], data["name"], data["arch"]) != (_SCHEMA, _identity(reference), arch):
+        if (data["schema"], data["name"], data["arch"]) != (_SCHEMA, reference.source, arch):
             return None
-        if data["stamps"] != take_stamps(reference):
-            return None
-        return Record(digest=data["digest"], config=ImageConfig.from_json(data["config"]), asked=data["asked"])
+        return Record(digest=data["digest"], config=ImageConfig.from_json(data["config"]), stamp=data["stamp"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def save_record(folder: Path, reference: ImageReference, arch: str, record: Record, stamps: Stamps) -> None:
-    """Remember a reference. `stamps` are those from before the image was read."""
+def save_record(folder: Path, reference: ImageReference, arch: str, record: Record) -> None:
+    """Remember a reference. Nothing is left of a record that cannot be written whole."""
     data: dict[str, Any] = {
         "schema": _SCHEMA,
-        "name": _identity(reference),
+        "name": reference.source,
         "arch": arch,
-        "stamps": stamps,
+        "stamp": record.stamp,
         "digest": record.digest,
-        "asked": record.asked,
         "config": record.config.to_json(),
     }
     path = _path(folder, reference, arch)
@@ -68,39 +64,12 @@ def save_record(folder: Path, reference: ImageReference, arch: str, record: Reco
         raise
 
 
-def take_stamps(reference: ImageReference) -> Stamps:
-    """Return (dev, inode, size, mtime, ctime) of the files that change when a local image does; none for a registry's.
-
-    Raise OSError when the image's own path is not there.
-    """
-    if reference.path is not None:
-        return _stamp_all(_files(reference.kind, reference.path))
-    if reference.kind is ImageKind.CONTAINERS_STORAGE:
-        lists = (Path(root).expanduser() / "overlay-images/images.json" for root in _STORAGE_LISTS)
-        return _stamp_all([path for path in lists if path.exists()])
-    return {}
-
-
-def _files(kind: ImageKind, path: Path) -> list[Path]:
-    if kind is ImageKind.OCI:
-        return [path / "index.json"]
-    if kind is ImageKind.DIR:
-        return [path / "manifest.json"]
-    return [path]
-
-
-def _stamp_all(paths: list[Path]) -> Stamps:
-    stamps = {}
-    for path in paths:
-        status = path.stat()
-        stamps[str(path)] = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    return stamps
-
-
-def _identity(reference: ImageReference) -> str:
-    return reference.skopeo or f"{reference.kind}:{reference.path}"
+def stamp_path(kind: ImageKind, path: Path) -> list[int]:
+    """Return (dev, inode, size, mtime, ctime) of the file that changes when a local image does. Raise OSError."""
+    status = (path / _ENTRANCE[kind] if kind in _ENTRANCE else path).stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _path(folder: Path, reference: ImageReference, arch: str) -> Path:
-    name = hashlib.sha256(f"{arch} {_identity(reference)}".encode("utf-8", "surrogateescape")).hexdigest()
+    name = hashlib.sha256(f"{arch} {reference.source}".encode("utf-8", "surrogateescape")).hexdigest()
     return folder / f"reference-{name[:32]}.json"

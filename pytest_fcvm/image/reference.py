@@ -61,6 +61,11 @@ class ImageReference:
         return self.skopeo.partition(":")[2].removeprefix("//") if self.skopeo else str(self.path)
 
     @property
+    def source(self) -> str:
+        """Return one spelling for every way to write the same reference."""
+        return self.skopeo or f"{self.kind}:{self.path}"
+
+    @property
     def is_local_registry(self) -> bool:
         """Say whether the registry listens on this machine's loopback, where TLS is not expected."""
         host = self.registry.rpartition(":")[0] if _PORT.search(self.registry) else self.registry

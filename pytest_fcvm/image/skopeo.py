@@ -11,7 +11,7 @@ from pytest_fcvm.host.process import ToolFailed, condense, find_tool, resolve_to
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 from pytest_fcvm.image.tools import ends_with_us
 
-__all__ = ["ask_manifest", "copy_image"]
+__all__ = ["ask_docker", "ask_manifest", "copy_image"]
 
 _COPY_S, _ASK_S, _LOCAL_S = 1800.0, 120.0, 20.0
 _POLICIES = (Path("/etc/containers/policy.json"), Path("~/.config/containers/policy.json"))
@@ -53,6 +53,17 @@ def ask_manifest(reference: ImageReference) -> bytes:
         return _skopeo(argv, timeout_s=_ASK_S).encode("utf-8", "surrogateescape")
     except ToolFailed as error:
         raise _image_error(error, reference, "amd64") from None
+
+
+def ask_docker(reference: ImageReference) -> str | None:
+    """Return the id of an image of Docker's, None when docker's own command cannot tell; skopeo would copy it all."""
+    docker = find_tool("docker")
+    if docker is None:
+        return None
+    try:
+        return run_tool([docker, "image", "inspect", "--format", "{{.Id}}", reference.name], timeout_s=_LOCAL_S)
+    except ToolFailed:
+        return None
 
 
 def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:

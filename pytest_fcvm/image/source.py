@@ -13,10 +13,10 @@ from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
-from pytest_fcvm.image.manifest import digest_of, read_image_folder
-from pytest_fcvm.image.records import Record, find_record, save_record, take_stamps
+from pytest_fcvm.image.manifest import digest_of, listed_digests, read_image_folder
+from pytest_fcvm.image.records import Record, Stamp, find_record, save_record, stamp_path
 from pytest_fcvm.image.reference import ImageKind, ImageReference
-from pytest_fcvm.image.skopeo import ask_manifest, copy_image
+from pytest_fcvm.image.skopeo import ask_docker, ask_manifest, copy_image
 from pytest_fcvm.store import canonical_digest
 
 __all__ = ["PullPolicy", "PulledImage", "resolve_image"]
@@ -50,7 +50,6 @@ class PulledImage:
     def layers(self) -> tuple[LayerBlob, ...]:
         """Return the layers, lowest first; none for a directory. Raise ImageError when they cannot be had."""
         if self._layers is None:
-            self.make_folder()
             pinned = self.reference.at_digest(self.digest)
             if self._copy(pinned) != self.digest:
                 raise ImageError(
@@ -63,11 +62,9 @@ class PulledImage:
     def pull(self) -> None:
         """Fetch the image the reference names now; digest and configuration become its."""
         self.digest = ""
-        self.make_folder()
         self.digest = self._copy(self.reference)
 
-    def make_folder(self) -> Path:
-        """Make the folder for what is needed until `discard`, empty."""
+    def _make_folder(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         try:
             self.folder.mkdir(mode=0o700, parents=True)
@@ -75,7 +72,6 @@ class PulledImage:
             raise HostError(
                 f"{self.folder.parent} cannot be written: {error.strerror}", hint="name another --fcvm-cache-dir"
             ) from error
-        return self.folder
 
     def discard(self) -> None:
         """Remove the layers. Digest and configuration stay; layers asked for later are fetched again."""
@@ -87,9 +83,10 @@ class PulledImage:
         self.digest, self.config = record.digest, record.config
 
     def _copy(self, reference: ImageReference) -> str:
+        if reference.kind.is_rootfs:
+            return self._read_rootfs()
+        self._make_folder()
         try:
-            if reference.kind.is_rootfs:
-                return self._read_rootfs()
             self._progress(f"pulling {reference.text}")
             copy_image(reference, self.folder / "image", arch=self.arch)
             found = read_image_folder(self.folder / "image", arch=self.arch)
@@ -115,33 +112,52 @@ def resolve_image(
 ) -> PulledImage:
     """Return the image a reference names, from last time's record where the policy and the image's files allow.
 
-    Raise ImageError when it cannot be had or is not for `arch`, HostError when skopeo or disk space is lacking. The
-    caller holds a lock on the reference.
+    What lies on this machine is looked at every time, whatever the policy. Raise ImageError when the image cannot be
+    had or is not for `arch`, HostError when skopeo or disk space is lacking. The caller holds a lock on the reference.
     """
     image = PulledImage(reference, images_dir, arch, progress)
-    try:
-        stamps = take_stamps(reference)
-    except OSError as error:
-        raise ImageError(f"image {reference.text} cannot be read: {error}", hint="check the path") from error
-    record = find_record(images_dir, reference, arch) if reference.kind is not ImageKind.ROOTFS_DIR else None
-    asked = ""
-    if reference.kind.is_remote and pull is PullPolicy.ALWAYS and not reference.pinned_digest:
-        progress(f"asking {reference.registry} for {reference.text}")
-        asked = digest_of(ask_manifest(reference))
-        record = record if record and record.asked == asked else None
-    if record is not None:
-        image.know(record)
-        return image
-    if reference.kind.is_remote and pull is PullPolicy.NEVER:
+    stamp = _take_stamp(reference)
+    record = find_record(images_dir, reference, arch)
+    if record is not None and record.stamp == stamp and stamp is not None:
+        if pull is not PullPolicy.ALWAYS or not _has_moved(reference, record, progress):
+            image.know(record)
+            return image
+    elif reference.kind.is_remote and pull is PullPolicy.NEVER:
         raise ImageError(
             f"image {reference.text} is not in the cache and may not be pulled",
             hint="run once with --fcvm-pull missing",
         )
     image.pull()
-    if reference.kind is not ImageKind.ROOTFS_DIR:
-        known = Record(digest=image.digest, config=image.config, asked=asked or image.digest)
-        save_record(images_dir, reference, arch, known, stamps)
+    if stamp is not None:
+        save_record(images_dir, reference, arch, Record(digest=image.digest, config=image.config, stamp=stamp))
     return image
+
+
+def _take_stamp(reference: ImageReference) -> Stamp | None:
+    """Return what changes when the image on this machine does, "" for a registry's, None when that cannot be told."""
+    try:
+        if reference.kind is ImageKind.ROOTFS_DIR:
+            return None
+        if reference.path is not None:
+            return stamp_path(reference.kind, reference.path)
+    except OSError as error:
+        raise ImageError(
+            f"image {reference.text} cannot be read: {error.filename}: {error.strerror}", hint="check the path"
+        ) from error
+    if reference.kind is ImageKind.CONTAINERS_STORAGE:
+        return digest_of(ask_manifest(reference))
+    if reference.kind is ImageKind.DOCKER_DAEMON:
+        return ask_docker(reference)
+    return ""
+
+
+def _has_moved(reference: ImageReference, record: Record, progress: Progress) -> bool:
+    """Ask the registry whether the reference names another image than last time."""
+    if not reference.kind.is_remote or reference.pinned_digest:
+        return False
+    progress(f"asking {reference.registry} for {reference.text}")
+    manifest = ask_manifest(reference)
+    return digest_of(manifest) != record.digest and record.digest not in listed_digests(manifest)
 
 
 def _file_digest(path: Path) -> str:

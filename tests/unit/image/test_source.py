@@ -1,0 +1,344 @@
+"""References resolved: local images by the real skopeo, records, what changes are noticed, what is left behind."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+from fakes.images import HandmadeImage, entry, sha256, tar_of
+
+from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.janitor import sweep_temporary
+from pytest_fcvm.image.reference import parse_reference
+from pytest_fcvm.image.source import PulledImage, PullPolicy, resolve_image
+
+pytestmark = pytest.mark.skipif(not shutil.which("skopeo"), reason="skopeo is not installed")
+
+HEALTH = {"Test": ["CMD-SHELL", "curl -f localhost"], "Interval": 5_000_000_000, "Retries": 7}
+CONFIG = {"Entrypoint": ["/entry"], "Cmd": ["run"], "Env": ["A=1"], "Healthcheck": HEALTH}
+LAYERS = [tar_of(entry("a", b"one")), tar_of(entry("b", b"two"))]
+
+
+@pytest.fixture
+def resolve(tmp_path):
+    """Resolve a reference, relative to tmp_path. `said` has the progress of all calls."""
+    (tmp_path / "images").mkdir()
+
+    def resolve_one(text, pull="missing", **options) -> PulledImage:
+        return resolve_image(
+            parse_reference(text, base=tmp_path),
+            images_dir=tmp_path / "images",
+            pull=PullPolicy(pull),
+            progress=resolve_one.said.append,
+            **options,
+        )
+
+    resolve_one.said = []
+    return resolve_one
+
+
+def left(tmp_path):
+    return sorted(path.name for path in (tmp_path / "images").iterdir() if not path.name.startswith("reference-"))
+
+
+def write_every_kind(folder):
+    """Write one image in every layout and return the references."""
+    image = HandmadeImage(layers=LAYERS, config=CONFIG)
+    image.write_dir(folder / "d")
+    HandmadeImage(layers=LAYERS, config=CONFIG, oci=True).write_oci(folder / "o")
+    copies = {"docker-archive:da.tar": "docker-archive:{}/da.tar:x/y:1", "oci-archive:oa.tar": "oci-archive:{}/oa.tar"}
+    for destination in copies.values():
+        command = ["skopeo", "copy", "--quiet", f"dir:{folder}/d", destination.format(folder)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return ["dir:d", "oci:o", "oci:o:latest", *copies]
+
+
+def test_an_image_of_every_local_kind_is_resolved_and_found_again_without_skopeo(tmp_path, resolve, monkeypatch):
+    references = write_every_kind(tmp_path)
+    first = [resolve(text) for text in references]
+    for image in first:
+        assert image.config.argv(None) == ("/entry", "run")
+        assert len(image.layers) == 2
+        image.discard()
+    assert left(tmp_path) == []
+    monkeypatch.setenv("PATH", "/nonexistent")
+    resolve.said.clear()
+    again = [resolve(text) for text in references]
+    assert [image.digest for image in again] == [image.digest for image in first]
+    assert [image.config for image in again] == [image.config for image in first]
+    assert resolve.said == []
+    assert left(tmp_path) == []
+
+
+def test_a_docker_healthcheck_survives(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS, config=CONFIG).write_dir(tmp_path / "d")
+    health = resolve("dir:d").config.healthcheck
+    assert health is not None
+    assert (health.test, health.interval_s, health.retries) == (("CMD-SHELL", "curl -f localhost"), 5.0, 7)
+    assert health == resolve("dir:d").config.healthcheck
+
+
+def test_the_digest_is_the_manifests(tmp_path, resolve):
+    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    assert resolve("dir:d").digest == sha256((folder / "manifest.json").read_bytes())
+
+
+def test_a_known_image_is_resolved_within_milliseconds(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    resolve("dir:d").discard()
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        resolve("dir:d")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.005
+
+
+def test_layers_are_fetched_again_only_when_they_are_asked_for(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    resolve("dir:d").discard()
+    image = resolve("dir:d")
+    assert left(tmp_path) == []
+    assert [layer.diff_id for layer in image.layers] == [sha256(layer) for layer in LAYERS]
+    assert all(layer.path.is_file() for layer in image.layers)
+    assert len(left(tmp_path)) == 1
+    image.discard()
+    assert left(tmp_path) == []
+
+
+def test_the_layers_folder_is_swept_when_its_process_was_killed_and_spared_while_its_lock_is_held(tmp_path, resolve):
+    from pytest_fcvm.store import Shelf, canonical_digest
+
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    name = canonical_digest({"image": "dir:d"})
+    with Shelf(path=tmp_path / "images").locked(name, "test", print):
+        resolve("dir:d")
+        (folder,) = [path for path in (tmp_path / "images").iterdir() if path.is_dir()]
+        assert sweep_temporary(tmp_path / "images") == []
+        assert folder.exists()
+    assert sweep_temporary(tmp_path / "images") == [folder.name]
+
+
+def replace_image(folder, **changes):
+    shutil.rmtree(folder)
+    return HandmadeImage(**{"layers": LAYERS, **changes}).write_dir(folder)
+
+
+def test_a_changed_local_image_is_noticed(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    old = resolve("dir:d")
+    replace_image(tmp_path / "d", layers=LAYERS[:1])
+    for policy in ("never", "missing", "always"):
+        new = resolve("dir:d", policy)
+        assert new.digest != old.digest
+    assert len(new.layers) == 1
+
+
+def test_a_tar_of_a_root_filesystem_is_known_by_its_content(tmp_path, resolve):
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(LAYERS[0])
+    assert resolve("a.tar").digest == resolve("b.tar").digest == sha256(LAYERS[0])
+    (tmp_path / "a.tar").write_bytes(LAYERS[1])
+    assert resolve("a.tar").digest == sha256(LAYERS[1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: (root / "etc/a").write_bytes(b"other"),
+        lambda root: (root / "etc/a").chmod(0o600),
+        lambda root: (root / "etc/b").touch(),
+        lambda root: (root / "link").symlink_to("etc"),
+        lambda root: os.utime(root / "etc/a", (5, 5)),
+    ],
+)
+def test_a_changed_directory_has_another_digest(tmp_path, resolve, change):
+    root = tmp_path / "tree"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/a").write_bytes(b"equal")
+    first = resolve("./tree")
+    assert resolve("./tree").digest == first.digest
+    change(root)
+    assert resolve("./tree").digest != first.digest
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"schema": 1}', b"\xff\xfe", b"[]", b"null"])
+def test_a_damaged_record_is_as_good_as_none(tmp_path, resolve, damage):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    digest = resolve("dir:d").digest
+    (record,) = (tmp_path / "images").glob("reference-*.json")
+    record.write_bytes(damage)
+    assert resolve("dir:d").digest == digest
+    assert record.read_bytes() != damage
+
+
+def test_the_platform_of_an_index_is_chosen_by_the_architecture(tmp_path, resolve):
+    arm = HandmadeImage(layers=LAYERS[:1], architecture="arm64", oci=True)
+    HandmadeImage(layers=LAYERS, oci=True).write_oci(tmp_path / "o", platforms=[arm])
+    assert resolve("oci:o").config.architecture == "amd64"
+    assert resolve("oci:o", arch="arm64").config.architecture == "arm64"
+    assert resolve("oci:o").config.architecture == "amd64"
+
+
+def test_an_index_without_the_platform_is_an_error_that_says_so(tmp_path, resolve):
+    arm = HandmadeImage(layers=LAYERS, architecture="arm64", oci=True)
+    arm.write_oci(tmp_path / "o", platforms=[HandmadeImage(layers=LAYERS, architecture="riscv64", oci=True)])
+    with pytest.raises(ImageError) as caught:
+        resolve("oci:o")
+    assert "linux/amd64" in caught.value.hint
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("platform", [{"architecture": "arm64"}, {"system": "windows"}])
+def test_an_image_of_another_platform_is_an_error_that_says_so(tmp_path, resolve, platform):
+    HandmadeImage(layers=LAYERS, **platform).write_dir(tmp_path / "d")
+    with pytest.raises(ImageError, match="this machine's guests are linux/amd64"):
+        resolve("dir:d")
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_an_archive_of_several_images_wants_a_name(tmp_path, resolve):
+    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    for tag in ("1", "2"):
+        command = ["skopeo", "copy", "--quiet", f"dir:{folder}", f"oci:{tmp_path}/o:{tag}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    with pytest.raises(ImageError) as caught:
+        resolve("oci:o")
+    assert "oci:PATH:TAG" in caught.value.hint
+    assert resolve("oci:o:2").digest
+
+
+def test_a_reference_to_a_missing_tag_is_an_error_of_the_image(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS, oci=True).write_oci(tmp_path / "o")
+    with pytest.raises(ImageError, match="image oci:o:2 cannot be had"):
+        resolve("oci:o:2")
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"no json",
+        b"[" * 100_000,
+        b'{"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json"}',
+    ],
+)
+def test_a_broken_manifest_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve, manifest):
+    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    (folder / "manifest.json").write_bytes(manifest)
+    with pytest.raises(ImageError):
+        resolve("dir:d")
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_damaged_blob_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve):
+    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    blob = max((path for path in folder.iterdir() if len(path.name) == 64), key=lambda path: path.stat().st_size)
+    blob.write_bytes(b"damage")
+    with pytest.raises(ImageError):
+        resolve("dir:d")
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_without_skopeo_the_package_is_named(tmp_path, resolve, monkeypatch):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    monkeypatch.setattr(shutil, "which", lambda *_args, **_kw: None)
+    with pytest.raises(HostError, match="skopeo is not installed") as caught:
+        resolve("dir:d")
+    assert caught.value.hint == "apt-get install skopeo"
+    assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_full_disk_while_pulling_is_an_error_of_the_host(tmp_path, resolve, monkeypatch):
+    HandmadeImage(layers=[tar_of(entry("noise", os.urandom(3_000_000)))]).write_dir(tmp_path / "d")
+    shim = tmp_path / "bin" / "skopeo"
+    shim.parent.mkdir()
+    # skopeo's words for ENOSPC; the limit on a file's size would end it by a signal
+    shim.write_text(
+        '#!/bin/sh\necho \'time="x" level=fatal msg="writing blob: write /x: no space left on device"\' >&2\nexit 1\n'
+    )
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
+    with pytest.raises(HostError, match="no room left") as caught:
+        resolve("dir:d")
+    assert "--fcvm-cache-dir" in caught.value.hint
+    assert left(tmp_path) == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_of_the_host(tmp_path, resolve):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    (tmp_path / "images").rmdir()
+    (tmp_path / "images").write_text("a file")
+    with pytest.raises(HostError, match="cannot be written"):
+        resolve("dir:d")
+
+
+def test_podmans_storage_is_looked_at_every_time(tmp_path, resolve):
+    storage = f"[vfs@{tmp_path}/storage+{tmp_path}/run]localhost/x:1"
+    for layers in (LAYERS, LAYERS[:1]):
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        HandmadeImage(layers=layers, config=CONFIG).write_dir(tmp_path / "d")
+        command = ["skopeo", "copy", "--quiet", f"dir:{tmp_path}/d", f"containers-storage:{storage}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"skopeo cannot write to containers-storage here: {done.stderr[-200:]}")
+        image = resolve(f"containers-storage:{storage}")
+        assert len(image.layers) == len(layers)
+        image.discard()
+        resolve.said.clear()
+        assert resolve(f"containers-storage:{storage}", "never").digest == image.digest
+        assert resolve.said == []
+
+
+def test_the_hint_names_what_podman_has(tmp_path, resolve, monkeypatch):
+    shim = tmp_path / "bin" / "podman"
+    shim.parent.mkdir()
+    shim.write_text('#!/bin/sh\n[ "$1 $2" = "image inspect" ] && echo localhost/mine:latest\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("pytest_fcvm.image.skopeo._ASK_S", 20.0)
+    with pytest.raises(ImageError) as caught:
+        resolve("localhost:1/mine")
+    assert "containers-storage:localhost/mine:latest" in caught.value.hint
+
+
+def test_skopeo_ends_when_its_caller_is_killed(tmp_path):
+    """The shim holds a FIFO open for writing; its reader sees the end only when every holder is gone."""
+    if not shutil.which("setpriv"):
+        pytest.skip("setpriv is not installed")
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    shim = tmp_path / "bin" / "skopeo"
+    shim.parent.mkdir()
+    shim.write_text(f"#!/bin/sh\nexec 3>{fifo}\necho started >&3\nexec sleep 1000\n")
+    shim.chmod(0o755)
+    code = (
+        "from pathlib import Path\n"
+        "from pytest_fcvm.image.reference import parse_reference\n"
+        "from pytest_fcvm.image.source import PullPolicy, resolve_image\n"
+        f"base = Path({str(tmp_path)!r})\n"
+        "resolve_image(parse_reference('dir:d', base=base), images_dir=base, pull=PullPolicy.MISSING, progress=print)\n"
+    )
+    environment = {**os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}"}
+    caller = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[3])
+    with fifo.open() as reader:
+        assert reader.readline() == "started\n"
+        caller.kill()
+        caller.wait()
+        assert reader.read() == ""
+
+
+def test_a_gzipped_tar_of_a_root_filesystem_is_taken(tmp_path, resolve):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a"))
+    (tmp_path / "fs.tar.gz").write_bytes(buffer.getvalue())
+    (layer,) = resolve("fs.tar.gz").layers
+    assert layer.path == tmp_path / "fs.tar.gz"
