@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform as host_platform
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -173,9 +172,11 @@ def _capabilities(*names: str) -> _Command:
 
 
 def _refuse_foreign_host() -> None:
-    system, machine = host_platform.system(), host_platform.machine()
-    if (system, machine) != ("Linux", "x86_64"):
-        raise HostError(f"this engine needs Linux on x86_64, not {system} on {machine}", hint='-m "not fcvm"')
+    host = os.uname()
+    if (host.sysname, host.machine) != ("Linux", "x86_64"):
+        raise HostError(
+            f"QEMU is used on Linux on x86_64, not on {host.sysname} on {host.machine}", hint='-m "not fcvm"'
+        )
 
 
 def _refuse_unfit(installation: Installation) -> None:

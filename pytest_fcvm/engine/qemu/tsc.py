@@ -6,8 +6,6 @@ boot, and kept from boot to boot as long as it is the same but for jitter.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import re
 import time
 from collections.abc import Callable
@@ -60,6 +58,9 @@ def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], in
 
 def measure_tsc_khz() -> int:
     """Count for 50 ms. Return 0 where code of our own may not be executed (hardened hosts)."""
+    import ctypes  # once per boot of the host: not worth its time in every run
+    import mmap
+
     try:
         with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
             page.write(_RDTSC)
