@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from pytest_fcvm.errors import ImageError
 
@@ -56,81 +56,72 @@ class ImageConfig:
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> ImageConfig:
         """Read what `to_json` gave. Raise ValueError for anything else."""
-        health = data.get("healthcheck")
         try:
+            if data.keys() != {each.name for each in fields(cls)}:
+                raise ValueError("the names of its fields differ")
             return cls(
-                entrypoint=_words(data["entrypoint"]),
-                cmd=_words(data["cmd"]),
-                env=_words(data["env"]),
-                user=_text(data["user"]),
-                working_dir=_text(data["working_dir"]),
-                stop_signal=_text(data["stop_signal"]),
-                exposed_ports=tuple((int(str(port)), str(proto)) for port, proto in _pairs(data["exposed_ports"])),
-                volumes=_words(data["volumes"]),
-                labels=tuple((str(key), str(value)) for key, value in _pairs(data["labels"])),
-                healthcheck=_stored_health(health) if isinstance(health, Mapping) else None,
-                architecture=_text(data["architecture"]),
+                entrypoint=_words(data, "entrypoint"),
+                cmd=_words(data, "cmd"),
+                env=_words(data, "env"),
+                user=_text(data, "user"),
+                working_dir=_text(data, "working_dir"),
+                stop_signal=_text(data, "stop_signal"),
+                exposed_ports=tuple((int(str(port)), str(proto)) for port, proto in _pairs(data, "exposed_ports")),
+                volumes=_words(data, "volumes"),
+                labels=tuple((str(key), str(value)) for key, value in _pairs(data, "labels")),
+                healthcheck=_stored_health(data) if data["healthcheck"] else None,
+                architecture=_text(data, "architecture"),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not an image's configuration: {error!r}") from error
+            raise ValueError(f"not an image's configuration: {error}") from error
 
     @classmethod
     def from_image(cls, document: Mapping[str, object]) -> ImageConfig:
-        """Read an image's configuration, Docker's or OCI's. Raise ImageError for a malformed one."""
-        config = document.get("config") or {}
+        """Read an image's configuration, Docker's or OCI's. Raise ImageError that names the malformed field."""
         try:
-            return cls._from_section(_mapping(config), _text(document.get("architecture")))
+            config = _mapping(document, "config")
+            return cls(
+                entrypoint=_command(config, "Entrypoint"),
+                cmd=_command(config, "Cmd"),
+                env=_words(config, "Env"),
+                user=_text(config, "User"),
+                working_dir=_text(config, "WorkingDir"),
+                stop_signal=_text(config, "StopSignal"),
+                exposed_ports=_ports(_mapping(config, "ExposedPorts")),
+                volumes=tuple(sorted(_mapping(config, "Volumes"))),
+                labels=_labels(_mapping(config, "Labels")),
+                healthcheck=_health(_mapping(config, "Healthcheck")),
+                architecture=_text(document, "architecture"),
+            )
         except (TypeError, ValueError, OverflowError) as error:
             raise ImageError(
                 f"the image's configuration is malformed: {error}", hint="build the image anew with a current tool"
             ) from error
 
-    @classmethod
-    def _from_section(cls, config: Mapping[str, object], architecture: str) -> ImageConfig:
-        return cls(
-            entrypoint=_words(config.get("Entrypoint")),
-            cmd=_words(config.get("Cmd")),
-            env=_words(config.get("Env")),
-            user=_text(config.get("User")),
-            working_dir=_text(config.get("WorkingDir")),
-            stop_signal=_text(config.get("StopSignal")),
-            exposed_ports=_ports(_mapping(config.get("ExposedPorts") or {})),
-            volumes=tuple(sorted(_mapping(config.get("Volumes") or {}))),
-            labels=tuple(sorted((k, _text(v)) for k, v in _mapping(config.get("Labels") or {}).items())),
-            healthcheck=_health(config.get("Healthcheck")),
-            architecture=architecture,
-        )
 
-
-def _health(section: object) -> Healthcheck | None:
-    if section is None:
-        return None
-    fields = _mapping(section)
-    test = _words(fields.get("Test"))
+def _health(section: Mapping[str, object]) -> Healthcheck | None:
+    test = _command(section, "Test")
     if not test or test[0] == "NONE":
         return None
     default = Healthcheck(test=test)
     return Healthcheck(
         test=test,
-        interval_s=_seconds(fields.get("Interval")) or default.interval_s,
-        timeout_s=_seconds(fields.get("Timeout")) or default.timeout_s,
-        start_period_s=_seconds(fields.get("StartPeriod")),
-        retries=int(str(fields.get("Retries") or default.retries)),
+        interval_s=_number(section, "Interval") / _NS_PER_S or default.interval_s,
+        timeout_s=_number(section, "Timeout") / _NS_PER_S or default.timeout_s,
+        start_period_s=_number(section, "StartPeriod") / _NS_PER_S,
+        retries=int(_number(section, "Retries")) or default.retries,
     )
 
 
 def _stored_health(data: Mapping[str, object]) -> Healthcheck:
+    section = _mapping(data, "healthcheck")
     return Healthcheck(
-        test=_words(data["test"]),
-        interval_s=float(str(data["interval_s"])),
-        timeout_s=float(str(data["timeout_s"])),
-        start_period_s=float(str(data["start_period_s"])),
-        retries=int(str(data["retries"])),
+        test=_words(section, "test"),
+        interval_s=_number(section, "interval_s"),
+        timeout_s=_number(section, "timeout_s"),
+        start_period_s=_number(section, "start_period_s"),
+        retries=int(_number(section, "retries")),
     )
-
-
-def _seconds(nanoseconds: object) -> float:
-    return int(str(nanoseconds or 0)) / _NS_PER_S
 
 
 def _ports(section: Iterable[str]) -> tuple[tuple[int, str], ...]:
@@ -141,36 +132,59 @@ def _ports(section: Iterable[str]) -> tuple[tuple[int, str], ...]:
         first = int(match[1]) if match else 0
         last = int(match[2] or first) if match else 0
         if match is None or not 0 < first <= last < 65536 or last - first > _MOST_PORTS:
-            raise ValueError(f"{text!r} is not an exposed port")
+            raise ValueError(f"{text[:40]!r} is not a port to expose")
         found.update((port, (match[3] or "tcp").lower()) for port in range(first, last + 1))
     return tuple(sorted(found))
 
 
-def _words(value: object) -> tuple[str, ...]:
-    if value is None or value == "":
-        return ()
-    if isinstance(value, str):  # Docker's oldest images have a bare string, which it gives to the shell
-        return ("/bin/sh", "-c", value)
+def _labels(section: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, _text(section, name)) for name in sorted(section))
+
+
+# The readers name the field but never repeat its value: an environment holds passwords.
+
+
+def _command(section: Mapping[str, object], name: str) -> tuple[str, ...]:
+    """Read a command line; Docker's oldest images have a bare string, which it gives to the shell."""
+    value = section.get(name)
+    if isinstance(value, str):
+        return ("/bin/sh", "-c", _text(section, name)) if value else ()
+    return _words(section, name)
+
+
+def _words(section: Mapping[str, object], name: str) -> tuple[str, ...]:
+    value = section.get(name) or []
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{value!r} is not a list of words")
-    return tuple(_text(word) for word in value)
+        raise TypeError(f"{name} is not a list of words")
+    return tuple(_checked(word, name) for word in value)
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
+def _text(section: Mapping[str, object], name: str) -> str:
+    return _checked(section.get(name) or "", name)
+
+
+def _checked(value: object, name: str) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise TypeError(f"{name} is not text")
     return value
 
 
-def _mapping(value: object) -> Mapping[str, object]:
+def _number(section: Mapping[str, object], name: str) -> float:
+    value = section.get(name) or 0
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} is not a number")
+    return value
+
+
+def _mapping(section: Mapping[str, object], name: str) -> Mapping[str, object]:
+    value = section.get(name) or {}
     if not isinstance(value, Mapping):
-        raise TypeError(f"{value!r} is not an object")
+        raise TypeError(f"{name} is not an object")
     return value
 
 
-def _pairs(value: object) -> Iterable[tuple[object, object]]:
+def _pairs(section: Mapping[str, object], name: str) -> Iterable[tuple[object, object]]:
+    value = section.get(name)
     if not isinstance(value, list | tuple):
-        raise TypeError(f"{value!r} is not a list of pairs")
+        raise TypeError(f"{name} is not a list of pairs")
     return ((first, second) for first, second in value)

@@ -308,6 +308,22 @@ def test_the_hint_names_what_podman_has(tmp_path, resolve, monkeypatch):
     assert "containers-storage:localhost/mine:latest" in caught.value.hint
 
 
+def test_credentials_and_tokens_in_skopeos_words_are_never_shown(tmp_path, resolve, monkeypatch):
+    shim = tmp_path / "bin" / "skopeo"
+    shim.parent.mkdir()
+    words = 'Get \\"https://tester:open-sesame@host/v2/?token=SECRET-1&n=2\\": unauthorized'
+    shim.write_text(f'#!/bin/sh\ncat >&2 <<\'END\'\ntime="x" level=fatal msg="{words}"\nEND\nexit 1\n')
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
+    with pytest.raises(ImageError) as caught:
+        resolve("docker://registry.example/x:1")
+    assert "https://host/v2/" in caught.value.message
+    told = f"{caught.value} {caught.value.evidence}"
+    assert "open-sesame" not in told
+    assert "SECRET" not in told
+    assert caught.value.hint.startswith("skopeo login registry.example")
+
+
 def test_skopeo_ends_when_its_caller_is_killed(tmp_path):
     """The shim holds a FIFO open for writing; its reader sees the end only when every holder is gone."""
     if not shutil.which("setpriv"):
