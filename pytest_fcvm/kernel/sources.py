@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.host.process import resolve_tool, run_tool
+from pytest_fcvm.host.process import ToolFailed, find_tool, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
 from pytest_fcvm.store import Entry, Shelf
@@ -117,10 +117,10 @@ def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
     scratch = folder / "scratch"
     unpacked = scratch / "unpacked"
     scratch.mkdir()
-    run_tool(["apt-get", "download", *packages], timeout_s=_APT_S, cwd=scratch)
+    _run("apt-get", "download", *packages, timeout_s=_APT_S, cwd=scratch)
     archives = sorted(scratch.glob("*.deb"))
     for archive in archives:
-        run_tool(["dpkg-deb", "--extract", archive, unpacked], timeout_s=_UNPACK_S)
+        _run("dpkg-deb", "--extract", archive, unpacked, timeout_s=_UNPACK_S)
     image = _only_kernel(unpacked)
     release = read_release(image)
     tree = next((place for place in _module_places(unpacked, release) if place.is_dir()), None)
@@ -134,6 +134,17 @@ def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
     origin = "package " + " ".join(next(path for path in archives if "-image-" in path.name).stem.split("_")[:2])
     kernel = _describe(folder / _IMAGE, folder, origin)
     return {"release": release, "origin": origin, "digest": kernel.digest}
+
+
+def _run(tool: str, *arguments: str | Path, timeout_s: float, cwd: Path | None = None) -> None:
+    """Run a program that the kernel kills when this thread dies, where setpriv (util-linux) can ask for that."""
+    setpriv = find_tool("setpriv")
+    prefix: list[str | Path] = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    try:
+        run_tool([*prefix, tool, *arguments], timeout_s=timeout_s, cwd=cwd)
+    except ToolFailed as error:
+        message = error.message.removeprefix(str(setpriv)).removeprefix(tool)
+        raise HostError(f"{tool}{message}", evidence=error.evidence) from error
 
 
 def _only_kernel(unpacked: Path) -> Path:

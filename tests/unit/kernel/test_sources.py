@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import select
+import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_fcvm.errors import HostError, UsageProblem
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.store import Shelf
 
@@ -192,8 +198,11 @@ def test_no_sweeper_takes_a_download_under_way(
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'E: Failed to fetch: 404 Not Found' >&2; exit 100", "apt-get failed with exit code 100.*404 Not Found"),
-        ("for n; do echo junk > $n.deb; done; exit 0", "dpkg-deb failed"),
+        (
+            "echo 'E: Failed to fetch: 404 Not Found' >&2; exit 100",
+            ": apt-get failed with exit code 100.*404 Not Found",
+        ),
+        ("for n; do echo junk > $n.deb; done; exit 0", ": dpkg-deb failed"),
         ("exit 0", "has 0 kernels"),
     ],
 )
@@ -204,6 +213,26 @@ def test_a_download_that_fails_is_a_reason_and_leaves_nothing(
     with pytest.raises(HostError, match=reason):
         resolve()
     assert not list(kernels_dir.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed")
+def test_a_download_ends_with_the_process_that_was_killed(debian: Any, kernels_dir: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    debian.during_download(f"echo $$ > '{pid_file}.new'; mv '{pid_file}.new' '{pid_file}'; exec sleep 600")
+    script = (
+        "import pathlib, sys; from pytest_fcvm.kernel.sources import resolve_kernel\n"
+        "resolve_kernel(option=None, kernels_dir=pathlib.Path(sys.argv[1]), progress=print)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, kernels_dir], stdout=subprocess.DEVNULL) as owner:
+        assert wait_until(pid_file.exists, Deadline(20))
+        apt_get = os.pidfd_open(int(pid_file.read_text()))
+        owner.kill()
+    try:
+        assert select.select([apt_get], [], [], 5.0)[0], "apt-get goes on"
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(apt_get, signal.SIGKILL)
+        os.close(apt_get)
 
 
 def test_a_package_without_modules_is_a_reason(apt: Any, tmp_path: Path, bzimage: Any, resolve: Resolve) -> None:
