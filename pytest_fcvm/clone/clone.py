@@ -18,6 +18,7 @@ from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.model.guest import ExitStatus, Identity, ProcessSpec
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.parse import parse_port
 from pytest_fcvm.model.results import ExecResult, Timeline
 from pytest_fcvm.model.specs import MachineSpec
 
@@ -87,7 +88,9 @@ class Clone:
 
     def endpoint(self, guest_port: int, proto: str = "tcp") -> Endpoint:
         """Return the host address of a guest port; it is mapped on first use and stays for the clone's life."""
-        wanted = Proto(proto)
+        if proto not in list(Proto):
+            raise UsageProblem(f"{proto!r} is neither tcp nor udp", hint='endpoint(53, "udp")')
+        wanted, guest_port = Proto(proto), parse_port(guest_port)
         port = self._mapped.get((wanted, guest_port)) or PublishedPort(guest_port=guest_port, proto=wanted)
         endpoint = self._live().publisher.publish(port)
         self._mapped[wanted, guest_port] = replace(port, host_port=endpoint.port)
@@ -188,7 +191,7 @@ class Clone:
 
     def copy_in(self, source: str | Path, dest: str) -> None:
         """Copy a file or folder of the host to the guest path `dest`, as root; a trailing slash means "into"."""
-        path = Path(source)
+        path = Path(os.path.abspath(source))  # noqa: PTH100  "." has a name, and a link keeps its own
         name = path.name if dest.endswith("/") else PurePosixPath(dest).name
         folder = dest.rstrip("/") or "/" if dest.endswith("/") else str(PurePosixPath(dest).parent)
         self._send_tar(folder, lambda send: archive.pack_path(path, name, send))
@@ -226,9 +229,16 @@ class Clone:
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
         machine = self._live()
-        match = machine.log.search(re.compile(regex), Deadline(timeout), lambda: machine.ended is not None)
+        try:
+            pattern = re.compile(regex)
+        except re.error as error:
+            raise UsageProblem(
+                f"{regex!r} is not a regular expression: {error}", hint="escape it by re.escape"
+            ) from error
+        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None)
         if match is None:
             machine.raise_if_ended()
+            self._live()
             raise self._explain(GuestTimeout(f"no line matched {regex!r} within {timeout:g} s"))
         return match
 
@@ -301,7 +311,7 @@ class Clone:
 
 
 def _exec_result(cmd: Command, stdout: bytes, stderr: bytes, status: ExitStatus, duration_s: float) -> ExecResult:
-    if status.message and isinstance(cmd, str):
+    if status.message.startswith(f"exec {_SHELL[0]}:") and isinstance(cmd, str):
         raise GuestError(f"the image has no shell to run {_spell(cmd)}: {status.message}", hint="pass a list of words")
     if status.message:
         stderr += f"fcvm: {status.message}\n".encode()

@@ -13,6 +13,7 @@ __all__ = ["WorkloadLog", "tail"]
 
 _TAIL_BYTES = 16 * 1024
 _TAIL_LINES = 100
+_QUIET_S = 0.2  # a line without its end that grows no more is taken for a prompt
 
 
 class WorkloadLog:
@@ -43,20 +44,26 @@ class WorkloadLog:
         return self._earlier() + self._own(0)
 
     def search(self, pattern: re.Pattern[str], deadline: Deadline, give_up: Callable[[], bool]) -> re.Match[str] | None:
-        """Wait for a line that matches, old ones too; None at the deadline or when told to give up."""
+        """Wait for a line that matches, old ones too; None at the deadline, when told to give up, or once it is closed.
+
+        A line that has not ended counts when nothing came for a moment: half of one matches what the whole does not.
+        """
         if match := _search_lines(pattern, self._earlier()):
             return match
-        offset = 0
+        offset, quiet = 0, False
         while True:
-            ended = give_up()
+            ended = self._closed or give_up() or deadline.expired
             data = self._own(offset)
-            if match := _search_lines(pattern, data):
+            whole = data.rfind(b"\n") + 1
+            if match := _search_lines(pattern, data if quiet or ended else data[:whole]):
                 return match
-            if ended or deadline.expired:
+            if ended:
                 return None
-            offset, seen = offset + data.rfind(b"\n") + 1, offset + len(data)
-            with self._news:
-                wait_on(self._news, lambda seen=seen: self._size > seen or give_up(), deadline)  # type: ignore[misc]
+            open_line = len(data) > whole and not quiet
+            quiet = not self._wait_for_more(
+                offset + len(data), _sooner(deadline, _QUIET_S) if open_line else deadline, give_up
+            )
+            offset += whole
 
     def close(self) -> None:
         """Close the file; later output is dropped."""
@@ -64,6 +71,10 @@ class WorkloadLog:
             self._closed = True
             self._file.close()
             self._news.notify_all()
+
+    def _wait_for_more(self, seen: int, deadline: Deadline, give_up: Callable[[], bool]) -> bool:
+        with self._news:
+            return wait_on(self._news, lambda: self._closed or self._size > seen or give_up(), deadline)
 
     def _earlier(self) -> bytes:
         return self._before.read_bytes() if self._before and self._before.exists() else b""
@@ -78,6 +89,11 @@ class WorkloadLog:
         return data or b""
 
 
+def _sooner(deadline: Deadline, timeout_s: float) -> Deadline:
+    remaining = deadline.remaining()
+    return Deadline(timeout_s if remaining is None else min(timeout_s, remaining))
+
+
 def _search_lines(pattern: re.Pattern[str], data: bytes) -> re.Match[str] | None:
     for line in data.decode("utf-8", "replace").splitlines():
         if match := pattern.search(line):
@@ -89,4 +105,5 @@ def tail(data: bytes) -> str:
     """Return the last lines as text for a report: at most 100 lines and 16 KiB, control bytes escaped."""
     text = data[-_TAIL_BYTES:].decode("utf-8", "backslashreplace")
     lines = text.splitlines()[-_TAIL_LINES:]
-    return "\n".join("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
+    escaped = ("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
+    return "\n".join(escaped)[-_TAIL_BYTES:]  # an escaped byte takes four

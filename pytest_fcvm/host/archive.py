@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Protocol, cast
 
 from pytest_fcvm.errors import GuestError, UsageProblem
@@ -56,28 +56,49 @@ def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], object]
 def unpack_as(stream: Source, path: Path) -> None:
     """Write what a guest sent as `path`: a folder comes as members of "./", a file as a single member.
 
-    Raise GuestError for members that would leave `path` or are devices.
+    Raise GuestError for what is no archive, and for members that would leave `path` or are devices.
     """
-    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
-        for member in archive:
-            inside = PurePosixPath(member.name).parts if member.name.startswith("./") or member.name == "." else ()
-            member.name = str(PurePosixPath(path.name, *inside))
-            if member.islnk():
-                member.linkname = str(PurePosixPath(path.name, member.linkname))
-            try:
-                archive.extract(member, path.parent, filter="data")
-            except tarfile.FilterError as error:
-                raise GuestError(f"the guest sent an unsafe archive member: {error}") from error
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
+            first = archive.next()
+            if first is not None and _is_inside_folder(first):
+                _unpack_folder(archive, first, path)
+            elif first is not None:
+                first.name = path.name
+                archive.extract(first, path.parent, filter="data")
+                if archive.next() is not None:
+                    raise GuestError("the guest sent more than the file that was asked for")
+    except tarfile.FilterError as error:
+        raise GuestError(f"the guest sent an unsafe archive member: {error}") from error
+    except tarfile.TarError as error:
+        raise GuestError(f"the guest sent a broken archive: {error}") from error
+
+
+def _unpack_folder(archive: tarfile.TarFile, member: tarfile.TarInfo | None, path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    while member is not None:
+        if not _is_inside_folder(member):
+            raise GuestError(f"the guest sent an unsafe archive member: {member.name!r} is outside of the folder")
+        # Below the folder itself and not its parent: what lies beside it is out of reach for links as well.
+        archive.extract(member, path, filter="data")
+        member = archive.next()
+
+
+def _is_inside_folder(member: tarfile.TarInfo) -> bool:
+    return member.name == "." or member.name.startswith("./")
 
 
 def unpack_file(stream: Source) -> bytes:
     """Return the content of the single regular file in a tar stream. Raise GuestError when it is something else."""
-    with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
-        member = archive.next()
-        content = archive.extractfile(member) if member is not None and member.isreg() else None
-        if content is None:
-            raise GuestError("the path in the guest is not a regular file", hint="use copy_out for folders")
-        return content.read()
+    try:
+        with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|") as archive:
+            member = archive.next()
+            content = archive.extractfile(member) if member is not None and member.isreg() else None
+            if content is None:
+                raise GuestError("the path in the guest is not a regular file", hint="use copy_out for folders")
+            return content.read()
+    except tarfile.TarError as error:
+        raise GuestError(f"the guest sent a broken archive: {error}") from error
 
 
 def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
