@@ -226,7 +226,7 @@ class FakeAgent(Wire):
         self.reply(stream)
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w") as tar:
-            tar.add(source, arcname=source.name)
+            tar.add(source, arcname="." if source.is_dir() else source.name)
         await stream.write(packed.getvalue())
         return self._exit(stream, [(FieldTag.EXIT_CODE, 0)])
 

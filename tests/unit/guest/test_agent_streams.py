@@ -135,7 +135,7 @@ def test_files_travel_both_ways_as_tar(fake: FakeAgent, agent: Agent, tmp_path: 
     assert fake.executed[-1][1].text(FieldTag.USER) == "www-data"
     with agent.tar_out("/srv", timeout_s=30) as source, tarfile.open(fileobj=source, mode="r|") as tar:  # type: ignore[call-overload]
         got = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-    assert got == {"srv/a/b": data, "srv/c": b"c"}
+    assert got == {"./a/b": data, "./c": b"c"}
     with agent.tar_out("/srv/c", timeout_s=30) as source, tarfile.open(fileobj=io.BytesIO(source.read())) as tar:
         assert tar.getnames() == ["c"]
     assert fake.open_streams() == 0

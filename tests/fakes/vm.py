@@ -1,0 +1,175 @@
+"""An engine and VMs without a VMM: what is said to the guest goes to a fake agent over a real channel."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fakes.agent import FakeAgent
+
+from pytest_fcvm.engine.protocol import (
+    Accelerator,
+    BootPlan,
+    EngineReport,
+    GuestFiles,
+    MachineShape,
+    RestorePlan,
+    VmExit,
+)
+from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+
+
+class FakeVm:
+    """A VMM process that only its own methods can end. Guest ports are what `agent.ports` says."""
+
+    def __init__(self, name: str, folder: Path, agent: FakeAgent, plan: BootPlan | RestorePlan) -> None:
+        self.name, self.pid, self.plan, self.agent = name, -1, plan, agent
+        folder.mkdir(parents=True)
+        self.console_path, self.vmm_log_path = folder / "console", folder / "vmm.log"
+        self.console_path.write_bytes(b"[    0.000000] Linux version 6.1\n")
+        self.published: dict[tuple[Proto, int], Endpoint] = {}
+        self.calls: list[str] = []
+        self.exit: VmExit | None = None
+        self._ended = threading.Event()
+        self._callbacks: list[Callable[[VmExit], None]] = []
+        for port in getattr(plan, "ports", ()):
+            self.publish(port)
+
+    def channel(self) -> socket.socket:
+        host, guest = socket.socketpair()
+        self.agent.attach(guest)
+        return host
+
+    def wait_until_running(self, timeout_s: float) -> None:  # noqa: ARG002
+        self.calls.append("wait_until_running")
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        if isinstance(self.plan, BootPlan):
+            raise EngineError("a base has no network to the host")
+        key = (port.proto, port.guest_port)
+        if key not in self.published:
+            address = self.agent.ports.get(port.guest_port)
+            self.published[key] = Endpoint(*(address or (port.host_ip, port.host_port or 1)))
+        return self.published[key]
+
+    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
+        return self.published.get((proto, guest_port))
+
+    def pause(self) -> None:
+        self.calls.append("pause")
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+
+    def snapshot(self, state: Path) -> None:
+        self.calls.append("snapshot")
+        assert isinstance(self.plan, BootPlan)
+        self.plan.memory.write_bytes(b"memory")
+        state.write_bytes(b"state")
+
+    def kill(self) -> None:
+        self._end(VmExit(signal=9, killed_by_us=True))
+
+    def die(self, signal: int) -> None:
+        """Let the VMM end by itself."""
+        self._end(VmExit(signal=signal))
+
+    def wait(self, timeout_s: float) -> VmExit:
+        if not self._ended.wait(timeout_s):
+            raise EngineError(f"{self.name} did not end")
+        assert self.exit is not None
+        return self.exit
+
+    def explain(self) -> FcvmError:
+        if self.exit and self.exit.killed_by_us:
+            return EngineError(f"VM {self.name} was killed")
+        return EngineError(f"VM {self.name} ended: signal {self.exit.signal if self.exit else None}")
+
+    def on_exit(self, callback: Callable[[VmExit], None]) -> None:
+        if self.exit is None:
+            self._callbacks.append(callback)
+        else:
+            callback(self.exit)
+
+    def _end(self, how: VmExit) -> None:
+        if self.exit is not None:
+            return
+        self.exit = how
+        if not self.agent.loop.is_closed():  # its test is over
+            self.agent.hang_up()
+        self._ended.set()
+        for callback in self._callbacks:
+            threading.Thread(target=callback, args=(how,)).start()
+
+
+class FakeEngine:
+    """Makes fake VMs. `agents` makes the guest of the next one, `vms` are all that were made."""
+
+    def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
+        self.name, self._folder, self._agents = "fake", folder, agents
+        self.vms: list[FakeVm] = []
+        self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
+        self._numbers = itertools.count()
+
+    def probe(self, smoke: GuestFiles) -> EngineReport:  # noqa: ARG002
+        return self.report
+
+    @property
+    def report(self) -> EngineReport:
+        return EngineReport(engine=self.name, usable=True, accelerator=Accelerator.TCG, identity={"version": "1"})
+
+    def boot(self, plan: BootPlan) -> FakeVm:
+        return self._make(plan)
+
+    def restore(self, plan: RestorePlan) -> FakeVm:
+        return self._make(plan)
+
+    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+        return ("-m", str(shape.mem_mib), "-smp", str(shape.cpus))
+
+    def _make(self, plan: BootPlan | RestorePlan) -> FakeVm:
+        agent = self._agents()
+        self.prepare_guest(agent)
+        vm = FakeVm(plan.name, self._folder / str(next(self._numbers)), agent, plan)
+        self.vms.append(vm)
+        return vm
+
+
+class Service:
+    """A TCP server on the host that plays a service of the guest; `answer` makes what each connection is told."""
+
+    def __init__(self, answer: Callable[[bytes], bytes] | None = None) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self._answer = answer or (lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+        self.requests: list[bytes] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            data = connection.recv(1 << 16)
+            if data:
+                self.requests.append(data)
+                connection.sendall(self._answer(data))
+
+
+def fields_of(agent: FakeAgent, kind: Any) -> list[Mapping[Any, Any]]:
+    """Return the fields of every request of a kind that an agent was given."""
+    return [fields for executed, fields in agent.executed if executed is kind]

@@ -1,0 +1,424 @@
+"""What a test can do with a clone, and what it is told when the clone cannot."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.agent import FakeAgent
+from fakes.agent_wire import FakeStream
+from fakes.vm import FakeEngine, Service
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.errors import (
+    CommandFailed,
+    EngineError,
+    FcvmError,
+    GuestError,
+    GuestTimeout,
+    UsageProblem,
+    WorkloadExited,
+)
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.model.net import PublishedPort
+
+
+def _last_exec(guest: FakeAgent) -> Any:
+    return [fields for kind, fields in guest.executed if kind is StreamKind.EXEC][-1]
+
+
+# Reaching it
+
+
+def test_a_port_is_mapped_on_first_use_and_stays(clone: Clone, engine: FakeEngine, service: Service) -> None:
+    assert engine.vms[0].published == {}
+    assert clone.endpoint(80) == service.address
+    assert clone.endpoint(80) == clone.endpoint(80, "tcp")
+    assert clone.port(80) == service.address[1]
+    assert clone.ip == "10.0.2.15"
+
+
+def test_a_url_has_no_slash_of_its_own(clone: Clone, service: Service) -> None:
+    host, port = service.address
+    assert clone.url(80) == f"http://{host}:{port}"
+    assert clone.url(80, "/a?b=c") == f"http://{host}:{port}/a?b=c"
+    assert clone.url(80, "a", scheme="ws") == f"ws://{host}:{port}/a"
+
+
+def test_published_ports_are_mapped_from_the_start(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
+    clone = make_clone(publish=(PublishedPort(guest_port=8000, host_port=18000),))
+    assert clone.endpoint(8000) == ("127.0.0.1", 18000)
+    assert [port.guest_port for port in engine.vms[0].plan.ports] == [8000]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((80, "sctp"), "'sctp' is neither tcp nor udp"), ((0,), "0 is not a port"), ((70000,), "70000 is not a port")],
+)
+def test_a_port_that_cannot_be_is_a_usage_problem(arguments: Any, message: str, clone: Clone) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        clone.endpoint(*arguments)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+def test_the_http_client_ignores_proxies_and_ends_with_the_clone(
+    clone: Clone, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    client = clone.http(80)
+    assert client.get("/path").text == "hello"
+    assert service.requests[0].startswith(b"GET /path HTTP/1.1")
+    clone.close()
+    assert client.is_closed
+
+
+# Commands
+
+
+def test_a_list_is_run_as_it_is_with_what_the_image_and_the_spec_say(clone: Clone, guest: FakeAgent) -> None:
+    result = clone.exec(["echo", "a b", "*"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "a b *\n", "")
+    assert result.duration_s > 0
+    fields = _last_exec(guest)
+    assert fields.texts(FieldTag.ENV) == ["PATH=/bin", "LEVEL=image"]
+    assert (fields.text(FieldTag.CWD), fields.text(FieldTag.USER)) == ("/srv", "www")
+
+
+def test_a_call_may_have_its_own_environment_folder_and_user(clone: Clone, guest: FakeAgent) -> None:
+    clone.exec(["env"], env={"LEVEL": "call"}, cwd="/tmp", user="")
+    fields = _last_exec(guest)
+    assert fields.texts(FieldTag.ENV) == ["PATH=/bin", "LEVEL=call"]
+    assert (fields.text(FieldTag.CWD), fields.texts(FieldTag.USER)) == ("/tmp", [])
+
+
+def test_a_string_goes_to_the_shell(clone: Clone, guest: FakeAgent) -> None:
+    async def shell(stream: FakeStream) -> int:
+        await stream.write(repr(stream.argv).encode())
+        return 0
+
+    guest.programs["/bin/sh"] = shell
+    assert clone.succeed("a | b") == repr(["/bin/sh", "-c", "a | b"])
+
+
+def test_input_goes_in_and_bytes_come_back_as_they_are(clone: Clone) -> None:
+    data = bytes(range(256)) * 4096
+    assert clone.exec(["cat"], stdin=data).stdout_bytes == data
+    assert clone.exec(["cat"], stdin="grün").stdout == "grün"
+    assert clone.exec(["cat"], stdin=b"\xff").stdout == "\udcff"
+
+
+def test_a_missing_program_is_127_with_the_reason(clone: Clone) -> None:
+    result = clone.exec(["no-such"])
+    assert (result.exit_code, result.stderr) == (127, "fcvm: no-such: not found\n")
+
+
+def test_an_image_without_a_shell_says_so(clone: Clone, guest: FakeAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    _refuse(guest, monkeypatch, "exec /bin/sh: No such file or directory")
+    with pytest.raises(GuestError, match="the image has no shell to run ls: exec /bin/sh: No such file") as caught:
+        clone.exec("ls")
+    assert caught.value.hint == "pass a list of words"
+
+
+def test_another_reason_is_not_taken_for_a_missing_shell(
+    clone: Clone, guest: FakeAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _refuse(guest, monkeypatch, "user 'x' is not in the image's /etc/passwd")
+    result = clone.exec("ls", user="x")
+    assert (result.exit_code, result.stderr) == (127, "fcvm: user 'x' is not in the image's /etc/passwd\n")
+
+
+def _refuse(guest: FakeAgent, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    """Let every program end with 127 and a message, as the agent says that it could not be started."""
+
+    async def serve(stream: FakeStream) -> None:
+        guest.reply(stream, [(FieldTag.PID, 1)])
+        guest._exit(stream, [(FieldTag.EXIT_CODE, 127), (FieldTag.MESSAGE, message)])
+
+    monkeypatch.setattr(guest, "_serve_exec", serve)
+
+
+def test_a_killed_command_is_128_and_its_signal(clone: Clone, guest: FakeAgent) -> None:
+    async def die(_stream: FakeStream) -> int:
+        return -signal.SIGTERM
+
+    guest.programs["die"] = die
+    assert clone.exec(["die"]).exit_code == 128 + signal.SIGTERM
+    with clone.popen(["sleep"]) as process:
+        process.signal(signal.SIGKILL)
+        assert process.wait(10).signal == signal.SIGKILL
+
+
+def test_succeed_and_fail_demand_what_they_say(clone: Clone) -> None:
+    assert clone.succeed(["echo", "x"]) == "x\n"
+    assert clone.fail(["fail", "2"]) == ""
+    with pytest.raises(CommandFailed) as caught:
+        clone.succeed(["fail", "2"])
+    assert caught.value.message == "fail 2 failed (exit code 2): it went wrong"
+    assert caught.value.evidence["stderr"] == "it went wrong\n"
+    assert "console" in caught.value.evidence
+    with pytest.raises(CommandFailed, match=r"echo 'a b' succeeded, and must not have \(exit code 0\): a b"):
+        clone.fail(["echo", "a b"])
+    with pytest.raises(CommandFailed, match="exit code 5"):
+        clone.exec(["fail", "5"], check=True)
+
+
+def test_a_command_is_tried_until_it_succeeds(clone: Clone, guest: FakeAgent) -> None:
+    tries = []
+
+    async def flaky(stream: FakeStream) -> int:
+        tries.append(1)
+        await stream.write(b"there")
+        return 0 if len(tries) == 3 else 1
+
+    guest.programs["flaky"] = flaky
+    assert clone.wait_until_succeeds(["flaky"], timeout=20) == "there"
+    assert len(tries) == 3
+
+
+def test_a_command_that_never_succeeds_is_told_with_its_last_output(clone: Clone) -> None:
+    with pytest.raises(GuestTimeout) as caught:
+        clone.wait_until_succeeds(["fail", "1"], timeout=0.1)
+    assert caught.value.message == "fail 1 did not succeed within 0.1 s: it went wrong\n"
+    assert "timeline" in caught.value.evidence
+
+
+def test_a_command_that_does_not_end_is_given_up_at_its_deadline(clone: Clone, guest: FakeAgent) -> None:
+    with pytest.raises(GuestTimeout, match=r"exec sleep did not end within 0.1 s"):
+        clone.exec(["sleep"], timeout=0.1)
+    clone.exec(["echo"])
+    assert guest.open_streams() == 1  # the log's
+
+
+@pytest.mark.parametrize("command", [[], [1, 2], [b"ls"]])
+def test_what_is_no_command_is_a_usage_problem(command: Any, clone: Clone) -> None:
+    with pytest.raises(UsageProblem, match="is not a command"):
+        clone.exec(command)
+
+
+# Files
+
+
+def test_files_and_folders_are_copied_both_ways(clone: Clone, root: Path, tmp_path: Path) -> None:
+    (root / "etc").mkdir()
+    source = tmp_path / "conf"
+    source.mkdir()
+    (source / "a").write_text("1")
+    clone.copy_in(source, "/etc/app")
+    clone.copy_in(source / "a", "/etc/")
+    assert ((root / "etc/app/a").read_text(), (root / "etc/a").read_text()) == ("1", "1")
+    clone.copy_out("/etc/app", tmp_path / "back")
+    clone.copy_out("/etc/a", tmp_path)
+    assert ((tmp_path / "back/a").read_text(), (tmp_path / "a").read_text()) == ("1", "1")
+
+
+def test_the_folder_one_is_in_is_copied_by_its_name(
+    clone: Clone, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/f").write_text("1")
+    monkeypatch.chdir(tmp_path / "here")
+    clone.copy_in(".", "/")
+    assert (root / "here/f").read_text() == "1"
+
+
+def test_text_is_written_and_read(clone: Clone, root: Path) -> None:
+    clone.write_text("/motd", "grün", mode=0o640)
+    assert clone.read_text("/motd") == "grün"
+    assert clone.read_bytes("/motd") == "grün".encode()
+    assert (root / "motd").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(GuestError, match="No such file"):
+        clone.read_text("/gone")
+    with pytest.raises(GuestError, match="not a regular file"):
+        clone.read_text("/")
+
+
+# Watching it
+
+
+def test_the_log_is_what_the_base_and_then_the_clone_printed(clone: Clone, guest: FakeAgent) -> None:
+    guest.log(b"printed by the clone\n")
+    found = clone.wait_for_log(r"by the (clone)", timeout=20)
+    assert found[1] == "clone"
+    assert clone.logs() == "printed by the base\nprinted by the clone\n"
+    assert clone.wait_for_log("by the base", timeout=0)[0] == "by the base"
+
+
+def test_a_line_that_does_not_come_is_told_at_the_deadline(clone: Clone) -> None:
+    with pytest.raises(GuestTimeout, match=r"no line matched 'never' within 0.1 s") as caught:
+        clone.wait_for_log("never", timeout=0.1)
+    assert caught.value.evidence["workload log"] == "printed by the base"
+    with pytest.raises(UsageProblem, match="is not a regular expression"):
+        clone.wait_for_log("(")
+
+
+def test_the_console_and_the_guests_figures_can_be_read(clone: Clone) -> None:
+    assert "Linux version" in clone.console()
+    assert clone.metrics() == {"uptime_ms": 1234, "load": 0.25, "kernel": "6.12.1"}
+
+
+# Its end
+
+
+def _blocked_calls(clone: Clone) -> dict[str, Callable[[], object]]:
+    return {
+        "exec": lambda: clone.exec(["sleep"], timeout=60),
+        "wait_until_succeeds": lambda: clone.wait_until_succeeds(["fail", "1"], timeout=60),
+        "wait_for_log": lambda: clone.wait_for_log("never", timeout=60),
+    }
+
+
+def _failure_of(call: Callable[[], object], meanwhile: Callable[[], None]) -> BaseException:
+    """Run a call that blocks, do something meanwhile, and return what it raised, well before its own deadline."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001  the test looks at it
+            caught.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(0.3)  # long enough to block in most runs; the result is the same when it has not yet
+    started = monotonic()
+    meanwhile()
+    thread.join(30)
+    assert monotonic() - started < 10
+    return caught[0]
+
+
+@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log"])
+def test_whatever_waits_is_told_at_once_when_the_vm_dies(name: str, clone: Clone, engine: FakeEngine) -> None:
+    error = _failure_of(_blocked_calls(clone)[name], lambda: engine.vms[0].die(11))
+    assert isinstance(error, EngineError)
+    assert error.message == "VM web ended: signal 11"
+
+
+@pytest.mark.parametrize("name", ["wait_until_succeeds", "wait_for_log"])
+def test_whatever_waits_for_the_workload_is_told_at_once_when_that_ends(
+    name: str, clone: Clone, guest: FakeAgent
+) -> None:
+    guest.log(b"cannot bind\n")
+    clone.wait_for_log("cannot bind", timeout=20)
+    error = _failure_of(_blocked_calls(clone)[name], lambda: guest.exit_workload(code=3))
+    assert isinstance(error, WorkloadExited)
+    assert error.message == "the workload ended with exit code 3"
+    assert error.evidence["workload log"] == "printed by the base\ncannot bind"
+
+
+@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log"])
+def test_whatever_waits_is_told_at_once_when_another_thread_kills_the_clone(name: str, clone: Clone) -> None:
+    error = _failure_of(_blocked_calls(clone)[name], clone.kill)
+    assert isinstance(error, FcvmError)
+    assert error.message in ("VM web was killed", "web is closed")
+
+
+def test_a_workload_that_was_killed_for_memory_says_so(clone: Clone, guest: FakeAgent) -> None:
+    guest.oom_kills = 1
+    guest.exit_workload(number=signal.SIGKILL)
+    with pytest.raises(WorkloadExited, match=r"ended with signal SIGKILL, killed for memory: give it more with mem"):
+        clone.pause_for_exit(20)
+
+
+def test_the_last_words_of_a_workload_are_found_after_its_end(clone: Clone, guest: FakeAgent) -> None:
+    guest.log(b"fatal: no disk\n")
+    guest.exit_workload(code=1)
+    assert clone.wait_for_log("fatal: (.*)", timeout=20)[1] == "no disk"
+
+
+def test_a_closed_clone_says_so(clone: Clone, engine: FakeEngine) -> None:
+    clone.close()
+    clone.close()
+    assert engine.vms[0].exit is not None
+    assert repr(clone) == "<Clone web of None on fake, closed>"
+    for call in (lambda: clone.exec(["echo"]), clone.logs, clone.pause, lambda: clone.endpoint(80), clone.console):
+        with pytest.raises(GuestError, match="web is closed") as caught:
+            call()
+        assert caught.value.hint == "ask for a new clone"
+
+
+def test_a_paused_clone_refuses_calls_until_it_is_resumed_with_the_time_of_day(
+    clone: Clone, engine: FakeEngine, guest: FakeAgent
+) -> None:
+    clone.pause()
+    assert repr(clone) == "<Clone web of None on fake, paused>"
+    with pytest.raises(GuestError, match="web is paused") as caught:
+        clone.exec(["echo"])
+    assert caught.value.hint == "call resume() first"
+    clone.resume()
+    assert clone.succeed(["echo", "again"]) == "again\n"
+    assert engine.vms[0].calls == ["pause", "resume"]
+    (identity,) = [fields for kind, fields in guest.executed if kind is StreamKind.PERSONALISE]
+    assert identity.number(FieldTag.REALTIME_NS) > 0
+    assert identity.texts(FieldTag.HOSTNAME) == []
+
+
+def test_a_reset_clone_is_a_fresh_vm_behind_the_same_ports(
+    make_clone: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    clone = make_clone(publish=(PublishedPort(guest_port=8000, host_port=18000),))
+    before = (clone.endpoint(8000), clone.endpoint(80))
+    clone.pause()
+    clone.reset()
+    old, new = engine.vms
+    assert old.exit is not None
+    assert new.exit is None
+    assert (clone.endpoint(8000), clone.endpoint(80)) == before
+    assert {(port.guest_port, port.host_port) for port in new.plan.ports} == {  # type: ignore[union-attr]
+        (8000, 18000),
+        (80, before[1].port),
+    }
+    assert clone.succeed(["echo", "fresh"]) == "fresh\n"
+
+
+def test_a_clone_is_a_context_manager(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
+    with pytest.raises(ZeroDivisionError), make_clone():
+        raise ZeroDivisionError
+    assert engine.vms[0].exit is not None
+
+
+def test_what_a_machine_was_given_to_close_is_closed_in_reverse_though_one_fails(
+    clone: Clone, engine: FakeEngine
+) -> None:
+    order: list[str] = []
+
+    def fail() -> None:
+        order.append("second")
+        raise OSError("it is stuck")
+
+    clone._machine.also_close([lambda: order.append("first"), fail])
+    clone._machine.also_close(
+        [lambda: order.append(f"third, the VM {'lives' if engine.vms[0].exit is None else 'died'}")]
+    )
+    with pytest.raises(OSError, match="it is stuck"):
+        clone.close()
+    assert order == ["third, the VM died", "second", "first"]
+
+
+def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
+    clone: Clone, engine: FakeEngine, guest: FakeAgent
+) -> None:
+    engine.vms[0].vmm_log_path.write_text("qemu: \x1b[31mbad\n")
+    guest.log(b"listening\n")
+    clone.wait_for_log("listening", timeout=20)
+    clone._machine.timeline.mark("agent", clone._machine.timeline.start + 0.05)
+    evidence = clone.evidence()
+    assert evidence == {
+        "workload log": "printed by the base\nlistening",
+        "console": "[    0.000000] Linux version 6.1",
+        "VMM log": "qemu: \\x1b[31mbad",
+        "timeline": "agent 50.0 ms",
+    }
+    engine.vms[0].vmm_log_path.write_text(" \n")
+    assert "VMM log" not in clone.evidence()
+
+
+def test_a_regular_expression_of_the_log_matches_lines(clone: Clone) -> None:
+    assert isinstance(clone.wait_for_log("^printed", timeout=0), re.Match)

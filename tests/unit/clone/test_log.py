@@ -1,0 +1,169 @@
+"""The workload's log on the host: found across pieces, safe to show, and nobody waits in vain for it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.host.clock import Deadline, monotonic
+
+_LONG_S = 20.0
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[WorkloadLog]:
+    """An empty log."""
+    log = WorkloadLog(tmp_path / "log")
+    yield log
+    log.close()
+
+
+def _search(log: WorkloadLog, regex: str, timeout_s: float = _LONG_S) -> re.Match[str] | None:
+    return log.search(re.compile(regex), Deadline(timeout_s), lambda: False)
+
+
+class _Search(threading.Thread):
+    """A search on a thread of its own."""
+
+    def __init__(self, log: WorkloadLog, regex: str) -> None:
+        super().__init__(daemon=True)
+        self._log, self._regex = log, regex
+        self.found: re.Match[str] | None = None
+        self.start()
+
+    def run(self) -> None:
+        self.found = _search(self._log, self._regex)
+
+    def text(self) -> str:
+        self.join(_LONG_S + 5)
+        assert self.found is not None
+        return self.found[0]
+
+
+def test_the_bases_lines_come_first_and_are_searched_too(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"from the base\n")
+    log = WorkloadLog(tmp_path / "log", before=tmp_path / "base")
+    log.append(b"from the clone\n")
+    assert log.content() == b"from the base\nfrom the clone\n"
+    found = _search(log, "from the (.*)")
+    assert found is not None
+    assert found[1] == "base"
+    log.close()
+
+
+def test_a_line_that_comes_in_pieces_is_found_when_it_is_whole(log: WorkloadLog) -> None:
+    waiting = _Search(log, r"^listening on port (\d+)$")
+    for piece in (b"starting\nlisten", b"ing on po", b"rt 80", b"80\nnext"):
+        log.append(piece)
+    assert waiting.text() == "listening on port 8080"
+
+
+def test_half_a_line_is_not_taken_for_the_whole(log: WorkloadLog) -> None:
+    waiting = _Search(log, r"port \d+")
+    log.append(b"port 80")
+    log.append(b"80\n")
+    assert waiting.text() == "port 8080"
+
+
+def test_a_prompt_that_never_ends_its_line_is_found_before_the_deadline(log: WorkloadLog) -> None:
+    log.append(b"welcome\nPassword: ")
+    started = monotonic()
+    found = _search(log, "^Password: $")
+    assert found is not None
+    assert monotonic() - started < _LONG_S / 2
+
+
+def test_an_open_line_that_did_not_match_is_looked_at_again_when_it_grows(log: WorkloadLog) -> None:
+    log.append(b"not ")
+    assert _search(log, "not yet", 0.5) is None
+    waiting = _Search(log, "not yet")
+    log.append(b"yet")
+    assert waiting.text() == "not yet"
+
+
+def test_a_character_cut_in_two_is_put_together(log: WorkloadLog) -> None:
+    waiting = _Search(log, "grün")
+    data = "grün\n".encode()
+    log.append(data[:3])
+    log.append(data[3:])
+    assert waiting.text() == "grün"
+
+
+def test_nothing_found_is_none_at_the_deadline(log: WorkloadLog) -> None:
+    log.append(b"something else\n")
+    assert _search(log, "never", 0.05) is None
+
+
+def test_a_search_gives_up_when_told_and_sees_what_came_last(log: WorkloadLog) -> None:
+    over = threading.Event()
+    results: list[re.Match[str] | None] = []
+    thread = threading.Thread(
+        target=lambda: results.append(log.search(re.compile("never"), Deadline(None), over.is_set)), daemon=True
+    )
+    thread.start()
+    over.set()
+    log.wake()
+    thread.join(_LONG_S)
+    assert results == [None]
+    log.append(b"last words")
+    assert log.search(re.compile("last words"), Deadline(None), over.is_set) is not None
+
+
+def test_a_search_ends_when_the_log_is_closed(log: WorkloadLog) -> None:
+    waiting = _Search(log, "never")
+    log.close()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert waiting.found is None
+    log.append(b"too late")
+
+
+def test_many_readers_and_one_writer_lose_nothing(log: WorkloadLog) -> None:
+    readers = [_Search(log, f"^line {number * 500} of 2000$") for number in range(1, 5)]
+    text = "".join(f"line {number} of 2000\n" for number in range(2001)).encode()
+    for start in range(0, len(text), 777):
+        log.append(text[start : start + 777])
+    assert [reader.text() for reader in readers] == [f"line {number * 500} of 2000" for number in range(1, 5)]
+    assert log.content() == text
+
+
+def test_a_long_log_is_not_searched_from_its_start_again(log: WorkloadLog) -> None:
+    log.append(b"x" * 99 + b"\n")
+    waiting = _Search(log, "the end")
+    started = monotonic()
+    for _ in range(200):
+        log.append((b"y" * 99 + b"\n") * 1000)  # 20 MB in all
+    log.append(b"the end\n")
+    assert waiting.text() == "the end"
+    assert monotonic() - started < _LONG_S
+
+
+@pytest.mark.parametrize(
+    ("data", "shown"),
+    [
+        (b"plain\ttext\n", "plain\ttext"),
+        (b"\x1b[31mred\x1b[0m \x1b]0;title\x07", "\\x1b[31mred\\x1b[0m \\x1b]0;title\\x07"),
+        (b"a\0b\x08c\x7f", "a\\x00b\\x08c\\x7f"),
+        (b"\xff\xfe " + "grün".encode(), "\\xff\\xfe grün"),
+        ("\u202eright to left, \u2066isolated\x9b31m".encode(), "\\x202eright to left, \\x2066isolated\\x9b31m"),
+        (b"one\r\ntwo\rthree", "one\ntwo\nthree"),
+        (b"", ""),
+    ],
+)
+def test_a_tail_has_no_byte_that_drives_a_terminal(data: bytes, shown: str) -> None:
+    assert tail(data) == shown
+
+
+def test_a_tail_is_a_hundred_lines() -> None:
+    lines = tail(b"".join(b"%d\n" % number for number in range(1000))).splitlines()
+    assert (len(lines), lines[0], lines[-1]) == (100, "900", "999")
+
+
+@pytest.mark.parametrize("data", [b"x" * 100_000, b"\0" * 100_000, ("ü" * 50_000).encode()])
+def test_a_tail_is_sixteen_kib_however_it_is_escaped(data: bytes) -> None:
+    assert 8_000 <= len(tail(data)) <= 16_384
