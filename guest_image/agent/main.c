@@ -66,6 +66,7 @@ static void set_up_test(const struct options *options)
 {
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     atexit(cgroup_remove);
+    atexit(namespaces_leave);
     if (options->root)
         namespaces_use_directory(options->root);
     if (options->cgroup)

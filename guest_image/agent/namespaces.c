@@ -230,6 +230,12 @@ const char *namespaces_enter(bool is_workload)
     return show_processes(boot_id_tree);
 }
 
+void namespaces_leave(void)
+{
+    if (own_pids >= 0)
+        setns(own_pids, CLONE_NEWPID);
+}
+
 void namespaces_follow(pid_t pid)
 {
     char path[64];

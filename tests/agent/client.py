@@ -27,7 +27,9 @@ def frame(kind, stream, payload=b""):
 def fields(items):
     body = b""
     for tag, value in items:
-        data = struct.pack("<Q", value) if isinstance(value, int) else value.encode() if isinstance(value, str) else value
+        data = (
+            struct.pack("<Q", value) if isinstance(value, int) else value.encode() if isinstance(value, str) else value
+        )
         body += struct.pack("<HI", tag, len(data)) + data
     return body
 

@@ -93,6 +93,17 @@ def rootfs(tmp_path_factory):
     return root
 
 
+LISTEN = """
+import socket, sys
+channel, address, port = sys.argv[1:]
+listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind((address, int(port)))
+listener.listen(1024)
+socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [listener.fileno()])
+"""
+
+
 class Guest:
     """One agent process, its channel, and the session that is current."""
 
@@ -125,6 +136,23 @@ class Guest:
         argv = [(protocol.ARG, part) for part in ("sh", "-c", script)]
         return self.client.call(protocol.START, *argv, *more)
 
+    @property
+    def agent_pid(self):
+        """The agent's process, the child of unshare."""
+        launcher = self.process.pid
+        return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[0])
+
+    def listen(self, port, address="0.0.0.0"):
+        """Return a listening socket in the guest's network."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            enter = ["nsenter", "--target", str(self.agent_pid), "--net"]
+            enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+            arguments = [sys.executable, "-c", LISTEN, str(theirs.fileno()), address, str(port)]
+            subprocess.run([*enter, *arguments], pass_fds=[theirs.fileno()], check=True)
+            _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        return socket.socket(fileno=descriptors[0])
+
     def close(self):
         """End the agent by ending its channel and return its exit code, which sanitisers make 99."""
         self.channel.close()
@@ -145,9 +173,7 @@ def make_guest(agent_binary, namespaces, rootfs, tmp_path):
     yield make
     codes = [guest.close() for guest in guests]
     names = " ".join(f"/mnt/{group}-{number}" for number in range(len(guests)))
-    subprocess.run(
-        [*namespaces[:-4], "sh", "-c", f"mount -t cgroup2 none /mnt && rmdir {names}"], capture_output=True
-    )
+    subprocess.run([*namespaces[:-4], "sh", "-c", f"mount -t cgroup2 none /mnt && rmdir {names}"], capture_output=True)
     logs = [guest.log.read_text(errors="replace") for guest in guests]
     assert codes == [0] * len(guests), "\n".join(logs)
     assert not any("Sanitizer" in log or "runtime error" in log for log in logs), "\n".join(logs)
