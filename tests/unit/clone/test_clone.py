@@ -271,6 +271,7 @@ def _blocked_calls(clone: Clone) -> dict[str, Callable[[], object]]:
         "exec": lambda: clone.exec(["sleep"], timeout=60),
         "wait_until_succeeds": lambda: clone.wait_until_succeeds(["fail", "1"], timeout=60),
         "wait_for_log": lambda: clone.wait_for_log("never", timeout=60),
+        "pause_for_exit": lambda: clone.pause_for_exit(60),
     }
 
 
@@ -294,14 +295,14 @@ def _failure_of(call: Callable[[], object], meanwhile: Callable[[], None]) -> Ba
     return caught[0]
 
 
-@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log"])
+@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log", "pause_for_exit"])
 def test_whatever_waits_is_told_at_once_when_the_vm_dies(name: str, clone: Clone, engine: FakeEngine) -> None:
     error = _failure_of(_blocked_calls(clone)[name], lambda: engine.vms[0].die(11))
     assert isinstance(error, EngineError)
     assert error.message == "VM web ended: signal 11"
 
 
-@pytest.mark.parametrize("name", ["wait_until_succeeds", "wait_for_log"])
+@pytest.mark.parametrize("name", ["wait_until_succeeds", "wait_for_log", "pause_for_exit"])
 def test_whatever_waits_for_the_workload_is_told_at_once_when_that_ends(
     name: str, clone: Clone, guest: FakeAgent
 ) -> None:
