@@ -91,6 +91,7 @@ class Harness:
                 entry = self._once(f"snapshot-{key}", lambda: self._find_or_build(key, parts, who))
                 self._resources.enter_context(entry.in_use())
                 self._snapshots[key] = Snapshot(entry=entry, parts=parts, workshop=self._workshop)
+                self._resources.callback(self._snapshots[key].close)
             return self._snapshots[key]
 
     def summary(self) -> dict[str, Any]:

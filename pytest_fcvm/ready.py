@@ -8,6 +8,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -91,18 +92,18 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
 
 
 class ClientPath:
-    """The path on which a test will reach a clone, tried while the clone still comes to life.
+    """The path on which a test will reach a clone, proven before the test gets it.
 
-    It leads to the port on which the base, as its agent saw, listened when it was frozen. The connection is made by a
-    thread of its own, over HTTP with the request: slirp takes both before the guest runs, which finds them there.
+    It leads to the port on which the base, as its agent saw, listened when it was frozen. A thread of its own asks the
+    VMM for the host's port while the clone comes to life. Nothing connects before the clone's agent has answered: the
+    network would learn the MAC that the clone is about to give up, and the guest stay deaf.
     """
 
     def __init__(self, find_endpoint: Callable[[], Endpoint], ready: ReadySpec) -> None:
         self._find_endpoint = find_endpoint
         self._http = ready.text if ready.mode is ReadyMode.HTTP else ""
-        self._connection: socket.socket | None = None
-        self._fault = ""
-        self._thread = threading.Thread(target=self._open, daemon=True, name="fcvm-client-path")
+        self._endpoint: Endpoint | None = None
+        self._thread = threading.Thread(target=self._ask, daemon=True, name="fcvm-client-path")
         self._thread.start()
 
     def prove(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
@@ -111,65 +112,28 @@ class ClientPath:
         Raise GuestTimeout with the last answer, or what `pause_for_exit` raises when the clone has ended.
         """
         deadline, pause = Deadline(timeout_s), 0.001
-        while answer := self._answer():
+        while answer := self._try():
             if deadline.expired:
                 raise GuestTimeout(f"the clone's port does not answer: {answer}", hint="try --fcvm-rebuild")
             pause_for_exit(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
-            self._open()
 
-    def close(self) -> None:
-        """End the attempt; the VM it leads to must be dead or have answered."""
-        self._thread.join(_TRY_S)
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+    def _ask(self) -> None:
+        with suppress(FcvmError):  # asked again by `prove`, where it can be told
+            self._endpoint = self._find_endpoint()
 
-    def _open(self) -> None:
-        try:
-            host, port = self._find_endpoint()
-            self._connection = socket.create_connection((host, port), timeout=_TRY_S)
-            if self._http:
-                request = f"GET {self._http} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n"
-                self._connection.sendall(request.encode())
-            self._fault = ""
-        except (OSError, FcvmError) as error:
-            self._fault = f"{type(error).__name__}: {error}"
-
-    def _answer(self) -> str:
+    def _try(self) -> str:
         """Return "" when the path works, else what was seen."""
         self._thread.join(_TRY_S)
-        if self._connection is None:
-            return self._fault or "no connection yet"
-        with self._connection as connection:
-            self._connection = None
-            return self._fault or (_read_status(connection) if self._http else _look_alive(connection))
-
-
-def _read_status(connection: socket.socket) -> str:
-    response = http.client.HTTPResponse(connection, method="GET")
-    try:
-        response.begin()
-    except (OSError, http.client.HTTPException) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        response.close()
-    return "" if response.status < 400 else f"HTTP status {response.status}"
-
-
-def _look_alive(connection: socket.socket, stands_s: float = 0) -> str:
-    try:
-        ended = select.select([connection], [], [], stands_s)[0] and not connection.recv(1, socket.MSG_PEEK)
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    return "the connection was closed" if ended else ""
+        endpoint = self._endpoint or self._find_endpoint()
+        return _http_answer(endpoint, self._http) if self._http else _tcp_answer(endpoint)
 
 
 def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
     """Return a function that returns "" when ready, else what it saw instead."""
     match ready.mode:
         case ReadyMode.HTTP:
-            return lambda: _ask_http(target, ready)
+            return lambda: _http_answer(target.endpoint(ready.port or 80), ready.text)
         case ReadyMode.TCP:
             return lambda: _ask_tcp(target, ready.port or 0)
         case ReadyMode.LOG:
@@ -204,11 +168,29 @@ def _ask_exec(target: ReadyTarget, command: str | Sequence[str]) -> str:
     return "" if result.exit_code == 0 else f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
 
 
-def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
-    host, port = target.endpoint(ready.port or 80)
-    connection = http.client.HTTPConnection(host, port, timeout=_TRY_S)
+def _ask_tcp(target: ReadyTarget, port: int) -> str:
+    """Ask for a listener, then connect. A connect alone proves nothing: slirp accepts for closed ports, too."""
     try:
-        connection.request("GET", ready.text, headers={"Host": f"{host}:{port}", "Connection": "close"})
+        if not target.listening(port):
+            return "nothing listens there, or on a loopback address alone"
+    except GuestTimeout as error:
+        return error.message
+    return _tcp_answer(target.endpoint(port))
+
+
+def _tcp_answer(endpoint: Endpoint) -> str:
+    try:
+        with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
+            ended = select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return "the connection was closed" if ended else ""
+
+
+def _http_answer(endpoint: Endpoint, path: str) -> str:
+    connection = http.client.HTTPConnection(*endpoint, timeout=_TRY_S)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
         response = connection.getresponse()
         response.read()
     except (OSError, http.client.HTTPException) as error:
@@ -216,21 +198,3 @@ def _ask_http(target: ReadyTarget, ready: ReadySpec) -> str:
     finally:
         connection.close()
     return "" if response.status < 400 else f"HTTP status {response.status}"
-
-
-def _ask_tcp(target: ReadyTarget, port: int) -> str:
-    """Connect on the client's path, ask the agent meanwhile, then look whether the connection stands for a moment.
-
-    A connect alone proves nothing: slirp accepts for closed ports and stopped machines.
-    """
-    try:
-        with socket.create_connection(target.endpoint(port), timeout=_TRY_S) as connection:
-            if not target.listening(port):
-                return "nothing listens there, or on a loopback address alone"
-            return _look_alive(connection, _STANDS_S)
-    except OSError as error:
-        return f"{type(error).__name__}: {error}"
-    except FcvmError as error:
-        if isinstance(error, GuestTimeout):
-            return error.message
-        raise

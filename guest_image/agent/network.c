@@ -91,6 +91,8 @@ static void set_options(const char *name)
 {
     /* Otherwise removing an address removes the newer ones of its subnet as well. */
     set_option("ipv4", "all", "promote_secondaries", "1");
+    /* Whoever on the link knows the base's MAC learns a clone's at once. */
+    set_option("ipv4", name, "arp_notify", "1");
     /* Nobody on the link answers router solicitations or contests addresses, and waiting for either costs seconds. */
     set_option("ipv6", name, "accept_ra", "0");
     set_option("ipv6", name, "accept_dad", "0");

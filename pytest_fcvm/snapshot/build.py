@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,7 +13,7 @@ from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
-from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
@@ -46,7 +47,8 @@ def snapshot_files(folder: Path, rootfs: Path) -> SnapshotFiles:
 def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, Any]:
     """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
 
-    Raise WorkloadExited, GuestTimeout, EngineError or what a prepare function raises; the base is gone either way.
+    Raise WorkloadExited, GuestTimeout, EngineError, or GuestError for what a prepare function raised; the base is gone
+    either way.
     """
     started = monotonic()
     timings: dict[str, float] = {}
@@ -168,10 +170,24 @@ def _prepare(parts: Ingredients, base: Clone, phase: Phase) -> None:
         return
     phase("preparing it")
     if isinstance(prepare, Prepare):
-        prepare.func(base)
+        _call(prepare, base)
     else:
         base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
     wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+
+
+def _call(prepare: Prepare, base: Clone) -> None:
+    """Call a prepare function; whatever it raises is a failed build, which is remembered and not tried again."""
+    try:
+        prepare.func(base)
+    except FcvmError:
+        raise
+    except Exception as error:
+        raise GuestError(
+            f"the prepare function {prepare.func.__name__} failed: {type(error).__name__}: {error}",
+            hint="mend the function; its traceback is below",
+            evidence={"prepare": traceback.format_exc()},
+        ) from error
 
 
 def _client_port(parts: Ingredients, base: Clone) -> int | None:

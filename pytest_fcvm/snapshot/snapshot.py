@@ -23,6 +23,7 @@ from pytest_fcvm.ready import ClientPath
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.spares import Spares
 from pytest_fcvm.store import Entry
 
 __all__ = ["Snapshot", "Workshop"]
@@ -55,6 +56,7 @@ class Snapshot:
         self.spec = parts.spec
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
+        self._spares = Spares(parts.engine.prepare, self._plan("spare", parts.spec.publish))
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.key[:12]} of {self.spec.image}>"
@@ -92,6 +94,10 @@ class Snapshot:
         self._workshop.born(clone)
         return clone
 
+    def close(self) -> None:
+        """Give back what is kept ready for the next clone; running clones go on."""
+        self._spares.close()
+
     def _invent_name(self) -> str:
         stem = (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
         return f"{_NOT_A_NAME.sub('-', stem).strip('-')[:40] or 'clone'}-{os.urandom(4).hex()}"
@@ -100,14 +106,11 @@ class Snapshot:
         timeline = Timeline(monotonic())
         with ExitStack() as room:
             room.enter_context(self._workshop.admit(_VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE))
-            vm = self._parts.engine.restore(self._plan(name, ports))
+            vm = self._spares.take(self._plan(name, ports))
             timeline.mark("spawn", monotonic())
             path = self._open_client_path(vm)
-            try:
-                machine = self._meet(vm, name, timeline)
-            except FcvmError:
-                path.close() if path else None
-                raise
+            self._spares.refill()
+            machine = self._meet(vm, name, timeline)
             machine.also_close([room.pop_all().close])
         try:
             if path:

@@ -88,6 +88,12 @@ class QemuEngine:
 
     def restore(self, plan: RestorePlan) -> QemuVm:
         """Start a clone and return as soon as its process is spawned; `wait_until_running` tells how it went."""
+        vm = self.prepare(plan)
+        vm.start()
+        return vm
+
+    def prepare(self, plan: RestorePlan) -> QemuVm:
+        """Spawn a clone's QEMU, which starts up meanwhile and waits for `QemuVm.start`."""
         platform, files = self._ready(), plan.files
         check_memory_file(files.memory, plan.shape.mem_mib)
         argv = clone_command(platform, plan.shape, files.memory, files.rootfs, plan.ports)
@@ -98,9 +104,9 @@ class QemuEngine:
                 passed[STATE_FD] = stack.enter_context(open_state(files.state))
                 uri = f"fd:{STATE_FD}"
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
-        monitor = _start_monitor(launched, _capabilities("x-ignore-shared"), ("migrate-incoming", {"uri": uri}))
+        monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
         agent, forwards = launched.sockets[AGENT_FD], Forwards(monitor, plan.ports)
-        return QemuVm(plan.name, launched, monitor, agent, version=platform.version, forwards=forwards)
+        return QemuVm(plan.name, launched, monitor, agent, version=platform.version, forwards=forwards, state=uri)
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""

@@ -27,7 +27,7 @@ _LAST_WORDS_S = 2.0  # from the end of the monitor to the end of the process
 
 
 class QemuVm:
-    """One QEMU process. `forwards` is None for a base, whose ports go through the agent."""
+    """One QEMU process. `forwards` is None for a base, whose ports go through the agent; `state` is a clone's."""
 
     def __init__(
         self,
@@ -38,11 +38,12 @@ class QemuVm:
         *,
         version: QemuVersion,
         forwards: Forwards | None = None,
+        state: str = "",
     ) -> None:
         self._name, self._launched, self._child = name, launched, launched.child
         self._monitor, self._agent = monitor, agent
         self._version, self._forwards = version, forwards
-        self._runs = forwards is None
+        self._runs, self._state = forwards is None, state
         self._killed = self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
         self._child.on_exit(self._close)
@@ -77,6 +78,13 @@ class QemuVm:
             if self._agent.fileno() >= 0:
                 return self._agent.dup()
         raise self.explain()
+
+    def start(self) -> None:
+        """Let a prepared clone load its state and run; harmless when it has been started."""
+        state, self._state = self._state, ""
+        if state:
+            with self._told():
+                self._monitor.send_ahead([("migrate-incoming", {"uri": state})])
 
     def wait_until_running(self, timeout_s: float) -> None:
         """Wait until the restored guest executes. A booted VM runs from the start.

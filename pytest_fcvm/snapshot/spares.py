@@ -1,0 +1,68 @@
+"""One VMM ahead: while a test runs, the process of the next clone starts up and waits for its state.
+
+Half of the time to a clone is the VMM's own start (loading libraries, building the machine), in which nothing of the
+guest exists yet. A spare has no guest memory, no identity, and runs no instruction of any workload.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from pytest_fcvm.engine.protocol import RestorePlan, Vm
+from pytest_fcvm.errors import FcvmError
+
+__all__ = ["Spares"]
+
+
+class Spares:
+    """The VMM ahead of one snapshot. `prepare` is the engine's; `usual` is the plan that most clones have."""
+
+    def __init__(self, prepare: Callable[[RestorePlan], Vm], usual: RestorePlan) -> None:
+        self._prepare, self._usual = prepare, usual
+        # A spare would hold a pinned host port against the clone that is in use.
+        self._useful = all(port.host_port == 0 for port in usual.ports)
+        self._lock = threading.Lock()
+        self._spare: Vm | None = None
+        self._filling = self._closed = False
+
+    def take(self, plan: RestorePlan) -> Vm:
+        """Return a started VM for a plan: the spare where it fits and lives, else a new one."""
+        if plan.ports == self._usual.ports:
+            with self._lock:
+                spare, self._spare = self._spare, None
+            if spare is not None:
+                with suppress(FcvmError):  # it died while it waited
+                    spare.start()
+                    return spare
+        vm = self._prepare(plan)
+        vm.start()
+        return vm
+
+    def refill(self) -> None:
+        """Let a thread of its own prepare the next spare, unless there is one."""
+        with self._lock:
+            if not self._useful or self._closed or self._filling or self._spare is not None:
+                return
+            self._filling = True
+        threading.Thread(target=self._fill, daemon=True, name="fcvm-spare").start()
+
+    def close(self) -> None:
+        """End the spare; no other will follow."""
+        with self._lock:
+            self._closed = True
+            spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.kill()
+
+    def _fill(self) -> None:
+        spare: Vm | None = None
+        with suppress(FcvmError):  # the clone that needs one will say why
+            spare = self._prepare(self._usual)
+        with self._lock:
+            self._filling = False
+            if not self._closed:
+                self._spare, spare = spare, None
+        if spare is not None:
+            spare.kill()
