@@ -33,6 +33,7 @@ BASE_LOG = "base.log"
 _MEMORY, _STATE = "memory", "state"
 _BOOT_S = 60.0  # emulated guests on a loaded machine
 _SILENT_S = 15.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen workload is done once, not in every clone
 _CALL_S = 60.0
 _COPY_S = 600.0
 
@@ -201,6 +202,7 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
 def _take(machine: Machine, folder: Path) -> bytes:
     secret = new_secret()
     machine.agent.quiesce(secret, timeout_s=_CALL_S)
+    machine.pause_for_exit(_SETTLE_S)
     machine.vm.snapshot(folder / _STATE)
     return secret
 
