@@ -6,11 +6,11 @@ import contextlib
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fakes.agent import FakeAgent
+from fakes.agent_wire import FakeStream
 
 from pytest_fcvm.engine.protocol import (
     Accelerator,
@@ -22,6 +22,7 @@ from pytest_fcvm.engine.protocol import (
     VmExit,
 )
 from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.guest.frames import StreamKind
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 
@@ -43,8 +44,14 @@ class FakeVm:
 
     def channel(self) -> socket.socket:
         host, guest = socket.socketpair()
-        self.agent.attach(guest)
+        if self.exit is None:
+            self.agent.attach(guest)
+        else:
+            guest.close()
         return host
+
+    def start(self) -> None:
+        self.calls.append("start")
 
     def wait_until_running(self, timeout_s: float) -> None:  # noqa: ARG002
         self.calls.append("wait_until_running")
@@ -127,8 +134,17 @@ class FakeEngine:
     def boot(self, plan: BootPlan) -> FakeVm:
         return self._make(plan)
 
+    def prepare(self, plan: RestorePlan) -> FakeVm:
+        vm = self._make(plan)
+        bases = [vm for vm in self.vms if isinstance(vm.plan, BootPlan)]
+        if bases:  # the guest wakes up where the base fell asleep
+            vm.agent.run(vm.agent.wait_for_secret, bases[-1].agent.run(lambda: bases[-1].agent._secret))
+        return vm
+
     def restore(self, plan: RestorePlan) -> FakeVm:
-        return self._make(plan)
+        vm = self.prepare(plan)
+        vm.start()
+        return vm
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         return ("-m", str(shape.mem_mib), "-smp", str(shape.cpus))
@@ -164,12 +180,18 @@ class Service:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            data = connection.recv(1 << 16)
-            if data:
+            while data := connection.recv(1 << 16):
                 self.requests.append(data)
                 connection.sendall(self._answer(data))
 
 
-def fields_of(agent: FakeAgent, kind: Any) -> list[Mapping[Any, Any]]:
-    """Return the fields of every request of a kind that an agent was given."""
-    return [fields for executed, fields in agent.executed if executed is kind]
+def after_start(agent: FakeAgent, deed: Callable[[], object]) -> None:
+    """Do something on the agent's thread as soon as its workload has been started."""
+    serve = agent._serve_verb
+
+    def serve_and_do(stream: FakeStream) -> None:
+        serve(stream)
+        if stream.kind is StreamKind.START:
+            deed()
+
+    agent._serve_verb = serve_and_do  # type: ignore[method-assign]

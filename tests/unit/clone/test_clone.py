@@ -355,7 +355,7 @@ def test_a_paused_clone_refuses_calls_until_it_is_resumed_with_the_time_of_day(
     assert caught.value.hint == "call resume() first"
     clone.resume()
     assert clone.succeed(["echo", "again"]) == "again\n"
-    assert engine.vms[0].calls == ["pause", "resume"]
+    assert engine.vms[0].calls == ["start", "pause", "resume"]
     (identity,) = [fields for kind, fields in guest.executed if kind is StreamKind.PERSONALISE]
     assert identity.number(FieldTag.REALTIME_NS) > 0
     assert identity.texts(FieldTag.HOSTNAME) == []

@@ -1,0 +1,90 @@
+"""Snapshots built from and cloned to fake VMs, whose agents keep the protocol's rules."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_fcvm.engine.protocol import GuestFiles
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.ready import finalize_ready
+from pytest_fcvm.snapshot import Ingredients
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
+
+from fakes.agent import FakeAgent
+from fakes.vm import FakeEngine, Service
+
+_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-client-path", "fcvm-spare")
+_IMAGE = ImageConfig(
+    entrypoint=("/entry",),
+    cmd=("serve",),
+    env=("PATH=/bin", "LEVEL=image"),
+    user="www",
+    working_dir="/srv",
+    exposed_ports=((53, "udp"), (80, "tcp"), (443, "tcp")),
+)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What is closed after the test; then no thread of ours lives."""
+    with ExitStack() as stack:
+        yield stack
+    left = lambda: [thread.name for thread in threading.enumerate() if thread.name in _OURS]  # noqa: E731
+    assert wait_until(lambda: not left(), Deadline(10)), left()
+
+
+@pytest.fixture
+def service(stack: ExitStack) -> Service:
+    """A web server that plays guest port 80."""
+    service = Service()
+    stack.callback(service.close)
+    return service
+
+
+@pytest.fixture
+def engine(stack: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
+    """An engine of fake VMs; the service listens in each of them."""
+    root = tmp_path / "guest"
+    (root / "etc").mkdir(parents=True)
+    engine = FakeEngine(tmp_path / "run", lambda: stack.enter_context(FakeAgent()))
+
+    def prepare(agent: FakeAgent) -> None:
+        agent.root, agent.ports[80], agent.listening[80] = root, service.address, 1
+
+    engine.prepare_guest = prepare
+    return engine
+
+
+@pytest.fixture
+def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]:
+    """Return ingredients; keyword arguments are fields of the spec, or of the ingredients themselves."""
+
+    def make(**fields: Any) -> Ingredients:
+        own = {name: fields.pop(name) for name in ("image_config", "kernel_digest", "rootfs_key") if name in fields}
+        spec = MachineSpec(image="registry/web:1").merged(fields)
+        image: ImageConfig = own.pop("image_config", _IMAGE)
+        health = image.healthcheck.test if image.healthcheck else ()
+        parts: dict[str, Any] = {"kernel_digest": "kernel", "rootfs_key": "rootfs", **own}
+        return Ingredients(
+            spec=spec,
+            ready=finalize_ready(spec.ready, health, image.exposed_ports),
+            image=image,
+            image_digest="sha256:1",
+            files=GuestFiles(kernel=tmp_path / "kernel", initramfs=tmp_path / "initramfs", rootfs=tmp_path / "rootfs"),
+            initramfs_key="initramfs",
+            engine=engine,
+            report=engine.report,
+            **parts,
+        )
+
+    return make
