@@ -93,12 +93,8 @@ static void set_options(const char *name)
     set_option("ipv4", "all", "promote_secondaries", "1");
     /* Whoever on the link knows the base's MAC learns a clone's at once. */
     set_option("ipv4", name, "arp_notify", "1");
-    /* Nobody on the link answers router solicitations or contests addresses, and waiting for either costs seconds. */
-    set_option("ipv6", name, "accept_ra", "0");
-    set_option("ipv6", name, "accept_dad", "0");
-    set_option("ipv6", name, "router_solicitations", "0");
-    /* No link-local address: it would tell the base's MAC in every clone. */
-    set_option("ipv6", name, "addr_gen_mode", "1");
+    /* Nobody on the link speaks IPv6, and every change of the MAC would be its business in every clone. */
+    set_option("ipv6", name, "disable_ipv6", "1");
 }
 
 static struct inet host_only(const struct inet *from)

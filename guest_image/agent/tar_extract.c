@@ -249,7 +249,7 @@ static int extract_entry(void)
     if (wrong)
         return refuse(wrong);
     if (!*entry.path)
-        return entry.type == TAR_DIRECTORY ? 0 : refuse("an entry has no name");
+        return is_file ? refuse("an entry has no name") : skip(entry.size + tar_padding(entry.size));
     int folder = tar_open_parent(entry.path, &name);
     if (folder < 0)
         return complain("open below the target directory:", entry.path);

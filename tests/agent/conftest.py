@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
+from itertools import count
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
 HERE = Path(__file__).parent
+TESTS = count()
 PROJECT = HERE.parent.parent
 
 
@@ -159,10 +161,17 @@ class Guest:
         return self.process.wait(30)
 
 
+def leave_no_groups(namespaces, names):
+    """Remove the agents' cgroups, which are the host's."""
+    end = namespaces.index("--pid")
+    script = "mount -t cgroup2 none /mnt && cd /mnt && rmdir $0 $@"
+    subprocess.run([*namespaces[:end], "sh", "-c", script, *names], capture_output=True)
+
+
 @pytest.fixture
 def make_guest(agent_binary, namespaces, rootfs, tmp_path):
     guests = []
-    group = f"fcvm-test-{os.getpid()}"
+    group = f"fcvm-test-{os.getpid()}-{next(TESTS)}"
 
     def make():
         command = [*namespaces, str(agent_binary), "--channel-fd", "?", "--root", str(rootfs)]
@@ -172,8 +181,7 @@ def make_guest(agent_binary, namespaces, rootfs, tmp_path):
 
     yield make
     codes = [guest.close() for guest in guests]
-    names = " ".join(f"/mnt/{group}-{number}" for number in range(len(guests)))
-    subprocess.run([*namespaces[:-4], "sh", "-c", f"mount -t cgroup2 none /mnt && rmdir {names}"], capture_output=True)
+    leave_no_groups(namespaces, [f"{group}-{number}" for number in range(len(guests))])
     logs = [guest.log.read_text(errors="replace") for guest in guests]
     assert codes == [0] * len(guests), "\n".join(logs)
     assert not any("Sanitizer" in log or "runtime error" in log for log in logs), "\n".join(logs)

@@ -95,7 +95,7 @@ def test_a_reply_passes_bulk_output(client, p):
 
 def test_a_host_that_does_not_read_stops_its_own_requests_only(guest, p):
     client = guest.client
-    guest.channel.setblocking(False)
+    guest.channel.settimeout(0)
     numbers = range(1000, 101000)
     request = b"".join(p.frame(p.OPEN, number, bytes([p.STATUS]) + b"\0" * 4) for number in numbers)
     sent = 0
@@ -105,7 +105,7 @@ def test_a_host_that_does_not_read_stops_its_own_requests_only(guest, p):
             sent += guest.channel.send(request[sent : sent + 65536])
         except BlockingIOError:
             time.sleep(0.01)
-    guest.channel.setblocking(True)
+    guest.channel.settimeout(None)
     assert sent < len(request)  # it stopped reading
     client.streams.update({number: p.Stream(number) for number in numbers})
     client.send(request[sent:])
@@ -114,7 +114,7 @@ def test_a_host_that_does_not_read_stops_its_own_requests_only(guest, p):
 
 
 def test_a_new_host_is_heard_while_the_old_ones_replies_fill_the_channel(guest, p):
-    guest.channel.setblocking(False)
+    guest.channel.settimeout(0)
     number = 1000
     try:
         while True:
@@ -124,7 +124,7 @@ def test_a_new_host_is_heard_while_the_old_ones_replies_fill_the_channel(guest, 
             number += 1
     except BlockingIOError:
         pass
-    guest.channel.setblocking(True)
+    guest.channel.settimeout(None)
     assert guest.reconnect().call(p.STATUS)[p.STATE] == ["idle"]
 
 

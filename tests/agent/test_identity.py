@@ -1,0 +1,180 @@
+"""QUIESCE and PERSONALISE: going to sleep as one guest and waking up as another."""
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def frozen(guest, p):
+    """A guest whose workload counts, quiesced; the secret for the next session is in guest.secret."""
+    guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
+    logs = guest.client.open(p.LOGS)
+    guest.client.wait(lambda: logs.data[0].count(b"\n") > 3)
+    if not has_freezer(guest):
+        pytest.skip("cgroups are not allowed here")
+    guest.secret = p.new_secret()
+    guest.client.call(p.QUIESCE, (p.SECRET, guest.secret))
+    return guest
+
+
+def has_freezer(guest):
+    return b"0::/fcvm" in Path(f"/proc/{workload_pid(guest)}/cgroup").read_bytes()
+
+
+def workload_pid(guest):
+    return int(Path(f"/proc/{guest.agent_pid}/task/{guest.agent_pid}/children").read_text().split()[0])
+
+
+def seen(client, script):
+    return client.run("sh", "-c", script).data[0].decode()
+
+
+def test_after_quiesce_the_workload_stands_still_and_the_agent_is_silent(frozen):
+    frozen.client.buffer.clear()
+    before = Path(f"/proc/{workload_pid(frozen)}/stat").read_text()
+    frozen.channel.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        frozen.channel.recv(1)
+    assert Path(f"/proc/{workload_pid(frozen)}/stat").read_text() == before
+
+
+def test_after_quiesce_all_input_is_discarded_up_to_the_secret(frozen, p):
+    stale = p.frame(p.OPEN, 500, bytes([p.POWEROFF]) + b"\0" * 4)
+    frozen.channel.sendall(stale * 10 + stale[:7])
+    client = frozen.connect(frozen.secret)
+    assert client.call(p.STATUS)[p.STATE] == ["frozen"]
+
+
+def test_the_secret_of_the_session_before_quiesce_is_worth_nothing(frozen, p):
+    old = frozen.client.next_secret + p.frame(p.HELLO, 0, b"\1\0\0\0" + b"n" * 16 + b"s" * 16)
+    frozen.channel.sendall(old)
+    assert frozen.connect(frozen.secret).call(p.STATUS)[p.STATE] == ["frozen"]
+
+
+def test_nothing_runs_while_frozen_and_personalise_thaws(frozen, p):
+    client = frozen.connect(frozen.secret)
+    with pytest.raises(OSError, match="frozen"):
+        client.start_exec("true")
+    client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32), (p.REALTIME_NS, time.time_ns()))
+    assert client.call(p.STATUS)[p.STATE] == ["running"]
+    logs = client.open(p.LOGS)
+    client.wait(lambda: logs.data[0])
+    count = logs.data[0].count(b"\n")
+    client.wait(lambda: logs.data[0].count(b"\n") > count + 2)
+
+
+def test_quiesce_without_a_usable_secret_is_refused_and_nothing_is_frozen(guest, p):
+    guest.start("exec sleep 1000")
+    for fields in ([], [(p.SECRET, b"short")], [(p.SECRET, b"\0" * 16)]):
+        with pytest.raises(OSError, match=r"SECRET|bytes"):
+            guest.client.call(p.QUIESCE, *fields)
+    assert guest.client.call(p.STATUS)[p.STATE] == ["running"]
+
+
+def test_the_names_change_everywhere(frozen, p):
+    client = frozen.connect(frozen.secret)
+    client.call(
+        p.PERSONALISE,
+        (p.HOSTNAME, "clone-with-a-longer-name"),
+        (p.MACHINE_ID, "f" * 32),
+        (p.BOOT_ID, "11111111-2222-3333-4444-555555555555"),
+        (p.HOSTS, "10.0.2.3 other"),
+        (p.HOSTS, "10.0.2.4 another"),
+        (p.DNS, "10.0.2.3"),
+    )
+    name, local = "clone-with-a-longer-name", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+    hosts = f"{local}10.0.2.15\t{name}\n10.0.2.3 other\n10.0.2.4 another\n"
+    script = "hostname; cd /etc; cat hostname machine-id hosts resolv.conf /proc/sys/kernel/random/boot_id"
+    assert seen(client, script) == (
+        f"{name}\n{name}\n{'f' * 32}\n{hosts}nameserver 10.0.2.3\n11111111-2222-3333-4444-555555555555\n"
+    )
+    client.call(p.PERSONALISE, (p.HOSTNAME, "c"))
+    assert seen(client, "cat /etc/hostname; grep -c longer /etc/hosts") == "c\n0\n"
+
+
+def test_names_reach_files_that_the_workload_put_in_place_of_ours(client, p):
+    seen(client, "cd /etc; cp hosts new; mv new hosts; rm hostname; rm machine-id; ln -s /tmp/elsewhere machine-id")
+    client.call(p.PERSONALISE, (p.HOSTNAME, "clone"), (p.MACHINE_ID, "a" * 32))
+    assert seen(client, "cd /etc; grep clone hosts; cat hostname machine-id; ls /tmp") == (
+        f"10.0.2.15\tclone\nclone\n{'a' * 32}\n"
+    )
+
+
+def test_the_machine_id_of_dbus_follows_only_where_it_is_a_file_of_its_own(make_guest, p, rootfs):
+    folder = rootfs / "var/lib/dbus"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine-id").write_text("0" * 32 + "\n")
+    guest = make_guest()
+    guest.connect()
+    client = guest.configure()
+    (folder / "machine-id").unlink()
+    client.call(p.PERSONALISE, (p.MACHINE_ID, "a" * 32))
+    assert seen(client, "cat /var/lib/dbus/machine-id") == "a" * 32 + "\n"
+
+
+def test_the_address_changes_and_the_gateways_is_given_back(client, p):
+    assert "10.0.2.2/32" in seen(client, "ip addr show lo")
+    client.call(p.PERSONALISE, (p.ADDRESS, "10.0.2.77/24"), (p.PEER_GATEWAY, 0), (p.MAC, b"\x02\0\0\0\0\x09"))
+    addresses = seen(client, "ip addr")
+    assert "10.0.2.77/24" in addresses
+    assert "10.0.2.15" not in addresses
+    assert "10.0.2.2/" not in addresses
+    assert "10.0.2.77\tbox" in seen(client, "cat /etc/hosts")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([("MACHINE_ID", "short")], "machine id"),
+        ([("HOSTNAME", "x" * 65)], "host name"),
+        ([("MAC", b"12345")], "bytes"),
+        ([("ENTROPY", b"12345")], "bytes"),
+        ([("ADDRESS", "300.1.1.1/24")], "not an IP address"),
+        ([("BOOT_ID", "x" * 100)], "boot id"),
+        ([("HOSTNAME", b"a\0b")], "zero byte"),
+        ([("ARG", "/no/such/hook")], "hook could not start"),
+        ([("ARG", "sh"), ("ARG", "-c"), ("ARG", "echo so it is; exit 3")], "hook ended with 3: so it is"),
+        ([("ARG", "sh"), ("ARG", "-c"), ("ARG", "kill -9 $$")], "signal 9"),
+    ],
+)
+def test_what_cannot_be_set_leaves_the_workload_frozen(frozen, p, fields, message):
+    client = frozen.connect(frozen.secret)
+    with pytest.raises(OSError, match=message):
+        client.call(p.PERSONALISE, *((getattr(p, name), value) for name, value in fields))
+    assert client.call(p.STATUS)[p.STATE] == ["frozen"]
+
+
+def test_the_hook_runs_before_the_thaw_as_the_new_guest(frozen, p):
+    client = frozen.connect(frozen.secret)
+    hook = [(p.ARG, part) for part in ("sh", "-c", "hostname > /tmp/hook; echo $X >> /tmp/hook")]
+    client.call(p.PERSONALISE, (p.HOSTNAME, "clone"), (p.ENV, "X=y"), *hook)
+    assert seen(client, "cat /tmp/hook") == "clone\ny\n"
+
+
+def test_a_hook_that_hangs_is_killed_after_ten_seconds(guest, p):
+    began = time.monotonic()
+    with pytest.raises(OSError, match="took over 10 s: working"):
+        guest.client.call(p.PERSONALISE, *((p.ARG, part) for part in ("sh", "-c", "echo working; sleep 1000")))
+    assert 9 < time.monotonic() - began < 18
+    assert "sleep 1000" not in seen(guest.client, "ps")
+
+
+def test_connections_to_peers_outside_are_reset_and_those_inside_stay(guest, p):
+    client = guest.client
+    seen(client, "ip addr add 10.9.9.9/32 dev lo")  # an address that is not one of the guest's own
+    with guest.listen(7000) as outside, guest.listen(7001) as inside:
+        client.start_exec("sh", "-c", "sleep 99 | nc 10.9.9.9 7000 & sleep 99 | nc 10.0.2.15 7001 & wait")
+        gone, stays = outside.accept()[0], inside.accept()[0]
+        with gone, stays:
+            reply = client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32))
+            if reply[p.MESSAGE]:
+                pytest.skip(reply[p.MESSAGE][0])
+            gone.settimeout(5)
+            with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                gone.recv(1)
+            stays.settimeout(0.2)
+            with pytest.raises(socket.timeout):
+                stays.recv(1)
