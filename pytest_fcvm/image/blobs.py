@@ -8,8 +8,8 @@ import lzma
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -54,16 +54,12 @@ def spool_layer(blob: LayerBlob, folder: Path, *, max_bytes: int) -> IO[bytes]:
     compressed = not _is_plain(magic)
     copy = tempfile.TemporaryFile(dir=folder) if compressed else None  # noqa: SIM115  it is what we return
     try:
-        whole, plain, size = _new_hash(blob.digest), _new_hash(blob.diff_id), 0
-        for chunk in _plain_chunks(blob.path, magic, whole.update):
-            size += len(chunk)
-            if size > max_bytes:
-                raise ImageError(
-                    f"a layer of the image unpacks to more than {max_bytes >> 20} MiB", hint="use a smaller image"
-                )
-            plain.update(chunk)
-            if copy is not None:
-                copy.write(chunk)
+        whole, plain = _new_hash(blob.digest), _new_hash(blob.diff_id)
+        with closing(_plain_chunks(blob.path, magic, whole.update)) as chunks:
+            for chunk in _limited(chunks, max_bytes):
+                plain.update(chunk)
+                if copy is not None:
+                    copy.write(chunk)
         _verify("digest", blob.digest, whole.hexdigest())
         _verify("diff_id", blob.diff_id, plain.hexdigest())
     except BaseException:
@@ -74,6 +70,17 @@ def spool_layer(blob: LayerBlob, folder: Path, *, max_bytes: int) -> IO[bytes]:
         return blob.path.open("rb")
     copy.flush()
     return copy
+
+
+def _limited(chunks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    size = 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > max_bytes:
+            raise ImageError(
+                f"a layer of the image unpacks to more than {max_bytes >> 20} MiB", hint="use a smaller image"
+            )
+        yield chunk
 
 
 def _is_plain(magic: bytes) -> bool:
@@ -112,7 +119,7 @@ def _verify(what: str, expected: str, found: str) -> None:
         )
 
 
-def _plain_chunks(path: Path, magic: bytes, seen: Callable[[bytes], None]) -> Iterator[bytes]:
+def _plain_chunks(path: Path, magic: bytes, seen: Callable[[bytes], None]) -> Generator[bytes]:
     """Yield the decompressed content in pieces; `seen` gets the bytes as they lie on disk."""
     if magic.startswith(_GZIP):
         yield from _inflate(path, seen, _Gzip)
@@ -182,26 +189,17 @@ def _inflate(path: Path, seen: Callable[[bytes], None], new_decoder: Callable[[]
 def _unzstd(path: Path, seen: Callable[[bytes], None]) -> Iterator[bytes]:
     for chunk in _read(path):
         seen(chunk)
-    with _zstd(path) as process:
+    command = [str(resolve_tool("zstd", package="zstd")), "-dcq", "--", str(path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:  # whose end closes the pipes first, so that SIGPIPE ends a zstd that nobody listens to
         assert process.stdout is not None
+        assert process.stderr is not None
         while chunk := process.stdout.read(_CHUNK):
             yield chunk
-        assert process.stderr is not None
         last_words = process.stderr.read(64 * 1024).decode("utf-8", "replace")
         if process.wait():
             raise _damaged(condense(last_words))
-
-
-@contextmanager
-def _zstd(path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    tool = resolve_tool("zstd", package="zstd")
-    with subprocess.Popen(
-        [tool, "-dcq", "--", path], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def _damaged(reason: str) -> ImageError:

@@ -9,11 +9,14 @@ import lzma
 import shutil
 import subprocess
 import tarfile
+import threading
+from pathlib import Path
 
 import pytest
 from fakes.images import compressed, directory, entry, sha256, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.image import members
 from pytest_fcvm.image.blobs import LayerBlob, spool_layer
 from pytest_fcvm.image.layers import flatten
 from pytest_fcvm.image.members import Limits
@@ -83,7 +86,7 @@ def flipped(data):
 @pytest.mark.parametrize("damage", [cut, flipped])
 def test_damaged_compression_is_an_error_of_the_image(tmp_path, how, damage):
     with pytest.raises(ImageError, match="damaged"):
-        spooled(tmp_path, damage(compressed(TAR, how)))
+        spooled(tmp_path, damage(compressed(TAR, how)), diff_id="")
 
 
 def test_trailing_garbage_behind_gzip_is_an_error(tmp_path):
@@ -102,8 +105,10 @@ def test_a_bomb_stops_at_the_limit(tmp_path):
 def test_a_bomb_in_zstd_stops_at_the_limit_and_leaves_no_process(tmp_path):
     path = tmp_path / "bomb"
     path.write_bytes(compressed(bytes(50 << 20), "zstd"))
-    with pytest.raises(ImageError, match="unpacks to more than 8 MiB"):
+    with pytest.raises(ImageError, match="unpacks to more than 8 MiB") as caught:
         spool_layer(LayerBlob(path=path), tmp_path, max_bytes=8 << 20)
+    assert Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text() == ""
+    assert caught.value  # alive, and with it the frames of its traceback
 
 
 @needs_zstd
@@ -199,6 +204,22 @@ def test_sparse_files_of_every_format_are_read(flat, tmp_path, options):
     result = flat(archive)
     assert result.names == ["file"]
     assert result.read("file") == content
+
+
+@pytest.mark.parametrize("table", ["0,10,5,10", "90,20", "-5,10", "0,-10"])
+def test_a_sparse_map_that_overlaps_or_leaves_the_file_is_refused(flat, table):
+    sparse = {"GNU.sparse.size": "100", "GNU.sparse.numblocks": "2", "GNU.sparse.map": table}
+    with pytest.raises(ImageError, match="not sound"):
+        flat(tar_of(entry("a", bytes(20), pax_headers=sparse)))
+
+
+def test_an_archive_never_makes_us_seek_backwards(tmp_path):
+    """No header is known that passes the other checks and still does this; tarfile's would then read in a circle."""
+    with (tmp_path / "file").open("wb+") as file:
+        guarded = members._Guarded(file)
+        guarded.seek(512)
+        with pytest.raises(tarfile.ReadError, match="points backwards"):
+            guarded.seek(0)
 
 
 def test_the_size_of_a_sparse_file_counts_for_the_limit(flat, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 
 import pytest
@@ -179,6 +180,12 @@ def test_a_name_that_leaves_the_root_or_is_too_long_is_refused(flat, name):
         flat(tar_of(entry(name)))
 
 
+@pytest.mark.parametrize("target", ["", "x" * 5000])
+def test_a_symbolic_link_with_an_impossible_target_is_refused(flat, target):
+    with pytest.raises(ImageError, match="impossible target"):
+        flat(tar_of(symlink("a", target)))
+
+
 @pytest.mark.parametrize("name", ["/", ".", "./"])
 def test_the_root_itself_may_be_an_entry(flat, name):
     assert flat(tar_of(directory(name), entry("./a"))).names == ["a"]
@@ -190,6 +197,14 @@ def test_long_names_of_both_formats_are_kept(flat, format):  # noqa: A002
     result = flat(tar_of(entry(name, b"data"), symlink("l", target), format=format))
     assert result.read(name) == b"data"
     assert result.member("l").linkname == target
+
+
+def test_extended_headers_of_every_length_are_written_right(flat):
+    """The length in front of a record counts its own digits: the step from 99 to 100 and to 1000 is where one errs."""
+    lengths = [*range(80, 130), *range(960, 1030)]
+    layer = tar_of(*(entry(str(number), pax_headers={"SCHILY.xattr.user.x": "v" * number}) for number in lengths))
+    for member in flat(layer).members:
+        assert member.pax_headers["SCHILY.xattr.user.x"] == "v" * int(member.name)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -276,3 +291,9 @@ def test_an_empty_layer_changes_nothing(flat):
 def test_limits_are_kept(flat, limits, match):
     with pytest.raises(ImageError, match=match):
         flat(tar_of(entry("a", bytes(9000)), entry("b", bytes(9000))), tar_of(entry("ccc", bytes(9000))), limits=limits)
+
+
+def test_a_compressed_layer_is_unpacked_no_further_than_the_layers_before_it_left_room(flat):
+    lower, bomb = tar_of(entry("a", bytes(1 << 20))), gzip.compress(tar_of(entry("b", bytes(4 << 20))))
+    with pytest.raises(ImageError, match="a layer of the image unpacks to more than 1 MiB"):
+        flat(lower, bomb, limits=Limits(unpacked_bytes=(2 << 20) + 50_000))

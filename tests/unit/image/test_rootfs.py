@@ -171,11 +171,30 @@ def test_a_directory_becomes_a_root_filesystem_of_root(tmp_path, build):
     (root / "link").symlink_to("etc/a")
     (root / "folder-link").symlink_to("etc")
     os.mkfifo(root / "fifo", 0o600)
-    found = listing(build("./tree"))
+    (root / "etc/a").touch()
+    squashfs = build("./tree")
+    found = listing(squashfs)
+    subprocess.run(["unsquashfs", "-n", "-d", tmp_path / "x", squashfs, "etc"], stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "x/etc/a").read_bytes() == b"data"
+    assert (tmp_path / "x/etc/a").samefile(tmp_path / "x/etc/b")
     assert found["/etc/a"][:3] == ("-rw-r-----", "0/0", "4")
     assert found["/link"][4] == "etc/a"
     assert found["/folder-link"][4] == "etc"
     assert found["/fifo"][0].startswith("p")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_in_a_directory_the_callers_files_become_roots_and_others_stay(tmp_path, build, monkeypatch):
+    root = tmp_path / "tree"
+    root.mkdir()
+    for name, owner in (("mine", 1234), ("other", 77)):
+        (root / name).touch()
+        os.chown(root / name, owner, owner)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    monkeypatch.setattr(os, "getegid", lambda: 1234)
+    found = listing(build("./tree"))
+    assert found["/mine"][1] == "0/0"
+    assert found["/other"][1] == "77/77"
 
 
 def test_an_unsound_layer_leaves_nothing(tmp_path, build):

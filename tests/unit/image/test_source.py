@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -177,6 +178,15 @@ def test_a_damaged_record_is_as_good_as_none(tmp_path, resolve, damage):
     record.write_bytes(damage)
     assert resolve("dir:d").digest == digest
     assert record.read_bytes() != damage
+
+
+@pytest.mark.parametrize(("field", "value"), [("schema", 0), ("name", "dir:/other"), ("arch", "arm64"), ("stamp", "")])
+def test_a_record_of_something_else_is_not_used(tmp_path, resolve, field, value):
+    HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    resolve("dir:d")
+    (record,) = (tmp_path / "images").glob("reference-*.json")
+    record.write_text(json.dumps({**json.loads(record.read_text()), field: value, "digest": "sha256:wrong"}))
+    assert resolve("dir:d").digest != "sha256:wrong"
 
 
 def test_the_platform_of_an_index_is_chosen_by_the_architecture(tmp_path, resolve):

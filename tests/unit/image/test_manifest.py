@@ -1,0 +1,96 @@
+"""Image folders as skopeo's `dir:` writes them, read without skopeo's own checks in front."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fakes.images import HandmadeImage, entry, sha256, tar_of
+
+from pytest_fcvm.errors import ImageError
+from pytest_fcvm.image.manifest import listed_digests, read_image_folder
+
+LAYERS = [tar_of(entry("a")), tar_of(entry("b"))]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+
+
+def change_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_config(folder, change):
+    """Change the configuration and make its digest fit again."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    document = json.loads((folder / manifest["config"]["digest"][7:]).read_text())
+    change(document)
+    data = json.dumps(document).encode()
+    (folder / sha256(data)[7:]).write_bytes(data)
+    change_manifest(folder, lambda manifest: manifest["config"].update(digest=sha256(data)))
+
+
+def test_layers_come_lowest_first_with_both_digests(folder):
+    found = read_image_folder(folder, arch="amd64")
+    assert [layer.diff_id for layer in found.layers] == [sha256(layer) for layer in LAYERS]
+    assert [layer.digest for layer in found.layers] == [sha256(layer.path.read_bytes()) for layer in found.layers]
+    assert found.digest == sha256((folder / "manifest.json").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda manifest: manifest.pop("layers"), "of a kind that is not supported"),
+        (lambda manifest: manifest.update(config={}), "lacks a field"),
+        (lambda manifest: manifest.update(config=5), "lacks a field"),
+        (lambda manifest: manifest.update(layers=5), "lacks a field"),
+        (lambda manifest: manifest.update(layers=[5, 6]), "lacks a field"),
+        (lambda manifest: manifest["layers"].pop(), "1 layers but 2 diff_ids"),
+        (lambda manifest: manifest["layers"][0].update(digest="sha256:../../../etc/passwd"), "is not a digest"),
+        (lambda manifest: manifest["layers"][0].update(digest=5), "lacks a field"),
+        (lambda manifest: manifest["layers"][0].update(mediaType="x.tar+gzip+encrypted"), "is encrypted"),
+        (lambda manifest: manifest["config"].update(digest="sha256:" + "0" * 64), "cannot be read"),
+    ],
+)
+def test_a_manifest_that_is_not_sound_is_refused(folder, change, match):
+    change_manifest(folder, change)
+    with pytest.raises(ImageError, match=match):
+        read_image_folder(folder, arch="amd64")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda document: document.update(architecture="arm64"), "linux/arm64"),
+        (lambda document: document.update(os="windows"), "windows/amd64"),
+        (lambda document: document["rootfs"].update(diff_ids=["sha256:x", "sha256:y"]), "is not a digest"),
+        (lambda document: document.update(rootfs=5), "lacks a field"),
+        (lambda document: document.update(config=5), "malformed"),
+    ],
+)
+def test_a_configuration_that_is_not_sound_is_refused(folder, change, match):
+    change_config(folder, change)
+    with pytest.raises(ImageError, match=match):
+        read_image_folder(folder, arch="amd64")
+
+
+def test_a_configuration_with_another_digest_is_refused(folder):
+    name = json.loads((folder / "manifest.json").read_text())["config"]["digest"][7:]
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    with pytest.raises(ImageError, match="another digest than the manifest says"):
+        read_image_folder(folder, arch="amd64")
+
+
+def test_a_configuration_without_diff_ids_or_platform_is_taken(folder):
+    change_config(folder, lambda document: [document.pop(name) for name in ("rootfs", "os", "architecture")])
+    assert [layer.diff_id for layer in read_image_folder(folder, arch="amd64").layers] == ["", ""]
+
+
+def test_the_digests_of_an_index_are_listed():
+    index = {"manifests": [{"digest": "sha256:1"}, {"digest": "sha256:2"}, 5]}
+    assert listed_digests(json.dumps(index).encode()) == {"sha256:1", "sha256:2"}
+    assert listed_digests(b'{"layers": []}') == frozenset()
