@@ -14,12 +14,13 @@ from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError, GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
-from pytest_fcvm.model.net import Endpoint
+from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 
-__all__ = ["ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
+__all__ = ["PROBE_PORT", "ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
+PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
 _TRY_S = 5.0  # one answer may take this long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _STANDS_S = 0.05  # a server that is still starting may accept and hang up
@@ -94,14 +95,19 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
 class ClientPath:
     """The path on which a test will reach a clone, proven before the test gets it.
 
-    It leads to the port on which the base, as its agent saw, listened when it was frozen. A thread of its own asks the
-    VMM for the host's port while the clone comes to life. Nothing connects before the clone's agent has answered: the
-    network would learn the MAC that the clone is about to give up, and the guest stay deaf.
+    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, on which nothing listens: the guest's
+    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, where nothing listens: the guest's
+    was seen when the base was frozen. A connection to the service would prove less, because a forwarder accepts for a
+    guest that is deaf, and the guest would spend 30 ms on it under emulation.
+
+    A thread of its own asks the VMM for the host's port while the clone comes to life. Nothing connects before the
+    clone's agent has answered: the network would learn the MAC that the clone is about to give up.
     """
 
-    def __init__(self, find_endpoint: Callable[[], Endpoint], ready: ReadySpec) -> None:
-        self._find_endpoint = find_endpoint
+    def __init__(self, publish: Callable[[PublishedPort], Endpoint], ready: ReadySpec, service_port: int) -> None:
         self._http = ready.text if ready.mode is ReadyMode.HTTP else ""
+        port = PublishedPort(guest_port=service_port if self._http else PROBE_PORT)
+        self._find_endpoint: Callable[[], Endpoint] = lambda: publish(port)
         self._endpoint: Endpoint | None = None
         self._thread = threading.Thread(target=self._ask, daemon=True, name="fcvm-client-path")
         self._thread.start()
@@ -126,7 +132,18 @@ class ClientPath:
         """Return "" when the path works, else what was seen."""
         self._thread.join(_TRY_S)
         endpoint = self._endpoint or self._find_endpoint()
-        return _http_answer(endpoint, self._http) if self._http else _tcp_answer(endpoint)
+        return _http_answer(endpoint, self._http) if self._http else _refusal(endpoint)
+
+
+def _refusal(endpoint: Endpoint) -> str:
+    try:
+        with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
+            connection.recv(1)
+    except ConnectionError:
+        return ""
+    except OSError as error:
+        return f"no answer from the guest's network: {error}"
+    return ""
 
 
 def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
@@ -175,13 +192,13 @@ def _ask_tcp(target: ReadyTarget, port: int) -> str:
             return "nothing listens there, or on a loopback address alone"
     except GuestTimeout as error:
         return error.message
-    return _tcp_answer(target.endpoint(port))
+    return _tcp_answer(target.endpoint(port), _STANDS_S)
 
 
-def _tcp_answer(endpoint: Endpoint) -> str:
+def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
     try:
         with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
-            ended = select.select([connection], [], [], 0)[0] and not connection.recv(1, socket.MSG_PEEK)
+            ended = select.select([connection], [], [], stands_s)[0] and not connection.recv(1, socket.MSG_PEEK)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return "the connection was closed" if ended else ""

@@ -19,7 +19,7 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.ready import ClientPath
+from pytest_fcvm.ready import PROBE_PORT, ClientPath
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
@@ -109,7 +109,6 @@ class Snapshot:
             vm = self._spares.take(self._plan(name, ports))
             timeline.mark("spawn", monotonic())
             path = self._open_client_path(vm)
-            self._spares.refill()
             machine = self._meet(vm, name, timeline)
             machine.also_close([room.pop_all().close])
         try:
@@ -120,6 +119,7 @@ class Snapshot:
             machine.close()
             raise
         timeline.mark("ready", monotonic())
+        self._spares.refill()  # not sooner: on few processors it would take the clone's own
         return machine
 
     def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
@@ -127,14 +127,14 @@ class Snapshot:
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts.rootfs),
-            ports=self._with_client_port(ports),
+            ports=self._with_probed_ports(ports),
         )
 
     def _open_client_path(self, vm: Vm) -> ClientPath | None:
         number = self.facts["client_port"]
         if number is None:
             return None
-        return ClientPath(lambda: vm.publish(PublishedPort(guest_port=number)), self._parts.ready)
+        return ClientPath(vm.publish, self._parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
@@ -152,8 +152,9 @@ class Snapshot:
         timeline.mark("agent", monotonic())
         return Machine(vm, agent, log, vm, timeline)
 
-    def _with_client_port(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
-        number = self.facts["client_port"]
-        if number is None or any(port.guest_port == number and port.proto == "tcp" for port in ports):
+    def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
+        service = self.facts["client_port"]
+        if service is None:
             return ports
-        return (*ports, PublishedPort(guest_port=number))
+        mapped = {port.guest_port for port in ports if port.proto == "tcp"}
+        return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))

@@ -107,7 +107,8 @@ def boot_arguments(platform: Platform) -> str:
     """
     words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "mitigations=off", "random.trust_cpu=on"]
     if platform.accelerator is Accelerator.TCG:
-        words.append(f"tsc_early_khz={platform.tsc_khz}")
+        # Reliable: on a busy host the watchdog takes a late tick for a bad TSC and falls back to jiffies, for ever.
+        words += [f"tsc_early_khz={platform.tsc_khz}", "tsc=reliable"]
     return " ".join(words)
 
 

@@ -72,6 +72,7 @@ def test_a_bases_command_line_is_this() -> None:
     assert boot_arguments.split() == [
         *("console=ttyS0", "quiet", "reboot=t", "panic=-1", "mitigations=off", "random.trust_cpu=on"),
         "tsc_early_khz=2596144",
+        "tsc=reliable",
     ]
 
 
