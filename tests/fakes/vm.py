@@ -121,7 +121,9 @@ class FakeEngine:
     def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._folder, self._agents = "fake", folder, agents
         self.vms: list[FakeVm] = []
+        self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
+        self.spoil: Callable[[FakeVm], None] = lambda _vm: None
         self._numbers = itertools.count()
 
     def probe(self, smoke: GuestFiles) -> EngineReport:  # noqa: ARG002
@@ -129,7 +131,7 @@ class FakeEngine:
 
     @property
     def report(self) -> EngineReport:
-        return EngineReport(engine=self.name, usable=True, accelerator=Accelerator.TCG, identity={"version": "1"})
+        return EngineReport(engine=self.name, usable=True, accelerator=self.accelerator, identity=self.identity)
 
     def boot(self, plan: BootPlan) -> FakeVm:
         return self._make(plan)
@@ -154,6 +156,7 @@ class FakeEngine:
         self.prepare_guest(agent)
         vm = FakeVm(plan.name, self._folder / str(next(self._numbers)), agent, plan)
         self.vms.append(vm)
+        self.spoil(vm)
         return vm
 
 

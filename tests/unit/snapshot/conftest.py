@@ -35,11 +35,23 @@ _IMAGE = ImageConfig(
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """What is closed after the test; then no thread of ours lives."""
+def agents() -> Iterator[ExitStack]:
+    """The agents of all VMs; they outlive whatever talks to them, and then no thread of ours lives."""
+    with ExitStack() as agents:
+        yield agents
+    _wait_for_threads(_OURS)
+
+
+@pytest.fixture
+def stack(agents: ExitStack) -> Iterator[ExitStack]:
+    """What is closed after the test."""
     with ExitStack() as stack:
         yield stack
-    left = lambda: [thread.name for thread in threading.enumerate() if thread.name in _OURS]  # noqa: E731
+    _wait_for_threads(("fcvm-spare",))
+
+
+def _wait_for_threads(names: tuple[str, ...]) -> None:
+    left = lambda: [thread.name for thread in threading.enumerate() if thread.name in names]  # noqa: E731
     assert wait_until(lambda: not left(), Deadline(10)), left()
 
 
@@ -52,11 +64,11 @@ def service(stack: ExitStack) -> Service:
 
 
 @pytest.fixture
-def engine(stack: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
+def engine(agents: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
     """An engine of fake VMs; the service listens in each of them."""
     root = tmp_path / "guest"
     (root / "etc").mkdir(parents=True)
-    engine = FakeEngine(tmp_path / "run", lambda: stack.enter_context(FakeAgent()))
+    engine = FakeEngine(tmp_path / "run", lambda: agents.enter_context(FakeAgent()))
 
     def prepare(agent: FakeAgent) -> None:
         agent.root, agent.ports[80], agent.listening[80] = root, service.address, 1

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from fakes.agent import FakeAgent
 from fakes.agent_wire import FakeStream
-from fakes.vm import FakeEngine, Service, after_start
+from fakes.vm import FakeEngine, FakeVm, Service, after_start
 
 from pytest_fcvm.clone import Clone
-from pytest_fcvm.engine.protocol import BootPlan
 from pytest_fcvm.errors import (
     CommandFailed,
     EngineError,
@@ -272,31 +271,22 @@ def test_two_boots_of_which_nothing_is_seen_are_an_engine_error(
 
 
 def _hang_boots(engine: FakeEngine, times: int) -> None:
-    boot = engine.boot
-
-    def hang(plan: BootPlan) -> Any:
-        vm = boot(plan)
+    def hang(vm: FakeVm) -> None:
         if len(engine.vms) <= times:
             vm.console_path.write_bytes(b"")
             vm.agent.wait_for_secret(b"nobody knows this")
-        return vm
 
-    engine.boot = hang  # type: ignore[method-assign]
+    engine.spoil = hang
 
 
 def test_a_vm_that_dies_while_it_boots_is_told_with_its_console(
     make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine
 ) -> None:
-    boot = engine.boot
-
-    def panic(plan: BootPlan) -> Any:
-        vm = boot(plan)
+    def panic(vm: FakeVm) -> None:
         vm.console_path.write_bytes(b"Kernel panic - not syncing\n")
-        vm.agent.wait_for_secret(b"nobody knows this")
         vm.die(6)
-        return vm
 
-    engine.boot = panic  # type: ignore[method-assign]
+    engine.spoil = panic
     error = _failure(make_parts(), folder, EngineError)
     assert error.message == "VM base ended: signal 6"
     assert error.evidence["console"] == "Kernel panic - not syncing"

@@ -1,0 +1,225 @@
+"""The warm path: clones of a snapshot, each its own machine, and nothing left of one that did not come to life."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.agent import FakeAgent
+from fakes.vm import FakeEngine, FakeVm
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.store import Entry
+
+
+class Room:
+    """The host's memory: what clones were admitted and not given back."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.full = False
+        self.born: list[Clone] = []
+        self.failed: list[FcvmError] = []
+
+    @contextmanager
+    def admit(self, mem_mib: int) -> Iterator[None]:
+        if self.full:
+            raise HostError("no room")
+        self.taken.append(mem_mib)
+        try:
+            yield
+        finally:
+            self.taken.remove(mem_mib)
+
+
+@pytest.fixture
+def room() -> Room:
+    """Room for any number of clones."""
+    return Room()
+
+
+@pytest.fixture
+def make_snapshot(
+    make_parts: Callable[..., Ingredients], tmp_path: Path, stack: ExitStack, room: Room
+) -> Callable[..., Snapshot]:
+    """Build a snapshot; keyword arguments are fields of its spec."""
+
+    def make(**fields: Any) -> Snapshot:
+        parts = make_parts(**fields)
+        folder = tmp_path / "entry"
+        folder.mkdir()
+        facts = build_snapshot(parts, folder, lambda _phase: None)
+        workshop = Workshop(
+            admit=room.admit, born=room.born.append, failed=lambda _spec, error: room.failed.append(error)
+        )
+        snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
+        stack.callback(snapshot.close)
+        return snapshot
+
+    return make
+
+
+@pytest.fixture
+def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+    """A snapshot of the service on port 80."""
+    return make_snapshot()
+
+
+@pytest.fixture
+def start(stack: ExitStack) -> Callable[..., Clone]:
+    """Start a clone that is closed after the test."""
+    return lambda snapshot, **how: stack.enter_context(snapshot.clone(**how))
+
+
+def _agent_of(clone: Clone) -> FakeAgent:
+    return clone._machine.vm.agent  # type: ignore[attr-defined, no-any-return]
+
+
+def _identity(clone: Clone) -> Any:
+    (fields,) = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
+    return fields
+
+
+def test_a_clone_runs_answers_and_knows_where_it_comes_from(
+    snapshot: Snapshot, start: Callable[..., Clone], room: Room
+) -> None:
+    clone = start(snapshot, name="web-1")
+    assert (clone.name, clone.engine, clone.spec) == ("web-1", "fake", snapshot.spec)
+    assert clone.http(80).get("/").text == "hello"
+    assert room.born == [clone]
+    assert [phase for phase, _ in clone.timeline.phases] == ["spawn", "agent", "ready"]
+    assert repr(snapshot) == "<Snapshot 000000000000 of registry/web:1>"
+
+
+def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
+    snapshot: Snapshot, start: Callable[..., Clone]
+) -> None:
+    identities = [_identity(start(snapshot)) for _ in range(5)]
+    for tag in (FieldTag.ENTROPY, FieldTag.HOSTNAME, FieldTag.MACHINE_ID, FieldTag.BOOT_ID, FieldTag.MAC):
+        values = {bytes(fields[tag][0]) for fields in identities}
+        assert len(values) == 5, tag
+    first = identities[0]
+    assert len(first[FieldTag.ENTROPY][0]) == 32
+    assert (len(first[FieldTag.MAC][0]), bytes(first[FieldTag.MAC][0][:3])) == (6, b"\x52\x54\x00")
+    assert re.fullmatch("[0-9a-f]{32}", first.text(FieldTag.MACHINE_ID))
+    assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.text(FieldTag.BOOT_ID))
+    assert f"10.0.2.15 {first.text(FieldTag.HOSTNAME)}" in first.texts(FieldTag.HOSTS)
+
+
+def test_identity_comes_before_everything_else(snapshot: Snapshot, start: Callable[..., Clone]) -> None:
+    clone = start(snapshot)
+    clone.succeed(["echo"])
+    assert _agent_of(clone).executed[0][0] is StreamKind.PERSONALISE
+
+
+@pytest.mark.parametrize(
+    ("image", "name"),
+    [
+        ("registry:5000/team/My_Web.App:1.2", "my-web-app"),
+        ("nginx@sha256:abc", "nginx"),
+        ("oci:/var/images/web:latest", "web"),
+        ("___", "clone"),
+        ("x" * 200, "x" * 40),
+    ],
+)
+def test_a_clone_is_named_after_its_image(
+    image: str, name: str, make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone]
+) -> None:
+    assert re.fullmatch(f"{name}-[0-9a-f]{{8}}", start(make_snapshot(image=image)).name)
+
+
+@pytest.mark.parametrize("name", ["Web", "a.b", "-a", "a-", "a" * 64, "a b", "ü"])
+def test_a_name_that_is_no_host_name_is_a_usage_problem(name: str, snapshot: Snapshot, engine: FakeEngine) -> None:
+    before = len(engine.vms)
+    with pytest.raises(UsageProblem, match="is not a host name"):
+        snapshot.clone(name=name)
+    assert len(engine.vms) == before
+
+
+def test_a_clone_may_have_host_ports_of_its_own(snapshot: Snapshot, start: Callable[..., Clone]) -> None:
+    clone = start(snapshot, publish=(PublishedPort(guest_port=443, host_port=18443),))
+    assert clone.endpoint(443) == ("127.0.0.1", 18443)
+    assert snapshot.spec.publish == ()
+    assert {port.guest_port for port in clone._machine.vm.plan.ports} >= {80, 443}  # type: ignore[attr-defined]
+
+
+def test_room_is_taken_for_a_clones_life(snapshot: Snapshot, room: Room) -> None:
+    with snapshot.clone():
+        assert room.taken == [40 + 256 // 8]
+        with snapshot.clone():
+            assert len(room.taken) == 2
+    assert room.taken == []
+
+
+def test_without_room_no_clone_is_started_and_the_reason_is_told(
+    snapshot: Snapshot, room: Room, engine: FakeEngine
+) -> None:
+    room.full = True
+    before = len(engine.vms)
+    with pytest.raises(HostError, match="no room"):
+        snapshot.clone()
+    assert len(engine.vms) == before
+    assert [error.message for error in room.failed] == ["no room"]
+
+
+def test_a_clone_that_dies_before_it_answers_leaves_nothing_and_says_why(
+    snapshot: Snapshot, room: Room, engine: FakeEngine
+) -> None:
+    def die(vm: FakeVm) -> None:
+        vm.vmm_log_path.write_text("qemu: cannot load the state\n")
+        vm.die(6)
+
+    engine.spoil = die
+    with pytest.raises(EngineError) as caught:
+        snapshot.clone(name="web")
+    assert caught.value.message.endswith("ended: signal 6")
+    assert caught.value.evidence["VMM log"] == "qemu: cannot load the state"
+    assert (room.taken, room.failed) == ([], [caught.value])
+    assert all(vm.exit is not None for vm in engine.vms)
+
+
+def test_a_reset_clone_has_a_new_identity(snapshot: Snapshot, start: Callable[..., Clone], room: Room) -> None:
+    clone = start(snapshot)
+    before = (clone.endpoint(80), _identity(clone))
+    clone.reset()
+    assert clone.endpoint(80) == before[0]
+    assert _identity(clone).text(FieldTag.MAC) != before[1].text(FieldTag.MAC)
+    assert _identity(clone).text(FieldTag.HOSTNAME) == clone.name
+    assert len(room.taken) == 1
+
+
+def test_the_log_of_the_base_is_there_before_any_clone(
+    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    serve = engine.prepare_guest
+    engine.prepare_guest = lambda agent: (serve(agent), agent.log(b"listening\n"))[0]
+    snapshot = make_snapshot()
+    engine.prepare_guest = serve
+    assert wait_until(lambda: snapshot.logs() == "listening\n", Deadline(10))
+    assert start(snapshot).logs() == "listening\n"
+
+
+def test_closing_a_snapshot_ends_what_was_kept_ready_and_no_clone(
+    snapshot: Snapshot, start: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    clone = start(snapshot)
+    snapshot.close()
+    alive = lambda: [vm for vm in engine.vms if vm.exit is None]  # noqa: E731
+    assert wait_until(lambda: alive() == [clone._machine.vm], Deadline(10))
+    assert clone.succeed(["echo", "x"]) == "x\n"
+
+
+def test_no_value_of_an_environment_is_in_a_snapshots_facts(make_snapshot: Callable[..., Snapshot]) -> None:
+    snapshot = make_snapshot(env={"PASSWORD": "tiger-lily"})
+    assert "tiger" not in str(snapshot.facts)
+    assert isinstance(snapshot.spec, MachineSpec)
