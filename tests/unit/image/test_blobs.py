@@ -145,6 +145,13 @@ def with_checksum(data, offset, position, new):
     return damaged(data, offset, bytes(head))
 
 
+def long_name(length):
+    """Return a GNU header with a long name for the member behind it."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, length
+    return info.tobuf(tarfile.GNU_FORMAT) + b"n" * length + bytes(-length % 512)
+
+
 @pytest.mark.parametrize(
     ("broken", "match"),
     [
@@ -161,6 +168,8 @@ def with_checksum(data, offset, position, new):
         pytest.param(
             with_checksum(with_checksum(TAR, 0, 156, b"x"), 0, 124, b"77777777777\0"), "too large", id="pax-bomb"
         ),
+        pytest.param(long_name(1000) * 9000 + TAR, "not sound", id="a-chain-of-headers"),
+        pytest.param(long_name(3 << 20) * 3 + TAR, "too large", id="large-headers-of-one-member"),
     ],
 )
 def test_a_broken_archive_is_an_error_of_the_image(flat, broken, match):

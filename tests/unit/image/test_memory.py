@@ -95,8 +95,8 @@ def test_a_large_layer_is_built_in_bounded_memory(tmp_path):
         [sys.executable, "-c", BUILD, tmp_path], cwd=root, stdout=subprocess.PIPE, check=True, text=True
     )
     peak = json.loads(done.stdout)
-    print(f"{LAYER_MIB} MiB layer, peaks in MiB: {peak}")  # noqa: T201  a figure to look at with -s
+    print(f"{LAYER_MIB} MiB layer, peaks in MiB: {peak}")
     assert (tmp_path / "rootfs").stat().st_size > LAYER_MIB << 18
     # 38 MiB for 300 MiB and for 1 GiB, most of it the interpreter, the package and 20,000 names
-    assert peak["own"] < 60
+    assert peak["own"] < 50
     assert peak["children"] < 800
