@@ -81,13 +81,13 @@ static void on_input(struct source *source, uint32_t events)
 
 static void discard_output(struct drain *drain)
 {
-    static char nowhere[16384];
-    ssize_t got;
+    static char nowhere[65536];
+    ssize_t got = read(drain->source.fd, nowhere, sizeof nowhere);
 
-    while ((got = read(drain->source.fd, nowhere, sizeof nowhere)) > 0)
-        ;
     if (got == 0)
         loop_close(&drain->source);
+    else if (got > 0)
+        loop_again(&drain->source, EPOLLIN); /* one that writes without end must not keep the agent here */
 }
 
 static void on_output(struct source *source, uint32_t events)
@@ -213,15 +213,12 @@ static void abandon(struct stream *stream, bool lost)
         give_back(exec);
         return;
     }
-    if (lost && exec->is_detached) {
-        loop_close(&exec->input);
-        for (int i = 0; i < 2; i++)
-            if (exec->drains[i].source.fd >= 0)
-                discard_output(&exec->drains[i]);
-        return;
-    }
-    close_pipes(exec);
-    child_hang_up(&exec->child);
+    loop_close(&exec->input);
+    for (int i = 0; i < 2; i++)
+        if (exec->drains[i].source.fd >= 0)
+            discard_output(&exec->drains[i]); /* not closed: what it says about the hang-up must not kill it */
+    if (!lost || !exec->is_detached)
+        child_hang_up(&exec->child);
 }
 
 static const struct stream_ops ops = {

@@ -37,6 +37,13 @@ int loop_add(struct source *source, uint32_t wanted)
     return epoll_ctl(epoll_fd, EPOLL_CTL_ADD, source->fd, &event);
 }
 
+void loop_again(struct source *source, uint32_t wanted)
+{
+    struct epoll_event event = {.events = wanted | EPOLLET, .data.ptr = source};
+
+    epoll_ctl(epoll_fd, EPOLL_CTL_MOD, source->fd, &event);
+}
+
 void loop_close(struct source *source)
 {
     if (source->fd < 0)

@@ -21,6 +21,9 @@ struct alarm {
 void loop_open(void);
 int loop_add(struct source *source, uint32_t events);
 
+/* Hand out another event if the source is ready still: for who stopped before EAGAIN. */
+void loop_again(struct source *source, uint32_t events);
+
 /* Close the source's descriptor. Events already fetched for it are dropped. */
 void loop_close(struct source *source);
 

@@ -117,7 +117,7 @@ def test_a_signal_reaches_the_whole_process_group(client, p):
     client.send(p.frame(p.SIGNAL, stream.number, b"\x0f"))
     client.wait(lambda: stream.exit is not None)
     assert stream.exit[p.EXIT_SIGNAL] == [15]
-    assert b"sleep 100" not in client.run("ps").data[0]
+    client.run("sh", "-c", "while ps | grep 'sleep 10[0]'; do sleep 0.02; done")
 
 
 def test_a_grandchild_that_holds_the_pipe_does_not_delay_the_exit(client):
@@ -157,6 +157,15 @@ def test_a_lost_session_ends_its_programs_but_not_detached_ones_or_the_workload(
     assert b"sleep 11111" in processes
     assert b"sleep 22222" not in processes
     assert b"echo noise" in processes
+
+
+def test_programs_that_write_without_end_cannot_keep_the_agent_from_ending_them(guest, p):
+    streams = [guest.client.start_exec("yes") for _ in range(4)]
+    detached = guest.client.start_exec("sh", "-c", "yes detached", extra=[(p.FLAGS, 1)])
+    guest.client.wait(lambda: all(stream.data[0] for stream in (*streams, detached)))
+    client = guest.reconnect()
+    client.run("sh", "-c", "while ps | grep 'ye[s]$'; do sleep 0.05; done")
+    assert client.run("sh", "-c", "ps | grep -c 'yes detache[d]'").data[0] != b"0\n"
 
 
 def test_orphans_are_reaped(client):
