@@ -44,7 +44,7 @@ OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
 REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
 CLONES: pytest.StashKey[list[Clone]] = pytest.StashKey()
-TIMER: pytest.StashKey[Any] = pytest.StashKey()
+TIMER: pytest.StashKey[tuple[pytest.Item, Any] | None] = pytest.StashKey()
 
 
 @pytest.hookspec(firstresult=True)

@@ -97,5 +97,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: object) -> None:
-    """Remember pytest-timeout's settings, so that its timer can be suspended during a build."""
-    item.stash[TIMER] = settings
+    """Remember pytest-timeout's running timer, so that a build can suspend it, whatever fixture asked for it."""
+    item.config.stash[TIMER] = (item, settings)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_timeout_cancel_timer(item: pytest.Item) -> None:
+    """Forget the timer that has been stopped."""
+    item.config.stash[TIMER] = None

@@ -14,12 +14,12 @@ import pytest
 
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS
-from pytest_fcvm.host.paths import RunDir
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
 
     from pytest_fcvm.clone import Clone
+    from pytest_fcvm.host.paths import RunDir
 
 __all__ = ["Reporter"]
 
@@ -46,6 +46,8 @@ class Reporter:
     def shared_dir(self) -> Path:
         """Return the folder that all workers of this run share; made when first asked for."""
         if self._shared is None:
+            from pytest_fcvm.host.paths import RunDir  # it needs a POSIX system
+
             self._run = RunDir().__enter__()
             self._config.add_cleanup(self._leave_run_dir)
             self._shared = str(self._run.path)
@@ -92,9 +94,10 @@ class Reporter:
             threading.Thread(target=self._listen, daemon=True, name="fcvm-progress").start()
 
     def _listen(self) -> None:
-        # Opened for writing as well, so that it stays open between workers; the thread ends with the process.
-        with suppress(OSError, ValueError), open(self.shared_dir() / _PROGRESS, "r+", encoding="utf-8") as pipe:  # noqa: PTH123
-            for line in pipe:
+        # Opened for writing as well, so that it has no end between workers; the thread ends with the process.
+        pipe = os.open(self.shared_dir() / _PROGRESS, os.O_RDWR | os.O_CLOEXEC)
+        with os.fdopen(pipe, "r", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
                 self._print(f"fcvm {line.rstrip()}")
 
     @pytest.hookimpl(optionalhook=True)
