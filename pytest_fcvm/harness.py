@@ -88,7 +88,7 @@ class Harness:
             parts = self._ingredients(spec, who)
             key = snapshot_key(parts, self.store)
             if key not in self._snapshots:
-                entry = self._once(f"snapshot-{key}", lambda: self._find_or_build(key, parts, who))
+                entry = self._find_or_build(key, parts, who)
                 self._resources.enter_context(entry.in_use())
                 self._snapshots[key] = Snapshot(entry=entry, parts=parts, workshop=self._workshop)
                 self._resources.callback(self._snapshots[key].close)
@@ -194,26 +194,26 @@ class Harness:
     def _image(self, text: str, who: str) -> _Image:
         if text not in self._images:
             name = canonical_digest({"image": text})
-            self._images[text] = self._once(f"image-{name}", lambda: self._resolve_image(text, name, who))
+            self._check_not_failed(f"image-{name}")
+            with self.store.shelf("images").locked(name, who, self._speaker(text)) as phase:
+                self._images[text] = self._once(f"image-{name}", lambda: self._resolve_image(text, phase, who))
         return self._images[text]
 
-    def _resolve_image(self, text: str, name: str, who: str) -> _Image:
+    def _resolve_image(self, text: str, phase: Announce, who: str) -> _Image:
         reference = parse_reference(text, base=Path.cwd())
-        images = self.store.shelf("images")
         progress = self._speaker(text)
-        with images.locked(name, who, progress) as phase:
-            phase("pulling the image")
-            pulled = resolve_image(
-                reference, images_dir=images.path, pull=PullPolicy(self._options.pull), progress=progress
-            )
-            key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
+        phase("pulling the image")
+        pulled = resolve_image(
+            reference, images_dir=self.store.folder("images"), pull=PullPolicy(self._options.pull), progress=progress
+        )
+        key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
 
-            def make(folder: Path) -> Mapping[str, Any]:
-                build_rootfs(pulled, folder / _ROOTFS, progress=progress)
-                return {"image": text, "digest": pulled.digest}
+        def make(folder: Path) -> Mapping[str, Any]:
+            build_rootfs(pulled, folder / _ROOTFS, progress=progress)
+            return {"image": text, "digest": pulled.digest}
 
-            rootfs, _ = self._obtain("images", key, make, who)
-            pulled.discard()
+        rootfs, _ = self._obtain("images", key, make, who)
+        pulled.discard()
         return _Image(digest=pulled.digest, config=pulled.config, rootfs=rootfs)
 
     def _find_or_build(self, key: str, parts: Ingredients, who: str) -> Entry:
@@ -237,29 +237,36 @@ class Harness:
         renewed = self._shared / f"renewed-{key}"
         if not fresh and (entry := shelf.find(key)):
             return entry, False
+        self._check_not_failed(f"{kind}-{key}")
         with shelf.locked(key, who, self._announce) as phase:
             if (not fresh or renewed.exists()) and (entry := shelf.find(key)):
                 return entry, False
             phase("building")
-            entry = shelf.build(key, make)
+            entry = self._once(f"{kind}-{key}", lambda: shelf.build(key, make))
             renewed.touch()
             return entry, True
 
-    def _once(self, name: str, make: Callable[[], T]) -> T:
-        """Call `make` unless it failed before in this run, here or in another worker: then raise that failure."""
-        record = self._shared / f"failed-{name}"
+    def _check_not_failed(self, name: str) -> None:
+        """Raise what `_once` has recorded, in this process or in another worker of the run."""
         with suppress(OSError, pickle.UnpicklingError, EOFError):
-            known: FcvmError = pickle.loads(record.read_bytes())  # noqa: S301  our own file in a private folder
+            known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private folder
             known.args = (f"{known.message} (failed before in this run)",)
             known.message = known.args[0]
             known.evidence = {}
             raise known
+
+    def _record(self, name: str) -> Path:
+        return self._shared / f"failed-{name}"
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        """Call `make` unless it failed before in this run; the caller holds a lock that all workers respect."""
+        self._check_not_failed(name)
         try:
             return make()
         except FcvmError as error:
-            fresh = record.with_name(f"{record.name}.{os.getpid()}")
+            fresh = self._shared / f"{name}.{os.getpid()}"
             fresh.write_bytes(pickle.dumps(error))
-            fresh.replace(record)
+            fresh.replace(self._record(name))
             raise
 
     @contextmanager

@@ -95,8 +95,8 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
 class ClientPath:
     """The path on which a test will reach a clone, proven before the test gets it.
 
-    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, on which nothing listens: the guest's
-    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, where nothing listens: the guest's
+    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, where nothing listens: the refusal came
+    from the guest's kernel through its NIC and the forwarder, and cost the workload nothing. That the service listens
     was seen when the base was frozen. A connection to the service would prove less, because a forwarder accepts for a
     guest that is deaf, and the guest would spend 30 ms on it under emulation.
 
