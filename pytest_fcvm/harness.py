@@ -42,6 +42,7 @@ Announce = Callable[[str], None]
 _ADMISSION_S = 300.0
 _ROOTFS = "rootfs.squashfs"
 _INITRAMFS = "initramfs"
+_AGAIN = " (failed before in this run)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +251,8 @@ class Harness:
         """Raise what `_once` has recorded, in this process or in another worker of the run."""
         with suppress(OSError, pickle.UnpicklingError, EOFError):
             known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private folder
-            known.args = (f"{known.message} (failed before in this run)",)
-            known.message = known.args[0]
+            known.message = f"{known.message.removesuffix(_AGAIN)}{_AGAIN}"
+            known.args = (known.message,)
             known.evidence = {}
             raise known
 
@@ -259,7 +260,7 @@ class Harness:
         return self._shared / f"failed-{name}"
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
-        """Call `make` unless it failed before in this run; the caller holds a lock that all workers respect."""
+        """Call `make` unless it failed before in this run. Under a lock of all workers, it is called once."""
         self._check_not_failed(name)
         try:
             return make()
