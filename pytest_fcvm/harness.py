@@ -38,6 +38,7 @@ __all__ = ["Harness"]
 
 T = TypeVar("T")
 Announce = Callable[[str], None]
+_Make = Callable[[Path, Announce], Mapping[str, Any]]
 
 _ADMISSION_S = 300.0
 _ROOTFS = "rootfs.squashfs"
@@ -156,7 +157,7 @@ class Harness:
         parts = {"agent": content_digest(agent), "kernel": self.kernel.digest, "format": INITRAMFS_FORMAT}
         key = canonical_digest(parts)
 
-        def make(folder: Path) -> Mapping[str, Any]:
+        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
             build_initramfs(agent=agent, kernel=self.kernel, dest=folder / _INITRAMFS)
             return {"kernel": self.kernel.release}
 
@@ -209,7 +210,7 @@ class Harness:
         )
         key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
 
-        def make(folder: Path) -> Mapping[str, Any]:
+        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
             build_rootfs(pulled, folder / _ROOTFS, progress=progress)
             return {"image": text, "digest": pulled.digest}
 
@@ -220,9 +221,11 @@ class Harness:
     def _find_or_build(self, key: str, parts: Ingredients, who: str) -> Entry:
         announce = self._speaker(parts.spec.image or "")
         started = monotonic()
-        entry, built = self._obtain(
-            "snapshots", key, lambda folder: build_snapshot(parts, folder, announce), who, fresh=self._options.rebuild
-        )
+
+        def make(folder: Path, note: Announce) -> Mapping[str, Any]:
+            return build_snapshot(parts, folder, _both(note, announce))
+
+        entry, built = self._obtain("snapshots", key, make, who, fresh=self._options.rebuild)
         if built:
             self._built += 1
             announce(f"snapshot ready after {monotonic() - started:.1f} s")
@@ -230,10 +233,11 @@ class Harness:
             self._reused += 1
         return entry
 
-    def _obtain(
-        self, kind: str, key: str, make: Callable[[Path], Mapping[str, Any]], who: str, *, fresh: bool = False
-    ) -> tuple[Entry, bool]:
-        """Return an entry and whether it was built here. `fresh` builds it anew, once in a run."""
+    def _obtain(self, kind: str, key: str, make: _Make, who: str, *, fresh: bool = False) -> tuple[Entry, bool]:
+        """Return an entry and whether it was built here. `fresh` builds it anew, once in a run.
+
+        `make` gets a folder to fill, and a function to note its phase for those who wait.
+        """
         shelf = self.store.shelf(kind)
         renewed = self._shared / f"renewed-{key}"
         if not fresh and (entry := shelf.find(key)):
@@ -243,7 +247,7 @@ class Harness:
             if (not fresh or renewed.exists()) and (entry := shelf.find(key)):
                 return entry, False
             phase("building")
-            entry = self._once(f"{kind}-{key}", lambda: shelf.build(key, make))
+            entry = self._once(f"{kind}-{key}", lambda: shelf.build(key, lambda folder: make(folder, phase)))
             renewed.touch()
             return entry, True
 
@@ -288,3 +292,11 @@ class Harness:
 
     def _speaker(self, image: str) -> Announce:
         return lambda text: self._announce(f"{image}: {text}")
+
+
+def _both(first: Announce, second: Announce) -> Announce:
+    def tell(text: str) -> None:
+        first(text)
+        second(text)
+
+    return tell
