@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_fcvm.errors import HostError
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
@@ -43,7 +44,7 @@ def find_record(folder: Path, reference: ImageReference, arch: str) -> Record | 
 
 
 def save_record(folder: Path, reference: ImageReference, arch: str, record: Record) -> None:
-    """Remember a reference. Nothing is left of a record that cannot be written whole."""
+    """Remember a reference. Raise HostError when it cannot be written; nothing is left of it then."""
     data: dict[str, Any] = {
         "schema": _SCHEMA,
         "name": reference.source,
@@ -58,10 +59,12 @@ def save_record(folder: Path, reference: ImageReference, arch: str, record: Reco
         fresh.touch(mode=0o600)
         fresh.write_text(json.dumps(data, indent=1, sort_keys=True))
         fresh.replace(path)
-    except BaseException:
+    except OSError as error:
         with suppress(OSError):
             fresh.unlink()
-        raise
+        raise HostError(
+            f"{path} cannot be written: {error.strerror}", hint="free some disk or name another --fcvm-cache-dir"
+        ) from error
 
 
 def stamp_path(kind: ImageKind, path: Path) -> list[int]:

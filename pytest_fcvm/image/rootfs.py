@@ -25,14 +25,16 @@ from pytest_fcvm.image.tools import ends_with_us
 __all__ = ["ROOTFS_FORMAT", "build_rootfs"]
 
 # Part of the cache's key: change it with anything that changes the bytes of a root filesystem.
-ROOTFS_FORMAT = "squashfs-zstd-1"
+ROOTFS_FORMAT = "squashfs-lz4-1"
 
 _DEADLINE_S = 1800.0
 _MEMORY = "512M"
 _PIPE_BYTES = 1 << 20
+# lz4: an emulated guest reads 75 MB of an image's files in 2.4 s, with zstd in 3.6 s, uncompressed in 2.3 s; it is
+# built as fast as zstd at its fastest, and a third larger. Debian's, Ubuntu's and Firecracker's kernels all read it.
 _OPTIONS = (
     *("-tar", "-noappend", "-no-progress", "-quiet"),
-    *("-comp", "zstd", "-Xcompression-level", "1", "-b", "131072"),
+    *("-comp", "lz4", "-b", "131072"),
     *("-mkfs-time", "0", "-root-mode", "0755", "-mem", _MEMORY),
     "-noI",  # metadata is cheaper to read in the guest, and the root's time can be set (`_settle_root_time`)
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -287,6 +288,18 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_host(tmp_path, resolv
     (tmp_path / "images").write_text("a file")
     with pytest.raises(HostError, match="cannot be written"):
         resolve("dir:d")
+
+
+def test_a_record_that_cannot_be_written_is_an_error_of_the_host_and_leaves_no_piece(tmp_path, resolve):
+    (tmp_path / "fs.tar").write_bytes(LAYERS[0])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(HostError, match=r"cannot be written: File too large"):
+            resolve("fs.tar")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "images").iterdir()) == []
 
 
 def test_podmans_storage_is_looked_at_every_time(tmp_path, resolve):
