@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Write docs/reference from the code (`make docs`). tests/unit/test_docs.py fails when a page is out of date."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm import Clone, Prepare, Snapshot, errors, fixtures, hookspecs
+from pytest_fcvm.model import parse
+from pytest_fcvm.options import ROWS, Row, RowKind
+
+REFERENCE = Path(__file__).parent / "reference"
+_NOTE = "<!-- Written by docs/generate.py (make docs). Change the code, not this page. -->"
+_MARKER = f"""\
+`@pytest.mark.fcvm(…)` changes the machine of one test, class or module. A test with the marker that names no fixture of
+machines gets `fcvm_clone`; a test that names one gets the marker, so `-m fcvm` selects all tests with machines.
+
+Arguments, by name only: {", ".join(f"`{row.marker}`" for row in ROWS if row.of_machine)}. See [options](options.md)."""
+_SPELLINGS: tuple[Callable[..., Any], ...] = (
+    parse.parse_size_mib,
+    parse.parse_duration,
+    parse.parse_ready,
+    parse.parse_publish,
+    parse.parse_env,
+    parse.parse_map,
+    parse.parse_network,
+    parse.parse_command,
+    parse.parse_bool,
+)
+
+
+def pages() -> dict[str, str]:
+    """Return the text of every generated page by file name."""
+    made = {"options.md": _options(), "hooks.md": _hooks(), "errors.md": _errors(), "fixtures.md": _fixtures()}
+    return {name: f"{_NOTE}\n{text}" for name, text in made.items()}
+
+
+def main() -> int:
+    """Write all pages, and say which have changed."""
+    REFERENCE.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        path = REFERENCE / name
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            sys.stderr.write(f"written: {path}\n")
+    return 0
+
+
+def _options() -> str:
+    return f"""# Options
+
+An option has four spellings that mean the same and are read by the same parser: `--fcvm-ready-timeout` on the command
+line, `FCVM_READY_TIMEOUT` in the environment, `fcvm_ready_timeout` in the ini file and, for options of machines,
+`ready_timeout` in the marker `@pytest.mark.fcvm(…)` and in the factories.
+
+Nearer wins: marker, `fcvm_spec`, command line, environment, ini file, default. `env` and `publish` are merged by name
+and port; every other option is replaced. Relative paths start at the folder of the ini file, at the folder where pytest
+was started, or at the folder of the test file, wherever they were written. Options that may be given several times take
+one value a line in the environment and in the ini file, and a list in the marker.
+
+## Options of machines
+
+{_option_table(row for row in ROWS if row.of_machine)}
+
+## Options of a run
+
+These are not taken by the marker.
+
+{_option_table(row for row in ROWS if not row.of_machine)}
+
+## Spellings
+
+{_spellings()}
+"""
+
+
+def _spellings() -> str:
+    lines = (f"- {parser.__name__.split('_')[1]}: {' '.join(_document(parser).split())}" for parser in _SPELLINGS)
+    return "\n".join(lines)
+
+
+def _option_table(rows: Iterable[Row]) -> str:
+    lines = ["| option | default | what it is |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| `{_usage(row)}` | {_code(row.default)} | {_cell(row.help)} |" for row in rows)])
+
+
+def _usage(row: Row) -> str:
+    if row.kind is RowKind.FLAG:
+        return row.flag
+    value = "\\|".join(row.choices) or _cell(row.metavar)
+    return f"{row.flag} {value}{' …' if row.kind is RowKind.LIST else ''}"
+
+
+def _hooks() -> str:
+    parts = ["# Hooks", "Plugins and the `conftest.py` of the root folder may implement these."]
+    for name, hook in _public(hookspecs, inspect.isfunction):
+        parts += [f"## `{name}`", _signature(hook), _document(hook)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _errors() -> str:
+    tree = _document(errors)
+    parts = ["# Errors", "All can be imported from `pytest_fcvm`.", f"```text\n{tree}\n```"]
+    for name, error in _public(errors, inspect.isclass):
+        parts += [f"## `{name}`", f"Base: `{error.__base__.__name__}`.", _document(error)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fixtures() -> str:
+    parts = [
+        "# Fixtures and what they give",
+        "## The marker `fcvm`",
+        _MARKER,
+    ]
+    for name, scope, result, text in _fixture_functions():
+        parts += [f"## `{name}`", f"Scope {scope}, gives `{result}`.", text]
+    for thing in (Clone, Snapshot, Prepare):
+        parts += [f"## class `{thing.__name__}`", _document(thing), *_members(thing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fixture_functions() -> Iterator[tuple[str, str, str, str]]:
+    """Yield name, scope, type and docstring; from the source, because pytest wraps fixtures differently by version."""
+    for node in ast.parse(inspect.getsource(fixtures)).body:
+        if not isinstance(node, ast.FunctionDef) or node.returns is None:
+            continue
+        for decorator in map(ast.unparse, node.decorator_list):
+            if decorator.startswith("pytest.fixture"):
+                scope = "session" if "session" in decorator else "function"
+                result = ast.unparse(node.returns).removeprefix("Generator[").removesuffix("]")
+                yield node.name, scope, result, inspect.cleandoc(ast.get_docstring(node) or "")
+
+
+def _members(thing: type) -> Iterator[str]:
+    for name, member in vars(thing).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(member, property):
+            yield f"### `{thing.__name__}.{name}`\n\n{_document(member)}"
+        elif inspect.isfunction(member):
+            yield f"### `{thing.__name__}.{name}()`\n\n{_signature(member)}\n\n{_document(member)}"
+
+
+def _public(module: Any, kind: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+    """Yield a module's public things of its own in the order of the source."""
+    for name, thing in vars(module).items():
+        if name in module.__all__ and kind(thing) and name != "RunReporter":
+            yield name, thing
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    """Return the head of a function as its source has it, on one line."""
+    source = inspect.getsource(function)
+    head = " ".join(source[source.index("def ") + 4 : source.index('"""')].split()).removesuffix(":")
+    for long, short in (("( ", "("), (", )", ")"), ("(self, ", "("), ("(self)", "()")):
+        head = head.replace(long, short, 1)
+    return f"```text\n{head}\n```"
+
+
+def _document(thing: object) -> str:
+    text = inspect.getdoc(thing)
+    if not text:
+        raise SystemExit(f"{thing!r} has no docstring")
+    return text
+
+
+def _code(text: str) -> str:
+    return text if " " in text or not text else f"`{_cell(text)}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
