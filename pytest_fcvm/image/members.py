@@ -107,7 +107,8 @@ def _member(info: tarfile.TarInfo, layer: int, size: int, limits: Limits) -> Mem
     if min(info.uid, info.gid, info.size) < 0 or max(info.uid, info.gid) > 0xFFFFFFFF:
         raise broken_layer("owner or size is out of range", info.name)
     node = Node(kind, info.mode & 0o7777, info.uid, info.gid, _mtime(info.mtime), layer=layer)
-    node.xattrs = _xattrs(info.pax_headers)
+    if info.pax_headers:
+        node.xattrs = _xattrs(info.pax_headers)
     if kind is NodeKind.FILE:
         node.size, node.extents = info.size, _extents(info, size)
     elif kind is NodeKind.SYMLINK:

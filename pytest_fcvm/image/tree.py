@@ -6,14 +6,17 @@ chroot, but a link that climbs above the root is an error rather than clamped, a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 
 from pytest_fcvm.errors import ImageError
 
 __all__ = ["Extent", "Node", "NodeKind", "RootTree", "broken_layer", "split_name"]
 
+_NO_XATTRS: Mapping[str, bytes] = MappingProxyType({})
 _MAX_LINKS = 40  # as the kernel's MAXSYMLINKS
 _MAX_NAME = 255  # bytes; squashfs has 256, every other file system 255
 
@@ -50,7 +53,7 @@ class Node:
     size: int = 0
     target: str = ""
     device: tuple[int, int] = (0, 0)
-    xattrs: Mapping[str, bytes] = field(default_factory=dict)
+    xattrs: Mapping[str, bytes] = field(default_factory=lambda: _NO_XATTRS)
     layer: int = -1
     extents: tuple[Extent, ...] = ()
     children: dict[str, Node] = field(default_factory=dict)
@@ -73,7 +76,8 @@ def split_name(name: str, *, max_path: int) -> tuple[str, ...]:
     """Return the parts of a member's name. Raise ImageError for names that leave the root or cannot be stored."""
     if name.startswith("/") and name.strip("/."):
         raise broken_layer("absolute name", name)
-    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    # interned: a large layer names the same folders a hundred thousand times
+    parts = tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
         raise broken_layer("name leaves the root", name)
     if "\0" in name:
