@@ -19,7 +19,7 @@ DOCKER = {
         "Entrypoint": ["docker-entrypoint.sh"],
         "Cmd": ["postgres", "-D", "/data"],
         "Volumes": {"/var/lib/b": {}, "/a": {}},
-        "WorkingDir": "/work",
+        "WorkingDir": "/srv/app",
         "Labels": {"b": "2", "a": "1"},
         "StopSignal": "SIGINT",
         "Healthcheck": {
@@ -36,7 +36,7 @@ READ = ImageConfig(
     cmd=("postgres", "-D", "/data"),
     env=("PATH=/usr/bin", "EMPTY=", "EQUALS=a=b"),
     user="postgres:postgres",
-    working_dir="/work",
+    working_dir="/srv/app",
     stop_signal="SIGINT",
     exposed_ports=((53, "udp"), (80, "tcp"), (5432, "tcp"), (8000, "tcp"), (8001, "tcp"), (8002, "tcp")),
     volumes=("/a", "/var/lib/b"),
