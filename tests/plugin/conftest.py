@@ -1,0 +1,119 @@
+"""Whole runs of pytest in processes of their own, with the plugin as its entry point loads it, and without a VM."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Plugins that may be installed and would take part; a test that wants one turns it on.
+_QUIET = ("-p", "no:randomly", "-p", "no:asyncio", "-p", "no:cacheprovider", "-W", "error")
+_WATCH = """
+import json, os
+import pytest
+
+def pytest_fcvm_modify_spec(spec, item):
+    seen = {
+        "test": item.nodeid if item else None, "image": spec.image, "mem": spec.mem_mib, "env": dict(spec.env),
+        "publish": [port.guest_port for port in spec.publish], "map": [str(path) for path in spec.map],
+        "ready": str(spec.ready), "command": spec.command,
+    }
+    with open(os.environ["SEEN"], "a") as file:
+        file.write(json.dumps(seen) + "\\n")
+    pytest.skip("seen")
+"""
+
+
+@dataclass
+class Project:
+    """A folder of tests in which pytest is run."""
+
+    pytester: pytest.Pytester
+    monkeypatch: pytest.MonkeyPatch
+
+    @property
+    def path(self) -> Path:
+        return self.pytester.path
+
+    def write(self, **files: str) -> None:
+        """Write files; `a__b_py` is `a/b.py`."""
+        for name, text in files.items():
+            *folders, file = name.split("__")
+            path = self.path.joinpath(*folders, ".".join(file.rsplit("_", 1)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def run(self, *arguments: str, **environment: str) -> pytest.RunResult:
+        """Run pytest in the project's folder."""
+        for name, value in environment.items():
+            self.monkeypatch.setenv(name, value)
+        return self.pytester.runpytest_subprocess(*_QUIET, *arguments, timeout=120)
+
+    def watch(self, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+        """Run pytest and return what machine each test asked for, in order; every one of them is skipped."""
+        seen = self.path / "seen.jsonl"
+        seen.unlink(missing_ok=True)
+        self.write(watch_py=_WATCH)
+        result = self.run("-p", "watch", *arguments, SEEN=str(seen), PYTHONPATH=_joined_path(self.path), **environment)
+        outcomes = result.parseoutcomes()
+        assert set(outcomes) <= {"skipped", "deselected", "passed"}, result.outlines
+        return [json.loads(line) for line in seen.read_text().splitlines()] if seen.exists() else []
+
+
+def _joined_path(first: Path) -> str:
+    return ":".join([str(first), *filter(None, [os.environ.get("PYTHONPATH", "")])])
+
+
+@pytest.fixture
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Project:
+    """An empty project, whose runs have a cache of their own."""
+    for name in list(os.environ):
+        if name.startswith(("FCVM_", "PYTEST_ADDOPTS")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    return Project(pytester, monkeypatch)
+
+
+@pytest.fixture
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root file system that can be packed."""
+    folder = tmp_path_factory.mktemp("rootfs")
+    (folder / "etc").mkdir()
+    (folder / "etc/os-release").write_text("ID=nothing\n")
+    return folder
+
+
+@pytest.fixture
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that looks like a bzImage from outside."""
+    image = bytearray(4096)
+    image[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", image, 0x20E, 0x300)
+    image[0x500:0x520] = b"6.1.0-test (builder)".ljust(32, b"\0")
+    path = tmp_path_factory.mktemp("kernel") / "bzImage"
+    path.write_bytes(image)
+    return path
+
+
+@pytest.fixture
+def without_engine(rootfs: Path, kernel: Path) -> tuple[str, ...]:
+    """Options of a run for which everything is there but an engine."""
+    return ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel), "--fcvm-qemu", "/nonexistent/qemu")
+
+
+@pytest.fixture
+def needs(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Skip a test for which a plugin or library is missing."""
+
+    def check(module: str) -> None:
+        pytest.importorskip(module, reason=f"{module} is not installed; `make test` installs it")
+
+    return check

@@ -1,0 +1,136 @@
+"""The marker: what it selects, what it gives, and how a wrong one is told."""
+
+from __future__ import annotations
+
+import pytest
+
+_WRONG = {
+    "size": ('mem="lots"', "@pytest.mark.fcvm(mem=…): 'lots' is not a size of at least 1 MiB", "write 512, 512M or 2G"),
+    "field": ('memory="1G"', "@pytest.mark.fcvm has no argument 'memory'", "arguments: image, mem, cpus, env"),
+    "order": ('"nginx"', "@pytest.mark.fcvm takes named arguments only", 'write fcvm(image="nginx:latest")'),
+    "path": (
+        'map="gone:/x"',
+        "@pytest.mark.fcvm(map=…): map 'gone:/x': {base}/gone does not exist",
+        "name an existing",
+    ),
+    "both": (
+        'image="x"',
+        "fcvm_worker_clone is one machine for all tests and cannot take a marker's own image",
+        "use fcvm_clone, or drop image from the marker",
+    ),
+}
+
+
+def test_a_wrong_argument_is_a_collection_error_of_its_file_with_and_without_workers(project) -> None:
+    for name, (mark, _, _) in _WRONG.items():
+        fixture = "fcvm_worker_clone" if name == "both" else "request"
+        test = f"@pytest.mark.fcvm({mark})\n    def test_bad(self, {fixture}): pass"
+        project.write(**{f"test_{name}_py": f"import pytest\nclass TestX:\n    {test}\n"})
+    project.write(test_good_py="def test_good(): pass\n")
+    alone, spread = project.run("-rE"), project.run("-rE", "-n2")
+    assert alone.ret == pytest.ExitCode.INTERRUPTED
+    assert spread.ret == pytest.ExitCode.TESTS_FAILED  # xdist goes on with what it could collect
+    for result in (alone, spread):
+        assert "INTERNALERROR" not in result.stdout.str()
+        assert "Traceback" not in result.stdout.str()
+        assert sum(line.startswith("ERROR ") for line in result.outlines) == len(_WRONG)
+        for name, (_, message, hint) in _WRONG.items():
+            at = result.outlines.index(f"test_{name}.py::TestX::test_bad: {message.format(base=project.path)}")
+            assert result.outlines[at + 1].startswith(f"hint: {hint}")
+            assert f"ERROR collecting test_{name}.py" in result.outlines[at - 1]
+
+
+def test_all_wrong_tests_of_a_file_are_told_at_once(project) -> None:
+    project.write(
+        test_bad_py="import pytest\n"
+        '@pytest.mark.fcvm(cpus=0)\ndef test_a(): pass\n@pytest.mark.parametrize("x", [1, 2])\n'
+        "@pytest.mark.fcvm(user=1)\ndef test_b(x): pass\n"
+    )
+    project.run().stdout.fnmatch_lines(
+        ["test_bad.py::test_a: *cpus=*", "test_bad.py::test_b[[]1]: *user=*", "test_bad.py::test_b[[]2]: *user=*"]
+    )
+
+
+_MIXED = """
+import unittest
+import pytest
+
+def test_plain(): pass
+
+def test_clone(fcvm_clone): pass
+
+def test_factory(fcvm_clone_factory): pass
+
+@pytest.fixture
+def database(fcvm_clone): pass
+
+def test_indirect(database): pass
+
+@pytest.mark.fcvm
+def test_marked(): pass
+
+@pytest.mark.parametrize("x", [1, pytest.param(2, marks=pytest.mark.fcvm), 3])
+def test_parameter(x): pass
+
+class TestUnit(unittest.TestCase):
+    @pytest.mark.fcvm(image="unit")
+    def test_unit(self): pass
+
+    def test_no_vm(self): pass
+"""
+_VM_TESTS = ["clone", "factory", "indirect", "marked", "parameter[2]", "unit"]
+_OTHER_TESTS = ["plain", "parameter[1]", "parameter[3]", "no_vm"]
+
+
+@pytest.mark.parametrize(("expression", "selected"), [("fcvm", _VM_TESTS), ("not fcvm", _OTHER_TESTS)])
+def test_the_marker_selects_every_test_that_needs_a_machine_and_no_other(
+    expression: str, selected: list[str], project
+) -> None:
+    project.write(test_mixed_py=_MIXED)
+    lines = project.run("--collect-only", "-q", "-m", expression).outlines
+    assert sorted(line.rpartition("::test_")[2] for line in lines if "::" in line) == sorted(selected)
+
+
+def test_a_marked_test_that_names_no_fixture_gets_its_machine_and_no_other_test_does(project) -> None:
+    project.write(test_mixed_py=_MIXED)
+    seen = [one["test"].rpartition("::test_")[2] for one in project.watch("--fcvm-image=x")]
+    assert seen == ["clone", "indirect", "marked", "parameter[2]", "unit"]  # a factory asks when it is called
+
+
+def test_a_marker_that_names_its_fixture_gets_one_machine(project) -> None:
+    project.write(test_a_py='import pytest\n@pytest.mark.fcvm(image="x")\ndef test_a(fcvm_snapshot): pass\n')
+    assert len(project.watch()) == 1
+
+
+def test_a_snapshot_cannot_be_asked_for_by_a_fixture_that_sees_no_markers(project) -> None:
+    project.write(
+        test_a_py="import pytest\n"
+        '@pytest.fixture(scope="module")\ndef shared(fcvm_snapshot): pass\ndef test_a(shared): pass\n'
+    )
+    result = project.run("--fcvm-image=x")
+    result.stdout.fnmatch_lines(["*ScopeMismatch*"])
+    assert result.parseoutcomes() == {"errors": 1} or result.parseoutcomes() == {"error": 1}
+
+
+def test_factories_take_a_markers_arguments_and_say_which_are_wrong(project) -> None:
+    project.write(
+        test_a_py="""
+import pytest
+from pytest_fcvm import MachineSpec, UsageProblem
+
+@pytest.mark.fcvm(image="marker", env={"A": "1"})
+def test_clone(fcvm_clone_factory):
+    for arguments in ({"memory": 1}, {"mem": "lots"}):
+        with pytest.raises(UsageProblem, match="the factory"):
+            fcvm_clone_factory(**arguments)
+    fcvm_clone_factory(mem="1G", env=["B=2"])
+
+def test_own_spec(fcvm_clone_factory):
+    fcvm_clone_factory(MachineSpec(image="own"), mem=512)
+
+def test_snapshot(fcvm_snapshot_factory):
+    fcvm_snapshot_factory(image="snapshot")
+"""
+    )
+    seen = [(one["image"], one["mem"], one["env"]) for one in project.watch("--fcvm-image=x")]
+    assert seen == [("marker", 1024, {"A": "1", "B": "2"}), ("own", 512, {}), ("snapshot", 256, {})]
