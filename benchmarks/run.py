@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""What a clone costs, beside podman where that works: medians of interleaved rounds.
+
+Run it on an idle machine: `make bench`, or `benchmarks/run.py --rounds 20 --json FILE`. The table goes to standard
+output, the talk to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from http200 import fetch_until_200
+from machine import cpu_ms_of, machine_facts, private_kib_of
+from podman import NotHere, Podman, start_podman
+from report import Measure, Report, load_warning, render_json, render_table
+from suite import SuiteFailed, run_suite, write_suite
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.harness import Harness
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.options import Options
+from pytest_fcvm.snapshot import Snapshot
+
+_ROOT = Path(__file__).parents[1]
+# A snapshot of our own: rebuilding the one that tests use would take it from a run that has it open.
+_ENV = {"FCVM_BENCHMARK": "1"}
+_ENV_OPTIONS = [f"--fcvm-env={name}={value}" for name, value in _ENV.items()]
+_BODY_S = 0.1  # a test's body: time in which the next VMM starts up
+_IDLE_S = 0.5
+_GONE_S = 10.0
+_IN_A_ROW = 3
+_REPEATS = 3  # of what takes long: building a snapshot, running a test file
+
+_CLONE = "a clone, after a pause of 100 ms"
+_ROW = "a clone, right after the one before"
+_SNAPSHOT = "a snapshot, built once per image"
+_SERIAL = "a test in pytest (one GET)"
+_WORKERS = "the same, -n 2"
+_PODMAN = "podman, in the same rounds"
+
+MEASURES = (
+    Measure(key="ready", title="until clone() returns", unit="ms", section=_CLONE, rival="podman_run"),
+    Measure(key="spawn", title="… of it: VMM started, or taken from the spare", unit="ms", section=_CLONE),
+    Measure(key="agent", title="… of it: state loaded, agent answers", unit="ms", section=_CLONE),
+    Measure(key="answer", title="… of it: service answers", unit="ms", section=_CLONE),
+    Measure(key="first_200", title="until the first HTTP 200", unit="ms", section=_CLONE, rival="podman_200"),
+    # close() does not wait for the killed VMM, `podman rm` does for its container: what they do until the end compares.
+    Measure(key="close", title="close(), as the test sees it", unit="ms", section=_CLONE),
+    Measure(key="gone", title="close() until the VMM is gone", unit="ms", section=_CLONE, rival="podman_rm"),
+    Measure(
+        key="life",
+        title="clone, HTTP 200, close(), as the test sees it",
+        unit="ms",
+        section=_CLONE,
+        rival="podman_life",
+    ),
+    Measure(key="host_cpu", title="CPU of the pytest process until clone() returns", unit="ms", section=_CLONE),
+    Measure(key="vmm_cpu", title="CPU of the VMM from its start until clone() returns", unit="ms", section=_CLONE),
+    Measure(key="private", title="private memory of an idle clone's VMM", unit="MiB", section=_CLONE),
+    Measure(key="anonymous", title="anonymous memory of an idle clone's VMM", unit="MiB", section=_CLONE),
+    Measure(key="row_ready", title="until clone() returns", unit="ms", section=_ROW, rival="podman_run"),
+    Measure(key="row_spawn", title="… of it: VMM started, or taken from the spare", unit="ms", section=_ROW),
+    Measure(key="row_agent", title="… of it: state loaded, agent answers", unit="ms", section=_ROW),
+    Measure(key="row_answer", title="… of it: service answers", unit="ms", section=_ROW),
+    Measure(key="row_close", title="close(), as the test sees it", unit="ms", section=_ROW),
+    Measure(key="boot_ms", title="until the agent is met", unit="ms", section=_SNAPSHOT),
+    Measure(key="ready_ms", title="until the workload is ready", unit="ms", section=_SNAPSHOT),
+    Measure(key="save_ms", title="quiesce, settle, stop, state saved", unit="ms", section=_SNAPSHOT),
+    Measure(key="total_ms", title="all of it", unit="ms", section=_SNAPSHOT),
+    Measure(key="serial_setup", title="set-up", unit="ms", section=_SERIAL),
+    Measure(key="serial_teardown", title="teardown", unit="ms", section=_SERIAL),
+    Measure(key="serial_test", title="set-up, call, teardown", unit="ms", section=_SERIAL),
+    Measure(key="serial_wall", title="pytest's wall time ÷ tests, its start included", unit="ms", section=_SERIAL),
+    Measure(key="workers_setup", title="set-up", unit="ms", section=_WORKERS),
+    Measure(key="workers_teardown", title="teardown", unit="ms", section=_WORKERS),
+    Measure(key="workers_test", title="set-up, call, teardown", unit="ms", section=_WORKERS),
+    Measure(key="workers_wall", title="pytest's wall time ÷ tests, its start included", unit="ms", section=_WORKERS),
+    Measure(key="podman_run", title="run --detach", unit="ms", section=_PODMAN),
+    Measure(key="podman_200", title="run until the first HTTP 200", unit="ms", section=_PODMAN),
+    Measure(key="podman_rm", title="rm --force --time=0", unit="ms", section=_PODMAN),
+    Measure(key="podman_life", title="run, HTTP 200, rm", unit="ms", section=_PODMAN),
+)
+
+
+def main() -> int:
+    """Measure, print the table, write the JSON. Return 0 also where podman or xdist is missing; the table says so."""
+    arguments = _parse()
+    facts = machine_facts()  # before any work of ours raises the load
+    _print_facts(facts)
+    warning = load_warning(float(facts["load"]), int(facts["cores"]))
+    print(warning, end="\n" if warning else "", flush=True)
+    layout = _build_image()
+    image = f"oci:{layout}:latest"
+    report = Report(measures=MEASURES, rounds=arguments.rounds, machine=facts)
+    with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
+        folder = Path(scratch)
+        _measure_builds(report, image, folder)
+        with ExitStack() as stack:
+            podman = _enter_podman(stack, layout, folder / "podman", report)
+            snapshot = stack.enter_context(_opened(image, folder / "rounds", report))
+            report.machine = {**report.machine, **(podman.facts() if podman else {})}
+            _print_facts({name: value for name, value in report.machine.items() if name not in facts})
+            _measure_rounds(report, snapshot, podman)
+        _measure_suites(report, image, folder)
+    print(f"\n{render_table(report)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(render_json(report), indent=2) + "\n")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="samples of every figure (default: 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be 1 or more")
+    return arguments
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _build_image() -> Path:
+    layout: Path = runpy.run_path(str(_ROOT / "tests/images/library.py"))["build_image"]("nginx", _ROOT / ".demo")
+    return layout.resolve()
+
+
+def _print_facts(facts: Mapping[str, str | float]) -> None:
+    for name, value in facts.items():
+        print(f"{name}: {value}", flush=True)
+
+
+# -- machines
+
+
+@contextmanager
+def _opened(image: str, shared: Path, report: Report, *, rebuild: bool = False) -> Iterator[Snapshot]:
+    """Yield the snapshot that all figures are about, and note the engine that it is for."""
+    shared.mkdir()
+    harness = Harness(replace(Options(), rebuild=rebuild), shared_dir=shared, announce=_say)
+    try:
+        snapshot = harness.snapshot(MachineSpec(image=image, env=_ENV), "benchmark")
+        found, kernel = harness.choice.report, harness.kernel.release
+        report.machine = {
+            **report.machine,
+            "engine": str(harness.choice),
+            "version": f"{found.engine} {found.version}",
+            "guest kernel": kernel,
+        }
+        yield snapshot
+    finally:
+        harness.close()
+
+
+def _measure_builds(report: Report, image: str, folder: Path) -> None:
+    for number in range(min(_REPEATS, report.rounds)):
+        with _opened(image, folder / f"build-{number}", report, rebuild=True) as snapshot:
+            timings = snapshot.facts["timings"]
+            for key in ("boot_ms", "ready_ms", "save_ms", "total_ms"):
+                report.add(key, timings[key])
+
+
+def _measure_rounds(report: Report, snapshot: Snapshot, podman: Podman | None) -> None:
+    """Take one sample of everything, then the next: what disturbs the machine for a while disturbs all of it."""
+    with snapshot.clone() as clone:  # files into the page cache, modules into this process, and a spare from here on
+        fetch_until_200(clone.url(80))
+    for number in range(report.rounds):
+        _say(f"round {number + 1} of {report.rounds}")
+        _measure_life(report, snapshot)
+        _measure_idle(report, snapshot)
+        _measure_row(report, snapshot)
+        if podman:
+            for key, elapsed_ms in podman.round().items():
+                report.add(key, elapsed_ms)
+
+
+def _measure_life(report: Report, snapshot: Snapshot) -> None:
+    time.sleep(_BODY_S)
+    started = monotonic()
+    with snapshot.clone() as clone:
+        ready = monotonic()
+        fetch_until_200(clone.url(80))
+        answered = monotonic()
+        clone.close()
+        closed = monotonic()
+    report.add("ready", (ready - started) * 1e3)
+    report.add("first_200", (answered - started) * 1e3)
+    report.add("close", (closed - answered) * 1e3)
+    report.add("life", (closed - started) * 1e3)
+
+
+def _measure_idle(report: Report, snapshot: Snapshot) -> None:
+    """Look into a clone that nobody asks for anything; apart from the others, because looking takes time."""
+    time.sleep(_BODY_S)
+    before = time.process_time()
+    with snapshot.clone() as clone:
+        spent = time.process_time() - before
+        pid = clone._machine.vm.pid  # tests have no use for it
+        report.add("vmm_cpu", cpu_ms_of(pid))
+        report.add("host_cpu", spent * 1e3)
+        _add_phases(report, clone, "")
+        time.sleep(_IDLE_S)
+        private, anonymous = private_kib_of(pid)
+        report.add("private", private / 1024)
+        report.add("anonymous", anonymous / 1024)
+        closing = monotonic()
+        clone.close()
+        if not wait_until(lambda: not Path(f"/proc/{pid}").exists(), Deadline(_GONE_S), longest_interval_s=0.002):
+            raise TimeoutError(f"the VMM {pid} still runs {_GONE_S:.0f} s after close()")
+        report.add("gone", (monotonic() - closing) * 1e3)
+
+
+def _measure_row(report: Report, snapshot: Snapshot) -> None:
+    """Clone and close with nothing between. The first clone is not counted: its spare had time to start."""
+    time.sleep(_BODY_S)
+    for number in range(_IN_A_ROW):
+        started = monotonic()
+        clone = snapshot.clone()
+        ready = monotonic()
+        clone.close()
+        closed = monotonic()
+        if number:
+            report.add("row_ready", (ready - started) * 1e3)
+            report.add("row_close", (closed - ready) * 1e3)
+            _add_phases(report, clone, "row_")
+
+
+def _add_phases(report: Report, clone: Clone, prefix: str) -> None:
+    ends = dict(clone.timeline.phases)
+    report.add(f"{prefix}spawn", ends["spawn"] * 1e3)
+    report.add(f"{prefix}agent", (ends["agent"] - ends["spawn"]) * 1e3)
+    report.add(f"{prefix}answer", (ends["ready"] - ends["agent"]) * 1e3)
+
+
+# -- podman and pytest
+
+
+def _enter_podman(stack: ExitStack, layout: Path, folder: Path, report: Report) -> Podman | None:
+    try:
+        return stack.enter_context(start_podman(layout, folder))
+    except NotHere as why:
+        report.skipped["podman"] = str(why)
+        _say(f"without podman: {why}")
+        return None
+
+
+def _measure_suites(report: Report, image: str, folder: Path) -> None:
+    kinds = {"serial": 0, "workers": 2}
+    if find_spec("xdist") is None:
+        report.skipped["-n 2"] = "pytest-xdist is not installed"
+        del kinds["workers"]
+    suite = folder / "suite"
+    write_suite(suite, report.rounds)
+    for _ in range(min(_REPEATS, report.rounds)):
+        for kind, workers in kinds.items():
+            _say(f"{report.rounds} tests, {kind}")
+            try:
+                run = run_suite(suite, [f"--fcvm-image={image}", *_ENV_OPTIONS], report.rounds, workers)
+            except SuiteFailed as why:
+                report.skipped[f"a {kind} run of pytest"] = str(why)
+                continue
+            report.add(f"{kind}_setup", *run.setup_ms)
+            report.add(f"{kind}_teardown", *run.teardown_ms)
+            report.add(f"{kind}_test", *run.test_ms)
+            report.add(f"{kind}_wall", run.wall_ms)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
