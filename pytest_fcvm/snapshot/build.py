@@ -17,7 +17,7 @@ from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
-from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -33,6 +33,7 @@ BASE_LOG = "base.log"
 _MEMORY, _STATE = "memory", "state"
 _BOOT_S = 60.0  # emulated guests on a loaded machine
 _SILENT_S = 15.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_QUIET_S, _QUIET_SHARE, _QUIET_DEADLINE_S = 0.1, 0.1, 3.0
 _SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen workload is done once, not in every clone
 _CALL_S = 60.0
 _COPY_S = 600.0
@@ -63,9 +64,12 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
         _start_workload(parts, machine.agent)
         phase(f"waiting until it is ready ({parts.ready})")
         try:
-            wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+            _wait_until_ready_and_quiet(parts, base, machine)
             timings["ready_ms"] = _elapsed_ms(started)
-            _prepare(parts, base, phase)
+            if parts.spec.prepare is not None:
+                phase("preparing it")
+                _prepare(parts, base)
+                _wait_until_ready_and_quiet(parts, base, machine)
             client_port = _client_port(parts, base)
         except FcvmError as error:
             raise machine.explain(error) from None
@@ -165,16 +169,28 @@ def _copy_map(item: MappedPath, agent: Agent) -> None:
         archive.pack_path(item.host, guest.name, sink.write, read_only=item.read_only)
 
 
-def _prepare(parts: Ingredients, base: Clone, phase: Phase) -> None:
+def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machine) -> None:
+    """Wait for the service, then until its processes rest, 3 s at most.
+
+    A server may listen before it serves (PostgreSQL answers "the database system is starting up"), and what it still
+    does after its first answer is better done once than in every clone.
+    """
+    wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+    deadline, before = Deadline(_QUIET_DEADLINE_S), -1.0
+    while not deadline.expired:
+        used = float(machine.agent.metrics(timeout_s=_CALL_S)["workload_cpu_us"])
+        if before >= 0 and used - before < _QUIET_SHARE * _QUIET_S * 1e6:
+            return
+        before = used
+        machine.pause_for_exit(_QUIET_S)
+
+
+def _prepare(parts: Ingredients, base: Clone) -> None:
     prepare = parts.spec.prepare
-    if prepare is None:
-        return
-    phase("preparing it")
     if isinstance(prepare, Prepare):
         _call(prepare, base)
-    else:
+    elif prepare is not None:
         base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
-    wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
 
 
 def _call(prepare: Prepare, base: Clone) -> None:
