@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
-from pytest_fcvm.errors import FcvmError, UsageProblem
+from pytest_fcvm.errors import EngineUnavailable, FcvmError, UsageProblem
 from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission import Admission
 from pytest_fcvm.host.clock import monotonic
@@ -67,6 +67,7 @@ class Harness:
         self._owner = os.getpid()
         self._snapshots: dict[str, Snapshot] = {}
         self._images: dict[str, _Image] = {}
+        self._no_engine = ""
         self._notes: list[str] = []
         self._timings: list[str] = []
         self._built = self._reused = self._clones = self._alive = 0
@@ -99,7 +100,7 @@ class Harness:
     def summary(self) -> dict[str, Any]:
         """Return what is told at the end of a run; made of plain values, so that a worker can send it."""
         return {
-            "engine": str(self.choice) if "choice" in self.__dict__ else "",
+            "engine": str(self.choice) if "choice" in self.__dict__ else self._no_engine,
             "built": self._built,
             "reused": self._reused,
             "clones": self._clones,
@@ -135,9 +136,13 @@ class Harness:
             binary=options.qemu,
         )
         smoke = GuestFiles(kernel=self.kernel.bzimage, initramfs=self._initramfs.file(_INITRAMFS), rootfs=None)
-        return self._once(
-            "engine", lambda: choose_engine(options.engine, context, smoke, require_kvm=options.require_kvm)
-        )
+        try:
+            return self._once(
+                "engine", lambda: choose_engine(options.engine, context, smoke, require_kvm=options.require_kvm)
+            )
+        except EngineUnavailable as error:
+            self._no_engine = f"none ({error.message.removesuffix(_AGAIN)})"
+            raise
 
     @cached_property
     def kernel(self) -> GuestKernel:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +29,7 @@ _PROGRESS = "progress"
 _WORKER_KEY = "fcvm_shared_dir"
 _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
+_LONGEST = 16 * 1024  # of a report's section
 
 
 class Reporter:
@@ -135,7 +137,7 @@ class Reporter:
         if not self._counts:
             return
         total = {name: sum(int(part[name]) for part in self._counts) for name in ("built", "reused", "clones")}
-        engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not needed"]
+        engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not probed"]
         terminalreporter.write_line(
             f"fcvm: engine {'; '.join(engines)}; snapshots built {total['built']}, reused {total['reused']}; "
             f"clones {total['clones']}"
@@ -154,9 +156,7 @@ class Reporter:
         """Add what the machines of a failed test printed, before teardown ends them."""
         error = call.excinfo.value if call.excinfo else None
         if isinstance(error, FcvmError) and call.excinfo:
-            call.excinfo.traceback = call.excinfo.traceback.filter(
-                lambda entry: _PACKAGE not in Path(entry.path).parents
-            )
+            call.excinfo = _for_people(call.excinfo, error)
         report = yield
         if isinstance(error, FcvmError) and report.when == "setup" and report.failed:
             report.longrepr = f"{type(error).__name__}: {error}"
@@ -180,6 +180,24 @@ class Reporter:
                 (folder / f"{clone.name}.{title.replace(' ', '-')}.txt").write_text(text + "\n", encoding="utf-8")
 
 
+def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> pytest.ExceptionInfo[BaseException]:
+    """Return the error with the frames of tests and fixtures alone, and with nothing in it that drives a terminal.
+
+    The traceback itself is made anew: pytest cuts what it shows from that, whatever was filtered before.
+    """
+    error.message = _printable(error.message)
+    error.__cause__, error.__suppress_context__ = None, True
+    kept, frame = [], error.__traceback__
+    while frame is not None:
+        if _PACKAGE not in Path(frame.tb_frame.f_code.co_filename).parents:
+            kept.append(frame)
+        frame = frame.tb_next
+    trace: TracebackType | None = None
+    for frame in reversed(kept):
+        trace = TracebackType(trace, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    return pytest.ExceptionInfo.from_exception(error.with_traceback(trace)) if trace else info
+
+
 def _sections_of_error(error: BaseException | None) -> list[tuple[str, str]]:
     if not isinstance(error, FcvmError):
         return []
@@ -193,4 +211,5 @@ def _sections_of_clone(clone: Clone) -> list[tuple[str, str]]:
 def _printable(text: str) -> str:
     """Escape what a guest could use to drive a terminal or break a JUnit file."""
     lines = text.splitlines()[-100:]
-    return "\n".join("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
+    escaped = ("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
+    return "\n".join(escaped)[-_LONGEST:]
