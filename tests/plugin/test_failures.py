@@ -1,0 +1,191 @@
+"""Runs that cannot have their machines: every test that asked is told why, once, and the others run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_THREE = """
+import pytest
+
+def test_one(fcvm_clone): pass
+def test_two(fcvm_clone): pass
+@pytest.mark.fcvm
+def test_three(): pass
+def test_without(): pass
+"""
+_AGAIN = "(failed before in this run)"
+
+
+def _errors(result: pytest.RunResult, kind: str) -> list[str]:
+    """Return what the tests' set-ups said, without the short summary."""
+    return [line for line in result.outlines if line.startswith(f"{kind}: ")]
+
+
+@pytest.fixture
+def path_without_qemu(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with every command of this machine but QEMU."""
+    folder = tmp_path_factory.mktemp("bin")
+    for place in os.environ["PATH"].split(":"):
+        for program in Path(place).glob("*"):
+            if not program.name.startswith("qemu") and not (folder / program.name).exists():
+                (folder / program.name).symlink_to(program)
+    return str(folder)
+
+
+def test_without_an_image_every_test_is_told_how_to_name_one(project) -> None:
+    project.write(test_a_py=_THREE)
+    result = project.run()
+    assert result.parseoutcomes() == {"passed": 1, "errors": 3}
+    assert _errors(result, "UsageProblem") == ["UsageProblem: no image is set"] * 3
+    hint = 'hint: give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
+    assert result.outlines.count(hint) == 3
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*pytest_fcvm/*")
+
+
+@pytest.mark.parametrize("workers", [(), ("-n4",)])
+def test_an_image_that_is_not_there_is_looked_for_once(workers: tuple[str, ...], project) -> None:
+    project.write(test_a_py=_THREE, test_b_py=_THREE)
+    result = project.run("--fcvm-image=oci:gone", *workers)
+    assert result.parseoutcomes() == {"passed": 2, "errors": 6}
+    told, gone = _errors(result, "ImageError"), project.path / "gone"
+    assert [line.endswith(_AGAIN) for line in told].count(False) == 1, told
+    assert {line.removesuffix(f" {_AGAIN}") for line in told} == {
+        f"ImageError: image oci:{gone} cannot be read: {gone}/index.json: No such file or directory"
+    }
+    assert result.outlines.count("hint: check the path") == 6
+    assert not [path for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if ".tmp-" in path.name]
+
+
+def test_the_next_run_tries_again(project) -> None:
+    project.write(test_a_py="def test_one(fcvm_clone): pass\n")
+    for _ in range(2):
+        (told,) = _errors(project.run("--fcvm-image=oci:gone"), "ImageError")
+        assert _AGAIN not in told
+
+
+@pytest.mark.parametrize("workers", [(), ("-n2",)])
+def test_without_an_engine_every_test_that_asked_fails_with_what_to_install(
+    workers: tuple[str, ...], project, rootfs: Path, kernel: Path, path_without_qemu: str
+) -> None:
+    project.write(test_a_py=_THREE)
+    result = project.run("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel), *workers, PATH=path_without_qemu)
+    assert result.parseoutcomes() == {"passed": 1, "errors": 3}
+    reason = "no engine works here: qemu: qemu-system-x86_64 is not installed"
+    assert {line.removesuffix(f" {_AGAIN}") for line in _errors(result, "EngineUnavailable")} == {
+        f"EngineUnavailable: {reason}"
+    }
+    assert result.outlines.count("hint: apt-get install qemu-system-x86") == 3
+    assert f"fcvm: engine none ({reason}); snapshots built 0, reused 0; clones 0" in result.outlines
+
+
+def test_tests_are_skipped_without_an_engine_only_when_that_was_asked_for(
+    project, without_engine: tuple[str, ...]
+) -> None:
+    project.write(test_a_py=_THREE)
+    result = project.run("-rs", *without_engine, "--fcvm-unavailable=skip")
+    assert result.parseoutcomes() == {"passed": 1, "skipped": 3}
+    result.stdout.fnmatch_lines(["SKIPPED *: no engine works here: qemu: /nonexistent/qemu could not be started: *"])
+
+
+def test_another_failure_is_never_skipped(project) -> None:
+    project.write(test_a_py=_THREE)
+    result = project.run("--fcvm-image=oci:gone", "--fcvm-unavailable=skip")
+    assert result.parseoutcomes() == {"passed": 1, "errors": 3}
+
+
+def test_a_failure_of_a_session_fixture_is_told_the_same_way(project) -> None:
+    project.write(
+        test_a_py="import pytest\n"
+        '@pytest.fixture(scope="session")\ndef shared(fcvm_snapshot_factory):\n    return fcvm_snapshot_factory()\n'
+        "def test_a(shared): pass\ndef test_b(fcvm_worker_clone): pass\n"
+    )
+    result = project.run("--fcvm-image=oci:gone")
+    assert len(_errors(result, "ImageError")) == 2
+    result.stdout.no_fnmatch_line("*pytest_fcvm/*")
+
+
+def test_a_factory_that_fails_inside_a_test_shows_the_users_own_lines_alone(project) -> None:
+    project.write(test_a_py="def test_a(fcvm_clone_factory):\n    fcvm_clone_factory(image='oci:gone')\n")
+    result = project.run()
+    result.stdout.fnmatch_lines([">*fcvm_clone_factory(image='oci:gone')", "E*ImageError: *", "E*hint: check the path"])
+    result.stdout.no_fnmatch_line("*pytest_fcvm/*")
+
+
+def test_what_a_guest_put_into_a_message_drives_no_terminal(project) -> None:
+    project.write(
+        test_a_py="""
+import pytest
+from pytest_fcvm import CommandFailed
+
+@pytest.fixture
+def broken():
+    raise CommandFailed("it said \\x1b]0;owned\\x07", evidence={"stderr": "\\x1b[2J" * 100_000})
+
+def test_call(): raise CommandFailed("it said \\x1b]0;owned\\x07", hint="none")
+def test_setup(broken): pass
+"""
+    )
+    result = project.run("--junitxml=junit.xml")
+    text = result.stdout.str()
+    assert "\x1b" not in text
+    assert text.count("it said \\x1b]0;owned\\x07") >= 2
+    assert len(text) < 40_000
+    assert "owned" in (project.path / "junit.xml").read_text()
+
+
+def test_on_another_system_the_tests_are_collected_and_told_what_they_need(project) -> None:
+    project.write(
+        conftest_py="""
+import sys
+import pytest
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+""",
+        test_a_py=_THREE,
+    )
+    result = project.run("--fcvm-image=x")
+    assert result.parseoutcomes() == {"passed": 1, "errors": 3}
+    assert _errors(result, "HostError") == ["HostError: machines need Linux"] * 3
+    assert result.outlines.count('hint: deselect their tests with -m "not fcvm"') == 3
+
+
+def test_the_plugin_can_be_imported_where_there_is_no_posix(project) -> None:
+    project.write(
+        no_posix_py="import sys\nsys.modules.update(dict.fromkeys(('fcntl', 'resource', 'termios', 'pwd', 'grp')))\n",
+        test_a_py=_THREE,
+    )
+    script = "import no_posix, sys, pytest; sys.exit(pytest.main(['-q', '-m', 'not fcvm', '-p', 'no:cacheprovider']))"
+    project.monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project.path), os.environ.get("PYTHONPATH", "")]))
+    result = project.pytester.run(os.sys.executable, "-c", script)
+    assert result.parseoutcomes() == {"passed": 1, "deselected": 3}, result.stderr.str()
+
+
+def test_the_hook_may_replace_the_machine_and_the_first_answer_counts(project) -> None:
+    project.write(
+        conftest_py="""
+import dataclasses
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_fcvm_modify_spec(spec, item):
+    return dataclasses.replace(spec, image="oci:by-the-conftest")
+""",
+        other_py="""
+import dataclasses
+
+def pytest_fcvm_modify_spec(spec, item):
+    if item is not None and "special" in item.nodeid:
+        return dataclasses.replace(spec, image="oci:by-the-plugin")
+""",
+        test_a_py="def test_plain(fcvm_clone): pass\ndef test_special(fcvm_clone): pass\n",
+    )
+    project.monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project.path), os.environ.get("PYTHONPATH", "")]))
+    plain, special = _errors(project.run("-p", "other"), "ImageError")
+    assert "oci:by-the-conftest" in plain
+    assert "oci:by-the-plugin" in special
