@@ -75,8 +75,9 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
             raise machine.explain(error) from None
         phase("taking the snapshot")
         relay.close()
+        secret = _quiesce(machine)
         stopped = monotonic()
-        secret = _take(machine, folder)
+        machine.vm.snapshot(folder / _STATE)
         timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
     return {"secret": secret.hex(), "client_port": client_port, "timings": timings, "base": str(machine.timeline)}
 
@@ -215,11 +216,11 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
     return next((port for port in tcp if base.listening(port)), None)
 
 
-def _take(machine: Machine, folder: Path) -> bytes:
+def _quiesce(machine: Machine) -> bytes:
+    """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
     secret = new_secret()
     machine.agent.quiesce(secret, timeout_s=_CALL_S)
     machine.pause_for_exit(_SETTLE_S)
-    machine.vm.snapshot(folder / _STATE)
     return secret
 
 
