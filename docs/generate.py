@@ -37,6 +37,7 @@ _SPELLINGS: tuple[Callable[..., Any], ...] = (
 def pages() -> dict[str, str]:
     """Return the text of every generated page by file name."""
     made = {"options.md": _options(), "hooks.md": _hooks(), "errors.md": _errors(), "fixtures.md": _fixtures()}
+    made["protocol.md"] = _protocol()
     return {name: f"{_NOTE}\n{text}" for name, text in made.items()}
 
 
@@ -76,6 +77,19 @@ These are not taken by the marker.
 ## Spellings
 
 {_spellings()}
+
+## Readiness
+
+| condition | the base is ready when |
+| --- | --- |
+| `http:PORT/PATH` | a GET request is answered with a status below 400 |
+| `tcp:PORT` | something listens that is not bound to a loopback address alone, and a connection to it stands |
+| `log:REGEX` | what the workload has printed matches, lines apart (`re.MULTILINE`) |
+| `exec:COMMAND` | the command ends with 0, run by the image's shell |
+| `healthcheck` | the image's own `HEALTHCHECK` command ends with 0 |
+| `agent` | the workload has not ended within 0.2 s |
+
+Without one: `healthcheck` where the image has it, else `tcp` on the first TCP port that it exposes, else `agent`.
 """
 
 
@@ -122,6 +136,18 @@ def _fixtures() -> str:
     for thing in (Clone, Snapshot, Prepare):
         parts += [f"## class `{thing.__name__}`", _document(thing), *_members(thing)]
     return "\n\n".join(parts) + "\n"
+
+
+def _protocol() -> str:
+    header = (Path(__file__).parents[1] / "guest_image/agent/protocol.h").read_text(encoding="utf-8")
+    return f"""# The wire protocol
+
+Between `pytest_fcvm/guest/` and the agent in the guest. This is `guest_image/agent/protocol.h`.
+
+```c
+{header.strip()}
+```
+"""
 
 
 def _fixture_functions() -> Iterator[tuple[str, str, str, str]]:
