@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 
-__all__ = ["ToolFailed", "condense", "find_tool", "resolve_tool", "run_tool"]
+__all__ = ["ToolFailed", "condense", "ends_with_us", "find_tool", "resolve_tool", "run_tool"]
 
 
 class ToolFailed(HostError):
@@ -32,6 +32,16 @@ def resolve_tool(name: str, *, package: str) -> Path:
     if found is None:
         raise HostError(f"{name} is not installed", hint=f"apt-get install {package}")
     return found
+
+
+def ends_with_us() -> list[str | Path]:
+    """Return what to put before a command line so that the kernel kills the program when the calling thread dies.
+
+    `setpriv` (util-linux) executes the program in its own place, so its process id is the program's. Nothing is put
+    there where it is missing.
+    """
+    setpriv = find_tool("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
 
 
 def run_tool(

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.process import condense, resolve_tool
+from pytest_fcvm.host.process import condense, ends_with_us, resolve_tool
 from pytest_fcvm.image.contents import read_directory
 from pytest_fcvm.image.layers import flatten, write_tree
 from pytest_fcvm.image.reference import ImageKind
 from pytest_fcvm.image.source import PulledImage
-from pytest_fcvm.image.tools import ends_with_us
 
 __all__ = ["ROOTFS_FORMAT", "build_rootfs"]
 

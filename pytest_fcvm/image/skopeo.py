@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
-from pytest_fcvm.host.process import ToolFailed, condense, find_tool, resolve_tool, run_tool
+from pytest_fcvm.host.process import ToolFailed, condense, ends_with_us, find_tool, resolve_tool, run_tool
 from pytest_fcvm.image.reference import ImageKind, ImageReference
-from pytest_fcvm.image.tools import ends_with_us
 
 __all__ = ["ask_docker", "ask_manifest", "copy_image"]
 

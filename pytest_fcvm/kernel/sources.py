@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.host.process import ToolFailed, find_tool, resolve_tool, run_tool
+from pytest_fcvm.host.process import ToolFailed, ends_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
 from pytest_fcvm.store import Entry, Shelf
@@ -137,13 +137,11 @@ def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
 
 
 def _run(tool: str, *arguments: str | Path, timeout_s: float, cwd: Path | None = None) -> None:
-    """Run a program that the kernel kills when this thread dies, where setpriv (util-linux) can ask for that."""
-    setpriv = find_tool("setpriv")
-    prefix: list[str | Path] = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    prefix = ends_with_us()
     try:
         run_tool([*prefix, tool, *arguments], timeout_s=timeout_s, cwd=cwd)
     except ToolFailed as error:
-        message = error.message.removeprefix(str(setpriv)).removeprefix(tool)
+        message = error.message.removeprefix(str(prefix[0]) if prefix else "").removeprefix(tool)
         raise HostError(f"{tool}{message}", evidence=error.evidence) from error
 
 
