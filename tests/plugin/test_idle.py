@@ -1,0 +1,112 @@
+"""What a run pays that uses no machine: nothing printed, nothing heavy imported."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+_WATCH = """
+import json, sys, threading
+
+def pytest_sessionfinish(session):
+    with open(f"modules-{getattr(session.config, 'workerinput', {}).get('workerid', 'main')}.json", "w") as file:
+        json.dump([sorted(sys.modules), [thread.name for thread in threading.enumerate()]], file)
+"""
+# Each of these is a decision: it is paid by every run of pytest in an environment where the plugin is installed.
+_OURS = {
+    "pytest_fcvm",
+    "pytest_fcvm.errors",
+    "pytest_fcvm.fixtures",
+    "pytest_fcvm.fixtures.marks",
+    "pytest_fcvm.hookspecs",
+    "pytest_fcvm.model",
+    "pytest_fcvm.model.net",
+    "pytest_fcvm.model.parse",
+    "pytest_fcvm.model.specs",
+    "pytest_fcvm.options",
+    "pytest_fcvm.plugin",
+    "pytest_fcvm.reporting",
+}
+_SHARED_WITH_WORKERS = {"pytest_fcvm.host", "pytest_fcvm.host.paths"}  # for the folder of the run
+_HEAVY = {"httpx", "pyroute2", "filelock", "http.client", "ssl", "multiprocessing", "tarfile", "asyncio"}
+
+
+def _modules(project, name: str = "main") -> tuple[set[str], list[str]]:
+    modules, threads = json.loads((project.path / f"modules-{name}.json").read_text())
+    return set(modules), threads
+
+
+def _only_ours(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.partition(".")[0] == "pytest_fcvm"}
+
+
+@pytest.fixture
+def idle(project):
+    """A project without a machine."""
+    project.write(conftest_py=_WATCH, test_a_py="def test_one(): pass\ndef test_two(): pass\n")
+    return project
+
+
+def _run_alone(idle, *arguments: str) -> pytest.RunResult:
+    """Run pytest with this plugin alone, so that what others import does not count."""
+    idle.monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    return idle.pytester.runpytest_subprocess("-p", "pytest_fcvm.plugin", "-p", "no:cacheprovider", *arguments)
+
+
+def test_nothing_heavy_is_imported_and_no_thread_runs(idle) -> None:
+    assert _run_alone(idle).parseoutcomes() == {"passed": 2}
+    modules, threads = _modules(idle)
+    assert _only_ours(modules) == _OURS
+    assert modules & _HEAVY == set()
+    assert threads == ["MainThread"]
+
+
+def test_a_run_that_only_names_an_image_imports_no_more(idle) -> None:
+    assert _run_alone(idle, "--fcvm-image=nginx", "--fcvm-mem=1G").parseoutcomes() == {"passed": 2}
+    assert _only_ours(_modules(idle)[0]) == _OURS
+
+
+def test_workers_import_no_more_and_their_controller_the_shared_folder(idle) -> None:
+    assert _run_alone(idle, "-p", "xdist", "-n2").parseoutcomes() == {"passed": 2}
+    assert _only_ours(_modules(idle)[0]) == _OURS | _SHARED_WITH_WORKERS
+    for worker in ("gw0", "gw1"):
+        assert _only_ours(_modules(idle, worker)[0]) == _OURS
+
+
+@pytest.mark.parametrize("arguments", [(), ("-v",), ("-q",), ("-n2",)])
+def test_a_run_without_an_option_of_ours_says_nothing_of_us(arguments: tuple[str, ...], idle) -> None:
+    lines = [line for line in idle.run(*arguments).outlines if "fcvm" in line and not line.startswith("plugins: ")]
+    assert lines == []
+
+
+def test_with_an_option_the_header_shows_the_image_and_nothing_is_summed_up(idle) -> None:
+    lines = [line for line in idle.run("--fcvm-image=nginx").outlines if "fcvm" in line and "plugins: " not in line]
+    assert lines == ["fcvm: image nginx, engine auto (probed when the first test asks)"]
+    lines = [line for line in idle.run("--fcvm-engine=qemu").outlines if "fcvm" in line and "plugins: " not in line]
+    assert lines == ["fcvm: image not set, engine qemu (probed when the first test asks)"]
+
+
+def test_the_plugin_can_be_left_out(idle) -> None:
+    result = idle.run("-p", "no:fcvm")
+    assert result.parseoutcomes() == {"passed": 2}
+    assert _only_ours(_modules(idle)[0]) == set()
+
+
+def test_the_commands_help_imports_next_to_nothing(project) -> None:
+    script = (
+        "import sys\nfrom pytest_fcvm.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "print('MODULES', *sys.modules)"
+    )
+    lines = project.pytester.run(sys.executable, "-c", script).outlines
+    modules = set(lines[-1].split()[1:])
+    assert lines[0].startswith("usage: fcvm")
+    assert _only_ours(modules) == {"pytest_fcvm", "pytest_fcvm.cli", "pytest_fcvm.errors"}
+    assert modules & (_HEAVY | {"pytest", "subprocess"}) == set()
+
+
+def test_importing_the_package_imports_none_of_its_parts(project) -> None:
+    script = "import sys, pytest_fcvm; print(*[name for name in sys.modules if name.startswith('pytest_fcvm')])"
+    assert project.pytester.run(sys.executable, "-c", script).outlines == ["pytest_fcvm"]
