@@ -62,7 +62,7 @@ def test_a_build_and_the_wait_for_one_are_not_on_the_tests_timer(
         f"def test_one({who}): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:asyncio", "-p", "no:cacheprovider"]
-    command += ["--timeout=1", f"--timeout-method={method}", "--fcvm-image", registry.image]
+    command += ["--timeout=2", f"--timeout-method={method}", "--fcvm-image", registry.image]
     running: list[subprocess.Popen[bytes]] = []
     outputs = [project.path / "first.txt", project.path / "second.txt"]
     try:
@@ -73,9 +73,9 @@ def test_a_build_and_the_wait_for_one_are_not_on_the_tests_timer(
                 running.append(subprocess.Popen(command, cwd=project.path, stdout=file))
             assert wait_until(sign, Deadline(60)), output.read_text()
         started = monotonic()
-        wait_until(lambda: monotonic() - started > 1.5, Deadline(10))  # longer than the timer of either
+        wait_until(lambda: monotonic() - started > 2.5, Deadline(10))  # longer than the timer of either
         registry.answer.set()
-        assert [process.wait(60) for process in running] == [1, 1]
+        assert [process.wait(60) for process in running] == [1, 1], [output.read_text() for output in outputs]
     finally:
         for process in running:
             process.kill()
