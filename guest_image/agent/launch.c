@@ -235,6 +235,9 @@ pid_t launch(const struct launch *launch, struct failure *failure)
         in_cgroup = false;
         pid = fork_into(flags, -1);
     }
+    /* The workload is dying: its PID namespace takes no more processes, before we hear of its end. */
+    if (pid < 0 && errno == ENOMEM && namespaces_leave() == 0)
+        pid = fork_into(flags, in_cgroup ? cgroup : -1);
     if (pid == 0)
         be_child(launch, in_cgroup);
     if (pid < 0)

@@ -61,12 +61,18 @@ static struct options parse_options(int count, char **arguments)
     return options;
 }
 
+/* What a sanitiser starts at exit must not land in the workload's PID namespace. */
+static void leave_namespaces(void)
+{
+    namespaces_leave();
+}
+
 /* The kernel passes what it does not know of its command line to /init: only a test gives options that count. */
 static void set_up_test(const struct options *options)
 {
     prctl(PR_SET_CHILD_SUBREAPER, 1);
     atexit(cgroup_remove);
-    atexit(namespaces_leave);
+    atexit(leave_namespaces);
     if (options->root)
         namespaces_use_directory(options->root);
     if (options->cgroup)

@@ -230,10 +230,9 @@ const char *namespaces_enter(bool is_workload)
     return show_processes(boot_id_tree);
 }
 
-void namespaces_leave(void)
+int namespaces_leave(void)
 {
-    if (own_pids >= 0)
-        setns(own_pids, CLONE_NEWPID);
+    return own_pids < 0 ? -1 : setns(own_pids, CLONE_NEWPID);
 }
 
 void namespaces_follow(pid_t pid)

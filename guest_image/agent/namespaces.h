@@ -28,8 +28,8 @@ const char *namespaces_enter(bool is_workload);
 /* Let later children enter the PID and cgroup namespaces of the workload, whose first process `pid` is; 0: it has ended. */
 void namespaces_follow(pid_t pid);
 
-/* Tests: let what a sanitiser starts at exit be a child in our own PID namespace again. */
-void namespaces_leave(void);
+/* Have later children in the agent's own PID namespace. */
+int namespaces_leave(void);
 
 /* What the workload reads as /proc/sys/kernel/random/boot_id. */
 int namespaces_set_boot_id(const char *text, size_t length, struct failure *failure);

@@ -17,7 +17,8 @@ enum {
     INPUT_MAX = 262144, /* room for a frame that is incomplete and much behind it; untouched pages cost nothing */
     READ_PER_TURN = 262144,
     NONCE = 16,
-    HELLO_SIZE = 4 + NONCE + PROTOCOL_SECRET
+    HELLO_SIZE = 4 + NONCE + PROTOCOL_SECRET,
+    HELLO_FRAME = PROTOCOL_HEADER + HELLO_SIZE + 1
 };
 
 enum session_state { DISCARDING, GREETING, LIVE };
@@ -29,6 +30,7 @@ struct frame {
     unsigned char *payload; /* payload[length] is the trailer, and writable */
 };
 
+static const unsigned char hello_header[PROTOCOL_HEADER] = {HELLO_SIZE, 0, 0, 0, FRAME_HELLO};
 static enum session_state state = DISCARDING;
 static unsigned char secret[PROTOCOL_SECRET + 1] = PROTOCOL_BOOT_SECRET;
 static unsigned char input[INPUT_MAX];
@@ -193,14 +195,30 @@ static void on_frame(const struct frame *frame)
         on_stream_frame(frame);
 }
 
+/* A host that died within its secret, and the next one's secret right behind: where its end and beginning are alike, the
+ * first match is a mixture of the two, and the true one reaches into it. */
+static bool find_overlapping_secret(void)
+{
+    for (size_t shift = 1; shift < PROTOCOL_SECRET; shift++) {
+        size_t common = PROTOCOL_SECRET - shift;
+        if (memcmp(secret + shift, secret, common) == 0 && memcmp(input + input_start, secret + common, shift) == 0) {
+            begin_session(input_start + shift);
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Act on the next frame if all of it is there. */
 static bool take_frame(void)
 {
     unsigned char *at = input + input_start;
     size_t here = input_end - input_start;
 
-    if (state == DISCARDING || here < PROTOCOL_HEADER)
+    if (state == DISCARDING || here < (state == GREETING ? HELLO_FRAME : PROTOCOL_HEADER))
         return false;
+    if (state == GREETING && memcmp(at, hello_header, sizeof hello_header) != 0 && find_overlapping_secret())
+        return true;
     struct frame frame = {at[4], load_u32(at + 5), load_u32(at), at + PROTOCOL_HEADER};
     if (frame.length > PROTOCOL_PAYLOAD_MAX) {
         session_fault("frame of type %u has %u bytes", frame.type, frame.length);

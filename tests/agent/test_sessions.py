@@ -1,7 +1,11 @@
 """Sessions: the handshake, hosts that die, input that is malformed."""
 
+import fcntl
 import os
+import socket
 import struct
+import termios
+import time
 
 import pytest
 
@@ -13,18 +17,56 @@ def test_the_agent_welcomes_a_host_with_its_build(make_guest, p, agent_binary, b
     assert build == f"{builder.MARK}{builder.embedded_digest(agent_binary)}"
 
 
-def test_a_secret_in_single_bytes_amid_noise_is_found(make_guest, p):
+def trickle(channel, data, size=1):
+    """Send piece by piece, each only when the agent has read the one before."""
+    for start in range(0, len(data), size):
+        channel.sendall(data[start : start + size])
+        while struct.unpack("i", fcntl.ioctl(channel, termios.TIOCOUTQ, b"\0" * 4))[0]:
+            time.sleep(0)
+
+
+@pytest.mark.parametrize("noise", range(3, 20))
+def test_a_secret_in_single_bytes_amid_noise_is_found(make_guest, p, noise):
     guest = make_guest()
-    for byte in os.urandom(5000).replace(b"fcvm", b"....") + p.BOOT_SECRET[:9]:
-        guest.channel.send(bytes([byte]))
+    guest.channel.sendall(os.urandom(5000).replace(b"f", b"."))
+    trickle(guest.channel, p.BOOT_SECRET[:9] + b"x" * noise + p.BOOT_SECRET)
     hello = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"n" * 16 + b"s" * 16)
-    for byte in p.BOOT_SECRET + hello:
-        guest.channel.send(bytes([byte]))
-    answer = b""
-    while len(answer) < 40:
-        answer += guest.channel.recv(4096)
-    assert answer.startswith(b"n" * 16)
+    trickle(guest.channel, hello)
+    assert guest.channel.recv(16, socket.MSG_WAITALL) == b"n" * 16
     guest.connect(b"s" * 16)
+
+
+def test_a_second_hello_right_behind_the_first_is_heard(make_guest, p):
+    guest = make_guest()
+    first = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"n" * 16 + b"s" * 16)
+    second = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"m" * 16 + b"t" * 16)
+    guest.channel.sendall(p.BOOT_SECRET + first + b"s" * 16 + second)
+    guest.connect(b"t" * 16)
+
+
+@pytest.mark.parametrize("secret", [b"a" * 16, b"ab" * 8, b"abcdefghijklmnoa", b"abcabcdefghijabc"])
+@pytest.mark.parametrize("died", range(1, 17))
+def test_a_host_that_died_within_the_secret_does_not_hide_the_next_ones(make_guest, p, secret, died):
+    guest = make_guest()
+    guest.connect()
+    guest.channel.sendall(guest.client.next_secret + p.frame(p.HELLO, 0, b"\1\0\0\0" + b"n" * 16 + secret))
+    guest.channel.sendall(secret[:died])
+    guest.connect(secret)
+
+
+@pytest.mark.parametrize("missing", range(1, 17))
+def test_a_secret_that_begins_as_the_end_of_a_half_frame_is_found(guest, p, missing):
+    request = p.frame(p.OPEN, 1000, bytes([p.EXEC]) + struct.pack("<I", 20) + b"x" * 20)
+    secret = guest.client.next_secret
+    trickle(guest.channel, request[:-missing], 100)
+    trickle(guest.channel, secret[:missing])
+    trickle(guest.channel, secret[missing:])
+    hello = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"n" * 16 + b"s" * 16)
+    guest.channel.sendall(hello)
+    answer = b""
+    while b"n" * 16 not in answer:
+        answer += guest.channel.recv(4096)
+    assert guest.connect(b"s" * 16).run("true").code == 0
 
 
 def test_the_old_secret_is_worth_nothing_after_hello(guest, p):

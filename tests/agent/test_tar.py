@@ -175,6 +175,8 @@ def test_nor_the_root(client, p, name):
 
 BROKEN = {
     "noise": (os.urandom(5000), "checksum"),
+    "one wrong bit": (archive(entry("name", content=b"x")).replace(b"name", b"nane", 1), "checksum"),
+    "a path upwards": (archive(entry("a/../b", content=b"x")), "a path leads upwards: a/../b"),
     "cut in a header": (archive(entry("f", content=b"x" * 3000))[:300], "ends too early"),
     "cut in a file": (archive(entry("f", content=b"x" * 3000))[:1500], "ends too early"),
     "without an end": (archive(entry("f", content=b"x" * 512))[:1024], "ends too early"),

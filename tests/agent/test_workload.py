@@ -131,6 +131,17 @@ def test_a_log_of_50_mb_reaches_a_reader_whole(guest, p):
     assert b"fcvm" not in logs.data[0]
 
 
+def test_a_slow_reader_slows_the_workload_instead_of_losing_output(guest, p):
+    logs = guest.client.open(p.LOGS, grants=False)
+    guest.start("head -c 20000000 /dev/zero")
+    while not logs.eof:
+        seen = len(logs.data[0])
+        guest.client.send(p.frame(p.GRANT, logs.number, b"\0" + (p.WINDOW).to_bytes(4, "little")))
+        guest.client.wait(lambda seen=seen: logs.eof or len(logs.data[0]) > seen)
+        guest.client.run("true")
+    assert len(logs.data[0]) == 20000000
+
+
 def size_of_sequence(last):
     """Bytes of the numbers 1 to `last`, a line each."""
     size, digits, start = 0, 1, 1
