@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import struct
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,3 +119,36 @@ def needs(pytestconfig: pytest.Config) -> Callable[[str], None]:
         pytest.importorskip(module, reason=f"{module} is not installed; `make test` installs it")
 
     return check
+
+
+class Registry:
+    """A registry on loopback that lets its first clients wait until it is told to refuse them."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer = threading.Event(), threading.Event()
+        asked, answer = self.asked, self.answer
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.set()
+                answer.wait(60)
+                self.send_error(404)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.image = f"127.0.0.1:{self.server.server_port}/slow:1"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    """A slow registry."""
+    registry = Registry()
+    yield registry
+    registry.answer.set()
+    registry.server.shutdown()
+    registry.server.server_close()

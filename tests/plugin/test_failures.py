@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from pytest_fcvm.host.clock import Deadline, wait_until
 
 _THREE = """
 import pytest
@@ -58,6 +62,24 @@ def test_an_image_that_is_not_there_is_looked_for_once(workers: tuple[str, ...],
     }
     assert result.outlines.count("hint: check the path") == 6
     assert not [path for path in Path(os.environ["XDG_CACHE_HOME"]).rglob("*") if ".tmp-" in path.name]
+
+
+def test_workers_that_waited_for_a_failed_build_do_not_try_it_again(project, registry) -> None:
+    project.write(test_a_py=_THREE, test_b_py=_THREE)
+    output = project.path / "output.txt"
+    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "-p", "no:asyncio", "-p", "no:cacheprovider"]
+    with output.open("wb") as file:
+        run = subprocess.Popen([*command, "-n4", "--fcvm-image", registry.image], cwd=project.path, stdout=file)
+    try:
+        assert wait_until(lambda: output.read_text().count("waiting for pid") == 3, Deadline(60)), output.read_text()
+        registry.answer.set()
+        run.wait(60)
+    finally:
+        run.kill()
+        run.wait()
+    told = [line for line in output.read_text().splitlines() if line.startswith("ImageError: ")]
+    assert [line.endswith(_AGAIN) for line in told].count(False) == 1, told
+    assert len(told) == 6
 
 
 def test_the_next_run_tries_again(project) -> None:
@@ -162,7 +184,7 @@ def test_the_plugin_can_be_imported_where_there_is_no_posix(project) -> None:
     )
     script = "import no_posix, sys, pytest; sys.exit(pytest.main(['-q', '-m', 'not fcvm', '-p', 'no:cacheprovider']))"
     project.monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project.path), os.environ.get("PYTHONPATH", "")]))
-    result = project.pytester.run(os.sys.executable, "-c", script)
+    result = project.pytester.run(sys.executable, "-c", script)
     assert result.parseoutcomes() == {"passed": 1, "deselected": 3}, result.stderr.str()
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,43 +14,10 @@ from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 _TWO = "def test_one(fcvm_clone): pass\ndef test_two(fcvm_clone): pass\n"
 
 
-class Registry:
-    """A registry on loopback that lets its first clients wait until it is told to refuse them."""
-
-    def __init__(self) -> None:
-        self.asked, self.answer = threading.Event(), threading.Event()
-        asked, answer = self.asked, self.answer
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.set()
-                answer.wait(60)
-                self.send_error(404)
-
-            do_HEAD = do_GET  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                """Say nothing."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.image = f"127.0.0.1:{self.server.server_port}/slow:1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-
-
-@pytest.fixture
-def registry() -> Iterator[Registry]:
-    """A slow registry."""
-    registry = Registry()
-    yield registry
-    registry.answer.set()
-    registry.server.shutdown()
-    registry.server.server_close()
-
-
 @pytest.mark.parametrize("who", ["fcvm_clone", "session_fixture"])
 @pytest.mark.parametrize("method", ["signal", "thread"])
 def test_a_build_and_the_wait_for_one_are_not_on_the_tests_timer(
-    who: str, method: str, project, registry: Registry, needs: Callable[[str], None]
+    who: str, method: str, project, registry, needs: Callable[[str], None]
 ) -> None:
     needs("pytest_timeout")
     project.write(
