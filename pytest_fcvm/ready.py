@@ -137,12 +137,16 @@ class ClientPath:
 
 def _refusal(endpoint: Endpoint) -> str:
     try:
-        with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
+        connection = socket.create_connection(endpoint, timeout=_TRY_S)
+    except OSError as error:  # the forwarder accepts always: it is the host that says no
+        return f"nothing forwards to the guest: {error}"
+    with connection:
+        try:
             connection.recv(1)
-    except ConnectionError:
-        return ""
-    except OSError as error:
-        return f"no answer from the guest's network: {error}"
+        except ConnectionError:
+            return ""
+        except OSError as error:
+            return f"no answer from the guest's network: {error}"
     return ""
 
 

@@ -179,7 +179,7 @@ def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machin
     wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
     deadline, before = Deadline(_QUIET_DEADLINE_S), -1.0
     while not deadline.expired:
-        used = float(machine.agent.metrics(timeout_s=_CALL_S)["workload_cpu_us"])
+        used = float(machine.agent.metrics(timeout_s=_CALL_S).get("workload_cpu_us", 0))  # a kernel may lack cgroups
         if before >= 0 and used - before < _QUIET_SHARE * _QUIET_S * 1e6:
             return
         before = used
