@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ class FakeVm:
         self.published: dict[tuple[Proto, int], Endpoint] = {}
         self.calls: list[str] = []
         self.exit: VmExit | None = None
+        self._refuser: Service | None = None
         self._ended = threading.Event()
         self._callbacks: list[Callable[[VmExit], None]] = []
         for port in getattr(plan, "ports", ()):
@@ -61,9 +63,15 @@ class FakeVm:
             raise EngineError("a base has no network to the host")
         key = (port.proto, port.guest_port)
         if key not in self.published:
-            address = self.agent.ports.get(port.guest_port)
-            self.published[key] = Endpoint(*(address or (port.host_ip, port.host_port or 1)))
+            address = self.agent.ports.get(port.guest_port) or (port.host_port and (port.host_ip, port.host_port))
+            self.published[key] = Endpoint(*(address or self._refusing_port()))
         return self.published[key]
+
+    def _refusing_port(self) -> tuple[str, int]:
+        """Return a port that accepts and resets, as a forwarder does for a guest port where nothing listens."""
+        if self._refuser is None:
+            self._refuser = Service(None)
+        return self._refuser.address
 
     def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
         return self.published.get((proto, guest_port))
@@ -110,6 +118,8 @@ class FakeVm:
         self.exit = how
         if not self.agent.loop.is_closed():  # its test is over
             self.agent.hang_up()
+        if self._refuser:
+            self._refuser.close()
         self._ended.set()
         for callback in self._callbacks:
             threading.Thread(target=callback, args=(how,)).start()
@@ -160,13 +170,17 @@ class FakeEngine:
         return vm
 
 
-class Service:
-    """A TCP server on the host that plays a service of the guest; `answer` makes what each connection is told."""
+def _hello(_request: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
 
-    def __init__(self, answer: Callable[[bytes], bytes] | None = None) -> None:
+
+class Service:
+    """A TCP server on the host that plays a port of the guest; `answer` makes what a client is told, None resets it."""
+
+    def __init__(self, answer: Callable[[bytes], bytes] | None = _hello) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        self._answer = answer or (lambda _: b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello")
+        self._answer = answer
         self.requests: list[bytes] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -183,6 +197,9 @@ class Service:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
+            if self._answer is None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                return
             while data := connection.recv(1 << 16):
                 self.requests.append(data)
                 connection.sendall(self._answer(data))

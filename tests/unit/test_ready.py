@@ -13,11 +13,11 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
-from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.model.net import Endpoint
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
-from pytest_fcvm.ready import finalize_ready, wait_until_ready
+from pytest_fcvm.ready import PROBE_PORT, ClientPath, finalize_ready, wait_until_ready
 
 _HTTP = ReadySpec(mode=ReadyMode.HTTP, port=80, text="/health")
 _TCP = ReadySpec(mode=ReadyMode.TCP, port=80)
@@ -313,3 +313,120 @@ def test_a_health_check_that_the_image_does_not_have_is_a_usage_problem(health: 
     with pytest.raises(UsageProblem, match="the image has no HEALTHCHECK") as caught:
         finalize_ready(ReadySpec(mode=ReadyMode.HEALTHCHECK), health, [(80, "tcp")])
     assert caught.value.hint == "use ready=tcp:PORT, http:PORT/path or exec:COMMAND"
+
+
+@pytest.fixture
+def open_path(target: Target) -> Callable[[ReadySpec], ClientPath]:
+    """Prove a clone whose base was ready on port 80; nothing listens on the port that is probed otherwise."""
+    return lambda ready: ClientPath(lambda port: target.endpoint(port.guest_port), ready, 80)
+
+
+def test_a_clone_is_asked_once_when_it_answers(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    asked = serve_http(200)
+    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    host, port = target.ports[80]
+    assert asked == [("/health", f"{host}:{port}")]
+
+
+def test_a_clone_is_asked_again_until_it_answers_well(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    asked = serve_http(503, 404, 302)
+    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    assert len(asked) == 3
+
+
+def test_a_clone_whose_port_opens_late_is_waited_for(
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    target.ports[80] = _free_port()
+    path = open_path(_HTTP)
+    path._thread.join(_LONG_S)
+    target.on_pause = lambda: None if target.commands else (target.commands.append("started"), serve_at_last())[0]
+
+    def serve_at_last() -> None:
+        serve_http(200)
+        path._endpoint = None  # a real port does not move
+
+    path.prove(target.pause_for_exit, _LONG_S)
+    assert target.commands == ["started"]
+
+
+@pytest.mark.parametrize("ready", [_TCP, ReadySpec(mode=ReadyMode.LOG, text="x"), ReadySpec(mode=ReadyMode.AGENT)])
+def test_without_http_a_refusal_by_the_guest_proves_a_clone(
+    ready: ReadySpec,
+    target: Target,
+    serve_tcp: Callable[[Callable[[socket.socket], None]], None],
+    open_path: Callable[[ReadySpec], ClientPath],
+) -> None:
+    serve_tcp(_reset)
+    target.ports[PROBE_PORT] = target.ports.pop(80)
+    open_path(ready).prove(target.pause_for_exit, _LONG_S)
+
+
+@pytest.mark.parametrize(
+    ("ready", "service", "last"),
+    [
+        *[case for case in _LAST_ANSWERS if case[0] is _HTTP and case[1] is not _hang_up],
+        (_TCP, None, r"tcp:80: nothing forwards to the guest: .*Connection refused"),
+        (_TCP, _keep, r"tcp:80: no answer from the guest's network: timed out"),
+    ],
+)
+def test_a_clone_that_does_not_answer_is_told_with_the_last_answer(
+    ready: ReadySpec,
+    service: Callable[[socket.socket], None] | int | None,
+    last: str,
+    target: Target,
+    serve_http: Callable[..., list[tuple[str, str]]],
+    serve_tcp: Callable[[Callable[[socket.socket], None]], None],
+    open_path: Callable[[ReadySpec], ClientPath],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pytest_fcvm.ready._TRY_S", 0.2)
+    target.ports[80] = _free_port()
+    if isinstance(service, int):
+        serve_http(service)
+    elif service:
+        serve_tcp(service)
+    target.ports[PROBE_PORT] = target.ports[80]
+    with pytest.raises(GuestTimeout) as caught:
+        open_path(ready).prove(target.pause_for_exit, 0.1)
+    assert re.match(f"the clone's port does not answer: {last.partition(': ')[2]}", caught.value.message)
+    assert caught.value.hint == "try --fcvm-rebuild"
+
+
+def test_a_clone_whose_port_cannot_be_mapped_is_told_why(target: Target) -> None:
+    def fail(_port: PublishedPort) -> Endpoint:
+        raise EngineError("the VM is gone")
+
+    with pytest.raises(EngineError, match="the VM is gone"):
+        ClientPath(fail, _TCP, 80).prove(target.pause_for_exit, _LONG_S)
+
+
+def test_a_clone_that_ends_is_told_at_once(target: Target, open_path: Callable[[ReadySpec], ClientPath]) -> None:
+    target.ports[PROBE_PORT] = _free_port()
+    target.ended.set()
+    with pytest.raises(WorkloadExited):
+        open_path(_TCP).prove(target.pause_for_exit, 60)
+
+
+def test_nothing_connects_before_the_clones_agent_has_answered(
+    target: Target, stack: ExitStack, open_path: Callable[[ReadySpec], ClientPath]
+) -> None:
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    target.ports[PROBE_PORT] = target.ports[80] = Endpoint(*listener.getsockname())
+    for ready in (_TCP, _HTTP):
+        open_path(ready)
+    ours = "fcvm-client-path"
+    assert wait_until(lambda: ours not in [thread.name for thread in threading.enumerate()], Deadline(_LONG_S))
+    listener.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        listener.accept()

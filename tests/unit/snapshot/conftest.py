@@ -72,6 +72,7 @@ def engine(agents: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
 
     def prepare(agent: FakeAgent) -> None:
         agent.root, agent.ports[80], agent.listening[80] = root, service.address, 1
+        agent.metrics["workload_cpu_us"] = "1000"  # it rests
 
     engine.prepare_guest = prepare
     return engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import socket
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def test_a_base_is_configured_filled_started_proven_frozen_saved_and_killed_in_t
     parts = make_parts(map=(MappedPath(host=tmp_path / "app.conf", guest="/etc/app.conf", read_only=True),))
     facts = build_snapshot(parts, folder, phases.append)
     (vm,) = engine.vms
-    kinds = [kind for kind in _kinds(vm.agent) if kind not in ("LOGS", "CONNECT", "LISTENING")]
+    kinds = [kind for kind in _kinds(vm.agent) if kind not in ("LOGS", "CONNECT", "LISTENING", "METRICS")]
     assert kinds == ["CONFIGURE", "TAR_IN", "START", "QUIESCE"]
     assert _kinds(vm.agent)[-1] == "QUIESCE"
     assert (vm.calls, vm.exit is not None) == (["snapshot"], True)
@@ -117,6 +118,51 @@ def test_clones_are_proven_on_the_port_that_answered_or_the_first_exposed_one_th
 
     engine.prepare_guest = listen
     assert _build(make_parts(ready=ready), folder)["client_port"] == port
+
+
+def test_a_ready_workload_that_still_works_is_waited_for_until_it_rests(
+    make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine
+) -> None:
+    serve = engine.prepare_guest
+    used = iter([100_000, 300_000, 500_000, 500_010])
+
+    class Metrics(dict[str, str]):
+        def items(self) -> Any:
+            return {"workload_cpu_us": str(next(used))}.items()
+
+    def work(agent: FakeAgent) -> None:
+        serve(agent)
+        agent.metrics = Metrics()
+
+    engine.prepare_guest = work
+    _build(make_parts(), folder)
+    assert list(used) == []
+
+
+def test_a_workload_that_never_rests_is_frozen_all_the_same(
+    make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_fcvm.snapshot.build._QUIET_DEADLINE_S", 0.3)
+    serve, used = engine.prepare_guest, itertools.count(0, 1_000_000)
+
+    class Metrics(dict[str, str]):
+        def items(self) -> Any:
+            return {"workload_cpu_us": str(next(used))}.items()
+
+    def work(agent: FakeAgent) -> None:
+        serve(agent)
+        agent.metrics = Metrics()
+
+    engine.prepare_guest = work
+    assert _build(make_parts(), folder)["client_port"] == 80
+
+
+def test_a_guest_that_cannot_tell_what_its_workload_uses_is_taken_for_resting(
+    make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine
+) -> None:
+    serve = engine.prepare_guest
+    engine.prepare_guest = lambda agent: (serve(agent), agent.metrics.clear())[0]
+    assert _build(make_parts(), folder)["client_port"] == 80
 
 
 def test_what_the_workload_printed_is_kept_beside_the_snapshot(
