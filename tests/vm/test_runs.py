@@ -118,8 +118,8 @@ def test_a_bad_image_fails_every_test_with_one_build(run: Run, pytester: pytest.
     code, output = ends(run("-n", "2"))
     assert code == 1
     assert "6 errors" in output
-    assert output.count("exit code 9 (failed before in this run)") + output.count("booting the kernel") >= 6
-    assert output.count("booting the kernel") == 1, output
+    assert len(re.findall(r"^ERROR .*failed before in this run", output, re.MULTILINE)) == 5, output
+    assert output.count("latest: booting the kernel") == 1, output
 
 
 def test_a_failing_test_shows_log_console_and_timeline(run: Run, pytester: pytest.Pytester) -> None:
@@ -206,7 +206,7 @@ def test_nothing_is_left_after_sigkill(
     code, output = ends(run(env=env))
     assert code == 0, output
     assert not list(cold_cache.glob("*/*.tmp-*"))
-    assert not [entry for entry in own_runtime.rglob("*") if entry.name == "lock"]
+    assert not [entry for entry in own_runtime.rglob("*") if re.fullmatch(r"[0-9a-f]{8}", entry.name)]
 
 
 def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: Path) -> None:
