@@ -205,13 +205,13 @@ class Service:
                 connection.sendall(self._answer(data))
 
 
-def after_start(agent: FakeAgent, deed: Callable[[], object]) -> None:
-    """Do something on the agent's thread as soon as its workload has been started."""
+def at_verb(agent: FakeAgent, kind: StreamKind, deed: Callable[[], object]) -> None:
+    """Do something on the agent's thread whenever a verb has come, before it is answered."""
     serve = agent._serve_verb
 
-    def serve_and_do(stream: FakeStream) -> None:
-        serve(stream)
-        if stream.kind is StreamKind.START:
+    def do_and_serve(stream: FakeStream) -> None:
+        if stream.kind is kind:
             deed()
+        serve(stream)
 
-    agent._serve_verb = serve_and_do  # type: ignore[method-assign]
+    agent._serve_verb = do_and_serve  # type: ignore[method-assign]

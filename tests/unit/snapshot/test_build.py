@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fakes.agent import FakeAgent
 from fakes.agent_wire import FakeStream
-from fakes.vm import FakeEngine, FakeVm, Service, after_start
+from fakes.vm import FakeEngine, FakeVm, Service, at_verb
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import (
@@ -202,8 +202,17 @@ def test_a_connection_that_prepare_left_open_is_not_in_the_snapshot(
         connections[0].sendall(b"x")
         assert connections[0].recv(1 << 16)
 
+    serve, open_at_quiesce = engine.prepare_guest, []
+
+    def watch(agent: FakeAgent) -> None:
+        serve(agent)
+        at_verb(
+            agent, StreamKind.QUIESCE, lambda: open_at_quiesce.extend(stream.kind for stream in agent.streams.values())
+        )
+
+    engine.prepare_guest = watch
     _build(make_parts(prepare=Prepare(prepare)), folder)
-    assert engine.vms[0].agent.open_streams() == 0
+    assert StreamKind.CONNECT not in open_at_quiesce
     with connections[0] as connection, pytest.raises(ConnectionResetError):
         connection.recv(1 << 16)
 
@@ -263,7 +272,7 @@ def test_a_workload_that_ends_before_it_is_ready_is_told_at_once_with_its_last_w
 
     def die(agent: FakeAgent) -> None:
         serve(agent)
-        after_start(agent, lambda: (agent._log(b"cannot bind\n"), agent._exit_workload(3, None)))
+        at_verb(agent, StreamKind.START, lambda: (agent._log(b"cannot bind\n"), agent._exit_workload(3, None)))
 
     engine.prepare_guest = die
     started = monotonic()
