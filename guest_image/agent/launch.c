@@ -12,6 +12,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,7 +20,14 @@
 #include "namespaces.h"
 #include "users.h"
 
-enum { EXIT_CANNOT_START = 126, EXIT_NOT_FOUND = 127, SOFT_FILES = 1024, HARD_FILES = 524288 };
+enum {
+    EXIT_CANNOT_START = 126,
+    EXIT_NOT_FOUND = 127,
+    SOFT_FILES = 1024,
+    HARD_FILES = 524288,
+    AWAIT_SLICE_MS = 5,
+    AWAIT_SLICES = 100
+};
 
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -52,13 +60,19 @@ static void publish(struct notice *notice)
     syscall(SYS_futex, &notice->pid, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-static void await_pid(const struct notice *notice)
+/* Until the child has published its PID, has died before it could, or is held up (a frozen cgroup) for too long. */
+static void await_pid(const struct notice *notice, pid_t pid)
 {
-    const struct timespec limit = {.tv_sec = 1};
+    const struct timespec slice = {.tv_nsec = AWAIT_SLICE_MS * 1000000L};
+    siginfo_t end;
 
-    while (__atomic_load_n(&notice->pid, __ATOMIC_ACQUIRE) == 0)
-        if (syscall(SYS_futex, &notice->pid, FUTEX_WAIT, 0, &limit, NULL, 0) && errno == ETIMEDOUT)
+    for (int i = 0; i < AWAIT_SLICES && !__atomic_load_n(&notice->pid, __ATOMIC_ACQUIRE); i++) {
+        if (syscall(SYS_futex, &notice->pid, FUTEX_WAIT, 0, &slice, NULL, 0) == 0 || errno != ETIMEDOUT)
+            continue;
+        end.si_pid = 0;
+        if (waitid(P_PID, (id_t)pid, &end, WEXITED | WNOHANG | WNOWAIT) || end.si_pid)
             return;
+    }
 }
 
 static _Noreturn void give_up(struct notice *notice, const char *call, const char *subject, int code)
@@ -242,6 +256,6 @@ pid_t launch(const struct launch *launch, struct failure *failure)
         be_child(launch, in_cgroup);
     if (pid < 0)
         return fail(failure, "clone3", launch->run ? "" : launch->arguments[0]);
-    await_pid(launch->notice);
+    await_pid(launch->notice, pid);
     return pid;
 }

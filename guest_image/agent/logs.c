@@ -23,7 +23,7 @@ struct reader {
 };
 
 static void on_output(struct source *source, uint32_t events);
-static void give_up_on_stalled(void);
+static void note_overdue(void);
 
 static char ring[RING];
 static uint64_t written; /* bytes in all */
@@ -31,8 +31,9 @@ static uint64_t sent;    /* how far any reader has come */
 static uint64_t dropped;
 static struct source output = {.fd = -1, .ready = on_output};
 static bool may_have_more, workload_ended, finished;
+static bool is_overdue; /* the ring has been full for STALL_MS */
 static struct reader *readers;
-static struct alarm stall_alarm = {.ring = give_up_on_stalled};
+static struct alarm stall_alarm = {.ring = note_overdue};
 
 static uint64_t oldest(void)
 {
@@ -78,12 +79,17 @@ static uint64_t room(void)
     return space;
 }
 
+static void note_overdue(void)
+{
+    /* Not given up yet: where the whole guest stood still, the host's next bytes are still to be read. */
+    is_overdue = may_have_more = true;
+}
+
 static void give_up_on_stalled(void)
 {
     for (struct reader *reader = readers; reader; reader = reader->next)
         if (reader->at + RING == written)
             reader->stalled = true;
-    may_have_more = true;
 }
 
 static void wake_readers(void)
@@ -118,6 +124,9 @@ bool logs_pump(void)
     uint64_t before = written;
 
     while (output.fd >= 0 && may_have_more && written - before < READ_PER_TURN) {
+        if (!room() && is_overdue)
+            give_up_on_stalled();
+        is_overdue = false;
         uint64_t space = room();
         if (!space) {
             if (!stall_alarm.at)

@@ -86,8 +86,9 @@ static _Noreturn void serve(void)
     for (;;) {
         loop_turn(is_busy);
         bool was_backed_up = output_is_backed_up();
-        is_busy = logs_pump();
-        is_busy |= session_read();
+        is_busy = session_read();
+        is_busy |= output_pump();
+        is_busy |= logs_pump(); /* behind the other two: they make room in the ring */
         is_busy |= output_pump();
         is_busy |= was_backed_up && !output_is_backed_up(); /* requests that waited can go on */
         if (workload_wants_power_off() && output_is_empty())

@@ -132,7 +132,7 @@ def test_output_written_right_before_the_end_is_complete(client):
         assert (len(stream.data[0]), len(stream.data[1])) == (60000, 50000)
 
 
-POLITE = "trap 'sleep 0.2; touch /tmp/polite; exit' HUP; echo 1; while :; do sleep 1; done"
+POLITE = "trap 'sleep 0.2; touch /tmp/polite; exit' HUP; echo 1; while :; do sleep 0.1; done"
 
 
 def test_closing_a_stream_hangs_its_process_group_up_and_kills_it_after_a_second(client, p):

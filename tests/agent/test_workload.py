@@ -164,6 +164,21 @@ def test_a_reader_that_stalls_does_not_hold_the_workload(guest, p):
     assert logs.data[0].endswith(b"400000\nend\n")
 
 
+def test_a_workload_that_freezes_itself_holds_nobody_else(guest, p):
+    guest.start("exec sleep 1000")
+    if b"cgroup.freeze" not in guest.client.run("ls", "/sys/fs/cgroup").data[0]:
+        pytest.skip("cgroups are not allowed here")
+    guest.client.start_exec("sh", "-c", "echo 1 > /sys/fs/cgroup/cgroup.freeze")
+    while guest.client.start_exec("true").reply[1][p.PID] != [0]:
+        pass  # until one is held before it could begin
+    assert guest.client.call(p.STATUS)[p.STATE] == ["running"]
+    secret = p.new_secret()
+    guest.client.call(p.QUIESCE, (p.SECRET, secret))
+    client = guest.connect(secret)
+    client.call(p.PERSONALISE)
+    assert client.run("true").code == 0
+
+
 def test_an_out_of_memory_kill_is_told(guest, p):
     guest.start("exec sleep 1000")
     if b"memory.max" not in guest.client.run("ls", "/sys/fs/cgroup").data[0]:
