@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS
 
 if TYPE_CHECKING:
@@ -88,9 +88,17 @@ class Reporter:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker which folder the run shares, and start to listen to its progress."""
+        """Tell a worker which folder the run shares, and start to listen to its progress.
+
+        Where there can be no such folder, the tests that ask for a machine are told, and no other.
+        """
+        if not hasattr(os, "mkfifo"):
+            return
         first = self._shared is None
-        node.workerinput[_WORKER_KEY] = str(self.shared_dir())
+        try:
+            node.workerinput[_WORKER_KEY] = str(self.shared_dir())
+        except HostError:
+            return
         if first:
             os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
             threading.Thread(target=self._listen, daemon=True, name="fcvm-progress").start()
