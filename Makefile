@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What machines are made with (demo), and what the tests compare with and serve images from (test).
 DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmdebstrap util-linux
-TEST_PACKAGES := $(DEMO_PACKAGES) docker-registry podman runc gcc libc6-dev iproute2 attr
+TEST_PACKAGES := $(DEMO_PACKAGES) docker-registry podman runc gcc libc6-dev iproute2 attr busybox-static
 
 .PHONY: demo test setup-demo setup-test lint docs bench agent fuzz clean
 
@@ -14,6 +14,7 @@ demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
 
 test: setup-test lint ## every tier that this machine can run
+	$(BIN)/python guest_image/build --arch $(shell uname -m)
 	$(BIN)/python -m pytest tests
 	$(BIN)/python tests/packaging.py
 
