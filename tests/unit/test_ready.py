@@ -6,11 +6,17 @@ import http.server
 import re
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `fakes`
+
+from fakes.ready import Health, Target
 
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
@@ -22,55 +28,6 @@ from pytest_fcvm.ready import PROBE_PORT, ClientPath, finalize_ready, wait_until
 _HTTP = ReadySpec(mode=ReadyMode.HTTP, port=80, text="/health")
 _TCP = ReadySpec(mode=ReadyMode.TCP, port=80)
 _LONG_S, _SHORT_S = 20.0, 0.5
-
-
-class Target:
-    """A machine whose ports are servers of this process."""
-
-    def __init__(self) -> None:
-        self.ports: dict[int, Endpoint] = {}
-        self.listens = True
-        self.log = ""
-        self.commands: list[str | Sequence[str]] = []
-        self.results: list[ExecResult | Exception] = []
-        self.ended = threading.Event()
-        self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
-        self.on_pause: Callable[[], None] = lambda: None
-
-    def endpoint(self, guest_port: int) -> Endpoint:
-        return self.ports[guest_port]
-
-    def listening(self, guest_port: int) -> bool:  # noqa: ARG002
-        return self.listens
-
-    def pause_for_exit(self, timeout_s: float) -> None:
-        self.on_pause()
-        if self.ended.wait(timeout_s):
-            raise self.reason
-
-    def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:  # noqa: ARG002
-        self.commands.append(cmd)
-        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def logs(self) -> str:
-        return self.log
-
-
-class _Health(http.server.BaseHTTPRequestHandler):
-    statuses: Iterator[int]
-    asked: list[tuple[str, str]]
-
-    def do_GET(self) -> None:
-        self.asked.append((self.path, self.headers["Host"]))
-        self.send_response(next(self.statuses))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture
@@ -93,7 +50,7 @@ def serve_http(stack: ExitStack, target: Target) -> Callable[..., list[tuple[str
     def serve(*statuses: int) -> list[tuple[str, str]]:
         asked: list[tuple[str, str]] = []
         server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Health", (_Health,), {"statuses": _then_for_ever(statuses), "asked": asked})
+            ("127.0.0.1", 0), type("Health", (Health,), {"statuses": _then_for_ever(statuses), "asked": asked})
         )
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         stack.callback(server.server_close)

@@ -1,0 +1,60 @@
+"""A machine as readiness probes see it, whose ports are servers of the test's own process."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from pytest_fcvm.errors import WorkloadExited
+from pytest_fcvm.model.net import Endpoint
+from pytest_fcvm.model.results import ExecResult
+
+
+class Target:
+    """A machine whose ports are servers of this process."""
+
+    def __init__(self) -> None:
+        self.ports: dict[int, Endpoint] = {}
+        self.listens = True
+        self.log = ""
+        self.commands: list[str | Sequence[str]] = []
+        self.results: list[ExecResult | Exception] = []
+        self.ended = threading.Event()
+        self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
+        self.on_pause: Callable[[], None] = lambda: None
+
+    def endpoint(self, guest_port: int) -> Endpoint:
+        return self.ports[guest_port]
+
+    def listening(self, guest_port: int) -> bool:  # noqa: ARG002
+        return self.listens
+
+    def pause_for_exit(self, timeout_s: float) -> None:
+        self.on_pause()
+        if self.ended.wait(timeout_s):
+            raise self.reason
+
+    def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:  # noqa: ARG002
+        self.commands.append(cmd)
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def logs(self) -> str:
+        return self.log
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    statuses: Iterator[int]
+    asked: list[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Host"]))
+        self.send_response(next(self.statuses))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""

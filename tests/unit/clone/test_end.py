@@ -1,0 +1,172 @@
+"""How a clone ends, by itself and by others, and what is told to whoever still needs it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+
+import pytest
+from fakes.agent import FakeAgent
+from fakes.vm import FakeEngine
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.errors import EngineError, FcvmError, GuestError, WorkloadExited
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.model.net import PublishedPort
+
+
+def _blocked_calls(clone: Clone) -> dict[str, Callable[[], object]]:
+    return {
+        "exec": lambda: clone.exec(["sleep"], timeout=60),
+        "wait_until_succeeds": lambda: clone.wait_until_succeeds(["fail", "1"], timeout=60),
+        "wait_for_log": lambda: clone.wait_for_log("never", timeout=60),
+        "pause_for_exit": lambda: clone.pause_for_exit(60),
+    }
+
+
+def _failure_of(call: Callable[[], object], meanwhile: Callable[[], None]) -> BaseException:
+    """Run a call that blocks, do something meanwhile, and return what it raised, well before its own deadline."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001  the test looks at it
+            caught.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(0.3)  # long enough to block in most runs; the result is the same when it has not yet
+    started = monotonic()
+    meanwhile()
+    thread.join(30)
+    assert monotonic() - started < 10
+    return caught[0]
+
+
+@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log", "pause_for_exit"])
+def test_whatever_waits_is_told_at_once_when_the_vm_dies(name: str, clone: Clone, engine: FakeEngine) -> None:
+    error = _failure_of(_blocked_calls(clone)[name], lambda: engine.vms[0].die(11))
+    assert isinstance(error, EngineError)
+    assert error.message == "VM web ended: signal 11"
+
+
+@pytest.mark.parametrize("name", ["wait_until_succeeds", "wait_for_log", "pause_for_exit"])
+def test_whatever_waits_for_the_workload_is_told_at_once_when_that_ends(
+    name: str, clone: Clone, guest: FakeAgent
+) -> None:
+    guest.log(b"cannot bind\n")
+    clone.wait_for_log("cannot bind", timeout=20)
+    error = _failure_of(_blocked_calls(clone)[name], lambda: guest.exit_workload(code=3))
+    assert isinstance(error, WorkloadExited)
+    assert error.message == "the workload ended with exit code 3"
+    assert error.evidence["workload log"] == "printed by the base\ncannot bind"
+
+
+@pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log"])
+def test_whatever_waits_is_told_at_once_when_another_thread_kills_the_clone(name: str, clone: Clone) -> None:
+    error = _failure_of(_blocked_calls(clone)[name], clone.kill)
+    assert isinstance(error, FcvmError)
+    assert error.message in ("VM web was killed", "web is closed")
+
+
+def test_a_workload_that_was_killed_for_memory_says_so(clone: Clone, guest: FakeAgent) -> None:
+    guest.oom_kills = 1
+    guest.exit_workload(number=signal.SIGKILL)
+    with pytest.raises(WorkloadExited, match=r"ended with signal SIGKILL, killed for memory: give it more with mem"):
+        clone.pause_for_exit(20)
+
+
+def test_the_last_words_of_a_workload_are_found_after_its_end(clone: Clone, guest: FakeAgent) -> None:
+    guest.log(b"fatal: no disk\n")
+    guest.exit_workload(code=1)
+    assert clone.wait_for_log("fatal: (.*)", timeout=20)[1] == "no disk"
+
+
+def test_a_closed_clone_says_so(clone: Clone, engine: FakeEngine) -> None:
+    clone.close()
+    clone.close()
+    assert engine.vms[0].exit is not None
+    assert repr(clone) == "<Clone web of None on fake, closed>"
+    for call in (lambda: clone.exec(["echo"]), clone.logs, clone.pause, lambda: clone.endpoint(80), clone.console):
+        with pytest.raises(GuestError, match="web is closed") as caught:
+            call()
+        assert caught.value.hint == "ask for a new clone"
+
+
+def test_a_paused_clone_refuses_calls_until_it_is_resumed_with_the_time_of_day(
+    clone: Clone, engine: FakeEngine, guest: FakeAgent
+) -> None:
+    clone.pause()
+    assert repr(clone) == "<Clone web of None on fake, paused>"
+    with pytest.raises(GuestError, match="web is paused") as caught:
+        clone.exec(["echo"])
+    assert caught.value.hint == "call resume() first"
+    clone.resume()
+    assert clone.succeed(["echo", "again"]) == "again\n"
+    assert engine.vms[0].calls == ["start", "pause", "resume"]
+    (identity,) = [fields for kind, fields in guest.executed if kind is StreamKind.PERSONALISE]
+    assert identity.number(FieldTag.REALTIME_NS) > 0
+    assert identity.texts(FieldTag.HOSTNAME) == []
+
+
+def test_a_reset_clone_is_a_fresh_vm_behind_the_same_ports(
+    make_clone: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    clone = make_clone(publish=(PublishedPort(guest_port=8000, host_port=18000),))
+    before = (clone.endpoint(8000), clone.endpoint(80))
+    clone.pause()
+    clone.reset()
+    old, new = engine.vms
+    assert old.exit is not None
+    assert new.exit is None
+    assert (clone.endpoint(8000), clone.endpoint(80)) == before
+    assert {(port.guest_port, port.host_port) for port in new.plan.ports} == {  # type: ignore[union-attr]
+        (8000, 18000),
+        (80, before[1].port),
+    }
+    assert clone.succeed(["echo", "fresh"]) == "fresh\n"
+
+
+def test_a_clone_is_a_context_manager(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
+    with pytest.raises(ZeroDivisionError), make_clone():
+        raise ZeroDivisionError
+    assert engine.vms[0].exit is not None
+
+
+def test_what_a_machine_was_given_to_close_is_closed_in_reverse_though_one_fails(
+    clone: Clone, engine: FakeEngine
+) -> None:
+    order: list[str] = []
+
+    def fail() -> None:
+        order.append("second")
+        raise OSError("it is stuck")
+
+    clone._machine.also_close([lambda: order.append("first"), fail])
+    clone._machine.also_close(
+        [lambda: order.append(f"third, the VM {'lives' if engine.vms[0].exit is None else 'died'}")]
+    )
+    with pytest.raises(OSError, match="it is stuck"):
+        clone.close()
+    assert order == ["third, the VM died", "second", "first"]
+
+
+def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
+    clone: Clone, engine: FakeEngine, guest: FakeAgent
+) -> None:
+    engine.vms[0].vmm_log_path.write_text("qemu: \x1b[31mbad\n")
+    guest.log(b"listening\n")
+    clone.wait_for_log("listening", timeout=20)
+    clone._machine.timeline.mark("agent", clone._machine.timeline.start + 0.05)
+    evidence = clone.evidence()
+    assert evidence == {
+        "workload log": "printed by the base\nlistening",
+        "console": "[    0.000000] Linux version 6.1",
+        "VMM log": "qemu: \\x1b[31mbad",
+        "timeline": "agent 50.0 ms",
+    }
+    engine.vms[0].vmm_log_path.write_text(" \n")
+    assert "VMM log" not in clone.evidence()
