@@ -118,7 +118,7 @@ def test_a_bad_image_fails_every_test_with_one_build(run: Run, pytester: pytest.
     code, output = ends(run("-n", "2"))
     assert code == 1
     assert "6 errors" in output
-    assert len(re.findall(r"^ERROR .*failed before in this run", output, re.MULTILINE)) == 5, output
+    assert len(re.findall(r"^WorkloadExited: .*failed before in this run", output, re.MULTILINE)) == 5, output
     assert output.count("latest: booting the kernel") == 1, output
 
 
