@@ -9,7 +9,7 @@ from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.protocol import Vm, VmExit
-from pytest_fcvm.errors import FcvmError, WorkloadExited
+from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.model.guest import ExitStatus, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
@@ -92,6 +92,7 @@ class Machine:
         with self._closers:
             self._closers.callback(self.log.close)
             self._closers.callback(self.agent.close)
+            self._closers.callback(self.agent.session.abort, EngineError(f"VM {self.vm.name} was killed"))
             self._closers.callback(self.vm.kill)
 
     def _vm_ended(self, how: VmExit) -> None:

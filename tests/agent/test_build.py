@@ -25,6 +25,15 @@ def program_header_types(data):
 
 
 @needs_zig
+def test_the_other_architecture_is_built_without_its_machine(builder, tmp_path):
+    (agent,) = builder.build_agents(["aarch64"], tmp_path)
+    data = agent.read_bytes()
+    assert struct.unpack_from("<H", data, 18)[0] == 183  # EM_AARCH64
+    assert len(data) < 200_000
+    assert 3 not in program_header_types(data)
+
+
+@needs_zig
 def test_an_agent_of_the_same_sources_is_kept_and_another_is_replaced(builder, tmp_path):
     agent = tmp_path / "agent-x86_64"
     agent.write_bytes(b"\x7fELF something " + builder.MARK.encode() + builder.source_digest().encode())
