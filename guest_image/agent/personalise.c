@@ -28,7 +28,10 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     if (cgroup_freeze(failure))
         return -1;
     sockets_note_quiesce();
-    return network_forget_peer(failure);
+    if (network_forget_peer(failure) == 0)
+        return 0;
+    personalise_thaw(); /* refused: the session goes on, and so does the workload */
+    return -1;
 }
 
 /* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */

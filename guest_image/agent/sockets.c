@@ -89,7 +89,8 @@ static int dump(uint8_t family)
         return -1;
     while (!end)
         end = take_answer(true);
-    return end > 0 ? 0 : -1;
+    /* ENOENT: a kernel without IPv6 has no such connections. */
+    return end > 0 || (family == AF_INET6 && errno == ENOENT) ? 0 : -1;
 }
 
 void sockets_probe(void)
@@ -108,7 +109,7 @@ static int reset_family(uint8_t family, struct failure *failure)
     for (int round = 0; round < ROUNDS_MAX; round++) {
         found_count = 0;
         if (dump(family))
-            return family == AF_INET6 && errno == ENOENT ? 0 : fail(failure, "dump of", "sockets");
+            return fail(failure, "dump of", "sockets");
         if (!found_count)
             return 0;
         for (unsigned i = 0; i < found_count; i++) {
