@@ -170,7 +170,7 @@ class Reporter:
             report.longrepr = f"{type(error).__name__}: {error}"
         if report.failed:
             report.sections += _sections_of_error(error)
-        if report.when == "call":
+        if report.when == "call" or (report.when == "setup" and report.failed):
             clones = item.stash.get(CLONES, [])
             if report.failed:
                 report.sections += [section for clone in clones for section in _sections_of_clone(clone)]

@@ -34,11 +34,8 @@ class Spares:
                 spare, self._spare = self._spare, None
             if spare is not None:
                 with suppress(FcvmError):  # it died while it waited
-                    spare.start()
-                    return spare
-        vm = self._prepare(plan)
-        vm.start()
-        return vm
+                    return _started(spare)
+        return _started(self._prepare(plan))
 
     def refill(self) -> None:
         """Let a thread of its own prepare the next spare, unless there is one."""
@@ -66,3 +63,12 @@ class Spares:
                 self._spare, spare = spare, None
         if spare is not None:
             spare.kill()
+
+
+def _started(vm: Vm) -> Vm:
+    try:
+        vm.start()
+    except BaseException:
+        vm.kill()
+        raise
+    return vm
