@@ -15,7 +15,7 @@
 #include "report.h"
 
 enum {
-    NOTICES = 2 * PROTOCOL_STREAMS_MAX + 2, /* those of streams, as many that are being killed or are detached, workload */
+    NOTICES = 2 * PROTOCOL_STREAMS_MAX + 2, /* of streams, of as many that end or are detached, of the workload */
     HANG_UP_MS = 1000
 };
 
