@@ -34,6 +34,13 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     return -1;
 }
 
+int personalise_freeze(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    (void)body;
+    (void)reply;
+    return cgroup_freeze(failure);
+}
+
 /* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */
 static int stir_random_numbers(const struct body *body, struct failure *failure)
 {
@@ -77,8 +84,11 @@ static int set_boot_id(const struct body *body, struct failure *failure)
     return id ? namespaces_set_boot_id(id->bytes, id->length, failure) : 0;
 }
 
-static int reset_connections(struct reply *reply, struct failure *failure)
+/* Only in a guest that becomes another one: whoever was paused and goes on keeps its connections. */
+static int reset_connections(const struct body *body, struct reply *reply, struct failure *failure)
 {
+    if (!body_find(body, FIELD_ENTROPY) && !body_find(body, FIELD_MAC))
+        return 0;
     if (sockets_reset_foreign(failure))
         return -1;
     if (!sockets_can_reset())
@@ -94,7 +104,7 @@ int personalise(const struct body *body, struct reply *reply, struct failure *fa
         return -1;
     if (names_personalise(body, failure) || set_boot_id(body, failure) || network_personalise(body, failure))
         return -1;
-    return reset_connections(reply, failure) || hook_run(body, failure) ? -1 : 0;
+    return reset_connections(body, reply, failure) || hook_run(body, failure) ? -1 : 0;
 }
 
 void personalise_thaw(void)

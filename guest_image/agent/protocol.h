@@ -74,11 +74,13 @@ enum stream_kind {
     KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, give up the gateway's address, reply, then discard
                              input up to SECRET */
     KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
-                             optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw */
+                             optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw.
+                             With ENTROPY or MAC the guest becomes another one: connections to peers outside are reset */
     KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2 (2: on a loopback address alone) */
     KIND_STOP = 8,        /* SIGNAL to the workload's first process */
     KIND_POWEROFF = 9,
     KIND_SYNC = 10,       /* sync(2) */
+    KIND_FREEZE = 11,     /* freeze the workload's cgroup and go on with the session; PERSONALISE thaws */
     /* streams: REPLY, then frames until the end */
     KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost); REPLY has PID */
     KIND_CONNECT = 33, /* PORT PROTO(tcp) ADDRESS(default: the interface's own): a TCP connection, from the gateway's address */

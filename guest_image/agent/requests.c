@@ -47,6 +47,7 @@ static const struct request_kind {
     {KIND_STOP, workload_stop, NULL},
     {KIND_POWEROFF, workload_power_off, NULL},
     {KIND_SYNC, information_sync, NULL},
+    {KIND_FREEZE, personalise_freeze, NULL},
     {KIND_EXEC, NULL, exec_open},
     {KIND_CONNECT, NULL, connect_open},
     {KIND_LOGS, NULL, logs_open},

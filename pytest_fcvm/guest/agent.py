@@ -91,6 +91,10 @@ class Agent:
             self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
             raise
 
+    def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Let the workload execute nothing more until `personalise`; the session goes on."""
+        self._call(StreamKind.FREEZE, [], timeout_s)
+
     def personalise(self, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Give the guest its own random bytes, time, names and addresses, then let the workload go on."""
         self._call(StreamKind.PERSONALISE, identity_body(identity), timeout_s)

@@ -85,6 +85,7 @@ class StreamKind(IntEnum):
     STOP = 8
     POWEROFF = 9
     SYNC = 10
+    FREEZE = 11
     EXEC = 32
     CONNECT = 33
     LOGS = 34

@@ -41,6 +41,36 @@ def test_after_quiesce_the_workload_stands_still_and_the_agent_is_silent(frozen)
     assert Path(f"/proc/{workload_pid(frozen)}/stat").read_text() == before
 
 
+def test_freeze_stops_the_workload_and_no_session_and_personalise_thaws_it(guest, p):
+    client = guest.client
+    guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
+    logs = client.open(p.LOGS)
+    client.wait(lambda: logs.data[0].count(b"\n") > 3)
+    if not has_freezer(guest):
+        pytest.skip("cgroups are not allowed here")
+    client.call(p.FREEZE)
+    assert client.call(p.STATUS)[p.STATE] == ["frozen"]
+    before = Path(f"/proc/{workload_pid(guest)}/stat").read_text()
+    time.sleep(0.2)  # it would have counted ten times
+    assert Path(f"/proc/{workload_pid(guest)}/stat").read_text() == before
+    client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
+    count = logs.data[0].count(b"\n")
+    client.wait(lambda: logs.data[0].count(b"\n") > count + 2)
+
+
+def test_who_was_only_frozen_keeps_connections_to_peers_outside(guest, p):
+    client = guest.client
+    seen(client, "ip addr add 10.9.9.9/32 dev lo")
+    with guest.listen(7000) as outside:
+        client.start_exec("sh", "-c", "sleep 99 | nc 10.9.9.9 7000")
+        stays = outside.accept()[0]
+        with stays:
+            client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()), (p.HOSTNAME, "same"))
+            stays.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                stays.recv(1)
+
+
 def test_after_quiesce_all_input_is_discarded_up_to_the_secret(frozen, p):
     stale = p.frame(p.OPEN, 500, bytes([p.POWEROFF]) + b"\0" * 4)
     frozen.channel.sendall(stale * 10 + stale[:7])

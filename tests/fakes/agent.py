@@ -137,6 +137,8 @@ class FakeAgent(Wire):
             self.state, body = "running", [(FieldTag.PID, 1)]
         elif kind is StreamKind.PERSONALISE:
             self.state = "running"
+        elif kind is StreamKind.FREEZE:
+            self.state = "frozen"
         elif kind is StreamKind.STATUS:
             body = [(FieldTag.STATE, self.state), *self.exit_fields, (FieldTag.OOM_KILLS, self.oom_kills)]
         elif kind is StreamKind.METRICS:
