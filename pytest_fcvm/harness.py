@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
 from pytest_fcvm.errors import EngineUnavailable, FcvmError, UsageProblem
 from pytest_fcvm.guest.binary import resolve_agent
-from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.janitor import sweep, sweep_temporary
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root
@@ -41,6 +42,7 @@ Announce = Callable[[str], None]
 _Make = Callable[[Path, Announce], Mapping[str, Any]]
 
 _ADMISSION_S = 300.0
+_POOLS = 4  # snapshots of which a process keeps clones ahead
 _ROOTFS = "rootfs.squashfs"
 _INITRAMFS = "initramfs"
 _AGAIN = " (failed before in this run)"
@@ -70,7 +72,8 @@ class Harness:
         self._no_engine = ""
         self._notes: list[str] = []
         self._timings: list[str] = []
-        self._built = self._reused = self._clones = self._alive = 0
+        self._built = self._reused = self._clones = 0
+        self._live: WeakSet[Clone] = WeakSet()
 
     def close(self) -> None:
         """Kill what still runs and remove this process's run directory. Does nothing in a forked child."""
@@ -95,6 +98,7 @@ class Harness:
                 self._resources.enter_context(entry.in_use())
                 self._snapshots[key] = Snapshot(entry=entry, parts=parts, workshop=self._workshop)
                 self._resources.callback(self._snapshots[key].close)
+            self._keep_few_pools(key)
             return self._snapshots[key]
 
     def summary(self) -> dict[str, Any]:
@@ -104,6 +108,7 @@ class Harness:
             "built": self._built,
             "reused": self._reused,
             "clones": self._clones,
+            "replaced": sum(snapshot.lost for snapshot in self._snapshots.values()),
             "notes": self._notes,
             "timings": self._timings,
         }
@@ -174,7 +179,9 @@ class Harness:
 
     @cached_property
     def _workshop(self) -> Workshop:
-        return Workshop(admit=self._admit, born=self._count_clone)
+        return Workshop(
+            admit=self._admit, admit_ahead=self._admit_ahead, ahead=self._options.pool, born=self._count_clone
+        )
 
     # -- steps
 
@@ -279,19 +286,31 @@ class Harness:
             fresh.replace(self._record(name))
             raise
 
-    @contextmanager
-    def _admit(self, mem_mib: int) -> Iterator[None]:
-        """Hold room in the host's memory. Who already has a machine goes first, or two could wait for ever."""
-        who = f"pid {os.getpid()}"
-        with self._admission.admit(mem_mib, holder=who, first=self._alive == 0, deadline_s=_ADMISSION_S):
-            self._alive += 1
-            try:
-                yield
-            finally:
-                self._alive -= 1
+    def _admit(self, mem_mib: int) -> Ticket:
+        """Wait for room in the host's memory. Who already has a machine goes first, or two could wait for ever."""
+        return self._admission.admit(
+            mem_mib,
+            holder=f"pid {os.getpid()}",
+            first=all(clone.closed for clone in self._live),
+            deadline_s=_ADMISSION_S,
+            on_wait=lambda: self._drain_pools(self._snapshots),
+        )
+
+    def _admit_ahead(self, mem_mib: int) -> Ticket:
+        return self._admission.admit_ahead(mem_mib, holder=f"pid {os.getpid()}, ahead of its tests")
+
+    def _keep_few_pools(self, key: str) -> None:
+        """Give back the clones ahead of tests that seem to be over: only the snapshots asked for last keep theirs."""
+        self._snapshots[key] = self._snapshots.pop(key)  # dictionaries keep the order in which keys came
+        self._drain_pools(list(self._snapshots)[:-_POOLS])
+
+    def _drain_pools(self, keys: Iterable[str]) -> None:
+        for key in list(keys):
+            self._snapshots[key].drain()
 
     def _count_clone(self, clone: Clone) -> None:
         self._clones += 1
+        self._live.add(clone)
         if self._options.timings:
             self._timings.append(f"{clone.name}: {clone.timeline}")
 

@@ -176,6 +176,7 @@ ROWS: tuple[Row, ...] = (
     _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
     _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
     _run("rebuild", "rebuild", _plain(parse.parse_bool), "build snapshots anew", kind=RowKind.FLAG),
+    _run("pool", "pool", _plain(parse.parse_pool), "clones kept ahead of the tests per image and worker; 0 for none", metavar="N|auto", default="auto"),
     _run("max-clones", "max_clones", _plain(parse.parse_count), "machines alive at once on this host", metavar="N", default="as memory allows"),
     _run("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
     _run("timings", "timings", _plain(parse.parse_bool), "show where each machine's start-up time went", kind=RowKind.FLAG),
@@ -198,6 +199,7 @@ class Options:
     cache_dir: Path | None = None
     pull: str = "missing"
     rebuild: bool = False
+    pool: int | None = None
     max_clones: int | None = None
     artifacts: str = "off"
     timings: bool = False

@@ -144,11 +144,14 @@ class Reporter:
         """Say which engine ran, what was built, and what a person should know."""
         if not self._counts:
             return
-        total = {name: sum(int(part[name]) for part in self._counts) for name in ("built", "reused", "clones")}
+        total = {
+            name: sum(int(part[name]) for part in self._counts) for name in ("built", "reused", "clones", "replaced")
+        }
         engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not probed"]
         terminalreporter.write_line(
             f"fcvm: engine {'; '.join(engines)}; snapshots built {total['built']}, reused {total['reused']}; "
             f"clones {total['clones']}"
+            + (f" ({total['replaced']} more died before a test took them)" if total["replaced"] else "")
         )
         for note in sorted({note for part in self._counts for note in part["notes"]}):
             terminalreporter.write_line(f"fcvm: {note}", yellow=True)

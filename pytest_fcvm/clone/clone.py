@@ -25,7 +25,7 @@ from pytest_fcvm.model.specs import MachineSpec
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Clone", "ExecDefaults"]
+__all__ = ["Clone", "ExecDefaults", "StartMachine"]
 
 Command = str | Sequence[str]
 StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
@@ -85,6 +85,11 @@ class Clone:
     def timeline(self) -> Timeline:
         """Return where the start-up time of this clone went."""
         return self._machine.timeline
+
+    @property
+    def closed(self) -> bool:
+        """Say whether it has been given back."""
+        return self._machine.closed
 
     def endpoint(self, guest_port: int, proto: str = "tcp") -> Endpoint:
         """Return the host address of a guest port; it is mapped on first use and stays for the clone's life."""

@@ -75,10 +75,19 @@ class Admission:
         self._memory = memory or HostMemory()
         self._released = threading.Event()
 
-    def admit(self, mem_mib: int, *, holder: str, first: bool, deadline_s: float) -> Ticket:
+    def admit(
+        self,
+        mem_mib: int,
+        *,
+        holder: str,
+        first: bool,
+        deadline_s: float,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Ticket:
         """Wait until a clone of `mem_mib` may be started and return its ticket.
 
-        holder: the test's id, for the messages others get. first: the test holds no clone yet.
+        holder: the test's id, for the messages others get. first: the test holds no clone yet. on_wait: called once
+        before a wait, to give back what can be spared.
         Raise HostError when the clone can never fit, and at the deadline, naming who holds the memory.
         """
         total = self._memory.total_mib()
@@ -89,8 +98,23 @@ class Admission:
             )
         ledger = self._open_ledger()
         request = _Request(mem_mib=mem_mib, holder=holder, first=first)
-        number = self._try(ledger, request) or self._wait(ledger, request, deadline_s)
+        number = self._try(ledger, request)
+        if not number:
+            on_wait()
+            number = self._wait(ledger, request, deadline_s)
         return Ticket(lambda: self._give_back(ledger, number))
+
+    def admit_ahead(self, mem_mib: int, *, holder: str) -> Ticket:
+        """Return the ticket of a clone that no test has asked for yet; it may fill half of the room.
+
+        Raise HostError, at once, where it would be in the way of those that are asked for.
+        """
+        ledger = self._open_ledger()
+        with ledger.try_lock() as locked:
+            if locked and self._fits_ahead(ledger, mem_mib):
+                number = ledger.add(holder, mem_mib)
+                return Ticket(lambda: self._give_back(ledger, number))
+        raise HostError("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
 
     def _open_ledger(self) -> Ledger:
         try:
@@ -126,6 +150,12 @@ class Admission:
             ledger.write_note(_CAPACITY, capacity)
         wanted = request.mem_mib + (_RESERVE_MIB if totals.clones else 0)  # alone, it may as well try
         return wanted <= available and totals.mem_mib + wanted <= capacity
+
+    def _fits_ahead(self, ledger: Ledger, mem_mib: int) -> bool:
+        totals = ledger.totals()
+        if self._max_clones is not None and 2 * (totals.clones + 1) > self._max_clones:
+            return False
+        return self._fits(ledger, totals, _Request(mem_mib=totals.mem_mib + 2 * mem_mib, holder="", first=True))
 
     def _wait(self, ledger: Ledger, request: _Request, deadline_s: float) -> int:
         try:

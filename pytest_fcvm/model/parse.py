@@ -65,6 +65,16 @@ def parse_count(text: str | int) -> int:
     return int(text)
 
 
+def parse_pool(text: str | int) -> int | None:
+    """Read how many clones to keep ahead: a number, or `auto`, which is None."""
+    word = str(text).strip().lower()
+    if word == "auto":
+        return None
+    if not re.fullmatch(r"\d{1,3}", word):
+        raise UsageProblem(f"{text!r} is neither auto nor a number of clones", hint="write auto, or 0 to keep none")
+    return int(word)
+
+
 def parse_bool(text: str | bool) -> bool:
     """Read 1/0, true/false, yes/no, on/off."""
     word = str(text).strip().lower()

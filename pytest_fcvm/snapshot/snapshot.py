@@ -1,49 +1,47 @@
-"""The warm path: a clone of a finished snapshot."""
+"""A finished snapshot, as fixtures and tests hold it."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_fcvm.clone.clone import Clone
-from pytest_fcvm.clone.log import WorkloadLog
+from pytest_fcvm.clone.clone import Clone, StartMachine
 from pytest_fcvm.clone.machine import Machine
-from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError, UsageProblem
-from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import PublishedPort
-from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.ready import PROBE_PORT, ClientPath
-from pytest_fcvm.snapshot.addresses import fresh_identity
-from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.build import BASE_LOG
+from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.snapshot.ingredients import Ingredients
-from pytest_fcvm.snapshot.spares import Spares
+from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
 from pytest_fcvm.store import Entry
 
 __all__ = ["Snapshot", "Workshop"]
 
-_RESTORE_S = 60.0
-_ANSWER_S = 30.0
 _VMM_MIB = 40  # what a QEMU needs for itself, and what part of the guest's memory a test is expected to write
 _WRITTEN_SHARE = 8
 _NOT_A_NAME = re.compile(r"[^a-z0-9]+")
+
+Admit = Callable[[int], AbstractContextManager[object]]
 
 
 @dataclass(kw_only=True)
 class Workshop:
     """What snapshots need of the process they live in.
 
-    `admit(mem_mib, first)` waits for room in the host's memory and returns what gives it back; `born` and `failed` are
-    told of every clone.
+    `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_ahead(mem_mib)` does for
+    a clone that no test has asked for, and raises HostError instead of waiting. `ahead` is how many of those are kept
+    per snapshot, None as many as the tests seem to need. `born` and `failed` are told of every clone.
     """
 
-    admit: Callable[[int], AbstractContextManager[object]]
+    admit: Admit
+    admit_ahead: Admit
+    ahead: int | None = 0
     born: Callable[[Clone], None] = field(default=lambda _clone: None)
     failed: Callable[[MachineSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
@@ -56,7 +54,8 @@ class Snapshot:
         self.spec = parts.spec
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
-        self._spares = Spares(parts.engine.prepare, self._plan("spare", parts.spec.publish))
+        self._cloner = Cloner(entry, parts)
+        self._pool = Pool(self._make_ahead, Depth(workshop.ahead)) if self._can_pool() else None
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.key[:12]} of {self.spec.image}>"
@@ -66,6 +65,11 @@ class Snapshot:
         """Return the name of the engine that runs its clones."""
         return self._parts.engine.name
 
+    @property
+    def lost(self) -> int:
+        """Return how many clones died before a test took them; each was replaced."""
+        return self._pool.lost if self._pool else 0
+
     def logs(self) -> str:
         """Return what the workload printed before the snapshot was taken."""
         return self._entry.file(BASE_LOG).read_bytes().decode("utf-8", "replace")
@@ -73,88 +77,72 @@ class Snapshot:
     def clone(self, *, name: str | None = None, publish: tuple[PublishedPort, ...] | None = None) -> Clone:
         """Start a clone and return it when its service answers. Use it as a context manager, or close it.
 
-        Only what a snapshot does not depend on can be chosen: the name and the published ports. Raise HostError without
-        room for one more, EngineError or GuestError when it does not come to life.
+        Only what a snapshot does not depend on can be chosen: the name and the published ports; a clone for which
+        neither is may have been made ahead. Raise HostError without room for one more, EngineError or GuestError when
+        it does not come to life.
         """
         spec = self.spec if publish is None else self.spec.merged({"publish": publish})
-        called = name or self._invent_name()
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", called):
-            raise UsageProblem(f"{called!r} is not a host name", hint="use letters a-z, digits and hyphens")
+        if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+            raise UsageProblem(f"{name!r} is not a host name", hint="use letters a-z, digits and hyphens")
+        machine, called = (None, name) if name or publish is not None else self._take_ahead()
+        called = called or self._invent_name()
         try:
             clone = Clone(
                 name=called,
                 spec=spec,
                 engine=self.engine,
                 defaults=self._parts.defaults,
-                start=lambda ports: self._start(called, ports),
+                start=_first(machine, lambda ports: self._start(called, ports)),
             )
         except FcvmError as error:
             self._workshop.failed(spec, error)
             raise
+        if self._pool:
+            self._pool.refill()
         self._workshop.born(clone)
         return clone
 
+    def drain(self) -> None:
+        """Give back the clones that no test has asked for yet."""
+        if self._pool:
+            self._pool.drain()
+
     def close(self) -> None:
         """Give back what is kept ready for the next clone; running clones go on."""
-        self._spares.close()
+        if self._pool:
+            self._pool.close()
+        self._cloner.close()
+
+    def _can_pool(self) -> bool:
+        """Say whether clones can be made ahead: one that held a fixed host port would be in the way of those in use."""
+        return self._workshop.ahead != 0 and all(port.host_port == 0 for port in self.spec.publish)
 
     def _invent_name(self) -> str:
         stem = (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
         return f"{_NOT_A_NAME.sub('-', stem).strip('-')[:40] or 'clone'}-{os.urandom(4).hex()}"
 
+    @property
+    def _charge_mib(self) -> int:
+        return _VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE
+
     def _start(self, name: str, ports: tuple[PublishedPort, ...]) -> Machine:
-        timeline = Timeline(monotonic())
-        with ExitStack() as room:
-            room.enter_context(self._workshop.admit(_VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE))
-            vm = self._spares.take(self._plan(name, ports))
-            timeline.mark("spawn", monotonic())
-            path = self._open_client_path(vm)
-            machine = self._meet(vm, name, timeline)
-            machine.also_close([room.pop_all().close])
-        try:
-            if path:
-                path.prove(machine.pause_for_exit, _ANSWER_S)
-        except FcvmError as error:
-            machine.explain(error)
-            machine.close()
-            raise
-        timeline.mark("ready", monotonic())
-        self._spares.refill()  # not sooner: on few processors it would take the clone's own
-        return machine
+        return self._cloner.bring_up(name, ports, self._workshop.admit(self._charge_mib))
 
-    def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
-        return RestorePlan(
-            name=name,
-            shape=self._parts.shape,
-            files=snapshot_files(self._entry.path, self._parts.rootfs),
-            ports=self._with_probed_ports(ports),
-        )
+    def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:
+        room = self._workshop.admit_ahead(self._charge_mib)
+        return self._cloner.bring_up_ahead(self._invent_name(), room, is_wanted)
 
-    def _open_client_path(self, vm: Vm) -> ClientPath | None:
-        number = self.facts["client_port"]
-        if number is None:
-            return None
-        return ClientPath(vm.publish, self._parts.ready, number)
+    def _take_ahead(self) -> tuple[Machine | None, str | None]:
+        """Return a machine that was made ahead, awake, and its name; two times None where there is none."""
+        asked = monotonic()
+        while self._pool and (pooled := self._pool.take()):
+            with suppress(FcvmError):
+                return self._cloner.wake(pooled, asked), pooled.name
+            self._pool.lost += 1  # it died as it woke
+        return None, None
 
-    def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
-        log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
-        try:
-            agent = start_session(
-                vm.channel(),
-                bytes.fromhex(self.facts["secret"]),
-                identity=fresh_identity(name),
-                log_sink=log.append,
-                timeout_s=_RESTORE_S,
-                explain=vm.explain,
-            )
-        except FcvmError as error:
-            raise abandon(vm, log, error) from None
-        timeline.mark("agent", monotonic())
-        return Machine(vm, agent, log, vm, timeline)
 
-    def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
-        service = self.facts["client_port"]
-        if service is None:
-            return ports
-        mapped = {port.guest_port for port in ports if port.proto == "tcp"}
-        return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
+def _first(machine: Machine | None, start: StartMachine) -> StartMachine:
+    """Return a function that starts machines, of which the first is there already."""
+    there = [machine] if machine else []
+    return lambda ports: there.pop() if there else start(ports)

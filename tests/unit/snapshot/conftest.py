@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 from fakes.agent import FakeAgent
 from fakes.vm import FakeEngine, Service
 
-_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-client-path", "fcvm-spare")
+_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-client-path", "fcvm-spare", "fcvm-pool")
 _IMAGE = ImageConfig(
     entrypoint=("/entry",),
     cmd=("serve",),
@@ -47,7 +47,7 @@ def stack(agents: ExitStack) -> Iterator[ExitStack]:
     """What is closed after the test."""
     with ExitStack() as stack:
         yield stack
-    _wait_for_threads(("fcvm-spare",))
+    _wait_for_threads(("fcvm-spare", "fcvm-pool"))
 
 
 def _wait_for_threads(names: tuple[str, ...]) -> None:

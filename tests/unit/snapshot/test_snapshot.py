@@ -60,7 +60,10 @@ def make_snapshot(
         folder.mkdir()
         facts = build_snapshot(parts, folder, lambda _phase: None)
         workshop = Workshop(
-            admit=room.admit, born=room.born.append, failed=lambda _spec, error: room.failed.append(error)
+            admit=room.admit,
+            admit_ahead=room.admit,
+            born=room.born.append,
+            failed=lambda _spec, error: room.failed.append(error),
         )
         snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
         stack.callback(snapshot.close)

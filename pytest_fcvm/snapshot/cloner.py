@@ -1,0 +1,147 @@
+"""How one machine is made of a snapshot: spawned, restored, given an identity, proven; or made ahead of its test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+
+from pytest_fcvm.clone.clone import Clone
+from pytest_fcvm.clone.log import WorkloadLog
+from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.engine.protocol import RestorePlan, Vm
+from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.guest.agent import start_session
+from pytest_fcvm.host.clock import monotonic, real_time_ns
+from pytest_fcvm.model.guest import Identity
+from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
+from pytest_fcvm.snapshot.addresses import fresh_identity
+from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.pool import Pooled
+from pytest_fcvm.snapshot.spares import Spares
+from pytest_fcvm.store import Entry
+
+__all__ = ["Cloner"]
+
+_RESTORE_S = 60.0
+_ANSWER_S = 30.0
+
+Room = AbstractContextManager[object]
+
+
+class Cloner:
+    """Makes machines of one snapshot. Whatever does not come to life leaves nothing."""
+
+    def __init__(self, entry: Entry, parts: Ingredients) -> None:
+        self._entry, self._parts = entry, parts
+        self._spares = Spares(parts.engine.prepare, self._plan("spare", parts.spec.publish))
+
+    def close(self) -> None:
+        """Give back what is kept ready for the next machine; running ones go on."""
+        self._spares.close()
+
+    def bring_up(self, name: str, ports: tuple[PublishedPort, ...], room: Room) -> Machine:
+        """Return a machine that answers on the client's path. It gives the room back when it ends.
+
+        Raise HostError, EngineError or GuestError.
+        """
+        timeline = Timeline(monotonic())
+        with ExitStack() as held:
+            held.enter_context(room)
+            vm = self._spares.take(self._plan(name, ports))
+            timeline.mark("spawn", monotonic())
+            path = self._open_client_path(vm)
+            machine = self._meet(vm, name, timeline)
+            machine.also_close([held.pop_all().close])
+        try:
+            if path:
+                path.prove(machine.pause_for_exit, _ANSWER_S)
+        except FcvmError as error:
+            machine.explain(error)
+            machine.close()
+            raise
+        timeline.mark("ready", monotonic())
+        self._spares.refill()  # not sooner: on few processors it would take the machine's own
+        return machine
+
+    def bring_up_ahead(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
+        """Return a machine that is warm, frozen and stopped; as it is, as soon as a test is waiting for it."""
+        machine = self.bring_up(name, self._parts.spec.publish, room)
+        try:
+            if not is_wanted():
+                self._warm_up(machine)
+            if not is_wanted():
+                machine.agent.freeze(timeout_s=_ANSWER_S)
+                machine.vm.pause()
+                return Pooled(machine=machine, name=name, asleep=True)
+        except FcvmError:
+            machine.close()
+            raise
+        return Pooled(machine=machine, name=name, asleep=False)
+
+    def wake(self, pooled: Pooled, since: float) -> Machine:
+        """Let a machine that was made ahead go on, at the host's time of day, and return it.
+
+        `since` is when it was asked for. Raise FcvmError when it has died meanwhile; nothing is left of it then.
+        """
+        machine = pooled.machine
+        machine.timeline = Timeline(since)
+        machine.timeline.mark("pool", monotonic())
+        try:
+            if pooled.asleep:
+                machine.vm.resume()
+                machine.agent.personalise(Identity(realtime_ns=real_time_ns()), timeout_s=_ANSWER_S)
+        except FcvmError:
+            machine.close()
+            raise
+        machine.timeline.mark("wake", monotonic())
+        return machine
+
+    def _warm_up(self, machine: Machine) -> None:
+        """Prove it ready by the condition that the base was, which runs the service's code for the first time."""
+
+        def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  they are mapped already
+            return machine
+
+        parts = self._parts
+        target = Clone(name="ahead", spec=parts.spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
+        wait_until_ready(target, parts.ready, _ANSWER_S)
+
+    def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
+        return RestorePlan(
+            name=name,
+            shape=self._parts.shape,
+            files=snapshot_files(self._entry.path, self._parts.rootfs),
+            ports=self._with_probed_ports(ports),
+        )
+
+    def _open_client_path(self, vm: Vm) -> ClientPath | None:
+        number = self._entry.facts["client_port"]
+        if number is None:
+            return None
+        return ClientPath(vm.publish, self._parts.ready, number)
+
+    def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
+        log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+        try:
+            agent = start_session(
+                vm.channel(),
+                bytes.fromhex(self._entry.facts["secret"]),
+                identity=fresh_identity(name),
+                log_sink=log.append,
+                timeout_s=_RESTORE_S,
+                explain=vm.explain,
+            )
+        except FcvmError as error:
+            raise abandon(vm, log, error) from None
+        timeline.mark("agent", monotonic())
+        return Machine(vm, agent, log, vm, timeline)
+
+    def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
+        service = self._entry.facts["client_port"]
+        if service is None:
+            return ports
+        mapped = {port.guest_port for port in ports if port.proto == "tcp"}
+        return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))

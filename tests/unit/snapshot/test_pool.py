@@ -1,0 +1,264 @@
+"""Clones ahead of the tests: alive before they are asked for, asleep until then, replaced when they die."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.vm import FakeEngine, FakeVm
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.engine.protocol import RestorePlan
+from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from pytest_fcvm.image.config import Healthcheck, ImageConfig
+from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.specs import ReadyMode, ReadySpec
+from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.snapshot.pool import Depth
+from pytest_fcvm.store import Entry
+
+_CHECKED = ImageConfig(entrypoint=("/entry",), healthcheck=Healthcheck(test=("CMD", "echo", "warm")))
+
+
+class Room:
+    """The host's memory: how many clones were let in by tests, and ahead of them."""
+
+    def __init__(self) -> None:
+        self.asked = self.ahead = 0
+        self.full_for_ahead = False
+
+    @contextmanager
+    def admit(self, _mem_mib: int) -> Iterator[None]:
+        self.asked += 1
+        yield
+        self.asked -= 1
+
+    @contextmanager
+    def admit_ahead(self, _mem_mib: int) -> Iterator[None]:
+        if self.full_for_ahead:
+            raise HostError("no room ahead")
+        self.ahead += 1
+        yield
+        self.ahead -= 1
+
+
+@pytest.fixture
+def room() -> Room:
+    """Room for any number of clones."""
+    return Room()
+
+
+@pytest.fixture
+def make_snapshot(
+    make_parts: Callable[..., Ingredients], tmp_path: Path, stack: ExitStack, room: Room
+) -> Callable[..., Snapshot]:
+    """Build a snapshot that keeps `ahead` clones; other arguments are fields of its spec."""
+
+    def make(ahead: int | None = 1, **fields: Any) -> Snapshot:
+        parts = make_parts(**fields)
+        folder = tmp_path / "entry"
+        folder.mkdir()
+        facts = build_snapshot(parts, folder, lambda _phase: None)
+        workshop = Workshop(admit=room.admit, admit_ahead=room.admit_ahead, ahead=ahead)
+        snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
+        stack.callback(_wait_for_maker)  # before the service goes that it may still be proving
+        stack.callback(snapshot.close)
+        return snapshot
+
+    return make
+
+
+@pytest.fixture
+def clones_of(engine: FakeEngine) -> Callable[[], list[FakeVm]]:
+    """Return the VMs of clones that live and were started, spares left out."""
+    return lambda: [
+        vm for vm in engine.vms if isinstance(vm.plan, RestorePlan) and vm.exit is None and "start" in vm.calls
+    ]
+
+
+def _wait_for_maker() -> None:
+    assert wait_until(lambda: "fcvm-pool" not in [thread.name for thread in threading.enumerate()], Deadline(30))
+
+
+def _vm(clone: Clone) -> FakeVm:
+    return clone._machine.vm  # type: ignore[return-value]
+
+
+def _sleeps(vm: FakeVm) -> bool:
+    return vm.calls[-1] == "pause" and vm.agent.executed[-1][0] is StreamKind.FREEZE
+
+
+def _wait_for_one_asleep(clones_of: Callable[[], list[FakeVm]], beside: int = 1) -> FakeVm:
+    assert wait_until(lambda: len(clones_of()) == beside + 1 and _sleeps(clones_of()[-1]), Deadline(10))
+    return clones_of()[-1]
+
+
+def test_the_next_clone_is_made_while_a_test_has_its_own(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]], room: Room
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone() as first:
+        ahead = _wait_for_one_asleep(clones_of)
+        assert (room.asked, room.ahead) == (1, 1)
+        with snapshot.clone() as second:
+            assert _vm(second) is ahead
+            assert [phase for phase, _ in second.timeline.phases] == ["pool", "wake"]
+            assert second.http(80).get("/").text == "hello"
+            assert second.name != first.name
+            assert ahead.agent.executed[0][1].text(FieldTag.HOSTNAME) == second.name
+    snapshot.close()
+    assert wait_until(lambda: not clones_of(), Deadline(10))
+    assert wait_until(lambda: (room.asked, room.ahead) == (0, 0), Deadline(10))
+
+
+def test_a_clone_ahead_has_its_identity_first_and_the_time_when_it_is_taken(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone():
+        ahead = _wait_for_one_asleep(clones_of)
+        done = [kind for kind, _ in ahead.agent.executed]
+        assert done[0] is StreamKind.PERSONALISE
+        assert done[-1] is StreamKind.FREEZE
+        asked = real_time_ns()
+        with snapshot.clone():
+            kind, fields = ahead.agent.executed[-1]
+            assert kind is StreamKind.PERSONALISE
+            assert fields.number(FieldTag.REALTIME_NS) >= asked - 10_000_000
+            assert FieldTag.ENTROPY not in fields, "its random bytes are its own already"
+            assert ahead.calls[-1] == "resume"
+
+
+def test_a_clone_ahead_is_proven_by_the_condition_that_the_base_was(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot(ready=ReadySpec(mode=ReadyMode.HEALTHCHECK), image_config=_CHECKED)
+    with snapshot.clone():
+        ahead = _wait_for_one_asleep(clones_of)
+        commands = [fields.texts(FieldTag.ARG) for kind, fields in ahead.agent.executed if kind is StreamKind.EXEC]
+        assert commands == [["echo", "warm"]]
+
+
+def test_one_that_died_in_the_pool_is_replaced_without_a_word(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone():
+        _wait_for_one_asleep(clones_of).die(11)
+        with snapshot.clone() as second:
+            assert second.succeed(["echo", "alive"]) == "alive\n"
+        assert snapshot.lost == 1
+
+
+def test_one_that_does_not_wake_is_replaced_without_a_word(
+    make_snapshot: Callable[..., Snapshot],
+    clones_of: Callable[[], list[FakeVm]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone():
+        ahead = _wait_for_one_asleep(clones_of)
+        monkeypatch.setattr(ahead, "resume", lambda: (_ for _ in ()).throw(EngineError("it is gone")))
+        with snapshot.clone() as second:
+            assert _vm(second) is not ahead
+            assert snapshot.lost == 1
+            assert ahead.exit is not None
+
+
+def test_a_test_that_waits_gets_the_clone_that_is_being_made_before_it_is_put_to_sleep(
+    make_snapshot: Callable[..., Snapshot], engine: FakeEngine, clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot()
+    go_on = threading.Event()
+    with snapshot.clone() as first:
+        _wait_for_one_asleep(clones_of)
+        engine.spoil = lambda _vm: go_on.wait(10) and None
+        with snapshot.clone():  # takes the one asleep; its successor is held up
+            assert wait_until(lambda: any(t.name == "fcvm-pool" for t in threading.enumerate()), Deadline(10))
+            threading.Timer(0.1, go_on.set).start()
+            with snapshot.clone() as third:
+                assert third.name != first.name
+                done = [kind for kind, _ in _vm(third).agent.executed]
+                assert StreamKind.FREEZE not in done
+
+
+@pytest.mark.parametrize("how", [{"name": "db"}, {"publish": (PublishedPort(guest_port=443, host_port=18444),)}])
+def test_a_clone_with_wishes_of_its_own_is_made_for_them(
+    how: dict[str, Any], make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone():
+        ahead = _wait_for_one_asleep(clones_of)
+        with snapshot.clone(**how) as second:
+            assert _vm(second) is not ahead
+            assert second.name == how.get("name", second.name)
+
+
+@pytest.mark.parametrize("without", [{"ahead": 0}, {"publish": (PublishedPort(guest_port=443, host_port=18445),)}])
+def test_nothing_is_made_ahead_that_is_not_wanted_or_would_hold_a_port(
+    without: dict[str, Any], make_snapshot: Callable[..., Snapshot], room: Room
+) -> None:
+    snapshot = make_snapshot(**without)
+    with snapshot.clone():
+        assert [thread for thread in threading.enumerate() if thread.name == "fcvm-pool"] == []
+        assert room.ahead == 0
+
+
+def test_without_room_ahead_tests_start_their_own(make_snapshot: Callable[..., Snapshot], room: Room) -> None:
+    room.full_for_ahead = True
+    snapshot = make_snapshot()
+    with snapshot.clone(), snapshot.clone() as second:
+        assert [phase for phase, _ in second.timeline.phases] == ["spawn", "agent", "ready"]
+        assert room.asked == 2
+
+
+def test_who_needs_the_room_gets_it_back(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]], room: Room
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone() as clone:
+        _wait_for_one_asleep(clones_of)
+        snapshot.drain()
+        assert clones_of() == [_vm(clone)]
+        assert room.ahead == 0
+        with snapshot.clone() as second:
+            assert second.succeed(["echo", "x"]) == "x\n"
+
+
+def test_a_reset_clone_keeps_its_ports_and_takes_nothing_from_the_pool(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    snapshot = make_snapshot()
+    with snapshot.clone():
+        ahead = _wait_for_one_asleep(clones_of)
+        with snapshot.clone() as second:
+            assert _vm(second) is ahead
+            before = second.endpoint(80)
+            second.reset()
+            assert (second.endpoint(80), _vm(second) is ahead) == (before, False)
+
+
+def test_the_depth_follows_bursts_up_and_idleness_down() -> None:
+    depth = Depth()
+    assert depth.wanted == 1
+    for _ in range(10):
+        depth.note_take(waited=True, left=0)
+    assert depth.wanted == 4
+    for _ in range(16):
+        depth.note_take(waited=False, left=1)
+    assert depth.wanted == 3
+    for _ in range(100):
+        depth.note_take(waited=False, left=1)
+    assert depth.wanted == 1
+
+
+def test_a_fixed_depth_stays() -> None:
+    depth = Depth(2)
+    depth.note_take(waited=True, left=0)
+    assert depth.wanted == 2
