@@ -94,6 +94,10 @@ def _path(value: Any, origin: Origin) -> Path:
     return parse.parse_path(value, origin.base)
 
 
+def _kernel(value: Any, origin: Origin) -> Path | str:
+    return value if value == _STOCK else _path(value, origin)
+
+
 _PATH_IMAGE = re.compile(
     r"(?P<transport>(?:oci|oci-archive|docker-archive|dir):)?(?P<path>[^:@]+)(?P<rest>.*)", re.DOTALL
 )
@@ -151,6 +155,7 @@ _ACCELS = ("auto", "kvm", "tcg")
 _PULLS = ("missing", "always", "never")
 _UNAVAILABLE = ("fail", "skip")
 _ARTIFACTS = ("off", "failed", "on")
+_STOCK = "stock"  # as in kernel/sources.py
 _LIST = RowKind.LIST
 
 ROWS: tuple[Row, ...] = (
@@ -172,7 +177,7 @@ ROWS: tuple[Row, ...] = (
     _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
     _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
     _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
-    _run("kernel", "kernel", _path, "guest kernel (bzImage)", metavar="PATH", default="a distribution's cloud kernel"),
+    _run("kernel", "kernel", _kernel, "guest kernel (bzImage), or a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
     _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
     _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
     _run("rebuild", "rebuild", _plain(parse.parse_bool), "build snapshots anew", kind=RowKind.FLAG),
@@ -195,7 +200,7 @@ class Options:
     require_kvm: bool = False
     unavailable: str = "fail"
     qemu: Path | None = None
-    kernel: Path | None = None
+    kernel: Path | str | None = None
     cache_dir: Path | None = None
     pull: str = "missing"
     rebuild: bool = False

@@ -22,9 +22,12 @@ from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
 from pytest_fcvm.store import Entry, Shelf
 
-__all__ = ["GuestKernel", "resolve_kernel"]
+__all__ = ["STOCK", "GuestKernel", "resolve_kernel"]
 
 Progress = Callable[[str], None]
+
+STOCK = "stock"
+"""What `--fcvm-kernel` takes instead of a path, for a distribution's kernel."""
 
 _KEY = "kernel"
 _IMAGE = "vmlinuz"
@@ -53,19 +56,20 @@ class GuestKernel:
 
 
 def resolve_kernel(
-    *, option: Path | None, kernels_dir: Path, progress: Progress, root: Path = Path("/")
+    *, option: Path | str | None, kernels_dir: Path, progress: Progress, root: Path = Path("/")
 ) -> GuestKernel:
     """Return the kernel to use; one that has to be downloaded is kept in `kernels_dir`. Works without root.
 
-    The caller holds the lock `kernel` of that shelf of the store. `root` stands for `/` in tests. Raise UsageProblem
-    for an `option` that is no kernel, HostError for one without the modules that guests need, or one that lists why no
+    `option` is a kernel's path, or `stock` for a distribution's even where a kernel of our own is installed. The caller
+    holds the lock `kernel` of that shelf of the store. `root` stands for `/` in tests. Raise UsageProblem for an
+    `option` that is no kernel, HostError for one without the modules that guests need, or one that lists why no
     source has a kernel.
     """
-    if option is not None:
+    if isinstance(option, Path):
         return _named(option, "--fcvm-kernel", root)
     shelf = Shelf(path=kernels_dir)
     sources: tuple[Callable[[], GuestKernel | None], ...] = (
-        _find_wheel,
+        lambda: None if option == STOCK else _find_wheel(),
         lambda: _find_unpacked(shelf, progress),
         lambda: _download(shelf, progress),
         lambda: _resolve_host(root),

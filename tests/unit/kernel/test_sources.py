@@ -23,6 +23,13 @@ from pytest_fcvm.store import Shelf
 RELEASE = "6.1.0-56-cloud-amd64"
 
 Resolve = Callable[..., GuestKernel]
+WHEEL = "pytest_fcvm_kernel_x86_64"
+
+
+@pytest.fixture(autouse=True)
+def no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the kernel's wheel where it is installed."""
+    monkeypatch.setitem(sys.modules, WHEEL, None)
 
 
 class Said(list[str]):
@@ -221,7 +228,7 @@ def test_a_download_ends_with_the_process_that_was_killed(debian: Any, kernels_d
     debian.during_download(f"echo $$ > '{pid_file}.new'; mv '{pid_file}.new' '{pid_file}'; exec sleep 600")
     script = (
         "import pathlib, sys; from pytest_fcvm.kernel.sources import resolve_kernel\n"
-        "resolve_kernel(option=None, kernels_dir=pathlib.Path(sys.argv[1]), progress=print)"
+        "resolve_kernel(option='stock', kernels_dir=pathlib.Path(sys.argv[1]), progress=print)"
     )
     with subprocess.Popen([sys.executable, "-c", script, kernels_dir], stdout=subprocess.DEVNULL) as owner:
         assert wait_until(pid_file.exists, Deadline(20))
@@ -251,10 +258,23 @@ def test_an_installed_kernel_wheel_comes_first_and_is_not_imported(
 ) -> None:
     image = bzimage("site/pytest_fcvm_kernel_x86_64/bzImage", b"", release="6.12.117")
     (image.parent / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.delitem(sys.modules, WHEEL)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     kernel = resolve()
     assert (kernel.bzimage, kernel.modules_dir) == (image, None)
     assert kernel.origin == "package pytest_fcvm_kernel_x86_64"
+
+
+def test_the_stock_kernel_is_a_distributions_even_beside_an_installed_wheel(
+    no_apt: None, tmp_path: Path, bzimage: Any, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = bzimage("site/pytest_fcvm_kernel_x86_64/bzImage", b"", release="6.12.117")
+    (image.parent / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, WHEEL)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert resolve().bzimage == image
+    with pytest.raises(HostError, match="no guest kernel: apt-get is not installed"):
+        resolve(option="stock")
 
 
 @pytest.mark.parametrize("place", ["boot/vmlinuz-{}", "lib/modules/{}/vmlinuz"])
