@@ -200,6 +200,7 @@ class Harness:
                 rootfs=image.rootfs.file(_ROOTFS),
             ),
             kernel_digest=self.kernel.digest,
+            kernel_release=self.kernel.release,
             initramfs_key=self._initramfs.key,
             engine=self.choice.engine,
             report=self.choice.report,
@@ -211,6 +212,7 @@ class Harness:
             self._check_not_failed(f"image-{name}")
             with self.store.shelf("images").locked(name, who, self._speaker(text)) as phase:
                 self._images[text] = self._once(f"image-{name}", lambda: self._resolve_image(text, phase, who))
+                self._resources.enter_context(self._images[text].rootfs.in_use())
         return self._images[text]
 
     def _resolve_image(self, text: str, phase: Announce, who: str) -> _Image:

@@ -47,14 +47,26 @@ class Entry:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the entry from being pruned."""
+        """Keep the entry from being removed or replaced, and note that it was wanted."""
         # The folder's own inode: the manifest is replaced when a copied or touched entry is proven anew.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
+            with suppress(OSError):
+                os.utime(descriptor)
             yield
         finally:
             os.close(descriptor)
+
+    @property
+    def used_s(self) -> float:
+        """Return when it was last wanted, in seconds since 1970."""
+        return self.path.stat().st_mtime
+
+    @property
+    def size_bytes(self) -> int:
+        """Return what it takes on disk; holes take nothing."""
+        return sum(path.lstat().st_blocks for path in self.path.iterdir()) * 512
 
 
 @dataclass(kw_only=True)
@@ -86,6 +98,54 @@ class Shelf:
             return None
         return Entry(path=folder, key=key, facts=manifest["facts"])
 
+    def entries(self) -> list[Entry]:
+        """Return all entries with a readable manifest, unproven, those that were wanted last first."""
+        found = []
+        for folder in self.path.iterdir():
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                manifest = json.loads((folder / _MANIFEST).read_bytes())
+                if manifest["key"] == folder.name:
+                    found.append(Entry(path=folder, key=folder.name, facts=manifest["facts"]))
+        return sorted(found, key=lambda entry: entry.used_s, reverse=True)
+
+    def is_in_use(self, key: str) -> bool:
+        """Say whether a process holds the entry in use."""
+        try:
+            descriptor = os.open(self.path / key, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def remove(self, key: str) -> bool:
+        """Remove an entry unless somebody uses it; return whether it is gone. The key's lock must be held."""
+        if self.is_in_use(key):
+            return False
+        shutil.rmtree(self._put_aside(self.path / key, ""), ignore_errors=True)
+        return True
+
+    def verify(self, key: str) -> str:
+        """Hash an entry's files again, whatever their stamps say. Return "" or the fault; an unsound one is put aside.
+
+        The key's lock must be held.
+        """
+        folder = self.path / key
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            for known in manifest["files"].values():
+                known["stamp"] = [0, 0, known["stamp"][2], 0, 0]
+            fault = _fault(folder, {**manifest, "seal": _seal(manifest)}, key)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fault = f"its manifest is not readable ({error})"
+        if fault:
+            self._put_aside(folder, "")
+        return fault
+
     @contextmanager
     def locked(self, key: str, who: str, waiting: Note) -> Iterator[Note]:
         """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for."""
@@ -110,8 +170,10 @@ class Shelf:
     def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
         """Let `make` fill a folder and return the facts, then publish it. The key's lock must be held.
 
-        Raise HostError naming the folder when the disk is full; nothing is left of an entry that failed.
+        Raise HostError naming the folder when the disk is full, or when another run uses the entry that would be
+        replaced; nothing is left of an entry that failed.
         """
+        self._check_replaceable(key)
         self._sweep_key(key)
         folder = self.path / f"{key}.tmp-{os.getpid()}"
         try:
@@ -120,6 +182,7 @@ class Shelf:
             _write_manifest(folder, key, facts)
             _sync_folder(folder)
             final = self.path / key
+            self._check_replaceable(key)
             if final.exists():
                 shutil.rmtree(self._put_aside(final, ""), ignore_errors=True)
             folder.rename(final)
@@ -129,6 +192,13 @@ class Shelf:
             _raise_if_full(error, folder)
             raise
         return Entry(path=final, key=key, facts=facts)
+
+    def _check_replaceable(self, key: str) -> None:
+        if self.is_in_use(key):
+            raise HostError(
+                f"cache entry {key[:12]} cannot be replaced: another run uses it",
+                hint="leave out --fcvm-rebuild, or wait until that run has ended",
+            )
 
     def _sweep_key(self, key: str) -> None:
         for folder in self.path.glob(f"{key}.tmp-*"):

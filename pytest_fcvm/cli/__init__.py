@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
 
+if TYPE_CHECKING:
+    from pytest_fcvm.cli.snapshots import Outcome
+
 __all__ = ["main"]
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +36,54 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fcvm {version('pytest-fcvm')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    doctor = commands.add_parser("doctor", help="say what works here, and the exact command for what does not")
-    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
-    doctor.add_argument("--cache-dir", metavar="DIR", help="the cache to look at")
-    doctor.set_defaults(run=_doctor)
+    _add_doctor(commands)
+    _add_setup(commands)
+    _add_snapshot(commands)
     return parser
+
+
+def _add(
+    commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.add_argument("--cache-dir", metavar="DIR", help="the cache, where it is not the usual one")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_doctor(commands: _Commands) -> None:
+    _add_json(_add(commands, "doctor", _doctor, "say what works here, and the exact command for what does not"))
+
+
+def _add_setup(commands: _Commands) -> None:
+    parser = _add(commands, "setup", _setup, "get what machines need: programs, guest kernel, a working engine")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--sudo", action="store_true", help="install packages by sudo when not root")
+
+
+def _add_snapshot(commands: _Commands) -> None:
+    text = "look after the cache of snapshots"
+    snapshot = commands.add_parser("snapshot", help=text, description=text[0].upper() + text[1:] + ".")
+    verbs = snapshot.add_subparsers(required=True, metavar="COMMAND")
+    ls = _add(verbs, "ls", _snapshot_ls, "list snapshots, those used last first")
+    ls.add_argument("--all", action="store_true", help="root file systems and kernels too")
+    inspect = _add(verbs, "inspect", _snapshot_inspect, "show all that is known of an entry")
+    inspect.add_argument("key", metavar="KEY", help="a key, or its beginning")
+    verify = _add(verbs, "verify", _snapshot_verify, "hash entries again; what has changed is put aside and built anew")
+    verify.add_argument("keys", metavar="KEY", nargs="*", help="keys, or their beginnings; all without")
+    rm = _add(verbs, "rm", _snapshot_rm, "remove entries that no run uses")
+    rm.add_argument("keys", metavar="KEY", nargs="+", help="keys, or their beginnings")
+    prune = _add(verbs, "prune", _snapshot_prune, "remove the snapshots that were not used for longest")
+    prune.add_argument("--older-than", metavar="TIME", help="not used for so long: 12h, 7d")
+    prune.add_argument("--max-size", metavar="SIZE", help="what all snapshots may take together: 5G")
+    prune.add_argument("--keep", metavar="N", help="how many to keep at most")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    for parser in (ls, inspect, verify, rm, prune):
+        _add_json(parser)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -43,3 +92,56 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = examine(options.cache_dir)
     sys.stdout.write(render(findings, as_json=options.json, colour=sys.stdout.isatty()))
     return 0 if all(finding.ok for finding in findings if finding.needed) else 1
+
+
+def _setup(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.setup import set_up
+
+    return set_up(cache_dir=options.cache_dir, dry_run=options.dry_run, sudo=options.sudo)
+
+
+def _snapshot_ls(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import find_all, render_listings
+
+    sys.stdout.write(render_listings(find_all(options.cache_dir, everything=options.all), as_json=options.json))
+    return 0
+
+
+def _snapshot_inspect(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import inspect, render_facts
+
+    sys.stdout.write(render_facts(inspect(options.cache_dir, options.key), as_json=options.json))
+    return 0
+
+
+def _snapshot_verify(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import verify
+
+    return _tell(verify(options.cache_dir, options.keys), options)
+
+
+def _snapshot_rm(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import remove
+
+    return _tell(remove(options.cache_dir, options.keys), options)
+
+
+def _snapshot_prune(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import prune
+    from pytest_fcvm.model.parse import parse_count, parse_duration, parse_size_mib
+
+    outcomes = prune(
+        options.cache_dir,
+        older_than_s=parse_duration(options.older_than) if options.older_than else None,
+        max_mib=parse_size_mib(options.max_size) if options.max_size else None,
+        keep=0 if options.keep == "0" else parse_count(options.keep) if options.keep else None,
+        dry_run=options.dry_run,
+    )
+    return _tell(outcomes, options)
+
+
+def _tell(outcomes: Sequence[Outcome], options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.snapshots import render_outcomes
+
+    sys.stdout.write(render_outcomes(outcomes, as_json=options.json))
+    return int(any(outcome.bad for outcome in outcomes))

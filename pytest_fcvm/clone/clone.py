@@ -241,6 +241,9 @@ class Clone:
                 f"{regex!r} is not a regular expression: {error}", hint="escape it by re.escape"
             ) from error
         match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None)
+        if match is None and machine.ended is not None:
+            machine.agent.wait_for_last_words()
+            match = machine.log.search(pattern, Deadline(0), lambda: True)
         if match is None:
             machine.raise_if_ended()
             self._live()

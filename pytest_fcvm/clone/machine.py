@@ -60,6 +60,7 @@ class Machine:
     def raise_if_ended(self) -> None:
         """Raise what `ended` returns."""
         if self._ended is not None:
+            self.agent.wait_for_last_words()
             raise self.explain(self._ended)
 
     def explain(self, error: FcvmError) -> FcvmError:

@@ -6,9 +6,10 @@ import errno
 import shlex
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Self
 
-from pytest_fcvm.errors import GuestError, GuestTimeout, WorkloadExited
+from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, WorkloadExited
 from pytest_fcvm.guest.bodies import (
     Body,
     config_body,
@@ -39,6 +40,7 @@ from pytest_fcvm.model.net import Proto
 __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
+_LAST_WORDS_S = 2.0
 _DETACHED = 1
 _NAME_LENGTH = 60  # of a command in messages
 
@@ -55,6 +57,7 @@ class Agent:
         self.oom_kills = 0
         self._workload_exit: ExitStatus | None = None
         self._exit_callbacks: list[Callable[[ExitStatus], None]] = []
+        self._log: Stream | None = None
         session.on_event = self._take_event
 
     # Verbs
@@ -197,6 +200,12 @@ class Agent:
         assert self._workload_exit is not None
         return self._workload_exit
 
+    def wait_for_last_words(self) -> None:
+        """Wait until all that an ended workload printed is in the log: its end is told ahead of what it said last."""
+        if self._log is not None and self._workload_exit is not None:
+            with suppress(FcvmError):
+                self._log.wait_end(Deadline(_LAST_WORDS_S))
+
     def check_workload(self) -> None:
         """Raise WorkloadExited if the workload is known to have ended."""
         if self._workload_exit is not None:
@@ -254,14 +263,17 @@ def start_session(
     """
     agent = Agent(Session(sock, secret, explain=explain))
     try:
-        _open_session(agent.session, identity, log_sink, Deadline(timeout_s))
+        agent._log = _open_session(agent.session, identity, log_sink, Deadline(timeout_s))
     except BaseException:
         agent.close()
         raise
     return agent
 
 
-def _open_session(session: Session, identity: Identity | None, log_sink: Sink | None, deadline: Deadline) -> None:
+def _open_session(
+    session: Session, identity: Identity | None, log_sink: Sink | None, deadline: Deadline
+) -> Stream | None:
+    """Open it and return the log's stream."""
     opening: list[Opening] = []
     if identity is not None:
         opening.append(Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity)))
@@ -272,6 +284,7 @@ def _open_session(session: Session, identity: Identity | None, log_sink: Sink | 
         streams[0].wait_reply(deadline)
     else:
         session.wait_until_welcome(deadline)
+    return streams[-1] if log_sink is not None else None
 
 
 def _logs_opening(sink: Sink) -> Opening:

@@ -23,6 +23,7 @@ __all__ = [
     "parse_map",
     "parse_network",
     "parse_path",
+    "parse_pool",
     "parse_port",
     "parse_publish",
     "parse_ready",
@@ -31,8 +32,8 @@ __all__ = [
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _MIB_PER = {"k": 1 / 1024, "": 1.0, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?")
-_SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _READY_HINT = (

@@ -17,7 +17,7 @@ from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
-from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -79,7 +79,13 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
         stopped = monotonic()
         machine.vm.snapshot(folder / _STATE)
         timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
-    return {"secret": secret.hex(), "client_port": client_port, "timings": timings, "base": str(machine.timeline)}
+    return {
+        "secret": secret.hex(),
+        "client_port": client_port,
+        "timings": timings,
+        "base": str(machine.timeline),
+        "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
+    }
 
 
 @contextmanager

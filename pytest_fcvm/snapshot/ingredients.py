@@ -32,6 +32,7 @@ class Ingredients:
     rootfs_key: str
     files: GuestFiles
     kernel_digest: str
+    kernel_release: str
     initramfs_key: str
     engine: Engine
     report: EngineReport
@@ -64,6 +65,24 @@ class Ingredients:
             cwd=self.spec.workdir or self.image.working_dir or "/",
             user=self.spec.user or self.image.user or "",
         )
+
+    def about(self) -> dict[str, Any]:
+        """Return what a person wants to know of the snapshot; of the environment, the names alone."""
+        spec, report = self.spec, self.report
+        return {
+            "image": spec.image,
+            "image_digest": self.image_digest,
+            "engine": f"{report.engine} {report.version}, {report.accelerator}",
+            "kernel": self.kernel_release,
+            "mem_mib": spec.mem_mib,
+            "cpus": spec.cpus,
+            "command": list(self.argv),
+            "env": sorted(spec.env),
+            "network": str(spec.network),
+            "ready": str(self.ready),
+            "prepared": spec.prepare is not None,
+            "rootfs": self.rootfs_key,
+        }
 
 
 def snapshot_key(parts: Ingredients, store: Store) -> str:

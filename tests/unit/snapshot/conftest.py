@@ -87,7 +87,7 @@ def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]
         spec = MachineSpec(image="registry/web:1").merged(fields)
         image: ImageConfig = own.pop("image_config", _IMAGE)
         health = image.healthcheck.test if image.healthcheck else ()
-        parts: dict[str, Any] = {"kernel_digest": "kernel", "rootfs_key": "rootfs", **own}
+        parts: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
         return Ingredients(
             spec=spec,
             ready=finalize_ready(spec.ready, health, image.exposed_ports),
