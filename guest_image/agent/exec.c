@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 
 #include "cgroup.h"
 #include "child.h"
+#include "ends.h"
 #include "loop.h"
 #include "namespaces.h"
 #include "output.h"
@@ -18,8 +20,9 @@
 #include "sink.h"
 #include "streams.h"
 #include "tar.h"
+#include "terminal.h"
 
-enum { DETACHED = 1, PARENT = 0, CHILD = 1 };
+enum { DETACHED = 1, ON_TERMINAL = 2 };
 
 /* A pipe that the process writes and we read. */
 struct drain {
@@ -37,6 +40,7 @@ struct exec {
     struct drain drains[2];
     uint8_t turn; /* the drain to ask first */
     bool is_detached;
+    bool has_terminal;
     bool has_ended;
     bool is_orphan; /* the stream is gone */
 };
@@ -112,10 +116,11 @@ static void on_end(struct child *child, int status)
         give_back(exec);
         return;
     }
-    /* Grandchildren may hold the pipes for ever: only what is in them now still belongs to the process. */
+    /* Grandchildren may hold the pipes for ever: only what is in them now still belongs to the process. Its terminal was
+     * hung up with it, and ends by itself, after what may still be on its way through the kernel. */
     for (int i = 0; i < 2; i++) {
-        int waiting = 0;
-        if (exec->drains[i].source.fd >= 0)
+        int waiting = exec->has_terminal ? INT_MAX : 0;
+        if (exec->drains[i].source.fd >= 0 && !exec->has_terminal)
             ioctl(exec->drains[i].source.fd, FIONREAD, &waiting);
         exec->drains[i].left = (uint32_t)waiting;
         exec->drains[i].readable = true;
@@ -134,7 +139,20 @@ static void on_data(struct stream *stream, const unsigned char *bytes, size_t le
 
 static void on_eof(struct stream *stream)
 {
-    settle_input((struct exec *)stream);
+    static const unsigned char typed = TERMINAL_END_OF_FILE;
+    struct exec *exec = (struct exec *)stream;
+
+    if (exec->has_terminal && exec->input.fd >= 0)
+        sink_put(&exec->sink, &typed, 1);
+    settle_input(exec);
+}
+
+static void on_resize(struct stream *stream, uint16_t rows, uint16_t columns)
+{
+    struct exec *exec = (struct exec *)stream;
+
+    if (exec->has_terminal)
+        terminal_resize(exec->drains[0].source.fd, (struct terminal_size){.rows = rows, .columns = columns});
 }
 
 static void on_signal(struct stream *stream, int number)
@@ -222,37 +240,7 @@ static void abandon(struct stream *stream, bool lost)
 }
 
 static const struct stream_ops ops = {
-    .data = on_data, .eof = on_eof, .signal = on_signal, .emit = emit, .abandon = abandon};
-
-static void close_pair(int pair[2])
-{
-    close(pair[PARENT]);
-    close(pair[CHILD]);
-}
-
-/* pair[PARENT] is ours and non-blocking, pair[CHILD] the process's. */
-static int make_pipe(int pair[2], bool we_read)
-{
-    int ends[2];
-
-    if (pipe2(ends, O_CLOEXEC))
-        return -1;
-    pair[PARENT] = ends[we_read ? 0 : 1];
-    pair[CHILD] = ends[we_read ? 1 : 0];
-    return fcntl(pair[PARENT], F_SETFL, O_NONBLOCK);
-}
-
-static int make_pipes(int pipes[3][2])
-{
-    for (int i = 0; i < 3; i++) {
-        if (make_pipe(pipes[i], i > 0) == 0)
-            continue;
-        while (i-- > 0)
-            close_pair(pipes[i]);
-        return -1;
-    }
-    return 0;
-}
+    .data = on_data, .eof = on_eof, .signal = on_signal, .resize = on_resize, .emit = emit, .abandon = abandon};
 
 static int watch(struct exec *exec, int pipes[3][2])
 {
@@ -263,15 +251,17 @@ static int watch(struct exec *exec, int pipes[3][2])
             (struct drain){.source = {.fd = pipes[i + 1][PARENT], .ready = on_output}, .exec = exec, .readable = true};
     if (loop_add(&exec->input, EPOLLOUT))
         return -1;
-    return loop_add(&exec->drains[0].source, EPOLLIN) || loop_add(&exec->drains[1].source, EPOLLIN) ? -1 : 0;
+    if (loop_add(&exec->drains[0].source, EPOLLIN))
+        return -1;
+    return exec->has_terminal ? 0 : loop_add(&exec->drains[1].source, EPOLLIN);
 }
 
-static int start(struct exec *exec, struct launch *how, struct failure *failure)
+static int start(struct exec *exec, struct launch *how, struct terminal_size size, struct failure *failure)
 {
     int pipes[3][2];
 
-    if (make_pipes(pipes))
-        return fail(failure, "pipe2", "");
+    if (exec->has_terminal ? ends_make_terminal(size, pipes, failure) : ends_make_pipes(pipes, failure))
+        return -1;
     how->input = pipes[0][CHILD];
     how->output = pipes[1][CHILD];
     how->errors = pipes[2][CHILD];
@@ -294,7 +284,7 @@ static int start(struct exec *exec, struct launch *how, struct failure *failure)
     return result;
 }
 
-static int begin(uint32_t id, struct launch *how, bool is_detached, struct failure *failure)
+static int begin(uint32_t id, struct launch *how, uint64_t flags, struct terminal_size size, struct failure *failure)
 {
     struct reply reply = {0};
 
@@ -305,8 +295,9 @@ static int begin(uint32_t id, struct launch *how, bool is_detached, struct failu
     struct exec *exec = calloc(1, sizeof *exec);
     if (!exec)
         return fail_with(failure, ENOMEM, "no memory for a stream");
-    exec->is_detached = is_detached;
-    if (start(exec, how, failure)) {
+    exec->is_detached = flags & DETACHED;
+    exec->has_terminal = how->has_terminal = flags & ON_TERMINAL;
+    if (start(exec, how, size, failure)) {
         if (!exec->is_orphan)
             free(exec);
         return -1;
@@ -319,16 +310,19 @@ static int begin(uint32_t id, struct launch *how, bool is_detached, struct failu
 
 int exec_open(uint32_t id, const struct body *body, struct failure *failure)
 {
-    uint64_t flags = 0;
+    uint64_t flags = 0, rows = 0, columns = 0;
 
     if (!body_count(body, FIELD_ARG))
         return fail_with(failure, EINVAL, "EXEC has no ARG");
     body_number(body, FIELD_FLAGS, &flags);
+    body_number(body, FIELD_ROWS, &rows);
+    body_number(body, FIELD_COLUMNS, &columns);
+    struct terminal_size size = {.rows = (uint16_t)rows, .columns = (uint16_t)columns};
     struct launch how = {.arguments = body_texts(body, FIELD_ARG, 0),
                          .environment = body_texts(body, FIELD_ENV, 2),
                          .directory = body_text(body, FIELD_CWD),
                          .user = body_text(body, FIELD_USER)};
-    int result = how.arguments && how.environment ? begin(id, &how, flags & DETACHED, failure)
+    int result = how.arguments && how.environment ? begin(id, &how, flags, size, failure)
                                                   : fail_with(failure, ENOMEM, "no memory for the arguments");
     free(how.arguments);
     free(how.environment);
@@ -342,7 +336,7 @@ static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, str
 
     if (!request.path || !*request.path)
         return fail_with(failure, EINVAL, "no PATH");
-    return begin(id, &how, false, failure);
+    return begin(id, &how, 0, (struct terminal_size){0}, failure);
 }
 
 int exec_open_tar_in(uint32_t id, const struct body *body, struct failure *failure)

@@ -117,6 +117,8 @@ static uint32_t fixed_size(uint16_t tag)
     case FIELD_SIGNAL:
     case FIELD_FLAGS:
     case FIELD_PEER_GATEWAY:
+    case FIELD_ROWS:
+    case FIELD_COLUMNS:
         return 8;
     case FIELD_MAC:
         return 6;

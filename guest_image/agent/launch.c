@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -125,14 +126,16 @@ static void enter_directory(const struct launch *launch)
         give_up(launch->notice, "chdir", directory, EXIT_CANNOT_START);
 }
 
-/* Let the user open /dev/stdout: it leads to the pipe, whose owner is root otherwise. */
+/* Let the user open /dev/stdout: it leads to the pipe or terminal, whose owner is root otherwise. */
 static void give_pipes(uid_t user)
 {
     struct stat status;
 
-    for (int fd = 0; user && fd <= 2; fd++)
-        if (fstat(fd, &status) == 0 && S_ISFIFO(status.st_mode) && fchown(fd, user, (gid_t)-1))
+    for (int fd = 0; user && fd <= 2; fd++) {
+        bool is_ours = fstat(fd, &status) == 0 && (S_ISFIFO(status.st_mode) || isatty(fd));
+        if (is_ours && fchown(fd, user, (gid_t)-1))
             return;
+    }
 }
 
 static const char *get_variable(char **environment, const char *name)
@@ -215,6 +218,8 @@ static _Noreturn void be_child(const struct launch *launch, bool in_cgroup)
     setsid();
     if (dup2(launch->input, 0) < 0 || dup2(launch->output, 1) < 0 || dup2(launch->errors, 2) < 0)
         give_up(launch->notice, "dup2", "", EXIT_CANNOT_START);
+    if (launch->has_terminal && ioctl(0, TIOCSCTTY, 0))
+        give_up(launch->notice, "ioctl", "TIOCSCTTY", EXIT_CANNOT_START);
     const char *step = namespaces_enter(launch->is_workload);
     if (step)
         give_up(launch->notice, "entering the workload's namespaces:", step, EXIT_CANNOT_START);

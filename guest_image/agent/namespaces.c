@@ -56,7 +56,7 @@ static const struct device_node {
 
 static int own_mounts = -1, own_pids = -1;
 static int workload_mounts_fd = -1, workload_cgroups = -1;
-static int root = -1, boot_id = -1;
+static int root = -1, boot_id = -1, terminals = -1;
 static int given_directory = -1;
 
 void namespaces_use_directory(const char *path)
@@ -74,6 +74,11 @@ bool namespaces_are_made(void)
 int namespaces_root(void)
 {
     return root;
+}
+
+int namespaces_terminals(void)
+{
+    return terminals;
 }
 
 static bool exists(const void *path)
@@ -172,6 +177,7 @@ static int move_into_root(struct failure *failure)
         return fail(failure, "changing root to", NEW_ROOT);
     if (mount_workload_views(failure))
         return -1;
+    terminals = open("/dev/pts", O_PATH | O_DIRECTORY | O_CLOEXEC);
     workload_mounts_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
     return workload_mounts_fd < 0 ? fail(failure, "open", "/proc/self/ns/mnt") : 0;
 }

@@ -28,6 +28,9 @@ const char *namespaces_enter(bool is_workload);
 /* Let later children enter the PID and cgroup namespaces of the workload, whose first process `pid` is; 0: it has ended. */
 void namespaces_follow(pid_t pid);
 
+/* The workload's /dev/pts, for openat. */
+int namespaces_terminals(void);
+
 /* Have later children in the agent's own PID namespace. */
 int namespaces_leave(void);
 

@@ -61,7 +61,8 @@ enum frame_type {
     FRAME_EXIT = 10,   /* agent: fields EXIT_CODE or EXIT_SIGNAL, MESSAGE when the program could not be started */
     FRAME_SIGNAL = 11, /* host: u8 signal, to the exec's process group */
     FRAME_EVENT = 12,  /* agent, stream 0: u8 event, fields */
-    FRAME_ERROR = 13   /* agent, stream 0: u64 offset, text */
+    FRAME_ERROR = 13,  /* agent, stream 0: u64 offset, text */
+    FRAME_RESIZE = 14  /* host: u16 rows, u16 columns, of the exec's terminal */
 };
 
 enum stream_kind {
@@ -82,7 +83,8 @@ enum stream_kind {
     KIND_SYNC = 10,       /* sync(2) */
     KIND_FREEZE = 11,     /* freeze the workload's cgroup and go on with the session; PERSONALISE thaws */
     /* streams: REPLY, then frames until the end */
-    KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost); REPLY has PID */
+    KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost; 2 = on a
+                          terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */
     KIND_CONNECT = 33, /* PORT PROTO(tcp) ADDRESS(default: the interface's own): a TCP connection, from the gateway's address */
     KIND_LOGS = 34,    /* workload output, first what the ring holds; EOF after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
@@ -126,8 +128,10 @@ enum field_tag {
     FIELD_INTERFACE = 29,   /* text, eth0 */
     FIELD_LISTENING = 30,
     FIELD_OOM_KILLS = 31,
-    FIELD_PEER_GATEWAY = 32 /* 1: the gateway's address is the guest's own (no NIC peer: connections come by CONNECT);
+    FIELD_PEER_GATEWAY = 32, /* 1: the gateway's address is the guest's own (no NIC peer: connections come by CONNECT);
                                0: it is the network's. In CONFIGURE and PERSONALISE */
+    FIELD_ROWS = 33,
+    FIELD_COLUMNS = 34
 };
 
 #endif

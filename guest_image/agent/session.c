@@ -153,6 +153,8 @@ static bool has_its_shape(const struct frame *frame)
         return frame->length == 4;
     case FRAME_SIGNAL:
         return frame->length == 1;
+    case FRAME_RESIZE:
+        return frame->length == 4;
     default:
         return false;
     }
@@ -179,6 +181,8 @@ static void on_stream_frame(const struct frame *frame)
         streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1));
     else if (frame->type == FRAME_CLOSE)
         streams_abandon(stream);
+    else if (frame->type == FRAME_RESIZE)
+        streams_resize(stream, (uint16_t)load_u16(frame->payload), (uint16_t)load_u16(frame->payload + 2));
     else
         streams_signal(stream, frame->payload[0]);
 }

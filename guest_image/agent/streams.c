@@ -103,6 +103,12 @@ void streams_abandon(struct stream *stream)
     stream->ops->abandon(stream, false);
 }
 
+void streams_resize(struct stream *stream, uint16_t rows, uint16_t columns)
+{
+    if (stream->ops->resize)
+        stream->ops->resize(stream, rows, columns);
+}
+
 void streams_signal(struct stream *stream, int number)
 {
     if (stream->ops->signal)

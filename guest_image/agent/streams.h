@@ -13,6 +13,7 @@ struct stream_ops {
     void (*data)(struct stream *stream, const unsigned char *bytes, size_t length);
     void (*eof)(struct stream *stream);
     void (*signal)(struct stream *stream, int number);
+    void (*resize)(struct stream *stream, uint16_t rows, uint16_t columns);
     /* Put at most one frame of the stream into the output. True: ask again when it is its turn. */
     bool (*emit)(struct stream *stream);
     /* The host no longer wants it (`lost`: the whole session ended). Must call streams_end. */
@@ -44,6 +45,7 @@ void streams_take_eof(struct stream *stream);
 void streams_grant(struct stream *stream, uint8_t channel, uint32_t bytes);
 void streams_abandon(struct stream *stream);
 void streams_signal(struct stream *stream, int number);
+void streams_resize(struct stream *stream, uint16_t rows, uint16_t columns);
 
 /* Bytes of DATA were used up: grant the host as many, in portions. */
 void streams_consumed(struct stream *stream, size_t length);

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_SHELL_ROWS = ("engine", "accel", "qemu", "kernel", "pull", "rebuild")
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_setup(commands)
+    _add_shell(commands)
     _add_snapshot(commands)
     return parser
 
@@ -63,6 +65,20 @@ def _add_setup(commands: _Commands) -> None:
     parser = _add(commands, "setup", _setup, "get what machines need: programs, guest kernel, a working engine")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--sudo", action="store_true", help="install packages by sudo when not root")
+
+
+def _add_shell(commands: _Commands) -> None:
+    from pytest_fcvm.options import ROWS, RowKind
+
+    parser = _add(commands, "shell", _shell, "start a fresh machine of an image, and a shell in it")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or folder")
+    parser.add_argument("command", metavar="-- COMMAND", nargs="*", help="run this in place of a shell")
+    for row in ROWS:
+        if not (row.of_machine or row.name in _SHELL_ROWS) or row.name in ("image", "command"):
+            continue
+        how = "store_true" if row.kind is RowKind.FLAG else "append" if row.kind is RowKind.LIST else "store"
+        more: dict[str, Any] = {} if row.kind is RowKind.FLAG else {"metavar": row.metavar}
+        parser.add_argument(f"--{row.name}", dest=f"row_{row.marker}", action=how, default=None, help=row.help, **more)
 
 
 def _add_snapshot(commands: _Commands) -> None:
@@ -98,6 +114,14 @@ def _setup(options: argparse.Namespace) -> int:
     from pytest_fcvm.cli.setup import set_up
 
     return set_up(cache_dir=options.cache_dir, dry_run=options.dry_run, sudo=options.sudo)
+
+
+def _shell(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.shell import open_shell
+
+    settings = {name.removeprefix("row_"): value for name, value in vars(options).items() if name.startswith("row_")}
+    settings |= {"image": options.image, "cache_dir": options.cache_dir}
+    return open_shell({name: value for name, value in settings.items() if value is not None}, options.command)
 
 
 def _snapshot_ls(options: argparse.Namespace) -> int:

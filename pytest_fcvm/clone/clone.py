@@ -31,6 +31,7 @@ Command = str | Sequence[str]
 StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
 
 _SHELL = ("/bin/sh", "-c")
+_TERM = "xterm-256color"
 _COPY_S = 600.0  # a whole transfer
 _CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
 
@@ -152,18 +153,23 @@ class Clone:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
+        tty: tuple[int, int] | None = None,
     ) -> GuestProcess:
-        """Start a command and return it with its streams; leaving its `with` block ends it."""
+        """Start a command and return it with its streams; leaving its `with` block ends it.
+
+        `tty` gives it a terminal of so many rows and columns: it then has one stream of output, `stdout`, and what is
+        written to `stdin` is typed.
+        """
         argv = (*_SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
         if not argv or not all(isinstance(word, str) for word in argv):
             raise UsageProblem(f"{cmd!r} is not a command", hint="pass a string, or a list of strings")
         spec = ProcessSpec(
             argv=argv,
-            env={**self._defaults.env, **(env or {})},
+            env={**self._defaults.env, **({"TERM": _TERM} if tty else {}), **(env or {})},
             cwd=cwd or self._defaults.cwd,
             user=self._defaults.user if user is None else user,
         )
-        return self._live().agent.exec(spec)
+        return self._live().agent.exec(spec, terminal=tty)
 
     def succeed(self, cmd: Command, *, timeout: float = 60) -> str:
         """Run a command that must exit with 0 and return its standard output. Raise CommandFailed."""

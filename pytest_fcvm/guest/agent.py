@@ -41,7 +41,7 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 2.0
-_DETACHED = 1
+_DETACHED, _ON_TERMINAL = 1, 2
 _NAME_LENGTH = 60  # of a command in messages
 
 
@@ -127,11 +127,24 @@ class Agent:
 
     # Streams
 
-    def exec(self, spec: ProcessSpec, *, detached: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestProcess:
-        """Start a program beside the workload; `detached` lets it outlive the session. The timeout is for the start."""
+    def exec(
+        self,
+        spec: ProcessSpec,
+        *,
+        detached: bool = False,
+        terminal: tuple[int, int] | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> GuestProcess:
+        """Start a program beside the workload, on a terminal of so many rows and columns where one is given.
+
+        `detached` lets it outlive the session. The timeout is for the start.
+        """
         body = process_body(spec)
-        if detached:
-            body.append((FieldTag.FLAGS, _DETACHED))
+        flags = (_DETACHED if detached else 0) | (_ON_TERMINAL if terminal else 0)
+        if flags:
+            body.append((FieldTag.FLAGS, flags))
+        if terminal:
+            body += ((FieldTag.ROWS, terminal[0]), (FieldTag.COLUMNS, terminal[1]))
         stream = self._open(StreamKind.EXEC, body, f"exec {shlex.join(spec.argv)[:_NAME_LENGTH]}")
         return GuestProcess(stream, stream.wait_reply(Deadline(timeout_s)).number(FieldTag.PID))
 

@@ -70,6 +70,7 @@ class FrameType(IntEnum):
     SIGNAL = 11
     EVENT = 12
     ERROR = 13
+    RESIZE = 14
 
 
 class StreamKind(IntEnum):
@@ -140,6 +141,8 @@ class FieldTag(IntEnum):
     LISTENING = 30
     OOM_KILLS = 31
     PEER_GATEWAY = 32
+    ROWS = 33
+    COLUMNS = 34
 
 
 FieldValue = bytes | str | int

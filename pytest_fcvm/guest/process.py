@@ -150,6 +150,10 @@ class GuestProcess:
         """Send a signal to the program's process group; harmless when it has ended."""
         self._stream.signal(number)
 
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the program's terminal another size; the program gets SIGWINCH."""
+        self._stream.resize(rows, columns)
+
     def poll(self) -> ExitStatus | None:
         """Return how the program ended, None while it runs."""
         fields = self._stream.poll_exit()

@@ -178,9 +178,16 @@ class Stream:
 
     def signal(self, number: int) -> None:
         """Send a signal to the process group of an exec; harmless when it has ended."""
+        self._tell(FrameType.SIGNAL, bytes((number,)))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the terminal of an exec another size; harmless when it has ended."""
+        self._tell(FrameType.RESIZE, struct.pack("<HH", rows, columns))
+
+    def _tell(self, kind: FrameType, payload: bytes) -> None:
         with self._link.lock:
             if self._exit is None and not self._abandoned and self._closed is None:
-                self._link.transmit(encode_frame(FrameType.SIGNAL, self.id, bytes((number,))))
+                self._link.transmit(encode_frame(kind, self.id, payload))
 
     def collect(self, channel: int) -> None:
         """Keep all that comes from now on, and never let the agent wait for a reader."""

@@ -82,7 +82,7 @@ def test_frames_come_out_whole_whatever_pieces_they_arrive_in() -> None:
     ("bad", "offset", "what"),
     [
         ((PROTOCOL_PAYLOAD_MAX + 1).to_bytes(4, "little") + b"\x06" + bytes(4), 0, "a payload of 65537 bytes"),
-        (bytes(4) + b"\x0e" + bytes(4), 4, "frame type 14"),
+        (bytes(4) + b"\x0f" + bytes(4), 4, "frame type 15"),
         (bytes(4) + b"\0" + bytes(4), 4, "frame type 0"),
         (encode_frame(FrameType.DATA, 7, b"abc")[:-1] + b"\x01", 12, "a trailer of 1"),
     ],

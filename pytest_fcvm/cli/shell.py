@@ -1,0 +1,163 @@
+"""`fcvm shell`: a fresh machine of an image, and a shell in it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import termios
+import threading
+import tty
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.guest.process import GuestProcess, StreamReader
+from pytest_fcvm.harness import Harness
+from pytest_fcvm.options import Options, Origin, build_options, environment_layer, read_layer
+
+__all__ = ["open_shell", "restored_terminal"]
+
+_SHELL = ("/bin/sh", "-c", "command -v bash >/dev/null 2>&1 && exec bash -l; exec sh -l")
+_PIECE = 1 << 16
+_END_S = 10.0
+# Puts the terminal back when its end of the pipe closes without a word: we were killed. It has a session of its own, so
+# that it is neither signalled with us nor stopped for touching a terminal in the background.
+_WATCHER = """
+import ast, os, sys, termios
+if not os.read(int(sys.argv[1]), 1):
+    termios.tcsetattr(0, termios.TCSAFLUSH, ast.literal_eval(sys.argv[2]))
+"""
+
+
+def open_shell(settings: Mapping[str, Any], command: Sequence[str]) -> int:
+    """Make a machine as the settings say, by the names of markers, and run a command in it, its shell without one.
+
+    Return the command's exit code, 128 and the signal's number for one that was killed. On a terminal the command gets
+    one of the same size; else its stdin, stdout and stderr are ours. Raise FcvmError when there is no machine.
+    """
+    options = _read(settings)
+    if options.spec.image is None:
+        raise UsageProblem("no image is named", hint="fcvm shell IMAGE, or set FCVM_IMAGE")
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, _leave))
+        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fcvm-shell-")))
+        harness = Harness(options, shared_dir=shared, announce=_say)
+        stack.callback(harness.close)
+        clone = stack.enter_context(harness.snapshot(options.spec, "fcvm shell").clone())
+        if os.isatty(0) and os.isatty(1):
+            return _converse(clone, command or _SHELL)
+        return _pipe(clone, command or _SHELL)
+
+
+@contextmanager
+def restored_terminal(descriptor: int) -> Iterator[None]:
+    """Let a terminal be used raw, and put it back as it was, also when this process is killed."""
+    before = termios.tcgetattr(descriptor)
+    ours, theirs = os.pipe()
+    try:
+        command = [sys.executable, "-I", "-S", "-c", _WATCHER, str(ours), repr(before)]
+        watcher = subprocess.Popen(command, stdin=descriptor, pass_fds=[ours], start_new_session=True)
+        try:
+            tty.setraw(descriptor, termios.TCSADRAIN)  # what was typed ahead is for the guest
+            yield
+        finally:
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+            os.write(theirs, b".")
+            watcher.wait()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def _read(settings: Mapping[str, Any]) -> Options:
+    environment = dict(os.environ)
+    origin = Origin(base=Path.cwd(), environment=environment)
+    options = build_options(
+        [
+            read_layer(environment_layer(environment), origin, lambda row: row.variable),
+            read_layer(settings, origin, lambda row: f"--{row.name}"),
+        ]
+    )
+    return replace(options, pool=0)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"fcvm: {text}\n")
+
+
+def _converse(clone: Clone, command: Sequence[str]) -> int:
+    size = os.get_terminal_size(0)
+    term = os.environ.get("TERM", "dumb")
+    with clone.popen(command, tty=(size.lines, size.columns), env={"TERM": term}) as process, restored_terminal(0):
+
+        def resize(*_: object) -> None:
+            now = os.get_terminal_size(0)
+            process.resize(now.lines, now.columns)
+
+        before = signal.signal(signal.SIGWINCH, resize)
+        try:
+            with _typed_into(process):
+                _copy(process.stdout, 1)
+        finally:
+            signal.signal(signal.SIGWINCH, before)
+        return _exit_code(process)
+
+
+def _pipe(clone: Clone, command: Sequence[str]) -> int:
+    with clone.popen(command) as process:
+        errors = threading.Thread(target=_copy, args=(process.stderr, 2), daemon=True, name="fcvm-shell-errors")
+        errors.start()
+        with _typed_into(process):
+            _copy(process.stdout, 1)
+        errors.join()
+        return _exit_code(process)
+
+
+def _exit_code(process: GuestProcess) -> int:
+    status = process.wait(_END_S)
+    return status.code if status.code is not None else 128 + (status.signal or 0)
+
+
+@contextmanager
+def _typed_into(process: GuestProcess) -> Iterator[None]:
+    """Pass our stdin on from a thread of its own, which ends with the block."""
+    stop, stopping = os.pipe()
+    thread = threading.Thread(target=_copy_in, args=(process, stop), daemon=True, name="fcvm-shell-input")
+    thread.start()
+    try:
+        yield
+    finally:
+        os.close(stopping)
+        thread.join()
+        os.close(stop)
+
+
+def _copy_in(process: GuestProcess, stop: int) -> None:
+    with suppress(OSError):  # the command has ended, and reads no more
+        while stop not in (readable := select.select([0, stop], [], [])[0]):
+            data = os.read(readable[0], _PIECE)
+            if not data:
+                process.stdin.close()
+                return
+            process.stdin.write(data)
+
+
+def _copy(source: StreamReader, descriptor: int) -> None:
+    while data := source.read1():
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
