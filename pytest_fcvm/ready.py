@@ -6,7 +6,6 @@ import http.client
 import re
 import select
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError, GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
@@ -109,7 +109,7 @@ class ClientPath:
         port = PublishedPort(guest_port=service_port if self._http else PROBE_PORT)
         self._find_endpoint: Callable[[], Endpoint] = lambda: publish(port)
         self._endpoint: Endpoint | None = None
-        self._thread = threading.Thread(target=self._ask, daemon=True, name="fcvm-client-path")
+        self._thread = ServiceThread(self._ask, name="fcvm-client-path")
         self._thread.start()
 
     def prove(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:

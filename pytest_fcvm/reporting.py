@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -101,7 +100,9 @@ class Reporter:
             return
         if first:
             os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
-            threading.Thread(target=self._listen, daemon=True, name="fcvm-progress").start()
+            from pytest_fcvm.host.threads import ServiceThread
+
+            ServiceThread(self._listen, name="fcvm-progress").start()
 
     def _listen(self) -> None:
         # Opened for writing as well, so that it has no end between workers; the thread ends with the process.

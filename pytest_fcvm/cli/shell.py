@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import termios
-import threading
 import tty
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.process import GuestProcess, StreamReader
 from pytest_fcvm.harness import Harness
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.options import Options, Origin, build_options, environment_layer, read_layer
 
 __all__ = ["open_shell", "restored_terminal"]
@@ -119,7 +119,7 @@ def _converse(clone: Clone, command: Sequence[str]) -> int:
 
 def _pipe(clone: Clone, command: Sequence[str]) -> int:
     with clone.popen(command) as process:
-        errors = threading.Thread(target=_copy, args=(process.stderr, 2), daemon=True, name="fcvm-shell-errors")
+        errors = ServiceThread(_copy, process.stderr, 2, name="fcvm-shell-errors")
         errors.start()
         with _typed_into(process):
             _copy(process.stdout, 1)
@@ -136,7 +136,7 @@ def _exit_code(process: GuestProcess) -> int:
 def _typed_into(process: GuestProcess) -> Iterator[None]:
     """Pass our stdin on from a thread of its own, which ends with the block."""
     stop, stopping = os.pipe()
-    thread = threading.Thread(target=_copy_in, args=(process, stop), daemon=True, name="fcvm-shell-input")
+    thread = ServiceThread(_copy_in, process, stop, name="fcvm-shell-input")
     thread.start()
     try:
         yield

@@ -32,6 +32,7 @@ from pytest_fcvm.guest.frames import (
 from pytest_fcvm.guest.outbox import Outbox
 from pytest_fcvm.guest.streams import Sink, Stream
 from pytest_fcvm.host.clock import Deadline, wait_on
+from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Explain", "OnEvent", "Opening", "Session"]
 
@@ -91,7 +92,7 @@ class Session:
         self._vague = False
         self.changed = threading.Condition(self.lock)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._run, name="fcvm-session", daemon=True)
+        self._thread = ServiceThread(self._run, name="fcvm-session")
 
     @classmethod
     def resume(cls, sock: socket.socket, lost: Session, *, explain: Explain | None = None) -> Session:

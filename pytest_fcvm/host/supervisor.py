@@ -24,6 +24,7 @@ from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host import wire
 from pytest_fcvm.host.child import Child, ChildExit
 from pytest_fcvm.host.paths import make_child_dir
+from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Child", "ChildExit", "Supervisor"]
 
@@ -204,7 +205,7 @@ class Supervisor:
                     f"{child.name} cannot be started: {error.strerror}", hint="shorten its arguments and environment"
                 ) from error
             if self._thread is None:
-                self._thread = threading.Thread(target=self._listen, name="fcvm-exits", daemon=True)
+                self._thread = ServiceThread(self._listen, name="fcvm-exits")
                 self._thread.start()
             self._children[number] = child
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = ["ByteStream", "Relay"]
@@ -187,7 +188,7 @@ class _Link:
 
 
 def _start_thread(func: Callable[..., None], *arguments: object) -> threading.Thread:
-    thread = threading.Thread(target=func, args=arguments, daemon=True, name="fcvm-relay")
+    thread = ServiceThread(func, *arguments, name="fcvm-relay")
     thread.start()
     return thread
 

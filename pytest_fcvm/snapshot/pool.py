@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.clock import Deadline, wait_on
+from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Depth", "Pool", "Pooled"]
 
@@ -94,7 +95,7 @@ class Pool:
             if self._closed or self._filling or len(self._ready) >= self._depth.wanted:
                 return
             self._filling = True
-        threading.Thread(target=self._fill, daemon=True, name="fcvm-pool").start()
+        ServiceThread(self._fill, name="fcvm-pool").start()
 
     def drain(self) -> None:
         """Give back what is there: somebody else needs the room."""

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Spares"]
 
@@ -43,7 +44,7 @@ class Spares:
             if not self._useful or self._closed or self._filling or self._spare is not None:
                 return
             self._filling = True
-        threading.Thread(target=self._fill, daemon=True, name="fcvm-spare").start()
+        ServiceThread(self._fill, name="fcvm-spare").start()
 
     def close(self) -> None:
         """End the spare; no other will follow."""
