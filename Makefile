@@ -11,7 +11,7 @@ TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc
 
 STOCK_TESTS := tests/vm/test_clone.py tests/vm/test_engine.py tests/vm/test_freeze.py tests/vm/test_pool.py
 
-.PHONY: demo test setup-demo setup-test lint docs bench agent kernel fuzz clean
+.PHONY: demo test setup-demo setup-test lint docs bench soak agent kernel fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,9 @@ lint:
 
 docs: ## the generated reference pages
 	$(BIN)/python docs/generate.py
+
+soak: ## a thousand clones in a row: none deaf, none a double, nothing that grows
+	$(BIN)/python benchmarks/endurance.py
 
 bench: ## figures for the README, beside podman where it is installed
 	$(BIN)/python benchmarks/run.py

@@ -219,9 +219,12 @@ class Harness:
         reference = parse_reference(text, base=Path.cwd())
         progress = self._speaker(text)
         phase("pulling the image")
-        pulled = resolve_image(
-            reference, images_dir=self.store.folder("images"), pull=PullPolicy(self._options.pull), progress=progress
-        )
+        asked = self._shared / f"asked-{canonical_digest({'image': text})}"  # by another worker of this run
+        pull = PullPolicy(self._options.pull)
+        if pull is PullPolicy.ALWAYS and asked.exists():
+            pull = PullPolicy.MISSING
+        pulled = resolve_image(reference, images_dir=self.store.folder("images"), pull=pull, progress=progress)
+        asked.touch()
         key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
 
         def make(folder: Path, _note: Announce) -> Mapping[str, Any]:

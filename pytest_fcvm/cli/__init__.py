@@ -21,7 +21,8 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(opens_shell=words[:1] == ["shell"]).parse_args(words)
     try:
         return int(options.run(options))
     except FcvmError as error:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, opens_shell: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fcvm", description="Fresh microVMs from OCI images for tests. The machines themselves come by pytest."
     )
@@ -39,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_setup(commands)
-    _add_shell(commands)
+    _add_shell(commands, with_options=opens_shell)
     _add_snapshot(commands)
     return parser
 
@@ -67,12 +68,18 @@ def _add_setup(commands: _Commands) -> None:
     parser.add_argument("--sudo", action="store_true", help="install packages by sudo when not root")
 
 
-def _add_shell(commands: _Commands) -> None:
-    from pytest_fcvm.options import ROWS, RowKind
-
+def _add_shell(commands: _Commands, *, with_options: bool) -> None:
+    """Add it, its machine's options only when they are needed: the table is as much to import as all the rest."""
     parser = _add(commands, "shell", _shell, "start a fresh machine of an image, and a shell in it")
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or folder")
     parser.add_argument("command", metavar="-- COMMAND", nargs="*", help="run this in place of a shell")
+    if with_options:
+        _add_rows(parser)
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    from pytest_fcvm.options import ROWS, RowKind
+
     for row in ROWS:
         if not (row.of_machine or row.name in _SHELL_ROWS) or row.name in ("image", "command"):
             continue

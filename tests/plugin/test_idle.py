@@ -29,7 +29,11 @@ _OURS = {
     "pytest_fcvm.plugin",
     "pytest_fcvm.reporting",
 }
-_SHARED_WITH_WORKERS = {"pytest_fcvm.host", "pytest_fcvm.host.paths"}  # for the folder of the run
+_SHARED_WITH_WORKERS = {
+    "pytest_fcvm.host",
+    "pytest_fcvm.host.paths",
+    "pytest_fcvm.host.threads",
+}  # for the folder of the run
 _HEAVY = {"httpx", "pyroute2", "filelock", "http.client", "ssl", "multiprocessing", "tarfile", "asyncio"}
 
 
