@@ -28,6 +28,7 @@ from suite import SuiteFailed, run_suite, write_suite
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.model.parse import parse_ready
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.options import Options
 from pytest_fcvm.snapshot import Snapshot
@@ -37,12 +38,14 @@ _ROOT = Path(__file__).parents[1]
 _ENV = {"FCVM_BENCHMARK": "1"}
 _ENV_OPTIONS = [f"--fcvm-env={name}={value}" for name, value in _ENV.items()]
 _BODY_S = 0.1  # a test's body: time in which the next VMM starts up
+_POOL_BODY_S = 0.2  # and one in which the next clone is made
 _IDLE_S = 0.5
 _GONE_S = 10.0
 _IN_A_ROW = 3
 _REPEATS = 3  # of what takes long: building a snapshot, running a test file
 
-_CLONE = "a clone, after a pause of 100 ms"
+_CLONE = "a clone made when it is asked for, after a pause of 100 ms"
+_POOL = "a clone from the pool, after a pause of 200 ms (ready: http:80/)"
 _ROW = "a clone, right after the one before"
 _SNAPSHOT = "a snapshot, built once per image"
 _SERIAL = "a test in pytest (one GET)"
@@ -69,6 +72,15 @@ MEASURES = (
     Measure(key="vmm_cpu", title="CPU of the VMM from its start until clone() returns", unit="ms", section=_CLONE),
     Measure(key="private", title="private memory of an idle clone's VMM", unit="MiB", section=_CLONE),
     Measure(key="anonymous", title="anonymous memory of an idle clone's VMM", unit="MiB", section=_CLONE),
+    Measure(key="pool_ready", title="until clone() returns", unit="ms", section=_POOL, rival="podman_run"),
+    Measure(key="pool_200", title="until the first HTTP 200", unit="ms", section=_POOL, rival="podman_200"),
+    Measure(
+        key="pool_life",
+        title="clone, HTTP 200, close(), as the test sees it",
+        unit="ms",
+        section=_POOL,
+        rival="podman_life",
+    ),
     Measure(key="row_ready", title="until clone() returns", unit="ms", section=_ROW, rival="podman_run"),
     Measure(key="row_spawn", title="… of it: VMM started, or taken from the spare", unit="ms", section=_ROW),
     Measure(key="row_agent", title="… of it: state loaded, agent answers", unit="ms", section=_ROW),
@@ -109,9 +121,10 @@ def main() -> int:
         with ExitStack() as stack:
             podman = _enter_podman(stack, layout, folder / "podman", report)
             snapshot = stack.enter_context(_opened(image, folder / "rounds", report))
+            pooled = stack.enter_context(_opened(image, folder / "pool", report, pool=1))
             report.machine = {**report.machine, **(podman.facts() if podman else {})}
             _print_facts({name: value for name, value in report.machine.items() if name not in facts})
-            _measure_rounds(report, snapshot, podman)
+            _measure_rounds(report, snapshot, pooled, podman)
         _measure_suites(report, image, folder)
     print(f"\n{render_table(report)}")
     if arguments.json:
@@ -147,12 +160,16 @@ def _print_facts(facts: Mapping[str, str | float]) -> None:
 
 
 @contextmanager
-def _opened(image: str, shared: Path, report: Report, *, rebuild: bool = False) -> Iterator[Snapshot]:
-    """Yield the snapshot that all figures are about, and note the engine that it is for."""
+def _opened(image: str, shared: Path, report: Report, *, rebuild: bool = False, pool: int = 0) -> Iterator[Snapshot]:
+    """Yield the snapshot that all figures are about, and note the engine that it is for.
+
+    One with a pool is ready when the service has answered a request, so that its clones have, too.
+    """
     shared.mkdir()
-    harness = Harness(replace(Options(), rebuild=rebuild), shared_dir=shared, announce=_say)
+    harness = Harness(replace(Options(), rebuild=rebuild, pool=pool), shared_dir=shared, announce=_say)
+    ready = parse_ready("http:80/") if pool else None
     try:
-        snapshot = harness.snapshot(MachineSpec(image=image, env=_ENV), "benchmark")
+        snapshot = harness.snapshot(MachineSpec(image=image, env=_ENV, ready=ready), "benchmark")
         found, kernel = harness.choice.report, harness.kernel.release
         report.machine = {
             **report.machine,
@@ -173,15 +190,19 @@ def _measure_builds(report: Report, image: str, folder: Path) -> None:
                 report.add(key, timings[key])
 
 
-def _measure_rounds(report: Report, snapshot: Snapshot, podman: Podman | None) -> None:
+def _measure_rounds(report: Report, snapshot: Snapshot, pooled: Snapshot, podman: Podman | None) -> None:
     """Take one sample of everything, then the next: what disturbs the machine for a while disturbs all of it."""
     with snapshot.clone() as clone:  # files into the page cache, modules into this process, and a spare from here on
         fetch_until_200(clone.url(80))
+    with pooled.clone():
+        pass
     for number in range(report.rounds):
         _say(f"round {number + 1} of {report.rounds}")
         _measure_life(report, snapshot)
         _measure_idle(report, snapshot)
         _measure_row(report, snapshot)
+        _measure_pool(report, pooled)
+        pooled.drain()  # a clone that sleeps takes no time, and one that is made does
         if podman:
             for key, elapsed_ms in podman.round().items():
                 report.add(key, elapsed_ms)
@@ -200,6 +221,22 @@ def _measure_life(report: Report, snapshot: Snapshot) -> None:
     report.add("first_200", (answered - started) * 1e3)
     report.add("close", (closed - answered) * 1e3)
     report.add("life", (closed - started) * 1e3)
+
+
+def _measure_pool(report: Report, pooled: Snapshot) -> None:
+    """Take a clone that had time to be made; the first take of a round starts the making of the next."""
+    with pooled.clone():
+        time.sleep(_POOL_BODY_S)
+    started = monotonic()
+    with pooled.clone() as clone:
+        ready = monotonic()
+        fetch_until_200(clone.url(80))
+        answered = monotonic()
+        clone.close()
+        closed = monotonic()
+    report.add("pool_ready", (ready - started) * 1e3)
+    report.add("pool_200", (answered - started) * 1e3)
+    report.add("pool_life", (closed - started) * 1e3)
 
 
 def _measure_idle(report: Report, snapshot: Snapshot) -> None:

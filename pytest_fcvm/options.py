@@ -162,6 +162,7 @@ ROWS: tuple[Row, ...] = (
     _machine("image", "image", _image, "OCI image, rootfs tar or folder each machine starts from", metavar="IMAGE"),
     _machine("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
     _machine("cpus", "cpus", _plain(parse.parse_count), "processors of a machine", metavar="N", default="1"),
+    _machine("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
     _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build small real images (nginx, redis, postgres) from the distribution's packages, for machines without a registry.
+"""Build small real images (nginx, redis, systemd, postgres) from packages, for machines without a registry.
 
     build.py nginx DIR
 
@@ -54,6 +54,10 @@ RECIPES = {
             "WorkingDir": "/var/lib/redis",
             "Env": [_PATH],
         },
+    ),
+    "systemd": Recipe(
+        packages=("systemd", "systemd-sysv", "dbus", "nginx-light"),
+        config={"Cmd": ["/sbin/init"], "ExposedPorts": {"80/tcp": {}}, "Env": [_PATH]},
     ),
     "postgres": Recipe(
         packages=("postgresql", "util-linux"),

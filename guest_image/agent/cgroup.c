@@ -70,6 +70,17 @@ int cgroup_fd(void)
     return directory;
 }
 
+int cgroup_side_fd(void)
+{
+    static int side = -1;
+
+    if (side >= 0 || directory < 0)
+        return side;
+    mkdirat(directory, "fcvm", 0755);
+    side = openat(directory, "fcvm", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return side;
+}
+
 void cgroup_enter(void)
 {
     int fd = directory < 0 ? -1 : openat(directory, "cgroup.procs", O_WRONLY | O_CLOEXEC);

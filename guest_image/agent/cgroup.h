@@ -17,6 +17,10 @@ void cgroup_remove(void);
 /* The group's directory, or -1 where there is none. */
 int cgroup_fd(void);
 
+/* A group inside it, for processes that are not the workload's own: a workload that is an init hands its controllers to
+ * groups of its own, and its group may then have no processes itself. -1 where there is none. */
+int cgroup_side_fd(void);
+
 /* Move the calling process in. */
 void cgroup_enter(void);
 

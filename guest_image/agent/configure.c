@@ -19,14 +19,14 @@ void configure_use_cgroup(const char *name)
 int configure(const struct body *body, struct reply *reply, struct failure *failure)
 {
     static bool tried;
-    uint64_t upper_mib = 0;
+    struct writable_layer layer = {.device = body_text(body, FIELD_UPPER_DEVICE)};
 
     (void)reply;
     if (tried)
         return fail_with(failure, EALREADY, "the guest is configured already");
     tried = true;
-    body_number(body, FIELD_UPPER_MIB, &upper_mib);
-    if (namespaces_make(body_text(body, FIELD_ROOT_DEVICE), upper_mib, failure))
+    body_number(body, FIELD_UPPER_MIB, &layer.mib);
+    if (namespaces_make(body_text(body, FIELD_ROOT_DEVICE), &layer, failure))
         return -1;
     if (cgroup_make(cgroup_name, failure) || names_configure(body, failure) || network_configure(body, failure))
         return -1;

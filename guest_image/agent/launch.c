@@ -220,7 +220,7 @@ static _Noreturn void be_child(const struct launch *launch, bool in_cgroup)
         give_up(launch->notice, "dup2", "", EXIT_CANNOT_START);
     if (launch->has_terminal && ioctl(0, TIOCSCTTY, 0))
         give_up(launch->notice, "ioctl", "TIOCSCTTY", EXIT_CANNOT_START);
-    const char *step = namespaces_enter(launch->is_workload);
+    const char *step = namespaces_enter(launch->is_workload, launch->is_init);
     if (step)
         give_up(launch->notice, "entering the workload's namespaces:", step, EXIT_CANNOT_START);
     publish(launch->notice);
@@ -250,6 +250,8 @@ pid_t launch(const struct launch *launch, struct failure *failure)
 
     /* Straight into the cgroup: moving a process there later can take a kernel-wide lock for milliseconds. */
     pid_t pid = fork_into(flags, cgroup);
+    if (pid < 0 && errno == EBUSY && in_cgroup)
+        pid = fork_into(flags, cgroup = cgroup_side_fd());
     if (pid < 0 && in_cgroup) {
         in_cgroup = false;
         pid = fork_into(flags, -1);

@@ -23,6 +23,7 @@ struct launch {
     void *argument;
     int input, output, errors; /* become 0, 1, 2 */
     bool is_workload;          /* the first of a new PID namespace */
+    bool is_init;              /* a workload that is the init of a system */
     bool has_terminal;         /* 0, 1 and 2 are one, and become the session's own */
     bool is_hook;              /* outside the workload's cgroup, which is frozen */
     struct notice *notice;

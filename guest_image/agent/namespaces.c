@@ -103,15 +103,29 @@ static int mount_lower(const char *device, struct failure *failure)
     return 0;
 }
 
-static int make_layers(uint64_t upper_mib, struct failure *failure)
+static int mount_writable(const struct writable_layer *layer, struct failure *failure)
 {
-    static const char *const directories[] = {LOWER, WORKLOAD_UPPER, WORKLOAD_BASE "/work", NEW_ROOT};
     char options[64] = "mode=0755";
 
-    if (upper_mib)
-        snprintf(options, sizeof options, "mode=0755,size=%lluM", (unsigned long long)upper_mib);
-    if (mount("fcvm", WORKLOAD_BASE, "tmpfs", 0, options))
-        return fail(failure, "mount", "tmpfs for the writable layer");
+    if (layer->device) {
+        if (!boot_wait_for(exists, layer->device, DEVICE_WAIT_S))
+            return fail_with(failure, ENOENT, "the disk %s did not appear within %d s", layer->device, DEVICE_WAIT_S);
+        /* The inode tables are holes, and stay them. */
+        return mount(layer->device, WORKLOAD_BASE, "ext4", MS_NOATIME, "noinit_itable")
+                   ? fail(failure, "mount", layer->device)
+                   : 0;
+    }
+    if (layer->mib)
+        snprintf(options, sizeof options, "mode=0755,size=%lluM", (unsigned long long)layer->mib);
+    return mount("fcvm", WORKLOAD_BASE, "tmpfs", 0, options) ? fail(failure, "mount", "tmpfs for the writable layer") : 0;
+}
+
+static int make_layers(const struct writable_layer *layer, struct failure *failure)
+{
+    static const char *const directories[] = {LOWER, WORKLOAD_UPPER, WORKLOAD_BASE "/work", NEW_ROOT};
+
+    if (mount_writable(layer, failure))
+        return -1;
     for (size_t i = 0; i < sizeof directories / sizeof directories[0]; i++)
         if (mkdir(directories[i], 0755))
             return fail(failure, "mkdir", directories[i]);
@@ -182,13 +196,13 @@ static int move_into_root(struct failure *failure)
     return workload_mounts_fd < 0 ? fail(failure, "open", "/proc/self/ns/mnt") : 0;
 }
 
-int namespaces_make(const char *device, uint64_t upper_mib, struct failure *failure)
+int namespaces_make(const char *device, const struct writable_layer *layer, struct failure *failure)
 {
     own_mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
     own_pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     if (own_mounts < 0 || own_pids < 0)
         return fail(failure, "open", "/proc/self/ns");
-    if (make_layers(upper_mib, failure) || mount_lower(device, failure) || mount_root(failure))
+    if (make_layers(layer, failure) || mount_lower(device, failure) || mount_root(failure))
         return -1;
     if (unshare(CLONE_NEWNS))
         return fail(failure, "unshare", "CLONE_NEWNS");
@@ -216,7 +230,22 @@ static const char *show_processes(int boot_id_tree)
     return failed && !report_test_mode ? "mount /proc" : NULL;
 }
 
-const char *namespaces_enter(bool is_workload)
+/* What an init takes for left over from the last boot where it is not empty (systemd's container interface asks for it). */
+static const char *mount_for_init(void)
+{
+    static const struct {
+        const char *target, *options;
+    } mounts[] = {{"/run", "mode=0755"}, {"/run/lock", "mode=1777,size=5M"}, {"/tmp", "mode=1777"}};
+
+    for (size_t i = 0; i < sizeof mounts / sizeof mounts[0]; i++) {
+        mkdir(mounts[i].target, 0755);
+        if (mount("tmpfs", mounts[i].target, "tmpfs", MS_NOSUID | MS_NODEV, mounts[i].options))
+            return mounts[i].target;
+    }
+    return NULL;
+}
+
+const char *namespaces_enter(bool is_workload, bool is_init)
 {
     if (workload_mounts_fd < 0)
         return "not configured";
@@ -233,7 +262,8 @@ const char *namespaces_enter(bool is_workload)
         umount2("/sys/fs/cgroup", MNT_DETACH);
         mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     }
-    return show_processes(boot_id_tree);
+    const char *step = is_init ? mount_for_init() : NULL;
+    return step ? step : show_processes(boot_id_tree);
 }
 
 int namespaces_leave(void)

@@ -15,15 +15,22 @@
 /* Tests: the directory that stands for the root device. */
 void namespaces_use_directory(const char *path);
 
-/* Mount the rootfs under a writable layer of `upper_mib` (0: half of the memory), and make the mount namespace. */
-int namespaces_make(const char *device, uint64_t upper_mib, struct failure *failure);
+/* Where what the workload writes goes: the ext4 file system of a disk, or memory. */
+struct writable_layer {
+    const char *device; /* NULL: memory, at most so many MiB (0: half of it) */
+    uint64_t mib;
+};
+
+/* Mount the rootfs under a writable layer, and make the mount namespace. */
+int namespaces_make(const char *device, const struct writable_layer *layer, struct failure *failure);
 bool namespaces_are_made(void);
 
 /* The workload's root as the agent sees it, for openat2 with RESOLVE_IN_ROOT. */
 int namespaces_root(void);
 
-/* In a child: enter; the workload itself also makes its own views of /proc and of its cgroup. NULL, or the step that failed. */
-const char *namespaces_enter(bool is_workload);
+/* In a child: enter; the workload itself also makes its own views of /proc and of its cgroup, an init's also what it expects
+ * to be empty. NULL, or the step that failed. */
+const char *namespaces_enter(bool is_workload, bool is_init);
 
 /* Let later children enter the PID and cgroup namespaces of the workload, whose first process `pid` is; 0: it has ended. */
 void namespaces_follow(pid_t pid);

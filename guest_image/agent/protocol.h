@@ -68,8 +68,9 @@ enum frame_type {
 enum stream_kind {
     /* verbs: one REPLY */
     KIND_CONFIGURE = 1,   /* mount the rootfs, set up names and network: HOSTNAME MACHINE_ID INTERFACE MAC ADDRESS GATEWAY
-                             DNS* HOSTS* UPPER_MIB ROOT_DEVICE; once per boot */
-    KIND_START = 2,       /* start the workload: ARG+ ENV* CWD USER; REPLY has PID. Once per boot */
+                             DNS* HOSTS* UPPER_MIB UPPER_DEVICE ROOT_DEVICE; once per boot */
+    KIND_START = 2,       /* start the workload: ARG+ ENV* CWD USER FLAGS(4 = an init: /run, /run/lock and /tmp are empty);
+                             REPLY has PID. Once per boot */
     KIND_STATUS = 3,      /* REPLY: STATE (idle|running|exited|frozen), EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
     KIND_METRICS = 4,     /* REPLY: METRIC* "name=value" (units in the name) */
     KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, give up the gateway's address, reply, then discard
@@ -131,7 +132,8 @@ enum field_tag {
     FIELD_PEER_GATEWAY = 32, /* 1: the gateway's address is the guest's own (no NIC peer: connections come by CONNECT);
                                0: it is the network's. In CONFIGURE and PERSONALISE */
     FIELD_ROWS = 33,
-    FIELD_COLUMNS = 34
+    FIELD_COLUMNS = 34,
+    FIELD_UPPER_DEVICE = 35 /* text, /dev/vdb: the ext4 file system of the writable layer, which is a tmpfs without it */
 };
 
 #endif

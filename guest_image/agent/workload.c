@@ -89,17 +89,22 @@ static int start(struct launch *how, struct reply *reply, struct failure *failur
 
 int workload_start(const struct body *body, struct reply *reply, struct failure *failure)
 {
+    enum { IS_INIT = 4 };
+    uint64_t flags = 0;
+
     if (started)
         return fail_with(failure, EALREADY, "the workload was started already");
     if (!namespaces_are_made())
         return fail_with(failure, EINVAL, "the guest is not configured");
     if (!body_count(body, FIELD_ARG))
         return fail_with(failure, EINVAL, "START has no ARG");
+    body_number(body, FIELD_FLAGS, &flags);
     struct launch how = {.arguments = body_texts(body, FIELD_ARG, 0),
                          .environment = body_texts(body, FIELD_ENV, 2),
                          .directory = body_text(body, FIELD_CWD),
                          .user = body_text(body, FIELD_USER),
-                         .is_workload = true};
+                         .is_workload = true,
+                         .is_init = flags & IS_INIT};
     int result = how.arguments && how.environment ? start(&how, reply, failure)
                                                   : fail_with(failure, ENOMEM, "no memory for the arguments");
     free(how.arguments);

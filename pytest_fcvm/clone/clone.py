@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -38,11 +39,15 @@ _CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
 
 @dataclass(frozen=True, kw_only=True)
 class ExecDefaults:
-    """What a command in the guest gets unless told otherwise: environment, folder and user of image and spec."""
+    """What a command in the guest gets unless told otherwise: environment, folder and user of image and spec.
+
+    `stop_signal` is what the image wants to be stopped by.
+    """
 
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "/"
     user: str = ""
+    stop_signal: int = signal.SIGTERM
 
 
 class Clone:
@@ -281,9 +286,35 @@ class Clone:
         self._paused = False
         self._machine.agent.personalise(Identity(realtime_ns=real_time_ns()), timeout_s=_CALL_S)
 
+    def stop(self, timeout: float = 30) -> ExitStatus:
+        """Ask the workload to end, by the signal that its image names, and return how it did. The guest runs on.
+
+        Raise GuestTimeout when it does not end in time.
+        """
+        agent = self._live().agent
+        agent.stop(self._defaults.stop_signal, timeout_s=_CALL_S)
+        return agent.wait_until_workload_exit(timeout)
+
     def kill(self) -> None:
-        """Cut the power. Nothing of the clone is left."""
-        self.close()
+        """Cut the power. Of a clone with a disk, that is left for `disk_image` until it is closed.
+
+        What the guest had synced is on the disk, and what it had not may be lost, as with a machine of one's own.
+        """
+        self._close_clients()
+        self._machine.close()
+
+    def disk_image(self, dest: str | Path) -> None:
+        """Save the disk as a sparse file: of a running clone after it has synced, of a killed one as it was.
+
+        It holds an ext4 file system, whose folder `upper` is what the guest has written over its image. Raise
+        GuestError for a clone without a disk.
+        """
+        disk = self._machine.vm.disk
+        if disk is None:
+            raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
+        if not self._machine.closed:
+            self._live().agent.sync(timeout_s=_COPY_S)
+        disk.save(Path(dest))
 
     def reset(self) -> None:
         """Replace the VM by a fresh one of the same snapshot behind the same host ports."""
@@ -293,11 +324,16 @@ class Clone:
         self._machine = self._start(tuple(self._mapped.values()))
 
     def close(self) -> None:
-        """End the clone; idempotent."""
+        """End the clone; idempotent. Nothing of it is left."""
+        self._close_clients()
+        self._machine.close()
+        if self._machine.vm.disk is not None:
+            self._machine.vm.disk.close()
+
+    def _close_clients(self) -> None:
         for client in self._clients:
             client.close()
         self._clients.clear()
-        self._machine.close()
 
     # -- what readiness probes need beyond the above
 

@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
@@ -50,30 +51,39 @@ class GuestFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineShape:
-    """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside."""
+    """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside.
+
+    `disk_mib` is the size of the scratch disk, 0 without one.
+    """
 
     mem_mib: int
     cpus: int
     egress: bool = False
+    disk_mib: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BootPlan:
-    """A base to boot. `memory` is the file that will hold the guest's memory; the engine creates it."""
+    """A base to boot. `memory` is the file that will hold the guest's memory; the engine creates it.
+
+    `disk` is the image of its scratch disk, which it writes to.
+    """
 
     name: str
     shape: MachineShape
     files: GuestFiles
     memory: Path
+    disk: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFiles:
-    """The files of a snapshot that an engine reads: guest memory, device state, rootfs."""
+    """The files of a snapshot an engine reads: guest memory, device state, rootfs, the scratch disk if it has one."""
 
     memory: Path
     state: Path
     rootfs: Path
+    disk: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +143,11 @@ class Vm(Protocol):
     @property
     def vmm_log_path(self) -> Path:
         """Return the file that receives what the VMM itself prints."""
+        ...
+
+    @property
+    def disk(self) -> Disk | None:
+        """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
         ...
 
     def channel(self) -> socket.socket:

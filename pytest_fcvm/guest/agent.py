@@ -41,7 +41,7 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 2.0
-_DETACHED, _ON_TERMINAL = 1, 2
+_DETACHED, _ON_TERMINAL, _IS_INIT = 1, 2, 4
 _NAME_LENGTH = 60  # of a command in messages
 
 
@@ -66,9 +66,12 @@ class Agent:
         """Mount the root file system, set up names and network; once per boot, before `start`."""
         self._call(StreamKind.CONFIGURE, config_body(config), timeout_s)
 
-    def start(self, spec: ProcessSpec, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
-        """Start the workload, once per boot, and return its process id."""
-        return self._call(StreamKind.START, process_body(spec), timeout_s).number(FieldTag.PID)
+    def start(self, spec: ProcessSpec, *, is_init: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
+        """Start the workload, once per boot, and return its process id. An init finds /run and /tmp empty."""
+        body = process_body(spec)
+        if is_init:
+            body.append((FieldTag.FLAGS, _IS_INIT))
+        return self._call(StreamKind.START, body, timeout_s).number(FieldTag.PID)
 
     def status(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> WorkloadStatus:
         """Return what the workload does. An exit that is seen here counts as told."""

@@ -26,6 +26,8 @@ def config_body(config: GuestConfig) -> Body:
     body.append((FieldTag.ROOT_DEVICE, config.root_device))
     if config.upper_mib is not None:
         body.append((FieldTag.UPPER_MIB, config.upper_mib))
+    if config.upper_device:
+        body.append((FieldTag.UPPER_DEVICE, config.upper_device))
     return body
 
 

@@ -143,6 +143,7 @@ class FieldTag(IntEnum):
     PEER_GATEWAY = 32
     ROWS = 33
     COLUMNS = 34
+    UPPER_DEVICE = 35
 
 
 FieldValue = bytes | str | int

@@ -23,14 +23,15 @@ class GuestConfig:
     """What the agent needs before it can start the workload; sent once per boot.
 
     `address` has a prefix length ("10.0.2.15/24"), `hosts` are lines of /etc/hosts, `mac` is "52:54:00:12:34:56",
-    `upper_mib` is the size of the writable layer. With `peer_gateway` the guest owns the gateway's address itself,
-    because there is no peer on its NIC.
+    `upper_mib` is the size of the writable layer in memory, `upper_device` the disk with its file system instead. With
+    `peer_gateway` the guest owns the gateway's address itself, because there is no peer on its NIC.
     """
 
     hostname: str = ""
     machine_id: str = ""
     root_device: str = "/dev/vda"
     upper_mib: int | None = None
+    upper_device: str = ""
     interface: str = "eth0"
     mac: str = ""
     address: str = ""

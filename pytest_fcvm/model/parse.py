@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import shlex
+import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ __all__ = [
     "parse_bool",
     "parse_command",
     "parse_count",
+    "parse_disk_mib",
     "parse_duration",
     "parse_env",
     "parse_map",
@@ -27,6 +29,7 @@ __all__ = [
     "parse_port",
     "parse_publish",
     "parse_ready",
+    "parse_signal",
     "parse_size_mib",
 ]
 
@@ -36,6 +39,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
+_SIGNAL = re.compile(r"(?P<number>\d{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<more>[+-]\d{1,2})?")
+_LEAST_DISK_MIB = 64
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 )
@@ -48,6 +53,14 @@ def parse_size_mib(text: str | int) -> int:
     if size < 1:
         raise UsageProblem(f"{text!r} is not a size of at least 1 MiB", hint="write 512, 512M or 2G")
     return round(size)
+
+
+def parse_disk_mib(text: str | int) -> int:
+    """Read the size of a scratch disk as mebibytes; a file system needs 64 MiB."""
+    size = parse_size_mib(text)
+    if size < _LEAST_DISK_MIB:
+        raise UsageProblem(f"a disk of {text!r} is too small", hint=f"write {_LEAST_DISK_MIB}M or more")
+    return size
 
 
 def parse_duration(text: str | float) -> float:
@@ -64,6 +77,17 @@ def parse_count(text: str | int) -> int:
     if not re.fullmatch(r"[1-9]\d{0,5}", str(text).strip()):
         raise UsageProblem(f"{text!r} is not a whole number of at least 1", hint="write 1, 2, 4 …")
     return int(text)
+
+
+def parse_signal(text: str) -> int:
+    """Read `SIGTERM`, `TERM`, `15` or `SIGRTMIN+3`, as images name what they are stopped by."""
+    match = _SIGNAL.fullmatch(text.strip())
+    if match and match["number"]:
+        return int(match["number"])
+    name = f"SIG{match['name']}" if match else ""
+    if not match or name not in signal.Signals.__members__:
+        raise UsageProblem(f"{text!r} is no signal", hint="write SIGTERM, 15 or SIGRTMIN+3")
+    return signal.Signals[name] + int(match["more"] or 0)
 
 
 def parse_pool(text: str | int) -> int | None:

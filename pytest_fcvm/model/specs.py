@@ -107,12 +107,13 @@ class MachineSpec:
     """The machine a test wants. Two equal specs share one snapshot.
 
     `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
-    or a command line for the guest's shell.
+    or a command line for the guest's shell. `disk_mib` puts what the guest writes on a disk instead of in memory.
     """
 
     image: str | None = None
     mem_mib: int = 256
     cpus: int = 1
+    disk_mib: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     publish: tuple[PublishedPort, ...] = ()
     map: tuple[MappedPath, ...] = ()

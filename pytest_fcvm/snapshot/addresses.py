@@ -15,11 +15,15 @@ _BASE_NAME = "fcvm-base"
 
 
 def base_config(upper_mib: int, egress: bool) -> GuestConfig:
-    """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own."""
+    """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own.
+
+    `upper_mib` is the size of the writable layer in memory; 0 puts it on the scratch disk.
+    """
     return GuestConfig(
         hostname=_BASE_NAME,
         machine_id=uuid.UUID(bytes=os.urandom(16), version=4).hex,
-        upper_mib=upper_mib,
+        upper_mib=upper_mib or None,
+        upper_device="" if upper_mib else "/dev/vdb",
         address=f"{_ADDRESS}/24",
         gateway=_GATEWAY,
         dns=(_DNS,) if egress else (),

@@ -12,6 +12,7 @@ from typing import Any
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.engine.disk import make_image
 from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
@@ -30,7 +31,7 @@ from pytest_fcvm.snapshot.ingredients import Ingredients
 __all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
 
 BASE_LOG = "base.log"
-_MEMORY, _STATE = "memory", "state"
+_MEMORY, _STATE, _DISK = "memory", "state", "disk"
 _BOOT_S = 60.0  # emulated guests on a loaded machine
 _SILENT_S = 15.0  # neither console nor agent moved: the boot hangs, and is tried once more
 _QUIET_S, _QUIET_SHARE, _QUIET_DEADLINE_S = 0.1, 0.1, 3.0
@@ -41,9 +42,10 @@ _COPY_S = 600.0
 Phase = Callable[[str], None]
 
 
-def snapshot_files(folder: Path, rootfs: Path) -> SnapshotFiles:
+def snapshot_files(folder: Path, parts: Ingredients) -> SnapshotFiles:
     """Return the files of a snapshot that an engine reads."""
-    return SnapshotFiles(memory=folder / _MEMORY, state=folder / _STATE, rootfs=rootfs)
+    disk = folder / _DISK if parts.shape.disk_mib else None
+    return SnapshotFiles(memory=folder / _MEMORY, state=folder / _STATE, rootfs=parts.rootfs, disk=disk)
 
 
 def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, Any]:
@@ -90,7 +92,10 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
 
 @contextmanager
 def _booted(parts: Ingredients, folder: Path, phase: Phase) -> Iterator[Machine]:
-    plan = BootPlan(name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY)
+    disk = folder / _DISK if parts.shape.disk_mib else None
+    if disk:
+        make_image(disk, parts.shape.disk_mib)
+    plan = BootPlan(name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY, disk=disk)
     timeline = Timeline(monotonic())
     phase("booting the kernel")
     try:
@@ -101,7 +106,8 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase) -> Iterator[Machine]
     timeline.mark("boot", monotonic())
     machine = Machine(vm, agent, log, vm, timeline)
     try:
-        agent.configure(base_config(max(parts.spec.mem_mib // 2, 32), parts.spec.network.egress), timeout_s=_CALL_S)
+        upper_mib = 0 if disk else max(parts.spec.mem_mib // 2, 32)
+        agent.configure(base_config(upper_mib, parts.spec.network.egress), timeout_s=_CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:
@@ -165,9 +171,8 @@ def _start_workload(parts: Ingredients, agent: Agent) -> None:
     for item in parts.spec.map:
         _copy_map(item, agent)
     defaults = parts.defaults
-    agent.start(
-        ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user), timeout_s=_CALL_S
-    )
+    workload = ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user)
+    agent.start(workload, is_init=parts.is_init, timeout_s=_CALL_S)
 
 
 def _copy_map(item: MappedPath, agent: Agent) -> None:
@@ -225,6 +230,7 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
 def _quiesce(machine: Machine) -> bytes:
     """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
     secret = new_secret()
+    machine.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
     machine.agent.quiesce(secret, timeout_s=_CALL_S)
     machine.pause_for_exit(_SETTLE_S)
     return secret

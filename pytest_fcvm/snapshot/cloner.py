@@ -113,7 +113,7 @@ class Cloner:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
-            files=snapshot_files(self._entry.path, self._parts.rootfs),
+            files=snapshot_files(self._entry.path, self._parts),
             ports=self._with_probed_ports(ports),
         )
 

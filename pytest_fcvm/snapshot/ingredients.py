@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.clone.clone import ExecDefaults
+from pytest_fcvm.engine.disk import DISK_FORMAT
 from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, MachineShape
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.model.parse import parse_signal
 from pytest_fcvm.model.specs import MachineSpec, MappedPath, Prepare, ReadySpec
 from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
 
 __all__ = ["Ingredients", "snapshot_key"]
 
+_INITS = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
 _OWN_CODE = ("snapshot", "clone", "guest", "model/guest.py", "ready.py")
 
 
@@ -40,7 +43,10 @@ class Ingredients:
     @property
     def shape(self) -> MachineShape:
         """Return what base and clones must have in common."""
-        return MachineShape(mem_mib=self.spec.mem_mib, cpus=self.spec.cpus, egress=self.spec.network.egress)
+        spec = self.spec
+        return MachineShape(
+            mem_mib=spec.mem_mib, cpus=spec.cpus, egress=spec.network.egress, disk_mib=spec.disk_mib or 0
+        )
 
     @property
     def rootfs(self) -> Path:
@@ -57,10 +63,22 @@ class Ingredients:
         return argv
 
     @property
+    def is_init(self) -> bool:
+        """Say whether the workload is the init of a system, as podman tells: by its program."""
+        return self.argv[0] in _INITS or self.argv[0].rpartition("/")[2] == "systemd"
+
+    @property
     def defaults(self) -> ExecDefaults:
-        """Return environment, folder and user for the workload and for commands beside it."""
+        """Return environment, folder, user and stop signal for the workload and for commands beside it.
+
+        An init is told that it runs in a container (systemd's container interface): devices and network are not its to
+        set up.
+        """
         image_env = dict(item.partition("=")[::2] for item in self.image.env)
+        if self.is_init:
+            image_env.setdefault("container", "fcvm")
         return ExecDefaults(
+            stop_signal=parse_signal(self.image.stop_signal or ("SIGRTMIN+3" if self.is_init else "SIGTERM")),
             env={**image_env, **self.spec.env},
             cwd=self.spec.workdir or self.image.working_dir or "/",
             user=self.spec.user or self.image.user or "",
@@ -76,6 +94,7 @@ class Ingredients:
             "kernel": self.kernel_release,
             "mem_mib": spec.mem_mib,
             "cpus": spec.cpus,
+            "disk_mib": spec.disk_mib or 0,
             "command": list(self.argv),
             "env": sorted(spec.env),
             "network": str(spec.network),
@@ -101,6 +120,7 @@ def snapshot_key(parts: Ingredients, store: Store) -> str:
             "accelerator": str(parts.report.accelerator),
             "host": dict(parts.report.identity),
             "arguments": list(parts.engine.base_arguments(parts.shape)),
+            "disk": [parts.shape.disk_mib, DISK_FORMAT],
             "command": list(parts.argv),
             "user": spec.user,
             "workdir": spec.workdir,

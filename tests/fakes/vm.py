@@ -37,6 +37,7 @@ class FakeVm:
         self.console_path.write_bytes(b"[    0.000000] Linux version 6.1\n")
         self.published: dict[tuple[Proto, int], Endpoint] = {}
         self.calls: list[str] = []
+        self.disk = None
         self.exit: VmExit | None = None
         self._refuser: Service | None = None
         self._ended = threading.Event()

@@ -18,6 +18,7 @@ __all__ = [
     "AGENT_FD",
     "BASE_MACS",
     "CONSOLE_FD",
+    "DISK_FD",
     "MONITOR_FD",
     "NIC_FDS",
     "STATE_FD",
@@ -32,6 +33,7 @@ __all__ = [
 # Descriptors in the VMM. Fixed, so that command lines are the same from clone to clone.
 MONITOR_FD, AGENT_FD, STATE_FD, CONSOLE_FD = 3, 4, 5, 6
 NIC_FDS = (7, 8, 9)
+DISK_FD = 10
 
 AGENT_PORT = "fcvm.agent"
 USER_NETDEV = "net0"
@@ -54,7 +56,13 @@ class Platform:
 
 
 def base_command(
-    platform: Platform, shape: MachineShape, files: GuestFiles, memory: Path, *, console_fd: int | None = None
+    platform: Platform,
+    shape: MachineShape,
+    files: GuestFiles,
+    memory: Path,
+    *,
+    disk: Path | None = None,
+    console_fd: int | None = None,
 ) -> list[str]:
     """Return the command that boots a base. Its console is the file console.log in its directory, or a socket."""
     return [
@@ -63,7 +71,7 @@ def base_command(
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,share=on,mem-path={_quote(memory)}"),
         *_console(console_fd),
         *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", boot_arguments(platform)),
-        *_devices(files.rootfs, "user,ipv6=off" if shape.egress else _socket_network(0)),
+        *_devices(files.rootfs, disk, "user,ipv6=off" if shape.egress else _socket_network(0)),
     ]
 
 
@@ -83,14 +91,15 @@ def clone_command(
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(memory)}"),
         *_console(None),
         *("-incoming", "defer"),
-        *_devices(rootfs, network),
+        *_devices(rootfs, Path(f"/proc/self/fd/{DISK_FD}") if shape.disk_mib else None, network),
     ]
 
 
 def key_arguments(platform: Platform, shape: MachineShape) -> tuple[str, ...]:
     """Return a base's command line with names in place of the paths that differ from host to host."""
     files = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=Path("rootfs"))
-    return tuple(base_command(platform, shape, files, Path("memory"))[1:])
+    disk = Path(f"disk of {shape.disk_mib} MiB") if shape.disk_mib else None
+    return tuple(base_command(platform, shape, files, Path("memory"), disk=disk)[1:])
 
 
 def forward_rule(port: PublishedPort) -> str:
@@ -126,7 +135,7 @@ def _console(fd: int | None) -> Iterator[str]:
     yield from ("-chardev", back_end, "-serial", "chardev:console")
 
 
-def _devices(rootfs: Path | None, first_network: str) -> Iterator[str]:
+def _devices(rootfs: Path | None, disk: Path | None, first_network: str) -> Iterator[str]:
     """Yield the fixed set: there is no hotplug, so a base has every device that a clone may want to attach to."""
     yield from ("-device", "virtio-serial-device", "-chardev", f"socket,id=agent,fd={AGENT_FD}")
     yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
@@ -136,7 +145,8 @@ def _devices(rootfs: Path | None, first_network: str) -> Iterator[str]:
         # Announcing itself after a restore is the agent's to do, once and with the clone's own address.
         yield from ("-device", f"virtio-net-device,netdev=net{index},mac={mac},guest_announce=off")
     yield from _drive("rootfs", f"driver=file,filename={_quote(rootfs)}" if rootfs else _NOTHING)
-    yield from _drive("drive1", _NOTHING)
+    # What the guest writes through is in the host's page cache, and outlives the VMM; nothing of it outlives the host.
+    yield from _drive("drive1", f"driver=file,filename={_quote(disk)},cache.no-flush=on" if disk else _NOTHING)
     yield from _drive("drive2", _NOTHING)
     yield from ("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy")
 

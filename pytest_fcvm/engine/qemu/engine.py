@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
 from pytest_fcvm.engine.qemu.command import (
     AGENT_FD,
+    DISK_FD,
     MONITOR_FD,
     NIC_FDS,
     STATE_FD,
@@ -77,7 +79,7 @@ class QemuEngine:
         make_memory_file(plan.memory, plan.shape.mem_mib)
         with ExitStack() as undo:
             undo.callback(plan.memory.unlink, missing_ok=True)
-            argv = base_command(platform, plan.shape, plan.files, plan.memory)
+            argv = base_command(platform, plan.shape, plan.files, plan.memory, disk=plan.disk)
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS)
             undo.callback(launched.child.kill)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
@@ -99,6 +101,9 @@ class QemuEngine:
         argv = clone_command(platform, plan.shape, files.memory, files.rootfs, plan.ports)
         with ExitStack() as stack:
             passed: dict[int, int] = {}
+            disk = Disk.copy_of(files.disk) if files.disk else None
+            if disk:
+                passed[DISK_FD] = disk.descriptor
             uri = f"file:{files.state}"
             if not platform.version.takes_state_by_path:
                 passed[STATE_FD] = stack.enter_context(open_state(files.state))
@@ -106,7 +111,9 @@ class QemuEngine:
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
         monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
         agent, forwards = launched.sockets[AGENT_FD], Forwards(monitor, plan.ports)
-        return QemuVm(plan.name, launched, monitor, agent, version=platform.version, forwards=forwards, state=uri)
+        return QemuVm(
+            plan.name, launched, monitor, agent, version=platform.version, forwards=forwards, state=uri, disk=disk
+        )
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""

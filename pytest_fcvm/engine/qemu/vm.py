@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.qemu.launch import Launched
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
@@ -39,11 +40,13 @@ class QemuVm:
         version: QemuVersion,
         forwards: Forwards | None = None,
         state: str = "",
+        disk: Disk | None = None,
     ) -> None:
         self._name, self._launched, self._child = name, launched, launched.child
         self._monitor, self._agent = monitor, agent
         self._version, self._forwards = version, forwards
         self._runs, self._state = forwards is None, state
+        self._disk = disk
         self._killed = self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
         self._child.on_exit(self._close)
@@ -67,6 +70,11 @@ class QemuVm:
     def vmm_log_path(self) -> Path:
         """Return the file that receives what QEMU itself prints."""
         return self._launched.log
+
+    @property
+    def disk(self) -> Disk | None:
+        """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
+        return self._disk
 
     def channel(self) -> socket.socket:
         """Return the byte channel to the agent, the caller's to close.

@@ -65,7 +65,7 @@ def test_a_base_is_configured_filled_started_proven_frozen_saved_and_killed_in_t
     facts = build_snapshot(parts, folder, phases.append)
     (vm,) = engine.vms
     kinds = [kind for kind in _kinds(vm.agent) if kind not in ("LOGS", "CONNECT", "LISTENING", "METRICS")]
-    assert kinds == ["CONFIGURE", "TAR_IN", "START", "QUIESCE"]
+    assert kinds == ["CONFIGURE", "TAR_IN", "START", "SYNC", "QUIESCE"]
     assert _kinds(vm.agent)[-1] == "QUIESCE"
     assert (vm.calls, vm.exit is not None) == (["snapshot"], True)
     assert ((folder / "memory").read_bytes(), (folder / "state").read_bytes()) == (b"memory", b"state")

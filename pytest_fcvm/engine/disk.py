@@ -1,0 +1,137 @@
+"""Scratch disks: the image that a snapshot holds, and the private copy that a clone writes to.
+
+A clone's copy has no name, so nothing is left of it however the clone ends. It lies in the file system of the image, so
+that copying is a reflink where that file system has them, and else only what was written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from pytest_fcvm.errors import GuestError, HostError
+from pytest_fcvm.host.process import resolve_tool, run_tool
+
+__all__ = ["DISK_FORMAT", "Disk", "make_image"]
+
+DISK_FORMAT = 1
+"""Number of the way images are made, part of a snapshot's key."""
+
+_FICLONE = 0x40049409  # linux/fs.h
+_MAKE_S = 60.0
+_NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
+# Nothing is written that the guest does not need: no reserved blocks, inode tables left to the holes, a small journal.
+_OPTIONS = ("-q", "-F", "-t", "ext4", "-m", "0", "-J", "size=8", "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard")
+
+
+def make_image(path: Path, size_mib: int) -> None:
+    """Make an empty ext4 file system in a sparse file of mode 0600. Raise HostError."""
+    tool = resolve_tool("mke2fs", package="e2fsprogs")
+    try:
+        with path.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.truncate(size_mib << 20)
+    except OSError as error:
+        raise _unmakable(path, error) from error
+    run_tool([tool, *_OPTIONS, path], timeout_s=_MAKE_S)
+
+
+class Disk:
+    """A clone's private copy of an image. Any thread may save it; it is given back by `close`, or with this object."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._finalizer = weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def copy_of(cls, image: Path) -> Disk:
+        """Copy an image into a file without a name beside it. Raise HostError without room."""
+        try:
+            source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unmakable(image, error) from error
+        try:
+            copy = _open_nameless(image.parent)
+            try:
+                _copy_sparse(source, copy)
+            except BaseException:
+                os.close(copy)
+                raise
+        except OSError as error:
+            raise _unmakable(image.parent, error) from error
+        finally:
+            os.close(source)
+        return cls(copy)
+
+    @property
+    def descriptor(self) -> int:
+        """Return the open file, -1 once it is closed."""
+        return self._descriptor
+
+    def save(self, dest: Path) -> None:
+        """Write what the disk holds now to a sparse file. Raise GuestError once it is given back, HostError."""
+        if self._descriptor < 0:
+            raise GuestError("the disk is given back with its clone", hint="save it after kill() and before close()")
+        try:
+            target = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                _copy_sparse(self._descriptor, target)
+            finally:
+                os.close(target)
+        except OSError as error:
+            raise _unmakable(dest, error) from error
+
+    def close(self) -> None:
+        """Give the space back once nobody else has it open."""
+        self._descriptor = -1
+        self._finalizer()
+
+
+def _open_nameless(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (*_NOT_HERE, errno.EISDIR, errno.ENOENT):
+            raise
+    path = folder / f"disk-{os.getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return descriptor
+
+
+def _copy_sparse(source: int, target: int) -> None:
+    """Make `target` what `source` is, holes as holes. Raise OSError."""
+    with suppress(OSError):
+        fcntl.ioctl(target, _FICLONE, source)
+        return
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # holes from here on
+                return
+            raise
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        _copy_range(source, target, start, end)
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    while start < end:
+        try:
+            start += os.copy_file_range(source, target, end - start, start, start)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            block = os.pread(source, min(end - start, 1 << 20), start)
+            start += os.pwrite(target, block, start)
+
+
+def _unmakable(path: Path, error: OSError) -> HostError:
+    return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")

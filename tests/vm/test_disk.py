@@ -1,0 +1,72 @@
+"""Scratch disks: more than memory holds, a private one per clone, and what a power cut leaves."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, CloneFactory, GuestError, Snapshot, UsageProblem
+from pytest_fcvm.store import content_digest
+
+pytestmark = pytest.mark.fcvm(disk="2G")
+
+
+def _read_from(image: Path, name: str) -> bytes | None:
+    """Return a file of an image's writable layer as the next boot would find it: after its journal was replayed."""
+    subprocess.run(["/sbin/e2fsck", "-fp", image], capture_output=True, check=False)
+    done = subprocess.run(["/sbin/debugfs", "-R", f"cat /upper/{name}", image], capture_output=True, check=True)
+    return None if b"File not found" in done.stderr else done.stdout
+
+
+def test_a_workload_writes_more_than_its_memory(fcvm_clone: Clone) -> None:
+    assert fcvm_clone.spec.mem_mib == 256
+    fcvm_clone.exec("dd if=/dev/zero of=/big bs=1M count=1024 && sync", timeout=300, check=True)
+    assert fcvm_clone.succeed("stat -c %s /big") == f"{1 << 30}\n"
+    metrics = fcvm_clone.metrics()
+    assert int(metrics["overlay_size_bytes"]) > 1900 << 20
+    assert int(metrics["overlay_used_bytes"]) > 1 << 30
+
+
+def test_clones_write_to_disks_of_their_own_and_never_to_the_snapshots(fcvm_snapshot: Snapshot) -> None:
+    disk = fcvm_snapshot._entry.file("disk")
+    before = content_digest(disk)
+    with fcvm_snapshot.clone() as first, fcvm_snapshot.clone() as second:
+        first.succeed("echo first > /who; sync")
+        assert second.fail("cat /who") == ""
+        second.succeed("echo second > /who; sync")
+        assert first.read_text("/who") == "first\n"
+    assert content_digest(disk) == before
+
+
+def test_a_power_cut_keeps_what_was_synced_and_loses_what_was_not(fcvm_clone: Clone, tmp_path: Path) -> None:
+    fcvm_clone.succeed("echo kept > /kept; sync -f /kept; echo lost > /lost")
+    fcvm_clone.kill()
+    image = tmp_path / "image"
+    fcvm_clone.disk_image(image)
+    assert _read_from(image, "kept") == b"kept\n"
+    assert not _read_from(image, "lost")
+    fcvm_clone.close()
+    with pytest.raises(GuestError, match="given back"):
+        fcvm_clone.disk_image(image)
+
+
+def test_the_disk_of_a_running_clone_is_saved_as_it_is(fcvm_clone: Clone, tmp_path: Path) -> None:
+    fcvm_clone.succeed("echo here > /here")
+    fcvm_clone.disk_image(tmp_path / "image")
+    assert _read_from(tmp_path / "image", "here") == b"here\n"
+    assert fcvm_clone.succeed("cat /here") == "here\n"
+
+
+def test_a_clones_disk_leaves_nothing_in_the_store(fcvm_snapshot: Snapshot) -> None:
+    folder = fcvm_snapshot._entry.path
+    before = sorted(folder.iterdir())
+    with fcvm_snapshot.clone() as clone:
+        clone.succeed("echo x > /x; sync")
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_disk_that_holds_no_file_system_is_refused(fcvm_clone_factory: CloneFactory) -> None:
+    with pytest.raises(UsageProblem, match="'1M' is too small"):
+        fcvm_clone_factory(disk="1M")
