@@ -10,8 +10,10 @@
 
 #include <linux/openat2.h>
 
+#include "journal.h"
 #include "namespaces.h"
 #include "protocol.h"
+#include "workload.h"
 
 enum { HOSTS_MAX = 65536, NAME_MAX_LENGTH = 64, ADDRESS_LENGTH = 64 };
 
@@ -27,6 +29,7 @@ static struct etc_file hosts_file = {"hosts", -1}, resolver_file = {"resolv.conf
 static const char dbus_file[] = "var/lib/dbus/machine-id";
 static bool has_dbus_file; /* a file of its own in the image; usually it is absent, or a link to /etc/machine-id */
 static char hostname[NAME_MAX_LENGTH + 1];
+static char machine_id[33];
 static char address[ADDRESS_LENGTH]; /* without the prefix length */
 static char hosts_lines[HOSTS_MAX];  /* those of the host, each with its newline */
 
@@ -101,6 +104,9 @@ static int set_machine_id(const struct body *body, struct failure *failure)
     line[32] = '\n';
     if (rewrite_file(&machine_id_file, line, sizeof line, failure))
         return -1;
+    if (*machine_id && workload_init())
+        journal_rename(workload_init(), machine_id, field->bytes);
+    memcpy(machine_id, field->bytes, 33);
     int fd = has_dbus_file ? open_in_root(dbus_file, O_WRONLY | O_NOFOLLOW | O_NONBLOCK) : -1;
     if (fd < 0)
         return 0;

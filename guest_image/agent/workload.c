@@ -18,7 +18,7 @@
 static void on_end(struct child *child, int status);
 
 static struct child workload = {.ended = on_end};
-static bool started, ended, wants_power_off;
+static bool started, ended, is_init, wants_power_off;
 static uint64_t oom_kills_told;
 
 static void send_event(uint8_t event, const struct reply *fields)
@@ -70,6 +70,7 @@ static int launch_with_output(struct launch *how, struct failure *failure)
         return result ? result : fail(failure, "epoll_ctl", "log");
     }
     started = true;
+    is_init = how->is_init;
     namespaces_follow(workload.pid);
     cgroup_watch_oom(tell_oom);
     return 0;
@@ -110,6 +111,11 @@ int workload_start(const struct body *body, struct reply *reply, struct failure 
     free(how.arguments);
     free(how.environment);
     return result;
+}
+
+pid_t workload_init(void)
+{
+    return is_init && !ended ? workload.pid : 0;
 }
 
 static const char *state_name(void)

@@ -3,6 +3,7 @@
 #define FCVM_WORKLOAD_H
 
 #include <stdbool.h>
+#include <sys/types.h>
 
 #include "fields.h"
 
@@ -13,5 +14,8 @@ int workload_power_off(const struct body *body, struct reply *reply, struct fail
 
 /* Whether POWEROFF was asked for; its reply goes out first. */
 bool workload_wants_power_off(void);
+
+/* The first process of a workload that is the init of a system, 0 for any other. */
+pid_t workload_init(void);
 
 #endif

@@ -197,3 +197,37 @@ def test_a_wrong_mapping_is_answered_with_what_is_wrong(text: str, message: str,
 def test_an_empty_path_is_refused_and_not_taken_for_the_base(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match="the path is empty"):
         parse.parse_path("", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("SIGTERM", 15), ("TERM", 15), ("15", 15), ("SIGRTMIN+3", 37), ("SIGRTMAX-1", 63), ("QUIT", 3)]
+)
+def test_signals_are_read_as_images_name_them(text: str, number: int) -> None:
+    assert parse.parse_signal(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "SIGNOTHING", "sigterm", "SIGTERM+", "-1", "111"])
+def test_what_is_no_signal_is_told(text: str) -> None:
+    with pytest.raises(UsageProblem, match="is no signal"):
+        parse.parse_signal(text)
+
+
+@pytest.mark.parametrize(("text", "mib"), [("64M", 64), ("2G", 2048), (100, 100)])
+def test_disks_are_sizes(text: str | int, mib: int) -> None:
+    assert parse.parse_disk_mib(text) == mib
+
+
+def test_a_disk_that_holds_no_file_system_is_told() -> None:
+    with pytest.raises(UsageProblem, match="too small"):
+        parse.parse_disk_mib("63M")
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("auto", None), ("0", 0), ("3", 3), (2, 2)])
+def test_pools_are_numbers_or_auto(text: str | int, wanted: int | None) -> None:
+    assert parse.parse_pool(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "-1", "many", "1.5"])
+def test_what_is_no_pool_is_told(text: str) -> None:
+    with pytest.raises(UsageProblem, match="neither auto nor a number"):
+        parse.parse_pool(text)

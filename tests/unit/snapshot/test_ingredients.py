@@ -1,0 +1,43 @@
+"""What a snapshot is made of: an init is known by its program, and told where it runs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.snapshot import Ingredients
+
+
+@pytest.mark.parametrize(
+    ("program", "is_init"),
+    [
+        ("/sbin/init", True),
+        ("/usr/sbin/init", True),
+        ("/lib/systemd/systemd", True),
+        ("systemd", True),
+        ("/usr/bin/tini", False),
+        ("init", False),
+        ("/srv/init", False),
+    ],
+)
+def test_an_init_is_known_by_its_program(program: str, is_init: bool, make_parts: Callable[..., Ingredients]) -> None:
+    parts = make_parts(image_config=ImageConfig(cmd=(program,)))
+    assert parts.is_init is is_init
+    assert parts.defaults.env.get("container") == ("fcvm" if is_init else None)
+    assert parts.defaults.stop_signal == (signal.SIGRTMIN + 3 if is_init else signal.SIGTERM)
+
+
+def test_an_images_own_words_go_before_ours(make_parts: Callable[..., Ingredients]) -> None:
+    config = ImageConfig(cmd=("/sbin/init",), env=("container=docker",), stop_signal="SIGPWR")
+    parts = make_parts(image_config=config)
+    assert (parts.defaults.env["container"], parts.defaults.stop_signal) == ("docker", signal.SIGPWR)
+
+
+def test_what_is_known_of_a_snapshot_has_no_value_of_its_environment(make_parts: Callable[..., Ingredients]) -> None:
+    about = make_parts(env={"PASSWORD": "tiger-lily"}, disk_mib=128).about()
+    assert about["env"] == ["PASSWORD"]
+    assert about["disk_mib"] == 128
+    assert "tiger" not in str(about)
