@@ -12,11 +12,13 @@ from contextlib import suppress
 from typing import Protocol
 
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
-from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = ["ByteStream", "Relay"]
 
+MakeThread = Callable[..., threading.Thread]
+
+_THREAD = "fcvm-relay"
 _CHUNK = 64 * 1024
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _PAUSE_S = 0.05  # after an accept that failed for want of descriptors
@@ -47,10 +49,10 @@ class ByteStream(Protocol):
 
 
 class Relay:
-    """TCP ports of one machine on 127.0.0.1. `dial` opens a connection to a guest port."""
+    """TCP ports of one machine on 127.0.0.1. `dial` opens a connection to a guest port, `make_thread` makes threads."""
 
-    def __init__(self, dial: Callable[[int], ByteStream]) -> None:
-        self._dial = dial
+    def __init__(self, dial: Callable[[int], ByteStream], make_thread: MakeThread) -> None:
+        self._dial, self._make_thread = dial, make_thread
         self._lock = threading.Lock()
         self._listeners: dict[int, socket.socket] = {}
         self._links: set[_Link] = set()
@@ -87,7 +89,7 @@ class Relay:
                 f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
                 hint="publish another host port, or 0 for any free one",
             ) from error
-        _start_thread(self._accept, listener, port.guest_port)
+        self._make_thread(self._accept, listener, port.guest_port, name=_THREAD).start()
         return listener
 
     def _accept(self, listener: socket.socket, guest_port: int) -> None:
@@ -97,7 +99,7 @@ class Relay:
             except OSError:
                 self._over.wait(_PAUSE_S)
             else:
-                _start_thread(self._serve, client, guest_port)
+                self._make_thread(self._serve, client, guest_port, name=_THREAD).start()
 
     def _serve(self, client: socket.socket, guest_port: int) -> None:
         try:
@@ -105,7 +107,7 @@ class Relay:
         except (OSError, FcvmError):
             _reset(client)
             return
-        link = _Link(client, guest)
+        link = _Link(client, guest, self._make_thread)
         with self._lock:
             self._links.add(link)
             if self._over.is_set():
@@ -119,14 +121,15 @@ class Relay:
 class _Link:
     """A client's connection and the guest's end of it. Each half ends by itself; a break of one end resets both."""
 
-    def __init__(self, client: socket.socket, guest: ByteStream) -> None:
-        self._client, self._guest = client, guest
+    def __init__(self, client: socket.socket, guest: ByteStream, make_thread: MakeThread) -> None:
+        self._client, self._guest, self._make_thread = client, guest, make_thread
         self._broken = threading.Event()
         self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC)  # a shutdown would wake as well, but send a FIN
 
     def copy(self) -> None:
         """Copy both ways until both have ended."""
-        upward = _start_thread(self._pump_up)
+        upward = self._make_thread(self._pump_up, name=_THREAD)
+        upward.start()
         self._pump_down()
         upward.join()
 
@@ -185,12 +188,6 @@ class _Link:
         poll.register(self._wake_out, select.POLLIN)
         if any(descriptor == self._wake_out for descriptor, _ in poll.poll()):
             raise ConnectionAbortedError
-
-
-def _start_thread(func: Callable[..., None], *arguments: object) -> threading.Thread:
-    thread = ServiceThread(func, *arguments, name="fcvm-relay")
-    thread.start()
-    return thread
 
 
 def _reset(client: socket.socket) -> None:

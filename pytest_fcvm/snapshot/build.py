@@ -19,6 +19,7 @@ from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -58,7 +59,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
     timings: dict[str, float] = {}
     with _booted(parts, folder, phase) as machine:
         timings["boot_ms"] = _elapsed_ms(started)
-        relay = Relay(lambda port: machine.agent.connect(port, timeout_s=_CALL_S))
+        relay = Relay(lambda port: machine.agent.connect(port, timeout_s=_CALL_S), ServiceThread)
         machine.publisher = relay
         machine.also_close([relay.close])
         base = _as_clone(parts, machine)

@@ -12,6 +12,7 @@ import pytest
 
 from pytest_fcvm.errors import EngineError, GuestError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.net.relay import ByteStream, Relay
 
@@ -87,7 +88,7 @@ def guest(stack: ExitStack) -> Guest:
 @pytest.fixture
 def relay(stack: ExitStack, guest: Guest) -> Relay:
     """A relay to it."""
-    relay = Relay(guest.dial)
+    relay = Relay(guest.dial, ServiceThread)
     stack.callback(relay.close)
     return relay
 
@@ -160,7 +161,7 @@ def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Ex
     def refuse(_port: int) -> ByteStream:
         raise error
 
-    relay = Relay(refuse)
+    relay = Relay(refuse, ServiceThread)
     stack.callback(relay.close)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     with pytest.raises(ConnectionResetError):
@@ -244,7 +245,7 @@ def test_a_connection_that_was_being_made_when_the_relay_closed_is_reset(stack: 
         assert go_on.wait(_WAIT_S)
         return guest.dial(port)
 
-    relay = Relay(dial_slowly)
+    relay = Relay(dial_slowly, ServiceThread)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     assert dialling.wait(_WAIT_S)
     relay.close()
