@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm import Clone, Prepare, Snapshot, errors, fixtures, hookspecs
+from pytest_fcvm import Clone, Prepare, Snapshot, cli, errors, fixtures, hookspecs, store
 from pytest_fcvm.model import parse
 from pytest_fcvm.options import ROWS, Row, RowKind
+from pytest_fcvm.snapshot import build, ingredients
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- Written by docs/generate.py (make docs). Change the code, not this page. -->"
@@ -23,7 +27,9 @@ machines gets `fcvm_clone`; a test that names one gets the marker, so `-m fcvm` 
 Arguments, by name only: {", ".join(f"`{row.marker}`" for row in ROWS if row.of_machine)}. See [options](options.md)."""
 _SPELLINGS: tuple[Callable[..., Any], ...] = (
     parse.parse_size_mib,
+    parse.parse_disk_mib,
     parse.parse_duration,
+    parse.parse_pool,
     parse.parse_ready,
     parse.parse_publish,
     parse.parse_env,
@@ -37,7 +43,7 @@ _SPELLINGS: tuple[Callable[..., Any], ...] = (
 def pages() -> dict[str, str]:
     """Return the text of every generated page by file name."""
     made = {"options.md": _options(), "hooks.md": _hooks(), "errors.md": _errors(), "fixtures.md": _fixtures()}
-    made["protocol.md"] = _protocol()
+    made |= {"protocol.md": _protocol(), "command.md": _command(), "manifest.md": _manifest()}
     return {name: f"{_NOTE}\n{text}" for name, text in made.items()}
 
 
@@ -115,6 +121,64 @@ def _hooks() -> str:
     for name, hook in _public(hookspecs, inspect.isfunction):
         parts += [f"## `{name}`", _signature(hook), _document(hook)]
     return "\n\n".join(parts) + "\n"
+
+
+def _command() -> str:
+    os.environ["COLUMNS"] = "100"  # argparse wraps its help at the width of the terminal
+    words = (
+        "Data goes to standard output, talk to standard error. Exit codes: 0, 1 for a failure, 2 for wrong usage, 130"
+    )
+    words += " after Ctrl-C; of `fcvm shell`, that of the command it ran."
+    parts = ["# The command `fcvm`", words]
+    for parser in _parsers(cli.make_parser(opens_shell=True)):
+        parts += [f"## `{parser.prog}`", f"```text\n{parser.format_help().rstrip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _parsers(inner)
+
+
+def _manifest() -> str:
+    return f"""# The manifest of a cache entry
+
+Every entry of the cache (`snapshots/KEY`, `images/KEY`, `kernels/KEY`) is a folder with a `manifest.json`, written
+last: what has no manifest is not there. `fcvm snapshot inspect KEY` shows it. Schema {store.MANIFEST_SCHEMA}:
+
+| field | what it is |
+| --- | --- |
+| `schema` | the number of this description; another one makes the entry one of another version, which is built anew |
+| `key` | the name of the folder |
+| `files` | for each file `sha256`, over its blocks that are not all zeros, and `stamp` |
+| `facts` | what the builder wanted to remember |
+| `seal` | a SHA-256 over all of the above as canonical JSON |
+
+A stamp is device, inode, size, mtime and ctime in ns. Contents are hashed again only when it has changed, or by
+`fcvm snapshot verify`.
+
+## Facts of a snapshot
+
+{_keys_of(build.build_snapshot)}. The `secret` is the word by which its clones are woken; it protects nothing else.
+
+`about` has {_keys_of(ingredients.Ingredients.about)}. Of the environment it has the names alone.
+
+## What is in a snapshot's key
+
+A SHA-256 as canonical JSON over {_keys_of(ingredients.snapshot_key)}. Values of the environment enter as an HMAC with a
+secret of the cache, so that nobody can guess them from a key.
+"""
+
+
+def _keys_of(function: Callable[..., Any]) -> str:
+    """Return the keys of the dictionary that a function makes of constants, the largest one."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
+    largest = max(found, key=lambda node: len(node.keys))
+    return ", ".join(f"`{key.value}`" for key in largest.keys if isinstance(key, ast.Constant))
 
 
 def _errors() -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build small real images (nginx, redis, systemd, postgres) from packages, for machines without a registry.
+"""Build small real images (nginx, redis, python, java, systemd, postgres) from packages, without a registry.
 
     build.py nginx DIR
 
@@ -22,6 +22,24 @@ from pathlib import Path
 
 _ENTRYPOINTS = Path(__file__).parent
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+_JAVA_SERVER = """
+import com.sun.net.httpserver.HttpServer;
+import java.net.InetSocketAddress;
+public class Server {
+  public static void main(String[] words) throws Exception {
+    HttpServer server = HttpServer.create(new InetSocketAddress(8000), 0);
+    server.createContext("/", exchange -> {
+      byte[] answer = ("java " + System.getProperty("java.version")).getBytes();
+      exchange.sendResponseHeaders(200, answer.length);
+      exchange.getResponseBody().write(answer);
+      exchange.close();
+    });
+    server.start();
+  }
+}
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +72,23 @@ RECIPES = {
             "WorkingDir": "/var/lib/redis",
             "Env": [_PATH],
         },
+    ),
+    "python": Recipe(
+        packages=("python3",),
+        config={
+            "Cmd": ["python3", "-m", "http.server", "--directory", "/usr/share", "8000"],
+            "ExposedPorts": {"8000/tcp": {}},
+            "Env": [_PATH, "PYTHONUNBUFFERED=1"],
+        },
+    ),
+    "java": Recipe(
+        packages=("openjdk-17-jdk-headless",),
+        config={
+            "Cmd": ["java", "-Xmx128m", "-cp", "/srv", "Server"],
+            "ExposedPorts": {"8000/tcp": {}},
+            "Env": [_PATH],
+        },
+        hooks=(f"printf %s '{_JAVA_SERVER}' > $1/srv/Server.java", "chroot $1 javac -d /srv /srv/Server.java"),
     ),
     "systemd": Recipe(
         packages=("systemd", "systemd-sysv", "dbus", "nginx-light"),

@@ -13,7 +13,7 @@ from pytest_fcvm.errors import FcvmError, UsageProblem
 if TYPE_CHECKING:
     from pytest_fcvm.cli.snapshots import Outcome
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 _SHELL_ROWS = ("engine", "accel", "qemu", "kernel", "pull", "rebuild")
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -22,7 +22,7 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser(opens_shell=words[:1] == ["shell"]).parse_args(words)
+    options = make_parser(opens_shell=words[:1] == ["shell"]).parse_args(words)
     try:
         return int(options.run(options))
     except FcvmError as error:
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(*, opens_shell: bool) -> argparse.ArgumentParser:
+def make_parser(*, opens_shell: bool) -> argparse.ArgumentParser:
+    """Return the parser of the command line, the options of `fcvm shell` only when they are needed."""
     parser = argparse.ArgumentParser(
         prog="fcvm", description="Fresh microVMs from OCI images for tests. The machines themselves come by pytest."
     )

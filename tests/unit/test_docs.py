@@ -108,6 +108,9 @@ def test_every_option_that_is_named_exists(page: Path) -> None:
     assert settings <= {f"fcvm_{row.marker}" for row in ROWS}
 
 
+_COMMANDS = ("doctor", "setup", "shell", "snapshot")
+
+
 @each_page
 def test_every_command_that_is_shown_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
@@ -115,7 +118,7 @@ def test_every_command_that_is_shown_exists(page: Path) -> None:
     for target in re.findall(r"(?:`|\$ )make ([a-z-]+)", text):
         assert target in targets
     for command in re.findall(r"(?:`|\$ |run: )fcvm ([a-z-]+)", text):
-        assert command == "doctor"
+        assert command in _COMMANDS
     for script in re.findall(r"python ((?:examples|docs|guest_image|benchmarks|tests)/[\w/.-]+\.py)", text):
         assert (ROOT / script).exists()
 
