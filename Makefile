@@ -35,6 +35,7 @@ soak: ## a thousand clones in a row: none deaf, none a double, nothing that grow
 
 bench: ## figures for the README, beside podman where it is installed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/peers.py
 
 kernel: $(VENV)/.test ## the guest kernel of our own and its wheel: ten minutes, then kept in the user's cache
 	$(BIN)/python guest_image/kernel/build

@@ -82,8 +82,11 @@ class Podman:
 
 
 @contextmanager
-def start_podman(layout: Path, folder: Path) -> Iterator[Podman]:
-    """Yield a podman that holds the image of an OCI layout and has run it once. Raise NotHere where that fails."""
+def start_podman(layout: Path, folder: Path, network: str = "") -> Iterator[Podman]:
+    """Yield a podman that holds the image of an OCI layout and has run it once. Raise NotHere where that fails.
+
+    With the `network` of another one that has run, the image is only pulled: it need not be a web server.
+    """
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise NotHere(f"{', '.join(missing)} not installed")
@@ -98,7 +101,13 @@ def start_podman(layout: Path, folder: Path) -> Iterator[Podman]:
         except (FcvmError, RuntimeError, OSError) as error:
             raise NotHere(f"the image cannot be served to it: {error}") from error
         stack.callback(_clean, command)
-        yield _first_that_works(command, ["--quiet", "--tls-verify=false", *library["podman_limits"]()], image)
+        options = ["--quiet", "--tls-verify=false", *library["podman_limits"]()]
+        if not network:
+            yield _first_that_works(command, options, image)
+            return
+        podman = Podman(command=command, options=options, image=image, network=network)
+        podman("pull", "--quiet", "--tls-verify=false", image)
+        yield podman
 
 
 def _first_that_works(command: Sequence[str], options: Sequence[str], image: str) -> Podman:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_fcvm.host.clock import monotonic
 
-__all__ = ["SuiteFailed", "SuiteRun", "run_suite", "write_suite"]
+__all__ = ["CONFTEST", "SuiteFailed", "SuiteRun", "run_suite", "write_suite"]
 
 _RUN_S = 900
 _TESTS = """\
@@ -27,7 +27,7 @@ def test_home(number, fcvm_clone):
     assert OPENER.open(fcvm_clone.url(80), timeout=60).status == 200
 """
 # The controller alone writes: with workers it gets their reports, without any it has its own.
-_CONFTEST = """\
+CONFTEST = """\
 import json
 import os
 from pathlib import Path
@@ -58,15 +58,18 @@ def write_suite(folder: Path, count: int) -> None:
     """Write `count` tests, each with a clone of its own and one GET, and the conftest that notes durations."""
     folder.mkdir(parents=True)
     (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "conftest.py").write_text(_CONFTEST)
+    (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_nginx.py").write_text(_TESTS.format(count=count))
 
 
-def run_suite(folder: Path, options: Sequence[str], count: int, workers: int) -> SuiteRun:
-    """Run the file; `workers` 0 is pytest's own process. Raise SuiteFailed unless all tests passed."""
+def run_suite(folder: Path, options: Sequence[str], count: int, workers: int, prefix: Sequence[str] = ()) -> SuiteRun:
+    """Run the file; `workers` 0 is pytest's own process, `prefix` goes before the command.
+
+    Raise SuiteFailed unless all tests passed.
+    """
     noted = folder / "durations"
     noted.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     command += ["-n", str(workers)] if workers else []
     started = monotonic()
     done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_RUN_S)
