@@ -165,6 +165,7 @@ def processes_with(text: str) -> list[int]:
 
 
 PHASES = {
+    "pull": ": pulling ",
     "boot": "booting the kernel",
     "ready": "waiting until it is ready",
     "snapshot": "taking the snapshot",
