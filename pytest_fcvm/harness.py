@@ -109,9 +109,13 @@ class Harness:
             "reused": self._reused,
             "clones": self._clones,
             "replaced": sum(snapshot.lost for snapshot in self._snapshots.values()),
-            "notes": self._notes,
+            "notes": [*self._notes, *self._pool_faults()],
             "timings": self._timings,
         }
+
+    def _pool_faults(self) -> Iterable[str]:
+        faults = (snapshot.fault for snapshot in self._snapshots.values())
+        return (f"a clone could not be made ahead: {fault.message}" for fault in faults if fault)
 
     # -- parts, each made when first needed
 
@@ -180,7 +184,11 @@ class Harness:
     @cached_property
     def _workshop(self) -> Workshop:
         return Workshop(
-            admit=self._admit, admit_ahead=self._admit_ahead, ahead=self._options.pool, born=self._count_clone
+            admit=self._admit,
+            admit_ahead=self._admit_ahead,
+            ahead=self._options.pool,
+            makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
+            born=self._count_clone,
         )
 
     # -- steps

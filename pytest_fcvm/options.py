@@ -133,6 +133,15 @@ def _prepare(value: Any, _origin: Origin) -> Prepare | str:
     raise UsageProblem(f"{value!r} can not prepare a machine", hint="pass Prepare(function) or a shell command")
 
 
+def _warm(value: Any, _origin: Origin) -> Callable[[Any], object] | str:
+    if isinstance(value, str) and value:
+        return value
+    if callable(value):
+        command: Callable[[Any], object] = value
+        return command
+    raise UsageProblem(f"{value!r} can not warm a machine", hint="pass a function or a shell command")
+
+
 def _one_of(*words: str) -> Parser:
     def parser(value: Any, _origin: Origin) -> str:
         if value not in words:
@@ -170,6 +179,7 @@ ROWS: tuple[Row, ...] = (
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
     _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
+    _machine("warm", "warm", _warm, "command run in each clone that is made ahead of its test", metavar="COMMAND"),
     _machine("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
     _machine("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
     _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),

@@ -27,7 +27,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.ledger import Holder, Ledger, Totals, open_ledger
 from pytest_fcvm.host.memory import HostMemory
 
-__all__ = ["Admission", "Ticket"]
+__all__ = ["Admission", "NoRoomAhead", "Ticket"]
 
 _FOLDER = "admission"
 _CAPACITY = "capacity"
@@ -35,6 +35,10 @@ _RESERVE_MIB = 256
 _NAMED = 3
 _RETRY_S = 0.001  # the first retry is for a lock that is held for 0.2 ms; memory comes back without an event
 _LONGEST_RETRY_S = 0.05
+
+
+class NoRoomAhead(HostError):
+    """A clone that no test has asked for yet would be in the way of others. Nobody has to act."""
 
 
 @dataclass(kw_only=True)
@@ -107,14 +111,14 @@ class Admission:
     def admit_ahead(self, mem_mib: int, *, holder: str) -> Ticket:
         """Return the ticket of a clone that no test has asked for yet; it may fill half of the room.
 
-        Raise HostError, at once, where it would be in the way of those that are asked for.
+        Raise NoRoomAhead, at once, where it would be in the way of those that are asked for.
         """
         ledger = self._open_ledger()
         with ledger.try_lock() as locked:
             if locked and self._fits_ahead(ledger, mem_mib):
                 number = ledger.add(holder, mem_mib)
                 return Ticket(lambda: self._give_back(ledger, number))
-        raise HostError("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
+        raise NoRoomAhead("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
 
     def _open_ledger(self) -> Ledger:
         try:

@@ -107,7 +107,9 @@ class MachineSpec:
     """The machine a test wants. Two equal specs share one snapshot.
 
     `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
-    or a command line for the guest's shell. `disk_mib` puts what the guest writes on a disk instead of in memory.
+    or a command line for the guest's shell. `warm`, a function that gets the clone or a command, is run in clones that
+    are made ahead of their tests: what it does is in them, and what it runs is fast in the test. `disk_mib` puts what
+    the guest writes on a disk instead of in memory.
     """
 
     image: str | None = None
@@ -121,6 +123,7 @@ class MachineSpec:
     ready: ReadySpec | None = None
     ready_timeout_s: float = 120.0
     prepare: Prepare | str | None = None
+    warm: Callable[[Any], object] | str | None = None
     user: str | None = None
     workdir: str | None = None
     command: tuple[str, ...] | None = None

@@ -9,7 +9,7 @@ from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
-from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic, real_time_ns
 from pytest_fcvm.model.guest import Identity
@@ -108,6 +108,11 @@ class Cloner:
         parts = self._parts
         target = Clone(name="ahead", spec=parts.spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
         wait_until_ready(target, parts.ready, _ANSWER_S)
+        warm = parts.spec.warm
+        if isinstance(warm, str):
+            target.succeed(warm)
+        elif warm is not None:
+            _call(warm, target)
 
     def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
         return RestorePlan(
@@ -145,3 +150,12 @@ class Cloner:
             return ports
         mapped = {port.guest_port for port in ports if port.proto == "tcp"}
         return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
+
+
+def _call(warm: Callable[[Clone], object], clone: Clone) -> None:
+    try:
+        warm(clone)
+    except FcvmError:
+        raise
+    except Exception as error:
+        raise GuestError(f"the warm function failed: {type(error).__name__}: {error}", hint="mend it") from error

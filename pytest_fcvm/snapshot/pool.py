@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, wait_on
 from pytest_fcvm.host.threads import ServiceThread
 
@@ -58,31 +59,32 @@ class Depth:
 
 
 class Pool:
-    """The clones ahead of one snapshot's tests, made by one thread that lives while it has work.
+    """The clones ahead of one snapshot's tests, made by threads that live while they have work, `makers` at once.
 
     `make` brings up a clone; it asks the function it gets whether a test is waiting, and then leaves out what only
     saves later time. It raises FcvmError when there is no room or the clone does not come to life: the pool then stays
     as it is until the next clone is taken, and who needs one starts it and is told the reason.
     """
 
-    def __init__(self, make: Callable[[Callable[[], bool]], Pooled], depth: Depth) -> None:
-        self._make, self._depth = make, depth
+    def __init__(self, make: Callable[[Callable[[], bool]], Pooled], depth: Depth, makers: int = 1) -> None:
+        self._make, self._depth, self._makers = make, depth, makers
         self._changed = threading.Condition()
         self._ready: deque[Pooled] = deque()
-        self._filling = self._closed = False
-        self._waiting = 0
+        self._closed = False
+        self._making = self._waiting = 0
         self.lost = 0
+        self.fault: FcvmError | None = None
 
     def take(self) -> Pooled | None:
         """Return a clone, waiting for one that is just being made. None when there is none: start one yourself."""
         with self._changed:
             waited = False
             pooled = self._pop()
-            if pooled is None and self._filling:
+            if pooled is None and self._making:
                 waited = True
                 self._waiting += 1
                 try:
-                    wait_on(self._changed, lambda: self._ready or not self._filling, Deadline(_MAKE_S))
+                    wait_on(self._changed, lambda: self._ready or not self._making, Deadline(_MAKE_S))
                 finally:
                     self._waiting -= 1
                 pooled = self._pop()
@@ -90,12 +92,13 @@ class Pool:
             return pooled
 
     def refill(self) -> None:
-        """Let the thread make what is missing, unless it is at it."""
+        """Let threads make what is missing, as many as are not at it yet."""
         with self._changed:
-            if self._closed or self._filling or len(self._ready) >= self._depth.wanted:
-                return
-            self._filling = True
-        ServiceThread(self._fill, name="fcvm-pool").start()
+            missing = self._depth.wanted - len(self._ready) - self._making
+            starting = 0 if self._closed else max(0, min(missing, self._makers - self._making))
+            self._making += starting
+        for _ in range(starting):
+            ServiceThread(self._fill, name="fcvm-pool").start()
 
     def drain(self) -> None:
         """Give back what is there: somebody else needs the room."""
@@ -120,15 +123,19 @@ class Pool:
         return None
 
     def _is_wanted(self) -> bool:
-        return self._waiting > 0
+        return self._waiting > len(self._ready)
 
     def _fill(self) -> None:
         more = True
         while more:
             pooled: Pooled | None = None
             try:
-                with suppress(FcvmError):
-                    pooled = self._make(self._is_wanted)
+                pooled = self._make(self._is_wanted)
+            except NoRoomAhead:
+                pass
+            except FcvmError as error:
+                if not self._closed:
+                    self.fault = error
             finally:
                 more = self._keep(pooled)
 
@@ -138,9 +145,9 @@ class Pool:
             kept = pooled is not None and not self._closed
             if pooled is not None and kept:
                 self._ready.append(pooled)
-            self._filling = kept and len(self._ready) < self._depth.wanted
+            more = kept and len(self._ready) + self._making - 1 < self._depth.wanted
+            self._making -= not more
             self._changed.notify_all()
-            more = self._filling
         if pooled is not None and not kept:
             _discard(pooled.machine)
         return more

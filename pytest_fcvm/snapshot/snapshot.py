@@ -35,13 +35,15 @@ class Workshop:
     """What snapshots need of the process they live in.
 
     `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_ahead(mem_mib)` does for
-    a clone that no test has asked for, and raises HostError instead of waiting. `ahead` is how many of those are kept
-    per snapshot, None as many as the tests seem to need. `born` and `failed` are told of every clone.
+    a clone that no test has asked for, and raises NoRoomAhead instead of waiting. `ahead` is how many of those are kept
+    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `born` and `failed` are
+    told of every clone.
     """
 
     admit: Admit
     admit_ahead: Admit
     ahead: int | None = 0
+    makers: int = 1
     born: Callable[[Clone], None] = field(default=lambda _clone: None)
     failed: Callable[[MachineSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
@@ -55,7 +57,7 @@ class Snapshot:
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
         self._cloner = Cloner(entry, parts)
-        self._pool = Pool(self._make_ahead, Depth(workshop.ahead)) if self._can_pool() else None
+        self._pool = Pool(self._make_ahead, Depth(workshop.ahead), workshop.makers) if self._can_pool() else None
 
     def __repr__(self) -> str:
         return f"<Snapshot {self.key[:12]} of {self.spec.image}>"
@@ -69,6 +71,11 @@ class Snapshot:
     def lost(self) -> int:
         """Return how many clones died before a test took them; each was replaced."""
         return self._pool.lost if self._pool else 0
+
+    @property
+    def fault(self) -> FcvmError | None:
+        """Return why a clone could not be made ahead, if that happened."""
+        return self._pool.fault if self._pool else None
 
     def logs(self) -> str:
         """Return what the workload printed before the snapshot was taken."""

@@ -22,8 +22,8 @@ def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snap
     base = {match[4] for match in TICK.finditer(fcvm_snapshot.logs())}
     assert len(base) == 1
     firsts = []
-    for _ in range(4):
-        started = real_time_ns() // 10**9
+    started = real_time_ns() // 10**9  # clones may be made ahead, but none before this
+    for _ in range(8):
         with fcvm_snapshot.clone() as clone:
             assert wait_until(lambda clone=clone: clone.logs().count(f" {clone.name} ") > 3, Deadline(60))
             own = clone.logs()[len(fcvm_snapshot.logs()) :]
@@ -34,5 +34,4 @@ def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snap
             assert all(int(second) >= started - 1 for _, second, _, _ in whole)
             assert base.isdisjoint(machine for *_, machine in whole)
             firsts.append({random for random, *_ in whole})
-    assert not firsts[0] & firsts[1] & firsts[2] & firsts[3]
     assert len(set.union(*firsts)) == sum(map(len, firsts))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.admission import Admission, NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.host.memory import HostMemory
 
@@ -24,7 +24,7 @@ OTHER = """
 import json, os, sys, time
 from pathlib import Path
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host.admission import Admission, NoRoomAhead
 from pytest_fcvm.host.ledger import open_ledger
 from pytest_fcvm.host.memory import HostMemory
 
@@ -278,3 +278,34 @@ def test_processes_at_once_never_hold_more_than_the_limit(
 def _waits_again(run_root: Path, other: Other) -> bool:
     pages = [page for page in (run_root / "admission").iterdir() if page.name.startswith(f"{other.process.pid}-")]
     return any(int(page.read_bytes().split()[2]) == 1 for page in pages)
+
+
+def test_clones_that_no_test_has_asked_for_fill_half_of_the_room_and_never_wait(
+    run_root: Path, machine: Callable[[int], Path]
+) -> None:
+    gate = Admission(run_root, memory=HostMemory(machine(2000)))
+    gate.admit_ahead(400, holder="ahead")
+    gate.admit_ahead(400, holder="ahead")
+    started = monotonic()
+    with pytest.raises(NoRoomAhead, match="no test has asked for"):
+        gate.admit_ahead(400, holder="ahead")
+    assert monotonic() - started < 1
+    gate.admit(900, holder="a test", first=True, deadline_s=1)
+
+
+def test_of_a_limit_half_is_for_clones_that_tests_ask_for(run_root: Path, machine: Callable[[int], Path]) -> None:
+    gate = Admission(run_root, 4, memory=HostMemory(machine(4000)))
+    tickets = [gate.admit_ahead(10, holder="ahead") for _ in range(2)]
+    with pytest.raises(NoRoomAhead):
+        gate.admit_ahead(10, holder="ahead")
+    gate.admit(10, holder="a test", first=True, deadline_s=1)
+    for ticket in tickets:
+        ticket.release()
+    gate.admit_ahead(10, holder="ahead")
+
+
+def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, machine: Callable[[int], Path]) -> None:
+    gate = Admission(run_root, 2, memory=HostMemory(machine(4000)))
+    spared = gate.admit_ahead(10, holder="ahead")
+    gate.admit(10, holder="a test", first=True, deadline_s=1)
+    gate.admit(10, holder="another", first=True, deadline_s=5, on_wait=spared.release)

@@ -13,8 +13,9 @@ from fakes.vm import FakeEngine, FakeVm
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.protocol import RestorePlan
-from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.errors import EngineError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.host.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
 from pytest_fcvm.image.config import Healthcheck, ImageConfig
 from pytest_fcvm.model.net import PublishedPort
@@ -42,7 +43,7 @@ class Room:
     @contextmanager
     def admit_ahead(self, _mem_mib: int) -> Iterator[None]:
         if self.full_for_ahead:
-            raise HostError("no room ahead")
+            raise NoRoomAhead("no room ahead")
         self.ahead += 1
         yield
         self.ahead -= 1
@@ -60,12 +61,12 @@ def make_snapshot(
 ) -> Callable[..., Snapshot]:
     """Build a snapshot that keeps `ahead` clones; other arguments are fields of its spec."""
 
-    def make(ahead: int | None = 1, **fields: Any) -> Snapshot:
+    def make(ahead: int | None = 1, makers: int = 1, **fields: Any) -> Snapshot:
         parts = make_parts(**fields)
         folder = tmp_path / "entry"
         folder.mkdir()
         facts = build_snapshot(parts, folder, lambda _phase: None)
-        workshop = Workshop(admit=room.admit, admit_ahead=room.admit_ahead, ahead=ahead)
+        workshop = Workshop(admit=room.admit, admit_ahead=room.admit_ahead, ahead=ahead, makers=makers)
         snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
         stack.callback(_wait_for_maker)  # before the service goes that it may still be proving
         stack.callback(snapshot.close)
@@ -143,6 +144,52 @@ def test_a_clone_ahead_is_proven_by_the_condition_that_the_base_was(
         ahead = _wait_for_one_asleep(clones_of)
         commands = [fields.texts(FieldTag.ARG) for kind, fields in ahead.agent.executed if kind is StreamKind.EXEC]
         assert commands == [["echo", "warm"]]
+
+
+def test_what_warms_is_run_in_clones_made_ahead_and_in_no_other(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    warmed: list[str] = []
+    snapshot = make_snapshot(warm=lambda clone: warmed.append(clone.succeed(["echo", "warm"])))
+    with snapshot.clone() as first:
+        ahead = _wait_for_one_asleep(clones_of)
+        assert warmed == ["warm\n"]
+        ran = [fields.texts(FieldTag.ARG) for kind, fields in ahead.agent.executed if kind is StreamKind.EXEC]
+        assert ran == [["echo", "warm"]]
+        assert StreamKind.EXEC not in [kind for kind, _ in _vm(first).agent.executed]
+
+
+def test_what_fails_to_warm_is_told_and_costs_no_test(
+    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+) -> None:
+    def fail(_clone: Clone) -> None:
+        raise ValueError("no such table")
+
+    snapshot = make_snapshot(warm=fail)
+    with snapshot.clone():
+        assert wait_until(lambda: snapshot.fault is not None, Deadline(10))
+        assert str(snapshot.fault).startswith("the warm function failed: ValueError: no such table")
+        with snapshot.clone() as second:
+            assert second.succeed(["echo", "x"]) == "x\n"
+
+
+def test_several_are_made_at_once_where_there_are_processors_for_it(
+    make_snapshot: Callable[..., Snapshot], engine: FakeEngine
+) -> None:
+    snapshot = make_snapshot(ahead=3, makers=2)
+    held, go_on = threading.Semaphore(0), threading.Event()
+
+    def hold(_vm: FakeVm) -> None:
+        if threading.current_thread().name == "fcvm-pool":
+            held.release()
+            go_on.wait(10)
+
+    engine.spoil = hold
+    with snapshot.clone():
+        assert held.acquire(timeout=10)
+        assert held.acquire(timeout=10), "a second one is made beside the first"
+        assert not held.acquire(timeout=0.2), "and no third"
+        go_on.set()
 
 
 def test_one_that_died_in_the_pool_is_replaced_without_a_word(
