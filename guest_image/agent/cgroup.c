@@ -20,7 +20,7 @@ enum { FREEZE_DEADLINE_MS = 5000 };
 static void on_memory_event(struct source *source, uint32_t events);
 
 static int directory = -1, freezer = -1, state = -1;
-static bool frozen;
+static bool frozen, handed_over;
 static char group_path[128];
 static struct source memory_events = {.fd = -1, .ready = on_memory_event};
 static void (*oom_changed)(void);
@@ -67,7 +67,12 @@ void cgroup_remove(void)
 
 int cgroup_fd(void)
 {
-    return directory;
+    return handed_over ? cgroup_side_fd() : directory;
+}
+
+void cgroup_hand_over(void)
+{
+    handed_over = true;
 }
 
 int cgroup_side_fd(void)

@@ -14,12 +14,16 @@ int cgroup_make(const char *name, struct failure *failure);
 /* Tests only: leave nothing behind on the host. */
 void cgroup_remove(void);
 
-/* The group's directory, or -1 where there is none. */
+/* The directory of the group that takes new processes, or -1 where there is none. */
 int cgroup_fd(void);
 
-/* A group inside it, for processes that are not the workload's own: a workload that is an init hands its controllers to
- * groups of its own, and its group may then have no processes itself. -1 where there is none. */
+/* A group inside the workload's, for processes that are not the workload's own: a workload that hands its controllers to
+ * groups of its own may then have no processes in its group itself. -1 where there is none. */
 int cgroup_side_fd(void);
+
+/* The group belongs to an init from now on, and new processes go beside it: one that is already there when the init hands
+ * out its controllers keeps it from doing so. */
+void cgroup_hand_over(void);
 
 /* Move the calling process in. */
 void cgroup_enter(void);

@@ -263,6 +263,8 @@ pid_t launch(const struct launch *launch, struct failure *failure)
         be_child(launch, in_cgroup);
     if (pid < 0)
         return fail(failure, "clone3", launch->run ? "" : launch->arguments[0]);
+    if (launch->is_init)
+        cgroup_hand_over();
     await_pid(launch->notice, pid);
     return pid;
 }

@@ -185,3 +185,10 @@ def test_an_out_of_memory_kill_is_told(guest, p):
         pytest.skip("the memory controller of this machine is not in cgroup2")
     guest.client.run("sh", "-c", "echo 20M > /sys/fs/cgroup/memory.max; tail /dev/zero")
     guest.client.wait(lambda: any(kind == 2 for kind, _ in guest.client.events))
+
+
+def test_commands_beside_an_init_keep_nothing_from_it(guest, p):
+    """A process in its group would refuse it the controllers of the groups it makes."""
+    guest.start("exec sleep 1000", (p.FLAGS, 4))
+    seen = guest.client.run("grep", "-h", "^0:", "/proc/1/cgroup", "/proc/self/cgroup").data[0].decode()
+    assert seen == "0::/\n0::/fcvm\n"
