@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from pytest_fcvm.engine.cpu import CpuIdentity, read_cpu
 from pytest_fcvm.engine.disk import Disk
+from pytest_fcvm.engine.kvm import explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.launch import Launched, check_memory_file, launch, make_memory_file, open_state
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
 from pytest_fcvm.engine.qemu.command import (
     AGENT_FD,
@@ -21,11 +24,10 @@ from pytest_fcvm.engine.qemu.command import (
     key_arguments,
 )
 from pytest_fcvm.engine.qemu.installation import PROGRAM, Installation, find_qemu, inspect
-from pytest_fcvm.engine.qemu.kvm import boot_smoke, explain_missing_device, recall_or_prove
-from pytest_fcvm.engine.qemu.launch import Launched, check_memory_file, launch, make_memory_file, open_state
 from pytest_fcvm.engine.qemu.monitor import Monitor
 from pytest_fcvm.engine.qemu.ports import Forwards
-from pytest_fcvm.engine.qemu.tsc import CpuIdentity, read_cpu, stable_tsc_khz
+from pytest_fcvm.engine.qemu.smoke import boot_smoke
+from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.spawner import Spawner

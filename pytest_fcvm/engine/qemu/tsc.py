@@ -6,35 +6,20 @@ boot, and kept from boot to boot as long as it is the same but for jitter.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pytest_fcvm.engine.qemu.records import boot_id, open_record
+from pytest_fcvm.engine.cpu import CpuIdentity
+from pytest_fcvm.engine.records import boot_id, open_record
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 
-__all__ = ["CpuIdentity", "measure_tsc_khz", "read_cpu", "stable_tsc_khz"]
+__all__ = ["measure_tsc_khz", "stable_tsc_khz"]
 
 _RDTSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\xc3"  # rdtsc; shl rdx, 32; or rax, rdx; ret
 _WINDOW_S = 0.05
 _JITTER = 0.001
-
-
-class CpuIdentity:
-    """The host's processor as /proc/cpuinfo tells it."""
-
-    def __init__(self, text: str) -> None:
-        self.model = _field(text, "model name") or "unknown"
-        self.microcode = _field(text, "microcode") or "unknown"
-        self.mhz = float(_field(text, "cpu MHz") or 0)
-
-
-def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> CpuIdentity:
-    """Read the first processor's identity."""
-    with cpuinfo.open() as file:
-        return CpuIdentity(file.read(4096))
 
 
 def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], int] | None = None) -> int:
@@ -97,8 +82,3 @@ def _known(entry: object) -> tuple[int, str]:
     if isinstance(entry, dict) and isinstance(entry.get("khz"), int):
         return entry["khz"], str(entry.get("boot"))
     return 0, ""
-
-
-def _field(text: str, name: str) -> str:
-    match = re.search(rf"^{re.escape(name)}\s*:\s*(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else ""

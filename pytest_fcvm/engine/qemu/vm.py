@@ -11,11 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
+from pytest_fcvm.engine.launch import Launched
+from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
-from pytest_fcvm.engine.qemu.launch import Launched
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.ports import Forwards
-from pytest_fcvm.engine.qemu.post_mortem import explain_death, read_tail
+from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
 from pytest_fcvm.engine.qemu.installation import Installation
-from pytest_fcvm.engine.qemu.kvm import SmokeTimeout, boot_smoke, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.version import QemuVersion
 
 MSR = "QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"

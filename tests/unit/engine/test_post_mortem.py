@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
-from pytest_fcvm.engine.qemu.post_mortem import explain_death, read_tail
+from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 
 PANIC = """[    4.1] sysrq: Trigger a crash

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.qemu.records import Digests, open_record, stamp
+from pytest_fcvm.engine.records import Digests, open_record, stamp
 from pytest_fcvm.errors import HostError
 
 COUNT_UP = """
 import sys
 from pathlib import Path
-from pytest_fcvm.engine.qemu.records import open_record
+from pytest_fcvm.engine.records import open_record
 for _ in range(50):
     with open_record(Path(sys.argv[1])) as record:
         record["n"] = record.get("n", 0) + 1

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.qemu.tsc import CpuIdentity, measure_tsc_khz, read_cpu, stable_tsc_khz
+from pytest_fcvm.engine.cpu import CpuIdentity, read_cpu
+from pytest_fcvm.engine.qemu.tsc import measure_tsc_khz, stable_tsc_khz
 from pytest_fcvm.errors import HostError
 
 CPUINFO = """processor\t: 0

@@ -1,4 +1,4 @@
-"""Start a QEMU in a directory of its own, with a socket pair for everything it is to be spoken to through."""
+"""Start a VMM in a directory of its own, with a socket pair for everything it is to be spoken to through."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REBUILD_HINT = "build the snapshot again: --fcvm-rebuild"
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """A QEMU that was spawned, and our ends of its sockets by its own descriptor numbers."""
+    """A VMM that was spawned, and our ends of its sockets by its own descriptor numbers."""
 
     child: Child
     directory: Path
@@ -33,7 +33,7 @@ class Launched:
 
     @property
     def log(self) -> Path:
-        """Return the file of what QEMU prints."""
+        """Return the file of what the VMM prints."""
         return self.directory / "vmm.log"
 
 
@@ -47,9 +47,9 @@ def launch(
     files: Mapping[int, int] | None = None,
     directory: Path | None = None,
 ) -> Launched:
-    """Spawn a QEMU whose descriptors `wires` are sockets to us, `loose` lead nowhere, and `files` are ours.
+    """Spawn a VMM whose descriptors `wires` are sockets to us, `loose` lead nowhere, and `files` are ours.
 
-    It runs in `directory`, else in a new one, which goes when QEMU has ended and was killed by us. Raise HostError.
+    It runs in `directory`, else in a new one, which goes when the VMM has ended and was killed by us. Raise HostError.
     """
     directory = directory or spawner.make_dir(name)
     with ExitStack() as far_ends, ExitStack() as near_ends:
@@ -113,7 +113,7 @@ def open_state(path: Path) -> Iterator[int]:
 
 
 def _environment() -> dict[str, str]:
-    """Return QEMU's environment: its words in English, and nothing of the user's that could change what it does."""
+    """Return the VMM's environment: its words in English, and nothing of the user's that could change what it does."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **passed_on}
 
