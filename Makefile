@@ -9,6 +9,8 @@ DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmd
 KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-utils lz4
 TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc iproute2 attr busybox-static
 
+# On a shared machine, a test with a deadline may miss it once; a rerun is printed.
+RERUNS := --reruns 2 --reruns-delay 1
 STOCK_TESTS := tests/vm/test_clone.py tests/vm/test_engine.py tests/vm/test_freeze.py tests/vm/test_pool.py
 
 .PHONY: demo test setup-demo setup-test lint docs bench soak agent kernel fuzz clean
@@ -18,8 +20,8 @@ demo: setup-demo ## a pytest suite against clones of a real nginx
 
 test: setup-test lint kernel ## every tier that this machine can run; the VM tier on our own kernel, a part of it on the stock one
 	$(BIN)/python guest_image/build --arch $(shell uname -m)
-	$(BIN)/python -m pytest --reruns 2 --reruns-delay 1 tests # on shared machines, a test with a deadline may miss it once
-	FCVM_KERNEL=stock $(BIN)/python -m pytest $(STOCK_TESTS)
+	$(BIN)/python -m pytest $(RERUNS) tests
+	FCVM_KERNEL=stock $(BIN)/python -m pytest $(RERUNS) $(STOCK_TESTS)
 	$(BIN)/python tests/packaging.py
 
 lint:
