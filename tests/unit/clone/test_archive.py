@@ -40,6 +40,16 @@ def _packed(pack: Callable[[Callable[[bytes], object]], None]) -> tarfile.TarFil
     return tarfile.open(fileobj=io.BytesIO(data))
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+
+
+@pytest.fixture(params=["filter of tarfile", "without it"], autouse=True)
+def _filter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpack as every Python does, and as those before 3.11.4 do."""
+    if request.param == "without it":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder with something beside what is unpacked, and outside of it."""
