@@ -10,8 +10,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "datagrams.h"
+#include "dial.h"
 #include "loop.h"
-#include "network.h"
 #include "output.h"
 #include "protocol.h"
 #include "sink.h"
@@ -26,26 +27,6 @@ struct connection {
     bool output_ended; /* EOF was sent to the host */
     bool input_shut;   /* EOF of the host was passed on */
 };
-
-union socket_address {
-    struct sockaddr any;
-    struct sockaddr_in four;
-    struct sockaddr_in6 six;
-};
-
-static socklen_t fill_address(union socket_address *into, const struct inet *from, uint16_t port)
-{
-    memset(into, 0, sizeof *into);
-    into->any.sa_family = from->family;
-    if (from->family == AF_INET6) {
-        into->six.sin6_port = htons(port);
-        memcpy(&into->six.sin6_addr, from->bytes, 16);
-        return sizeof into->six;
-    }
-    into->four.sin_port = htons(port);
-    memcpy(&into->four.sin_addr, from->bytes, 4);
-    return sizeof into->four;
-}
 
 static void finish(struct connection *connection)
 {
@@ -195,37 +176,6 @@ static void abandon(struct stream *stream, bool lost)
 
 static const struct stream_ops ops = {.data = on_data, .eof = on_eof, .emit = emit, .abandon = abandon};
 
-static int choose_target(const struct body *body, struct inet *target, struct failure *failure)
-{
-    const char *text = body_text(body, FIELD_ADDRESS);
-
-    *target = *network_address();
-    if (text && *text && !inet_parse(text, target))
-        return fail_with(failure, EINVAL, "\"%.60s\" is not an IP address", text);
-    if (!target->family)
-        return fail_with(failure, EADDRNOTAVAIL, "the guest has no address to connect to");
-    return 0;
-}
-
-static int dial(int fd, const struct inet *target, uint16_t port, struct failure *failure)
-{
-    const int on = 1;
-    const struct inet *peer = network_peer();
-    union socket_address address;
-
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-    if (peer && peer->family == target->family && network_owns(target) && target->bytes[0] != 127) {
-        setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &on, sizeof on);
-        socklen_t size = fill_address(&address, peer, 0);
-        if (bind(fd, &address.any, size))
-            return fail(failure, "bind", "to the gateway's address");
-    }
-    socklen_t size = fill_address(&address, target, port);
-    if (connect(fd, &address.any, size) && errno != EINPROGRESS)
-        return fail(failure, "connect", "");
-    return 0;
-}
-
 static struct connection *make(uint32_t id, int fd)
 {
     struct connection *connection = calloc(1, sizeof *connection);
@@ -243,26 +193,32 @@ static struct connection *make(uint32_t id, int fd)
     return connection;
 }
 
+static int open_connection(uint32_t id, const struct body *body, struct failure *failure)
+{
+    const int on = 1;
+    struct target target;
+    int fd = dial(body, SOCK_STREAM, &target, failure);
+
+    if (fd < 0)
+        return -1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    if (connect(fd, &target.address.any, target.size) && errno != EINPROGRESS)
+        fail(failure, "connect", "");
+    else if (make(id, fd))
+        return 0; /* the REPLY follows when the connection stands */
+    else
+        fail_with(failure, ENOMEM, "no memory for a connection");
+    close(fd);
+    return -1;
+}
+
 int connect_open(uint32_t id, const struct body *body, struct failure *failure)
 {
     const char *protocol = body_text(body, FIELD_PROTO);
-    struct inet target;
-    uint64_t port = 0;
 
-    if (protocol && *protocol && strcmp(protocol, "tcp") != 0)
-        return fail_with(failure, EPROTONOSUPPORT, "CONNECT knows tcp, not \"%.20s\"", protocol);
-    if (!body_number(body, FIELD_PORT, &port) || port == 0 || port > 65535)
-        return fail_with(failure, EINVAL, "PORT must be 1 to 65535");
-    if (choose_target(body, &target, failure))
-        return -1;
-    int fd = socket(target.family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-    if (fd < 0)
-        return fail(failure, "socket", "");
-    if (dial(fd, &target, (uint16_t)port, failure) == 0) {
-        if (make(id, fd))
-            return 0; /* the REPLY follows when the connection stands */
-        fail_with(failure, ENOMEM, "no memory for a connection");
-    }
-    close(fd);
-    return -1;
+    if (!protocol || !*protocol || strcmp(protocol, "tcp") == 0)
+        return open_connection(id, body, failure);
+    if (strcmp(protocol, "udp") == 0)
+        return datagrams_open(id, body, failure);
+    return fail_with(failure, EPROTONOSUPPORT, "CONNECT knows tcp and udp, not \"%.20s\"", protocol);
 }

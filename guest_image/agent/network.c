@@ -159,11 +159,13 @@ int network_configure(const struct body *body, struct failure *failure)
 }
 
 /* Before a snapshot: no connection from the gateway's address is left, and clones need not take it away one by one. */
-int network_forget_peer(struct failure *failure)
+int network_forget_peer(const struct body *body, struct failure *failure)
 {
     struct inet host = host_only(&gateway);
+    uint64_t keeps = 0;
 
-    if (!peer_is_own || !gateway.family || interface == loopback)
+    body_number(body, FIELD_PEER_GATEWAY, &keeps);
+    if (keeps || !peer_is_own || !gateway.family || interface == loopback)
         return 0;
     peer_is_own = false;
     netlink_begin();

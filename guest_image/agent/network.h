@@ -7,7 +7,7 @@
 
 int network_configure(const struct body *body, struct failure *failure);
 int network_personalise(const struct body *body, struct failure *failure);
-int network_forget_peer(struct failure *failure);
+int network_forget_peer(const struct body *body, struct failure *failure);
 
 /* The interface's address (family 0: none), and the gateway's as long as it is the guest's own. */
 const struct inet *network_address(void);

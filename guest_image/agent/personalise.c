@@ -28,7 +28,7 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     if (cgroup_freeze(failure))
         return -1;
     sockets_note_quiesce();
-    if (network_forget_peer(failure) == 0)
+    if (network_forget_peer(body, failure) == 0)
         return 0;
     personalise_thaw(); /* refused: the session goes on, and so does the workload */
     return -1;

@@ -73,8 +73,8 @@ enum stream_kind {
                              REPLY has PID. Once per boot */
     KIND_STATUS = 3,      /* REPLY: STATE (idle|running|exited|frozen), EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
     KIND_METRICS = 4,     /* REPLY: METRIC* "name=value" (units in the name) */
-    KIND_QUIESCE = 5,     /* SECRET: freeze the workload's cgroup, give up the gateway's address, reply, then discard
-                             input up to SECRET */
+    KIND_QUIESCE = 5,     /* SECRET PEER_GATEWAY: freeze the workload's cgroup, give up the gateway's address unless
+                             PEER_GATEWAY is 1, reply, then discard input up to SECRET */
     KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
                              optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw.
                              With ENTROPY or MAC the guest becomes another one: connections to peers outside are reset */
@@ -86,7 +86,8 @@ enum stream_kind {
     /* streams: REPLY, then frames until the end */
     KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost; 2 = on a
                           terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */
-    KIND_CONNECT = 33, /* PORT PROTO(tcp) ADDRESS(default: the interface's own): a TCP connection, from the gateway's address */
+    KIND_CONNECT = 33, /* PORT PROTO(tcp | udp) ADDRESS(default: the interface's own): a connection from the gateway's
+                          address; over udp DATA has datagrams, each behind its length, u16 */
     KIND_LOGS = 34,    /* workload output, first what the ring holds; EOF after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
     KIND_TAR_OUT = 36  /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
@@ -130,7 +131,7 @@ enum field_tag {
     FIELD_LISTENING = 30,
     FIELD_OOM_KILLS = 31,
     FIELD_PEER_GATEWAY = 32, /* 1: the gateway's address is the guest's own (no NIC peer: connections come by CONNECT);
-                               0: it is the network's. In CONFIGURE and PERSONALISE */
+                               0: it is the network's. In CONFIGURE, QUIESCE and PERSONALISE */
     FIELD_ROWS = 33,
     FIELD_COLUMNS = 34,
     FIELD_UPPER_DEVICE = 35 /* text, /dev/vdb: the ext4 file system of the writable layer, which is a tmpfs without it */

@@ -22,7 +22,7 @@ from pytest_fcvm.guest.bodies import (
 from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.guest.session import Explain, Opening, Session
-from pytest_fcvm.guest.sockets import GuestSocket
+from pytest_fcvm.guest.sockets import GuestDatagrams, GuestSocket
 from pytest_fcvm.guest.streams import CallFailed, Sink, Stream
 from pytest_fcvm.guest.transfer import LogStream, TarSink, TarSource
 from pytest_fcvm.host.clock import Deadline
@@ -84,12 +84,15 @@ class Agent:
         """Return what the guest counts; the units are in the names."""
         return metric_values(self._call(StreamKind.METRICS, [], timeout_s))
 
-    def quiesce(self, next_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def quiesce(self, next_secret: bytes, *, keeps_peer: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Freeze the workload and end this session; the agent then waits for `next_secret`.
 
+        With `keeps_peer` the gateway's address stays the guest's own, for clones that have no other peer either.
         Afterwards nothing reads or writes the channel, so that the VM can be saved; `close` is for when it is dead.
         """
         body: Body = [(FieldTag.SECRET, next_secret)]
+        if keeps_peer:
+            body.append((FieldTag.PEER_GATEWAY, 1))
         stream = self.session.open_last(Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body), next_secret)
         try:
             stream.wait_reply(Deadline(timeout_s))
@@ -156,17 +159,11 @@ class Agent:
 
         Raise ConnectionRefusedError or what else the guest's connect said, as OSError.
         """
-        body: Body = [(FieldTag.PORT, port), (FieldTag.PROTO, Proto.TCP.value)]
-        if address:
-            body.append((FieldTag.ADDRESS, address))
-        stream = self._open(StreamKind.CONNECT, body, f"connect to port {port}")
-        try:
-            stream.wait_reply(Deadline(timeout_s))
-        except CallFailed as error:
-            if error.errno == errno.EAGAIN:  # the agent's own limit of streams
-                raise
-            raise OSError(error.errno, error.message) from error
-        return GuestSocket(stream)
+        return GuestSocket(self._dial(port, Proto.TCP, address, timeout_s))
+
+    def connect_datagrams(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestDatagrams:
+        """Open a stream of datagrams to and from a UDP port in the guest. Raise OSError as `connect` does."""
+        return GuestDatagrams(self._dial(port, Proto.UDP, "", timeout_s))
 
     def logs(self, sink: Sink, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> LogStream:
         """Follow the workload's output, from what the agent's ring holds on.
@@ -239,6 +236,19 @@ class Agent:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _dial(self, port: int, proto: Proto, address: str, timeout_s: float) -> Stream:
+        body: Body = [(FieldTag.PORT, port), (FieldTag.PROTO, proto.value)]
+        if address:
+            body.append((FieldTag.ADDRESS, address))
+        stream = self._open(StreamKind.CONNECT, body, f"connect to port {port}")
+        try:
+            stream.wait_reply(Deadline(timeout_s))
+        except CallFailed as error:
+            if error.errno == errno.EAGAIN:  # the agent's own limit of streams
+                raise
+            raise OSError(error.errno, error.message) from error
+        return stream
 
     def _open(self, kind: StreamKind, body: Body, what: str) -> Stream:
         return self.session.open(Opening(kind=kind, what=what, fields=body))

@@ -1,14 +1,17 @@
-"""A TCP connection to a port of the guest, made by the agent inside it."""
+"""Sockets connected to ports of the guest, made by the agent inside it."""
 
 from __future__ import annotations
 
 import errno
+import struct
 from typing import Self
 
 from pytest_fcvm.guest.streams import Stream
 from pytest_fcvm.host.clock import Deadline
 
-__all__ = ["GuestSocket"]
+__all__ = ["GuestDatagrams", "GuestSocket"]
+
+_LENGTH = struct.Struct("<H")  # ahead of every datagram
 
 
 class GuestSocket:
@@ -45,3 +48,41 @@ class GuestSocket:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class GuestDatagrams:
+    """A connected datagram socket. `send` may be called beside `recv`, each from one thread."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._received = bytearray()
+
+    def recv(self, timeout_s: float | None = None) -> bytes | None:
+        """Return the next datagram, None after the last. Raise GuestTimeout at the deadline, losing nothing."""
+        deadline = Deadline(timeout_s)
+        size = _LENGTH.size
+        if not self._fetch(size, deadline):
+            return None
+        size += _LENGTH.unpack_from(self._received)[0]
+        if not self._fetch(size, deadline):
+            return None
+        data = bytes(self._received[_LENGTH.size : size])
+        del self._received[:size]
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Send one datagram, of at most 65,507 bytes; the guest's network may lose it."""
+        self._stream.write(_LENGTH.pack(len(data)) + data, Deadline(None))
+
+    def close(self) -> None:
+        """End the stream and wake whoever waits; idempotent."""
+        self._stream.abandon()
+
+    def _fetch(self, size: int, deadline: Deadline) -> bool:
+        """Read until so many bytes are there. False when they will not come."""
+        while len(self._received) < size:
+            data = self._stream.read(0, -1, deadline)
+            if not data:
+                return False
+            self._received += data
+        return True

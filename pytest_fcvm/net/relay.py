@@ -11,8 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.net.datagrams import DatagramPort, DatagramStream, listen_error
 
 __all__ = ["ByteStream", "Relay"]
 
@@ -49,25 +50,37 @@ class ByteStream(Protocol):
 
 
 class Relay:
-    """TCP ports of one machine on 127.0.0.1. `dial` opens a connection to a guest port, `make_thread` makes threads."""
+    """Ports of one machine on the host.
 
-    def __init__(self, dial: Callable[[int], ByteStream], make_thread: MakeThread) -> None:
-        self._dial, self._make_thread = dial, make_thread
+    `dial` opens a connection to a TCP port of the guest, `dial_datagrams` a stream to a UDP port, `make_thread` makes
+    threads.
+    """
+
+    def __init__(
+        self,
+        dial: Callable[[int], ByteStream],
+        dial_datagrams: Callable[[int], DatagramStream],
+        make_thread: MakeThread,
+    ) -> None:
+        self._dial, self._dial_datagrams, self._make_thread = dial, dial_datagrams, make_thread
         self._lock = threading.Lock()
         self._listeners: dict[int, socket.socket] = {}
+        self._datagram_ports: dict[int, DatagramPort] = {}
         self._links: set[_Link] = set()
         self._over = threading.Event()
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Listen for a guest port and return the address. Idempotent. Raise HostError when the host port is taken."""
-        if port.proto is not Proto.TCP:
-            raise EngineError("a machine that is being prepared has TCP ports only", hint="use TCP in prepare")
         with self._lock:
             if self._over.is_set():
-                raise EngineError("the machine that was prepared is gone", hint="use its ports in prepare only")
+                raise EngineError("the machine is gone", hint="use the ports of a base in prepare only")
+            if port.proto is Proto.UDP:
+                if port.guest_port not in self._datagram_ports:
+                    self._datagram_ports[port.guest_port] = DatagramPort(port, self._dial_datagrams, self._make_thread)
+                return self._datagram_ports[port.guest_port].endpoint
             if port.guest_port not in self._listeners:
                 self._listeners[port.guest_port] = self._listen(port)
-            return Endpoint(*self._listeners[port.guest_port].getsockname())
+            return Endpoint(*self._listeners[port.guest_port].getsockname()[:2])
 
     def close(self) -> None:
         """Stop listening and reset all connections, so that no thread waits for a client that stays; idempotent."""
@@ -78,17 +91,18 @@ class Relay:
                     listener.shutdown(socket.SHUT_RDWR)
                 listener.close()
             self._listeners.clear()
+            for port in self._datagram_ports.values():
+                port.close()
+            self._datagram_ports.clear()
             for link in self._links:
                 link.reset()
 
     def _listen(self, port: PublishedPort) -> socket.socket:
+        family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
         try:
-            listener = socket.create_server((port.host_ip, port.host_port), backlog=128)
+            listener = socket.create_server((port.host_ip, port.host_port), family=family, backlog=128)
         except OSError as error:
-            raise HostError(
-                f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
-                hint="publish another host port, or 0 for any free one",
-            ) from error
+            raise listen_error(port, error) from error
         self._make_thread(self._accept, listener, port.guest_port, name=_THREAD).start()
         return listener
 

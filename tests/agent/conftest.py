@@ -105,6 +105,14 @@ listener.listen(1024)
 socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [listener.fileno()])
 """
 
+BIND_DATAGRAMS = """
+import socket, sys
+channel, address, port = sys.argv[1:]
+service = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+service.bind((address, int(port)))
+socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [service.fileno()])
+"""
+
 
 class Guest:
     """One agent process, its channel, and the session that is current."""
@@ -146,11 +154,18 @@ class Guest:
 
     def listen(self, port, address="0.0.0.0"):
         """Return a listening socket in the guest's network."""
+        return self._open(LISTEN, port, address)
+
+    def bind_datagrams(self, port, address="0.0.0.0"):
+        """Return a datagram socket in the guest's network."""
+        return self._open(BIND_DATAGRAMS, port, address)
+
+    def _open(self, script, port, address):
         ours, theirs = socket.socketpair()
         with ours, theirs:
             enter = ["nsenter", "--target", str(self.agent_pid), "--net"]
             enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
-            arguments = [sys.executable, "-c", LISTEN, str(theirs.fileno()), address, str(port)]
+            arguments = [sys.executable, "-c", script, str(theirs.fileno()), address, str(port)]
             subprocess.run([*enter, *arguments], pass_fds=[theirs.fileno()], check=True)
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
         return socket.socket(fileno=descriptors[0])

@@ -5,7 +5,8 @@ import pytest
 
 def test_the_workload_is_process_1_of_its_own_namespace_and_execs_join_it(guest, p):
     assert guest.start("echo $$; exec sleep 1000")[p.PID] == [1]
-    stream = guest.client.start_exec("sh", "-c", "ps -o pid,args; echo self $$")
+    script = "until ps -o args | grep -q '[s]leep 1000'; do sleep 0.05; done; ps -o pid,args; echo self $$"
+    stream = guest.client.start_exec("sh", "-c", script)
     guest.client.wait(lambda: stream.exit is not None)
     assert b"    1 sleep 1000" in stream.data[0]
     assert f"self {stream.reply[1][p.PID][0]}".encode() in stream.data[0]

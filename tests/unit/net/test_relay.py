@@ -13,7 +13,8 @@ import pytest
 from pytest_fcvm.errors import EngineError, GuestError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.threads import ServiceThread
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.net.datagrams import DatagramStream
 from pytest_fcvm.net.relay import ByteStream, Relay
 
 _PORT = PublishedPort(guest_port=80)
@@ -67,6 +68,10 @@ def _arm_reset(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+def no_datagrams(_port: int) -> DatagramStream:
+    raise AssertionError("no test here sends a datagram")
+
+
 def _relay_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fcvm-relay"]
 
@@ -88,7 +93,7 @@ def guest(stack: ExitStack) -> Guest:
 @pytest.fixture
 def relay(stack: ExitStack, guest: Guest) -> Relay:
     """A relay to it."""
-    relay = Relay(guest.dial, ServiceThread)
+    relay = Relay(guest.dial, no_datagrams, ServiceThread)
     stack.callback(relay.close)
     return relay
 
@@ -113,11 +118,6 @@ def test_a_taken_host_port_is_named_with_what_to_do(relay: Relay) -> None:
             relay.publish(PublishedPort(guest_port=80, host_port=port))
     assert caught.value.message == f"127.0.0.1:{port} cannot be listened on: Address already in use"
     assert caught.value.hint == "publish another host port, or 0 for any free one"
-
-
-def test_datagrams_are_refused_with_the_reason(relay: Relay) -> None:
-    with pytest.raises(EngineError, match="TCP ports only"):
-        relay.publish(PublishedPort(guest_port=53, proto=Proto.UDP))
 
 
 def test_a_client_that_has_said_all_still_hears_the_answer(connect: Callable[[], socket.socket], guest: Guest) -> None:
@@ -161,7 +161,7 @@ def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Ex
     def refuse(_port: int) -> ByteStream:
         raise error
 
-    relay = Relay(refuse, ServiceThread)
+    relay = Relay(refuse, no_datagrams, ServiceThread)
     stack.callback(relay.close)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     with pytest.raises(ConnectionResetError):
@@ -245,7 +245,7 @@ def test_a_connection_that_was_being_made_when_the_relay_closed_is_reset(stack: 
         assert go_on.wait(_WAIT_S)
         return guest.dial(port)
 
-    relay = Relay(dial_slowly, ServiceThread)
+    relay = Relay(dial_slowly, no_datagrams, ServiceThread)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     assert dialling.wait(_WAIT_S)
     relay.close()

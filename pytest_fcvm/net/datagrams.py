@@ -1,0 +1,135 @@
+"""A UDP port of the host whose datagrams go to a port of the guest through the agent."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from pytest_fcvm.errors import FcvmError, GuestTimeout, HostError
+from pytest_fcvm.model.net import Endpoint, PublishedPort
+
+__all__ = ["DatagramPort", "DatagramStream", "listen_error"]
+
+_THREAD = "fcvm-relay"
+_LARGEST = 65535
+_IDLE_S = 60.0
+
+_Address = tuple[Any, ...]  # as socket.recvfrom returns it
+
+
+class DatagramStream(Protocol):
+    """Datagrams to and from one port of the guest, as from one peer. A break is an OSError or an FcvmError."""
+
+    def recv(self, timeout_s: float) -> bytes | None:
+        """Return the next datagram, None after the last. Raise GuestTimeout when none came."""
+        ...
+
+    def send(self, data: bytes) -> None:
+        """Send one datagram."""
+        ...
+
+    def close(self) -> None:
+        """End it and wake whoever waits."""
+        ...
+
+
+class DatagramPort:
+    """One port. Every client's address has a stream of its own, which `dial` opens.
+
+    It ends when for `idle_s`, or at most twice as long, no datagram went either way. Raise HostError when the host port
+    is taken.
+    """
+
+    def __init__(
+        self,
+        port: PublishedPort,
+        dial: Callable[[int], DatagramStream],
+        make_thread: Callable[..., threading.Thread],
+        idle_s: float = _IDLE_S,
+    ) -> None:
+        self._guest_port, self._dial, self._make_thread, self._idle_s = port.guest_port, dial, make_thread, idle_s
+        self._socket = socket.socket(socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._socket.bind((port.host_ip, port.host_port))
+        except OSError as error:
+            self._socket.close()
+            raise listen_error(port, error) from error
+        self._lock = threading.Lock()
+        self._clients: dict[_Address, _Client] = {}
+        self._over = False
+        make_thread(self._serve, name=_THREAD).start()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where clients send to."""
+        return Endpoint(*self._socket.getsockname()[:2])
+
+    def close(self) -> None:
+        """Take no more datagrams and end all streams; idempotent."""
+        with self._lock:
+            self._over = True
+            clients = list(self._clients.values())
+        for client in clients:
+            client.guest.close()
+        with suppress(OSError):  # it says that there is no connection, and wakes the thread in recvfrom
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        with self._socket:
+            while not self._over:
+                data, address = self._socket.recvfrom(_LARGEST)
+                if not self._over:
+                    self._deliver(data, address)
+
+    def _deliver(self, data: bytes, address: _Address) -> None:
+        """Send a client's datagram on. Where the guest cannot take it, it is lost, as on any network."""
+        with suppress(OSError, FcvmError):
+            client = self._clients.get(address) or self._welcome(address)
+            client.was_heard = True
+            client.guest.send(data)
+
+    def _welcome(self, address: _Address) -> _Client:
+        client = _Client(address, self._dial(self._guest_port))
+        with self._lock:
+            self._clients[address] = client
+            if self._over:
+                client.guest.close()
+        self._make_thread(self._answer, client, name=_THREAD).start()
+        return client
+
+    def _answer(self, client: _Client) -> None:
+        """Bring a client the guest's datagrams, until neither has sent one for long."""
+        with suppress(OSError, FcvmError):
+            while (data := self._next_answer(client)) is not None:
+                self._socket.sendto(data, client.address)
+        with self._lock:
+            self._clients.pop(client.address, None)
+        client.guest.close()
+
+    def _next_answer(self, client: _Client) -> bytes | None:
+        while True:
+            client.was_heard = False
+            try:
+                return client.guest.recv(self._idle_s)
+            except GuestTimeout:
+                if not client.was_heard:
+                    return None
+
+
+class _Client:
+    """A client's address, its stream into the guest, and whether it was heard while an answer was waited for."""
+
+    def __init__(self, address: _Address, guest: DatagramStream) -> None:
+        self.address, self.guest, self.was_heard = address, guest, False
+
+
+def listen_error(port: PublishedPort, error: OSError) -> HostError:
+    """Return the error for a host port that cannot be had."""
+    return HostError(
+        f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
+        hint="publish another host port, or 0 for any free one",
+    )
