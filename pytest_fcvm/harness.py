@@ -29,6 +29,7 @@ from pytest_fcvm.image.rootfs import ROOTFS_FORMAT, build_rootfs
 from pytest_fcvm.image.source import PullPolicy, resolve_image
 from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
+from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.options import Options
 from pytest_fcvm.ready import finalize_ready
@@ -45,6 +46,7 @@ _ADMISSION_S = 300.0
 _POOLS = 4  # snapshots of which a process keeps clones ahead
 _ROOTFS = "rootfs.squashfs"
 _INITRAMFS = "initramfs"
+_VMLINUX = "vmlinux"
 _AGAIN = " (failed before in this run)"
 
 
@@ -138,13 +140,14 @@ class Harness:
     def choice(self) -> Choice:
         """Return the engine that was found to work. Raise EngineUnavailable with the reasons."""
         options = self._options
+        binaries = (("qemu", options.qemu), ("firecracker", options.firecracker))
         context = EngineContext(
             spawner=self.supervisor,
             cache_dir=self.store.root,
             accelerator=None if options.accel == "auto" else Accelerator(options.accel),
-            binary=options.qemu,
+            binaries={name: path for name, path in binaries if path},
         )
-        smoke = GuestFiles(kernel=self.kernel.bzimage, initramfs=self._initramfs.file(_INITRAMFS), rootfs=None)
+        smoke = self._guest_files(None)
         try:
             return self._once(
                 "engine", lambda: choose_engine(options.engine, context, smoke, require_kvm=options.require_kvm)
@@ -177,6 +180,24 @@ class Harness:
 
         return self._obtain("kernels", key, make, "guest kernel")[0]
 
+    def _guest_files(self, rootfs: Path | None) -> GuestFiles:
+        return GuestFiles(
+            kernel=self.kernel.bzimage,
+            initramfs=self._initramfs.file(_INITRAMFS),
+            rootfs=rootfs,
+            vmlinux=self._unpack_kernel,
+        )
+
+    def _unpack_kernel(self) -> Path:
+        """Return the ELF kernel, unpacked once per kernel."""
+
+        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
+            extract_vmlinux(self.kernel.bzimage, folder / _VMLINUX)
+            return {"kernel": self.kernel.release}
+
+        key = canonical_digest({"vmlinux of": self.kernel.digest})
+        return self._obtain("kernels", key, make, "guest kernel")[0].file(_VMLINUX)
+
     @cached_property
     def _admission(self) -> Admission:
         return Admission(run_root(), self._options.max_clones)
@@ -202,16 +223,13 @@ class Harness:
             image=image.config,
             image_digest=image.digest,
             rootfs_key=image.rootfs.key,
-            files=GuestFiles(
-                kernel=self.kernel.bzimage,
-                initramfs=self._initramfs.file(_INITRAMFS),
-                rootfs=image.rootfs.file(_ROOTFS),
-            ),
+            files=self._guest_files(image.rootfs.file(_ROOTFS)),
             kernel_digest=self.kernel.digest,
             kernel_release=self.kernel.release,
             initramfs_key=self._initramfs.key,
             engine=self.choice.engine,
             report=self.choice.report,
+            network=spec.network.finalize(self.choice.engine.networks, self.choice.engine.name),
         )
 
     def _image(self, text: str, who: str) -> _Image:

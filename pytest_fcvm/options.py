@@ -159,7 +159,7 @@ def _run(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> 
     return Row(name=name, field=field_name, parser=parser, help=help, **more)
 
 
-_ENGINES = ("auto", "qemu")
+_ENGINES = ("auto", "firecracker", "qemu")
 _ACCELS = ("auto", "kvm", "tcg")
 _PULLS = ("missing", "always", "never")
 _UNAVAILABLE = ("fail", "skip")
@@ -175,7 +175,7 @@ ROWS: tuple[Row, ...] = (
     _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
-    _machine("network", "network", _plain(parse.parse_network), "user, or user,egress to reach outside", metavar="MODE", default="user"),
+    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp) or relay (through the agent); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
     _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
@@ -188,6 +188,7 @@ ROWS: tuple[Row, ...] = (
     _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
     _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
     _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
+    _run("firecracker", "firecracker", _path, "Firecracker to use", metavar="PATH", default="firecracker on PATH"),
     _run("kernel", "kernel", _kernel, "guest kernel (bzImage), or a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
     _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
     _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
@@ -211,6 +212,7 @@ class Options:
     require_kvm: bool = False
     unavailable: str = "fail"
     qemu: Path | None = None
+    firecracker: Path | None = None
     kernel: Path | str | None = None
     cache_dir: Path | None = None
     pull: str = "missing"

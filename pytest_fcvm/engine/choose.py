@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pytest_fcvm.engine.protocol import Accelerator, Engine, EngineReport, GuestFiles
@@ -15,12 +15,15 @@ __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineContext:
-    """What an engine is made of. `accelerator` None lets it choose; `binary` None is the one on PATH."""
+    """What an engine is made of. `accelerator` None lets it choose.
+
+    `binaries` are the VMMs by engine; one that is not there is looked for on PATH.
+    """
 
     spawner: Spawner
     cache_dir: Path
     accelerator: Accelerator | None = None
-    binary: Path | None = None
+    binaries: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +43,18 @@ class Choice:
 def _make_qemu(context: EngineContext) -> Engine:
     from pytest_fcvm.engine.qemu.engine import QemuEngine
 
-    return QemuEngine(context.spawner, context.cache_dir, binary=context.binary, accelerator=context.accelerator)
+    binary = context.binaries.get("qemu")
+    return QemuEngine(context.spawner, context.cache_dir, binary=binary, accelerator=context.accelerator)
 
 
-ENGINES: Mapping[str, Callable[[EngineContext], Engine]] = {"qemu": _make_qemu}
+def _make_firecracker(context: EngineContext) -> Engine:
+    from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
+
+    binary = context.binaries.get("firecracker")
+    return FirecrackerEngine(context.spawner, context.cache_dir, binary=binary, accelerator=context.accelerator)
+
+
+ENGINES: Mapping[str, Callable[[EngineContext], Engine]] = {"firecracker": _make_firecracker, "qemu": _make_qemu}
 """The engines by name, the preferred one first among equally fast ones."""
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_fcvm.engine.disk import Disk
-from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
     "Accelerator",
@@ -40,24 +41,33 @@ class Accelerator(StrEnum):
     TCG = "tcg"
 
 
+def _no_vmlinux() -> Path:
+    raise EngineError("nobody unpacked the kernel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuestFiles:
-    """What a guest boots from. `kernel` is a bzImage, `rootfs` one read-only squashfs (None for a smoke boot)."""
+    """What a guest boots from. `kernel` is a bzImage, `rootfs` one read-only squashfs (None for a smoke boot).
+
+    `vmlinux` returns the ELF kernel in that bzImage, unpacked when an engine first asks for it.
+    """
 
     kernel: Path
     initramfs: Path
     rootfs: Path | None
+    vmlinux: Callable[[], Path] = field(default=_no_vmlinux)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineShape:
     """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside.
 
-    `disk_mib` is the size of the scratch disk, 0 without one.
+    `network` is one of the engine's own. `disk_mib` is the size of the scratch disk, 0 without one.
     """
 
     mem_mib: int
     cpus: int
+    network: NetworkMode = NetworkMode.USER
     egress: bool = False
     disk_mib: int = 0
 
@@ -168,7 +178,8 @@ class Vm(Protocol):
     def publish(self, port: PublishedPort) -> Endpoint:
         """Map a guest port to the host and return the address to connect to. Idempotent per (proto, guest port).
 
-        Raise HostError when the wanted host port is taken, EngineError when the VM has no network to the host (a base).
+        Raise HostError when the wanted host port is taken, EngineError when the VM has no network to the host: a base,
+        or a clone whose ports go through the agent.
         """
         ...
 
@@ -209,7 +220,9 @@ class Vm(Protocol):
 
 
 class Engine(Protocol):
-    """A way to run VMs."""
+    """A way to run VMs. `networks` are those its clones can have, the first one where nobody says another."""
+
+    networks: tuple[NetworkMode, ...]
 
     @property
     def name(self) -> str:

@@ -35,6 +35,10 @@ class Child(Protocol):
         """Send SIGKILL and return at once; idempotent."""
         ...
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to this process alone; nothing when it has ended."""
+        ...
+
     def wait(self, timeout_s: float) -> ChildExit:
         """Wait for its end. Raise HostError at the deadline."""
         ...

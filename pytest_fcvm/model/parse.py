@@ -198,12 +198,16 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
 
 
 def parse_network(text: str | NetworkSpec) -> NetworkSpec:
-    """Read `user` or `user,egress`."""
+    """Read `auto`, `user` or `relay`, the first two with `,egress` behind it or not."""
     if isinstance(text, NetworkSpec):
         return text
     mode, _, extra = text.partition(",")
     if mode not in list(NetworkMode) or extra not in ("", "egress"):
-        raise UsageProblem(f"unknown network {text!r}", hint="user, or user,egress to let the guest reach outside")
+        raise UsageProblem(
+            f"unknown network {text!r}", hint="auto, user or relay; auto,egress lets the guest reach outside"
+        )
+    if extra and mode == NetworkMode.RELAY:
+        raise UsageProblem("the network relay has no way out", hint="use user,egress, or auto,egress")
     return NetworkSpec(mode=NetworkMode(mode), egress=extra == "egress")
 
 

@@ -52,17 +52,36 @@ class ReadySpec:
 
 
 class NetworkMode(StrEnum):
-    """How a clone is joined to the host."""
+    """How a clone is joined to the host: by what its engine does best, slirp in the VMM, or the agent."""
 
+    AUTO = "auto"
     USER = "user"
+    RELAY = "relay"
+
+    @property
+    def leads_outside(self) -> bool:
+        """Say whether the guest can be let out through it."""
+        return self is NetworkMode.USER
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
     """A clone's network. Without `egress` the guest reaches nothing outside itself."""
 
-    mode: NetworkMode = NetworkMode.USER
+    mode: NetworkMode = NetworkMode.AUTO
     egress: bool = False
+
+    def finalize(self, offered: Sequence[NetworkMode], engine: str) -> NetworkSpec:
+        """Return what it comes to on an engine that offers these, the first by preference. Raise UsageProblem."""
+        fit = [mode for mode in offered if mode.leads_outside or not self.egress]
+        if self.mode is NetworkMode.AUTO and fit:
+            return replace(self, mode=fit[0])
+        if self.mode in fit:
+            return self
+        raise UsageProblem(
+            f"the engine {engine} has no network {str(self)!r}",
+            hint=f"it has {', '.join(offered)}; --fcvm-engine qemu has user,egress",
+        )
 
     def __str__(self) -> str:
         return f"{self.mode},egress" if self.egress else str(self.mode)

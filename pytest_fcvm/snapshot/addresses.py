@@ -32,8 +32,11 @@ def base_config(upper_mib: int, egress: bool) -> GuestConfig:
     )
 
 
-def fresh_identity(name: str) -> Identity:
-    """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day."""
+def fresh_identity(name: str, *, has_peer: bool) -> Identity:
+    """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day.
+
+    With `has_peer` its network has a gateway, whose address the guest then gives up.
+    """
     random = os.urandom(70)
     return Identity(
         entropy=random[:32],
@@ -44,7 +47,7 @@ def fresh_identity(name: str) -> Identity:
         interface="eth0",
         mac=":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *random[64:67])),
         hosts=_hosts(name),
-        peer_gateway=False,
+        peer_gateway=False if has_peer else None,
     )
 
 

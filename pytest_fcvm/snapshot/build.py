@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,12 +29,12 @@ from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.addresses import base_config
 from pytest_fcvm.snapshot.ingredients import Ingredients
 
-__all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
+__all__ = ["BASE_LOG", "abandon", "build_snapshot", "relay_ports", "snapshot_files"]
 
 BASE_LOG = "base.log"
 _MEMORY, _STATE, _DISK = "memory", "state", "disk"
-_BOOT_S = 60.0  # emulated guests on a loaded machine
-_SILENT_S = 15.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_BOOT_S = 120.0  # emulated guests on a loaded machine, or on a host that is itself emulated
+_SILENT_S = 30.0  # neither console nor agent moved: the boot hangs, and is tried once more
 _QUIET_S, _QUIET_SHARE, _QUIET_DEADLINE_S = 0.1, 0.1, 3.0
 _SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen workload is done once, not in every clone
 _CALL_S = 60.0
@@ -59,9 +59,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
     timings: dict[str, float] = {}
     with _booted(parts, folder, phase) as machine:
         timings["boot_ms"] = _elapsed_ms(started)
-        relay = Relay(lambda port: machine.agent.connect(port, timeout_s=_CALL_S), ServiceThread)
-        machine.publisher = relay
-        machine.also_close([relay.close])
+        relay = relay_ports(machine, ())
         base = _as_clone(parts, machine)
         phase("starting the workload")
         _start_workload(parts, machine.agent)
@@ -78,7 +76,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
             raise machine.explain(error) from None
         phase("taking the snapshot")
         relay.close()
-        secret = _quiesce(machine)
+        secret = _quiesce(machine, keeps_peer=parts.is_relayed)
         stopped = monotonic()
         machine.vm.snapshot(folder / _STATE)
         timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
@@ -89,6 +87,21 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
         "base": str(machine.timeline),
         "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
     }
+
+
+def relay_ports(machine: Machine, ports: Iterable[PublishedPort]) -> Relay:
+    """Let a machine's ports go through its agent from now on, these at once. It closes the relay that is returned."""
+    agent = machine.agent
+    relay = Relay(
+        lambda port: agent.connect(port, timeout_s=_CALL_S),
+        lambda port: agent.connect_datagrams(port, timeout_s=_CALL_S),
+        ServiceThread,
+    )
+    machine.publisher = relay
+    machine.also_close([relay.close])
+    for port in ports:
+        relay.publish(port)
+    return relay
 
 
 @contextmanager
@@ -108,7 +121,7 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase) -> Iterator[Machine]
     machine = Machine(vm, agent, log, vm, timeline)
     try:
         upper_mib = 0 if disk else max(parts.spec.mem_mib // 2, 32)
-        agent.configure(base_config(upper_mib, parts.spec.network.egress), timeout_s=_CALL_S)
+        agent.configure(base_config(upper_mib, parts.network.egress), timeout_s=_CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:
@@ -228,11 +241,11 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
     return next((port for port in tcp if base.listening(port)), None)
 
 
-def _quiesce(machine: Machine) -> bytes:
+def _quiesce(machine: Machine, *, keeps_peer: bool) -> bytes:
     """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
     secret = new_secret()
     machine.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
-    machine.agent.quiesce(secret, timeout_s=_CALL_S)
+    machine.agent.quiesce(secret, keeps_peer=keeps_peer, timeout_s=_CALL_S)
     machine.pause_for_exit(_SETTLE_S)
     return secret
 

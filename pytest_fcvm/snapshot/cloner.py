@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.machine import Machine, Publisher
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
@@ -17,7 +17,7 @@ from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
-from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.build import BASE_LOG, abandon, relay_ports, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.pool import Pooled
 from pytest_fcvm.snapshot.spares import Spares
@@ -52,10 +52,13 @@ class Cloner:
             held.enter_context(room)
             vm = self._spares.take(self._plan(name, ports))
             timeline.mark("spawn", monotonic())
-            path = self._open_client_path(vm)
+            path = None if self._parts.is_relayed else self._open_client_path(vm)
             machine = self._meet(vm, name, timeline)
             machine.also_close([held.pop_all().close])
         try:
+            if self._parts.is_relayed:
+                relay_ports(machine, ports)
+                path = self._open_client_path(machine.publisher)
             if path:
                 path.prove(machine.pause_for_exit, _ANSWER_S)
         except FcvmError as error:
@@ -122,11 +125,11 @@ class Cloner:
             ports=self._with_probed_ports(ports),
         )
 
-    def _open_client_path(self, vm: Vm) -> ClientPath | None:
+    def _open_client_path(self, publisher: Publisher) -> ClientPath | None:
         number = self._entry.facts["client_port"]
         if number is None:
             return None
-        return ClientPath(vm.publish, self._parts.ready, number)
+        return ClientPath(publisher.publish, self._parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
@@ -134,7 +137,7 @@ class Cloner:
             agent = start_session(
                 vm.channel(),
                 bytes.fromhex(self._entry.facts["secret"]),
-                identity=fresh_identity(name),
+                identity=fresh_identity(name, has_peer=not self._parts.is_relayed),
                 log_sink=log.append,
                 timeout_s=_RESTORE_S,
                 explain=vm.explain,

@@ -15,7 +15,7 @@ from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, Machin
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.parse import parse_signal
-from pytest_fcvm.model.specs import MachineSpec, MappedPath, Prepare, ReadySpec
+from pytest_fcvm.model.specs import MachineSpec, MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec
 from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
 
 __all__ = ["Ingredients", "snapshot_key"]
@@ -39,13 +39,23 @@ class Ingredients:
     initramfs_key: str
     engine: Engine
     report: EngineReport
+    network: NetworkSpec
+
+    @property
+    def is_relayed(self) -> bool:
+        """Say whether the ports of clones go through their agents."""
+        return self.network.mode is NetworkMode.RELAY
 
     @property
     def shape(self) -> MachineShape:
         """Return what base and clones must have in common."""
         spec = self.spec
         return MachineShape(
-            mem_mib=spec.mem_mib, cpus=spec.cpus, egress=spec.network.egress, disk_mib=spec.disk_mib or 0
+            mem_mib=spec.mem_mib,
+            cpus=spec.cpus,
+            network=self.network.mode,
+            egress=self.network.egress,
+            disk_mib=spec.disk_mib or 0,
         )
 
     @property
@@ -97,7 +107,7 @@ class Ingredients:
             "disk_mib": spec.disk_mib or 0,
             "command": list(self.argv),
             "env": sorted(spec.env),
-            "network": str(spec.network),
+            "network": str(self.network),
             "ready": str(self.ready),
             "prepared": spec.prepare is not None,
             "rootfs": self.rootfs_key,
@@ -125,7 +135,7 @@ def snapshot_key(parts: Ingredients, store: Store) -> str:
             "user": spec.user,
             "workdir": spec.workdir,
             "env": store.hidden_digest(spec.env),
-            "network": str(spec.network),
+            "network": str(parts.network),
             "map": [_map_identity(item) for item in spec.map],
             "ready": _ready_identity(parts.ready),
             "prepare": spec.prepare.identity() if isinstance(spec.prepare, Prepare) else spec.prepare,

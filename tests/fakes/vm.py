@@ -25,6 +25,7 @@ from pytest_fcvm.engine.protocol import (
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.frames import StreamKind
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.specs import NetworkMode
 
 
 class FakeVm:
@@ -42,7 +43,7 @@ class FakeVm:
         self._refuser: Service | None = None
         self._ended = threading.Event()
         self._callbacks: list[Callable[[VmExit], None]] = []
-        for port in getattr(plan, "ports", ()):
+        for port in getattr(plan, "ports", ()) if plan.shape.network is NetworkMode.USER else ():
             self.publish(port)
 
     def channel(self) -> socket.socket:
@@ -60,8 +61,8 @@ class FakeVm:
         self.calls.append("wait_until_running")
 
     def publish(self, port: PublishedPort) -> Endpoint:
-        if isinstance(self.plan, BootPlan):
-            raise EngineError("a base has no network to the host")
+        if isinstance(self.plan, BootPlan) or self.plan.shape.network is NetworkMode.RELAY:
+            raise EngineError("it has no network to the host")
         key = (port.proto, port.guest_port)
         if key not in self.published:
             address = self.agent.ports.get(port.guest_port) or (port.host_port and (port.host_ip, port.host_port))
@@ -131,6 +132,7 @@ class FakeEngine:
 
     def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._folder, self._agents = "fake", folder, agents
+        self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None

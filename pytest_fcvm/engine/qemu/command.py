@@ -13,6 +13,7 @@ from pathlib import Path
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
     "AGENT_FD",
@@ -85,6 +86,8 @@ def clone_command(
     access = "share=off,readonly=on,rom=off" if platform.version.opens_private_memory_read_only else "share=off"
     forwards = "".join(f",hostfwd={forward_rule(port)}" for port in ports)
     network = f"user,ipv6=off{'' if shape.egress else ',restrict=on'}{forwards}"
+    if shape.network is NetworkMode.RELAY:
+        network = _socket_network(0)
     return [
         str(platform.binary),
         *_machine(platform, shape),
@@ -125,7 +128,9 @@ def _machine(platform: Platform, shape: MachineShape) -> Iterator[str]:
     tcg = platform.accelerator is Accelerator.TCG
     yield from ("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-sandbox", _SANDBOX)
     yield from ("-machine", "microvm,acpi=on,memory-backend=mem")
-    yield from ("-accel", f"tcg,tb-size={_TRANSLATION_CACHE_MIB}" if tcg else "kvm", "-cpu", "max" if tcg else "host")
+    yield from ("-accel", f"tcg,tb-size={_TRANSLATION_CACHE_MIB}" if tcg else "kvm")
+    # Five levels of page tables make emulation slower, and a guest that is itself a host of KVM cannot nest them.
+    yield from ("-cpu", "max,la57=off" if tcg else "host")
     yield from ("-m", f"{shape.mem_mib}M", "-smp", str(shape.cpus))
     yield from ("-chardev", f"socket,id=monitor,fd={MONITOR_FD}", "-qmp", "chardev:monitor")
 

@@ -32,6 +32,7 @@ from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = ["QemuEngine"]
 
@@ -47,6 +48,8 @@ class QemuEngine:
 
     `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
     """
+
+    networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
 
     def __init__(
         self,
@@ -112,7 +115,8 @@ class QemuEngine:
                 uri = f"fd:{STATE_FD}"
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
         monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
-        agent, forwards = launched.sockets[AGENT_FD], Forwards(monitor, plan.ports)
+        agent = launched.sockets[AGENT_FD]
+        forwards = None if plan.shape.network is NetworkMode.RELAY else Forwards(monitor, plan.ports)
         return QemuVm(
             plan.name, launched, monitor, agent, version=platform.version, forwards=forwards, state=uri, disk=disk
         )

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_tail
-from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.engine.spawner import ChildExit
-from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.engine.vm import VmProcess
+from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = ["QemuVm"]
 
 _SAVE_TIMEOUT_S = 30.0
-_LAST_WORDS_S = 2.0  # from the end of the monitor to the end of the process
 
 
-class QemuVm:
-    """One QEMU process. `forwards` is None for a base, whose ports go through the agent; `state` is a clone's."""
+class QemuVm(VmProcess):
+    """One QEMU process. Without `forwards` its ports go through the agent; `state` is a clone's, "" for a base."""
 
     def __init__(
         self,
@@ -43,39 +41,14 @@ class QemuVm:
         state: str = "",
         disk: Disk | None = None,
     ) -> None:
-        self._name, self._launched, self._child = name, launched, launched.child
+        super().__init__(name, launched, explain_death, disk)
         self._monitor, self._agent = monitor, agent
         self._version, self._forwards = version, forwards
-        self._runs, self._state = forwards is None, state
-        self._disk = disk
-        self._killed = self._paused = False
+        self._is_base = not state
+        self._runs, self._state = self._is_base, state
+        self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
         self._child.on_exit(self._close)
-
-    @property
-    def name(self) -> str:
-        """Return the name given in the plan."""
-        return self._name
-
-    @property
-    def pid(self) -> int:
-        """Return the process id of QEMU."""
-        return self._child.pid
-
-    @property
-    def console_path(self) -> Path:
-        """Return the file that receives the guest's serial console."""
-        return self._launched.console
-
-    @property
-    def vmm_log_path(self) -> Path:
-        """Return the file that receives what QEMU itself prints."""
-        return self._launched.log
-
-    @property
-    def disk(self) -> Disk | None:
-        """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
-        return self._disk
 
     def channel(self) -> socket.socket:
         """Return the byte channel to the agent, the caller's to close.
@@ -118,7 +91,8 @@ class QemuVm:
         Raise HostError when the wanted host port is taken, EngineError for a base.
         """
         if self._forwards is None:
-            raise EngineError(f"VM {self.name} is a base: its ports are reached through the agent")
+            kind = "a base" if self._is_base else "on no network"
+            raise EngineError(f"VM {self.name} is {kind}: its ports are reached through the agent")
         with self._told():
             return self._forwards.add(port)
 
@@ -148,7 +122,7 @@ class QemuVm:
         running VM, and clones come to life without being told. Raise EngineError when QEMU cannot save it, leaving no
         file.
         """
-        if self._forwards is not None:
+        if not self._is_base:
             raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
         if self._paused:
             raise EngineError(f"VM {self.name} is paused: its clones would be too", hint="resume it first")
@@ -158,22 +132,6 @@ class QemuVm:
         except BaseException:
             state.unlink(missing_ok=True)
             raise
-
-    def kill(self) -> None:
-        """Kill QEMU with SIGKILL and return at once; idempotent."""
-        self._killed = True
-        self._child.kill()
-
-    def wait(self, timeout_s: float) -> VmExit:
-        """Wait until QEMU has ended. Raise EngineError at the deadline."""
-        try:
-            return self._exit_of(self._child.wait(timeout_s))
-        except HostError as error:
-            raise EngineError(error.message, hint="kill it first") from error
-
-    def on_exit(self, callback: Callable[[VmExit], None]) -> None:
-        """Call back once from a service thread when QEMU has ended, at once if it already has."""
-        self._child.on_exit(lambda ended: callback(self._exit_of(ended)))
 
     def _save(self, state: Path, fd: int) -> None:
         if self._version.takes_state_by_path:
@@ -198,17 +156,6 @@ class QemuVm:
         except EngineError as error:
             error.with_evidence(console=read_tail(self.console_path), VMM_log=read_tail(self.vmm_log_path))
             raise
-
-    def explain(self) -> FcvmError:
-        """Return why QEMU is dead, with the tails of its console and log; waits up to 2 s for its end."""
-        ended: VmExit | None = None
-        with suppress(HostError):
-            ended = self._exit_of(self._child.wait(_LAST_WORDS_S))
-        return explain_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
-
-    def _exit_of(self, ended: ChildExit) -> VmExit:
-        ours = self._killed and ended.signal == signal.SIGKILL
-        return VmExit(code=ended.code, signal=ended.signal, killed_by_us=ours)
 
     def _close(self, _: ChildExit) -> None:
         self._monitor.close()

@@ -43,7 +43,7 @@ def clone(
 GOLDEN_BASE = """
 /usr/bin/qemu -no-user-config -nodefaults -display none -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
--machine microvm,acpi=on,memory-backend=mem -accel tcg,tb-size=128 -cpu max -m 256M -smp 2
+-machine microvm,acpi=on,memory-backend=mem -accel tcg,tb-size=128 -cpu max,la57=off -m 256M -smp 2
 -chardev socket,id=monitor,fd=3 -qmp chardev:monitor
 -object memory-backend-file,id=mem,size=256M,share=on,mem-path=/s/memory
 -chardev file,id=console,path=console.log -serial chardev:console

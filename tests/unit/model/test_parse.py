@@ -11,10 +11,10 @@ import pytest
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model import parse
 from pytest_fcvm.model.net import Proto, PublishedPort
-from pytest_fcvm.model.specs import MappedPath, NetworkSpec, ReadyMode, ReadySpec
+from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
 
 _PUBLISH_HINT = "write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]"
-_NETWORK_HINT = "user, or user,egress to let the guest reach outside"
+_NETWORK_HINT = "auto, user or relay; auto,egress lets the guest reach outside"
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 )
@@ -98,8 +98,9 @@ def test_a_home_folder_is_spelled_with_a_tilde(tmp_path: Path, monkeypatch: pyte
 
 
 def test_egress_is_asked_for_beside_the_mode() -> None:
-    assert parse.parse_network("user") == NetworkSpec(egress=False)
-    assert parse.parse_network("user,egress") == NetworkSpec(egress=True)
+    assert parse.parse_network("user") == NetworkSpec(mode=NetworkMode.USER, egress=False)
+    assert parse.parse_network("user,egress") == NetworkSpec(mode=NetworkMode.USER, egress=True)
+    assert parse.parse_network("auto,egress") == NetworkSpec(mode=NetworkMode.AUTO, egress=True)
     assert str(parse.parse_network("user,egress")) == "user,egress"
 
 
@@ -149,6 +150,7 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
     (parse.parse_publish, "80/x", "publish '80/x': 'x' is neither tcp nor udp", "[HOSTIP:]HOSTPORT:GUESTPORT/udp"),
     (parse.parse_network, "bridge", "unknown network 'bridge'", _NETWORK_HINT),
     (parse.parse_network, "user,all", "unknown network 'user,all'", _NETWORK_HINT),
+    (parse.parse_network, "relay,egress", "the network relay has no way out", "use user,egress, or auto,egress"),
     (parse.parse_ready, "soon", "ready 'soon': unknown mode 'soon'", _READY_HINT),
     (parse.parse_ready, "http", "ready 'http': '' is not a port", _READY_HINT),
     (parse.parse_ready, "http:80/a b", "ready 'http:80/a b': the path '/a b' must be percent-encoded", _READY_HINT),

@@ -97,6 +97,7 @@ def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]
             initramfs_key="initramfs",
             engine=engine,
             report=engine.report,
+            network=spec.network.finalize(engine.networks, engine.name),
             **parts,
         )
 

@@ -1,0 +1,90 @@
+"""What Firecracker is told: the calls that boot a base, and those that load a clone.
+
+Names of files are relative to the VM's own directory, where they are links: Firecracker keeps them in the device state
+as they were given, and opens them again from each clone's directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.engine.firecracker import api
+from pytest_fcvm.engine.firecracker.api import Call
+from pytest_fcvm.engine.protocol import MachineShape, SnapshotFiles
+
+__all__ = [
+    "AGENT_PORT",
+    "AGENT_SOCKET",
+    "API_SOCKET",
+    "CONSOLE",
+    "DISK_FD",
+    "DRIVES",
+    "boot_calls",
+    "drive_links",
+    "key_arguments",
+    "load_calls",
+]
+
+API_SOCKET, AGENT_SOCKET, CONSOLE = "api.sock", "agent.sock", "console.log"
+DRIVES = ("rootfs", "drive1", "drive2")
+AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
+DISK_FD = 3  # a clone's disk has no name of its own
+_NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
+_GUEST_CID = 3  # the same in all clones: each has its own socket
+
+Request = tuple[Call, Mapping[str, Any]]
+
+# `quiet` spares a hundred times the exits of the serial port, and keeps panics and OOM kills. A panic resets at once
+# through the keyboard controller, which ends Firecracker; of that controller nothing else is looked for.
+_BOOT_ARGUMENTS = (
+    "console=ttyS0 quiet reboot=k panic=-1 mitigations=off random.trust_cpu=on 8250.nr_uarts=1 "
+    "i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp"
+)
+
+
+def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[Request]:
+    """Yield the calls that make a base and start it. The drives' links must be there."""
+    yield api.SERIAL, {"serial_out_path": CONSOLE}
+    yield (
+        api.MACHINE_CONFIG,
+        {"vcpu_count": shape.cpus, "mem_size_mib": shape.mem_mib, "smt": False, "track_dirty_pages": False},
+    )
+    yield (
+        api.BOOT_SOURCE,
+        {"kernel_image_path": str(kernel), "initrd_path": str(initramfs), "boot_args": _BOOT_ARGUMENTS},
+    )
+    for name in DRIVES:  # in this order they are vda, vdb and vdc
+        yield (
+            api.DRIVE.of(name),
+            {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": name == "rootfs"},
+        )
+    yield api.VSOCK, {"guest_cid": _GUEST_CID, "uds_path": AGENT_SOCKET}
+    yield api.ENTROPY, {}
+    yield api.ACTIONS, {"action_type": "InstanceStart"}
+
+
+def load_calls(files: SnapshotFiles) -> Iterator[Request]:
+    """Yield the calls that bring a clone to life."""
+    yield api.SERIAL, {"serial_out_path": CONSOLE}
+    yield (
+        api.SNAPSHOT_LOAD,
+        {
+            "snapshot_path": str(files.state),
+            "mem_backend": {"backend_type": "File", "backend_path": str(files.memory)},
+            "resume_vm": True,
+        },
+    )
+
+
+def drive_links(rootfs: Path | None, disk: Path | None) -> dict[str, Path]:
+    """Return where each drive's link leads."""
+    return dict(zip(DRIVES, (rootfs or _NOTHING, disk or _NOTHING, _NOTHING), strict=True))
+
+
+def key_arguments(shape: MachineShape) -> tuple[str, ...]:
+    """Return a base's calls with names in place of the paths that differ from host to host."""
+    calls = boot_calls(shape, Path("kernel"), Path("initramfs"))
+    return tuple(f"{call} {json.dumps(body, sort_keys=True)}" for call, body in calls)

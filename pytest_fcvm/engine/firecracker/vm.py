@@ -1,0 +1,178 @@
+"""A VM under Firecracker: the process, its API, its vsock."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pytest_fcvm.engine.disk import Disk
+from pytest_fcvm.engine.firecracker import api, vsock
+from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
+from pytest_fcvm.engine.firecracker.post_mortem import explain_death
+from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, Request
+from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
+from pytest_fcvm.engine.launch import Launched
+from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.spawner import ChildExit
+from pytest_fcvm.engine.vm import VmProcess
+from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+
+__all__ = ["FirecrackerVm"]
+
+_START_S = 20.0
+_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.0005, 0.005
+_ANSWER_S = 120.0  # a nested host may stand still for a minute
+_LAST_WORDS_S = 2.0  # from a connection that broke to the end of the process
+_DIG_S = 60.0
+
+
+class FirecrackerVm(VmProcess):
+    """One Firecracker process. `calls` bring its guest to life; `memory` is where a base's memory is to be saved."""
+
+    def __init__(
+        self,
+        name: str,
+        launched: Launched,
+        version: FirecrackerVersion,
+        calls: Iterable[Request],
+        *,
+        memory: Path | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        super().__init__(name, launched, explain_death, disk)
+        self._version, self._memory, self._calls = version, memory, list(calls)
+        self._api = Api(launched.directory / API_SOCKET, version)
+        self._stopped = False
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._child.on_exit(self._close)
+
+    def channel(self) -> socket.socket:
+        """Return a connection to the agent, the caller's to close; wait until the guest takes one."""
+        path = self._launched.directory / AGENT_SOCKET
+        with self._told():
+            return vsock.connect(path, AGENT_PORT, Deadline(_ANSWER_S), self._check_alive)
+
+    def start(self) -> None:
+        """Let the guest come to life, and return when it runs; harmless when it does already."""
+        with self._lock:
+            calls, self._calls = self._calls, []
+        if calls:
+            with self._told():
+                self._wait_for_api()
+                for call, body in calls:
+                    self._api.send(call, body)
+
+    def wait_until_running(self, timeout_s: float) -> None:
+        """Return at once: `start` does not return before the guest executes."""
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        """Raise EngineError: without a network card, ports go through the agent."""
+        raise EngineError(
+            f"guest port {port.guest_port} of VM {self.name} has no network card to go through",
+            hint="use --fcvm-network relay",
+        )
+
+    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:  # noqa: ARG002  the protocol's signature
+        """Return None: no port is mapped by Firecracker."""
+        return None
+
+    def pause(self) -> None:
+        """Stop the guest's processors."""
+        if self._version.resumes_deaf:
+            self._child.send_signal(signal.SIGSTOP)
+        else:
+            self._set_state("Paused")
+        self._stopped = True
+
+    def resume(self) -> None:
+        """Let the guest's processors run again."""
+        self._check_alive()
+        if self._version.resumes_deaf:
+            self._child.send_signal(signal.SIGCONT)
+        else:
+            self._set_state("Resumed")
+        self._stopped = False
+
+    def snapshot(self, state: Path) -> None:
+        """Stop a base and write its device state and its memory, of which untouched pages become holes.
+
+        Raise EngineError or HostError when Firecracker cannot save it, leaving no file.
+        """
+        if self._memory is None:
+            raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
+        if self._stopped:
+            raise EngineError(f"VM {self.name} is paused", hint="resume it first")
+        body = {"snapshot_type": "Full", "snapshot_path": str(state), "mem_file_path": str(self._memory)}
+        try:
+            with self._told():
+                self._api.send(api.VM, {"state": "Paused"})
+                self._api.send(api.SNAPSHOT_CREATE, body)
+            for path in (state, self._memory):
+                path.chmod(0o600)
+            _dig_holes(self._memory)
+        except BaseException:
+            state.unlink(missing_ok=True)
+            self._memory.unlink(missing_ok=True)
+            raise
+
+    def _set_state(self, state: str) -> None:
+        with self._told():
+            self._api.send(api.VM, {"state": state})
+
+    def _wait_for_api(self) -> None:
+        """Wait until Firecracker listens. It binds and listens in two steps: no event on the file would tell."""
+        path = self._launched.directory / API_SOCKET
+
+        def listens() -> bool:
+            self._check_alive()
+            return _accepts(path)
+
+        if not wait_until(listens, Deadline(_START_S), interval_s=_FIRST_LOOK_S, longest_interval_s=_LONGEST_LOOK_S):
+            raise EngineError(f"Firecracker did not open its API within {_START_S:g} s")
+
+    def _check_alive(self) -> None:
+        if self._over.is_set():
+            raise self.explain()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn a call that nobody answered into the reason for the end of the VM, and add evidence to failures."""
+        try:
+            yield
+        except NoAnswer as error:
+            if self._over.wait(_LAST_WORDS_S):
+                raise self.explain() from error
+            raise error.with_evidence(**self._evidence()) from None
+        except FcvmError as error:
+            error.with_evidence(**self._evidence())
+            raise
+
+    def _evidence(self) -> dict[str, str]:
+        return {"console": read_tail(self.console_path), "VMM log": read_tail(self.vmm_log_path)}
+
+    def _close(self, _: ChildExit) -> None:
+        self._over.set()
+        self._api.close()
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
+        probe.connect(str(path))
+        return True
+    return False
+
+
+def _dig_holes(memory: Path) -> None:
+    """Give back the zero pages that Firecracker writes out; a host without the tool keeps them."""
+    tool = find_tool("fallocate")
+    if tool:
+        with suppress(HostError):  # a file system without holes
+            run_tool([tool, "--dig-holes", memory], timeout_s=_DIG_S)

@@ -1,0 +1,118 @@
+"""Clones whose ports go through their agents: an engine without a network to the host, or one that was told so."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes.agent import FakeAgent
+from fakes.vm import FakeEngine
+
+from pytest_fcvm.clone import Clone
+from pytest_fcvm.errors import GuestTimeout, HostError, UsageProblem
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
+from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.store import Entry
+
+RELAY = NetworkSpec(mode=NetworkMode.RELAY)
+
+
+@pytest.fixture
+def start(
+    make_parts: Callable[..., Ingredients], engine: FakeEngine, tmp_path: Path, stack: ExitStack
+) -> Callable[..., Clone]:
+    """Build a snapshot and start a clone of it; keyword arguments are fields of the spec."""
+    engine.networks = (NetworkMode.RELAY,)
+
+    def start(**fields: Any) -> Clone:
+        parts = make_parts(**fields)
+        folder = tmp_path / "entry"
+        folder.mkdir()
+        facts = build_snapshot(parts, folder, lambda _phase: None)
+        room = lambda _mib: ExitStack()  # noqa: E731
+        entry = Entry(path=folder, key="0" * 64, facts=facts)
+        snapshot = Snapshot(entry=entry, parts=parts, workshop=Workshop(admit=room, admit_ahead=room))
+        stack.callback(snapshot.close)
+        return stack.enter_context(snapshot.clone())
+
+    return start
+
+
+def _agent_of(clone: Clone) -> FakeAgent:
+    return clone._machine.vm.agent  # type: ignore[attr-defined, no-any-return]
+
+
+def _fields(agent: FakeAgent, kind: StreamKind) -> Any:
+    (fields,) = [fields for executed, fields in agent.executed if executed is kind]
+    return fields
+
+
+def test_a_request_reaches_the_service_through_the_agent(start: Callable[..., Clone]) -> None:
+    clone = start()
+    assert clone.http(80).get("/").text == "hello"
+    assert StreamKind.CONNECT in [kind for kind, _ in _agent_of(clone).executed]
+
+
+def test_the_gateways_address_stays_the_guests_own(start: Callable[..., Clone], engine: FakeEngine) -> None:
+    clone = start()
+    assert _fields(engine.vms[0].agent, StreamKind.QUIESCE).number(FieldTag.PEER_GATEWAY) == 1
+    assert FieldTag.PEER_GATEWAY not in _fields(_agent_of(clone), StreamKind.PERSONALISE)
+
+
+def test_a_published_host_port_is_there_from_the_start(start: Callable[..., Clone]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    start(publish=(PublishedPort(guest_port=80, host_port=port),))
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_host_port_that_is_taken_ends_the_clone(start: Callable[..., Clone], engine: FakeEngine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HostError, match=f"127.0.0.1:{port} cannot be listened on"):
+            start(publish=(PublishedPort(guest_port=80, host_port=port),))
+    assert all(vm.exit is not None for vm in engine.vms)
+
+
+def test_nothing_listens_any_more_when_the_clone_is_closed(start: Callable[..., Clone]) -> None:
+    clone = start()
+    endpoint = clone.endpoint(80)
+    clone.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(endpoint, timeout=20)
+
+
+def test_a_clone_that_is_deaf_on_its_port_is_told(
+    start: Callable[..., Clone], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = engine.prepare_guest
+
+    def silence_clones(agent: FakeAgent) -> None:
+        prepare(agent)
+        if engine.vms:
+            agent.silent.add(StreamKind.CONNECT)
+
+    engine.prepare_guest = silence_clones
+    monkeypatch.setattr("pytest_fcvm.snapshot.cloner._ANSWER_S", 0.2)
+    monkeypatch.setattr("pytest_fcvm.ready._TRY_S", 0.1)
+    with pytest.raises(GuestTimeout, match="the clone's port does not answer"):
+        start()
+
+
+def test_an_engine_that_leads_nowhere_outside_says_which_does(start: Callable[..., Clone]) -> None:
+    with pytest.raises(UsageProblem, match="fake has no network 'auto,egress'") as caught:
+        start(network=NetworkSpec(egress=True))
+    assert "--fcvm-engine qemu" in caught.value.hint
+
+
+def test_where_both_are_offered_the_first_is_taken(make_parts: Callable[..., Ingredients]) -> None:
+    assert make_parts().network.mode is NetworkMode.USER
+    assert make_parts(network=RELAY).is_relayed
