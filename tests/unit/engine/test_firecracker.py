@@ -1,0 +1,387 @@
+"""The Firecracker engine against a program that speaks Firecracker's API and ends as it does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.engine.firecracker import engine as engine_module
+from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
+from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
+from pytest_fcvm.engine.protocol import (
+    Accelerator,
+    BootPlan,
+    EngineReport,
+    GuestFiles,
+    MachineShape,
+    RestorePlan,
+    SnapshotFiles,
+)
+from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.paths import RunDir
+from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.model.net import Proto, PublishedPort
+from pytest_fcvm.model.specs import NetworkMode
+
+TESTS = Path(__file__).resolve().parents[2]
+FAKE = TESTS / "fakes" / "firecracker.py"
+SHAPE = MachineShape(mem_mib=8, cpus=1, network=NetworkMode.RELAY)
+ELF = b"\x7fELF and a kernel behind it"
+WAIT_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _kvm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this host has: the program in the place of Firecracker needs none."""
+    monkeypatch.setattr(engine_module, "explain_missing_device", lambda: ("", ""))
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    with RunDir() as run, Supervisor.start(run.path) as supervisor:
+        yield supervisor
+
+
+class Bench:
+    """Engines of some version, and what their VMs are made of."""
+
+    def __init__(self, folder: Path, supervisor: Supervisor) -> None:
+        self.folder, self.supervisor = folder, supervisor
+        self.kernel = folder / "vmlinux"
+        self.kernel.write_bytes(ELF)
+        for name in ("bzImage", "initramfs", "rootfs"):
+            (folder / name).write_bytes(name.encode())
+        self.guest = GuestFiles(
+            kernel=folder / "bzImage",
+            initramfs=folder / "initramfs",
+            rootfs=folder / "rootfs",
+            vmlinux=lambda: self.kernel,
+        )
+
+    def engine(self, version: str = "1.16.1", accelerator: Accelerator | None = None) -> FirecrackerEngine:
+        program = self.folder / "firecracker"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {FAKE} {version} "$@"\n')
+        program.chmod(0o755)
+        return FirecrackerEngine(self.supervisor, self.folder / "cache", binary=program, accelerator=accelerator)
+
+    def probe(self, engine: FirecrackerEngine) -> EngineReport:
+        return engine.probe(replace(self.guest, rootfs=None))
+
+    def probed(self, version: str = "1.16.1") -> FirecrackerEngine:
+        engine = self.engine(version)
+        assert self.probe(engine).usable
+        return engine
+
+    def boot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> FirecrackerVm:
+        plan = BootPlan(name="base", shape=SHAPE, files=self.guest, memory=self.folder / "memory", disk=disk)
+        return _living(engine.boot(plan), stack)
+
+    def snapshot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> SnapshotFiles:
+        base = self.boot(engine, stack, disk)
+        files = SnapshotFiles(
+            memory=self.folder / "memory", state=self.folder / "state", rootfs=self.folder / "rootfs", disk=disk
+        )
+        base.snapshot(files.state)
+        base.kill()
+        return files
+
+    def restore(self, engine: FirecrackerEngine, files: SnapshotFiles, stack: ExitStack) -> FirecrackerVm:
+        return _living(engine.restore(RestorePlan(name="clone", shape=SHAPE, files=files)), stack)
+
+
+def _living(vm: FirecrackerVm, stack: ExitStack) -> FirecrackerVm:
+    stack.callback(lambda: (vm.kill(), vm.wait(WAIT_S)))
+    return vm
+
+
+@pytest.fixture
+def bench(tmp_path: Path, supervisor: Supervisor) -> Bench:
+    return Bench(tmp_path, supervisor)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def talk(vm: FirecrackerVm, line: str) -> str:
+    """Say a line to the guest and return its answer, "" when it ended."""
+    with vm.channel() as channel:
+        channel.settimeout(WAIT_S)
+        channel.sendall(line.encode() + b"\n")
+        return channel.recv(100).decode().strip()
+
+
+# -- probing
+
+
+def test_it_works_where_a_kernel_boots_and_that_is_remembered(bench: Bench) -> None:
+    report = bench.probe(bench.engine())
+    assert (report.usable, report.accelerator, report.version) == (True, Accelerator.KVM, "1.16.1")
+    assert {"digest of firecracker", "version", "cpu", "microcode", "host kernel"} == set(report.identity)
+    bench.kernel.write_bytes(b"no kvm")  # would be found out if it were asked again
+    assert bench.probe(bench.engine()).usable
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("1.13.1", "lose vsock connections"),
+        ("1.14.3", "lose vsock connections"),
+        ("1.15.0", "jump in monotonic time"),
+        ("1.16.0", "may be deaf"),
+    ],
+)
+def test_a_version_that_is_known_to_be_broken_is_refused_with_the_reason(
+    bench: Bench, version: str, reason: str
+) -> None:
+    report = bench.probe(bench.engine(version))
+    assert not report.usable
+    assert f"Firecracker {version} is not used: " in report.reason
+    assert reason in report.reason
+    assert "fcvm setup firecracker" in report.hint
+
+
+@pytest.mark.parametrize("version", ["1.14.4", "1.15.1", "1.16.1", "1.17.0"])
+def test_other_versions_are_taken(bench: Bench, version: str) -> None:
+    assert bench.probe(bench.engine(version)).version == version
+
+
+def test_a_host_on_which_no_kernel_boots_is_told_in_firecrackers_words(bench: Bench) -> None:
+    bench.kernel.write_bytes(b"no kvm")
+    report = bench.probe(bench.engine())
+    assert report.reason.startswith("/dev/kvm cannot boot a kernel: Firecracker refused PUT /actions: ")
+    assert "Permission denied" in report.reason
+    assert "--fcvm-engine qemu" in report.hint
+
+
+def test_what_fails_before_the_boot_is_not_remembered_as_a_fault_of_kvm(bench: Bench) -> None:
+    def fail() -> Path:
+        raise HostError("lz4 is not installed", hint="apt-get install lz4")
+
+    report = bench.engine().probe(replace(bench.guest, rootfs=None, vmlinux=fail))
+    assert (report.reason, report.hint) == ("lz4 is not installed", "apt-get install lz4")
+    assert bench.probe(bench.engine()).usable
+
+
+def test_emulation_is_refused(bench: Bench) -> None:
+    report = bench.probe(bench.engine(accelerator=Accelerator.TCG))
+    assert (report.usable, report.reason) == (False, "Firecracker does not emulate")
+
+
+def test_a_program_that_is_not_firecracker_is_told(bench: Bench, tmp_path: Path) -> None:
+    program = tmp_path / "other"
+    program.write_text("#!/bin/sh\necho something else 1.2.3\n")
+    program.chmod(0o755)
+    report = bench.probe(FirecrackerEngine(bench.supervisor, tmp_path / "cache", binary=program))
+    assert "does not say that it is Firecracker" in report.reason
+
+
+def test_without_a_probe_nothing_starts(bench: Bench, stack: ExitStack) -> None:
+    with pytest.raises(EngineError, match="was not probed"):
+        bench.boot(bench.engine(), stack)
+
+
+# -- lives
+
+
+def test_a_base_answers_and_its_snapshot_is_private_and_full_of_holes(bench: Bench, stack: ExitStack) -> None:
+    base = bench.boot(bench.probed(), stack)
+    assert talk(base, "ping 1") == "pong 1"
+    assert "Linux version" in base.console_path.read_text()
+    base.snapshot(bench.folder / "state")
+    for name in ("state", "memory"):
+        assert stat.S_IMODE((bench.folder / name).stat().st_mode) == 0o600
+    memory = (bench.folder / "memory").stat()
+    assert (memory.st_size, memory.st_blocks) == (SHAPE.mem_mib << 20, 0)
+
+
+def test_clones_answer_each_in_a_directory_of_its_own(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    files = bench.snapshot(engine, stack)
+    clones = [bench.restore(engine, files, stack) for _ in range(3)]
+    assert [talk(clone, f"ping {number}") for number, clone in enumerate(clones)] == ["pong 0", "pong 1", "pong 2"]
+    folders = {clone.console_path.parent for clone in clones}
+    assert len(folders) == 3
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+    assert [clone.console_path.read_text() for clone in clones] == ["", "", ""]
+
+
+def test_a_clone_made_ahead_comes_to_life_when_it_is_started(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    files = bench.snapshot(engine, stack)
+    clone = _living(engine.prepare(RestorePlan(name="spare", shape=SHAPE, files=files)), stack)
+    clone.start()
+    clone.start()
+    assert talk(clone, "ping 1") == "pong 1"
+
+
+@pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
+def test_a_clone_that_was_paused_hears_again(bench: Bench, stack: ExitStack, version: str) -> None:
+    engine = bench.probed(version)
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    clone.pause()
+    if version == "1.16.1":  # a bare pause and resume would leave it deaf
+        state = lambda: Path(f"/proc/{clone.pid}/stat").read_text().rsplit(") ")[1][0]  # noqa: E731
+        assert wait_until(lambda: state() == "T", Deadline(WAIT_S))
+    clone.resume()
+    assert talk(clone, "ping 1") == "pong 1"
+
+
+def test_a_killed_clone_leaves_nothing(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    clone.pause()
+    clone.kill()
+    assert clone.wait(WAIT_S).killed_by_us
+    folder = clone.console_path.parent
+    assert wait_until(lambda: not folder.exists(), Deadline(WAIT_S))
+    assert not Path(f"/proc/{clone.pid}").exists()
+
+
+def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
+    disk = bench.folder / "disk"
+    disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
+    assert clone.disk is not None
+    link = clone.console_path.parent / "drive1"
+    assert str(link.readlink()) == "/proc/self/fd/3"
+    os.pwrite(clone.disk.descriptor, b"other", 0)
+    assert disk.read_bytes().startswith(b"as in the snapshot")
+    assert Path(f"/proc/{clone.pid}/fd/3").read_bytes().startswith(b"other")
+
+
+# -- refusals
+
+
+def test_a_clone_is_no_base_and_a_paused_base_is_not_taken(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    with pytest.raises(EngineError, match="is a clone"):
+        clone.snapshot(bench.folder / "other")
+    base = bench.boot(engine, stack)
+    base.pause()
+    with pytest.raises(EngineError, match="is paused"):
+        base.snapshot(bench.folder / "other")
+
+
+def test_a_port_is_refused_with_what_maps_ports(bench: Bench, stack: ExitStack) -> None:
+    base = bench.boot(bench.probed(), stack)
+    with pytest.raises(EngineError, match="guest port 80 of VM base has no network card") as caught:
+        base.publish(PublishedPort(guest_port=80))
+    assert "relay" in caught.value.hint
+    assert base.endpoint(80, Proto.TCP) is None
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_living_base(bench: Bench, stack: ExitStack) -> None:
+    base = bench.boot(bench.probed(), stack)
+    with pytest.raises(EngineError, match="Cannot perform open on the snapshot backing file"):
+        base.snapshot(bench.folder / "gone" / "state")
+    assert not (bench.folder / "memory").exists()
+    base.kill()
+
+
+def _shorten(files: SnapshotFiles) -> None:
+    os.truncate(files.memory, 4096)
+
+
+def _lengthen(files: SnapshotFiles) -> None:
+    os.truncate(files.memory, (SHAPE.mem_mib << 20) + 4096)
+
+
+def _spoil(files: SnapshotFiles) -> None:
+    files.state.write_bytes(b"\0\0")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (_shorten, "has 4096 bytes and not 8388608"),
+        (_lengthen, "has 8392704 bytes and not 8388608"),
+        (_spoil, "bitcode error"),
+        (lambda files: files.state.unlink(), "Failed to open snapshot file: No such file or directory"),
+        (lambda files: files.memory.unlink(), "cannot be read: No such file or directory"),
+        (lambda files: files.rootfs.unlink(), "Error manipulating the backing file: No such file or directory"),
+    ],
+)
+def test_a_snapshot_that_was_harmed_is_refused_with_the_way_out(
+    bench: Bench, stack: ExitStack, harm: Callable[[SnapshotFiles], None], words: str
+) -> None:
+    engine = bench.probed()
+    files = bench.snapshot(engine, stack)
+    harm(files)
+    with pytest.raises(EngineError, match=words) as caught:
+        bench.restore(engine, files, stack)
+    assert caught.value.hint == "build the snapshot again: --fcvm-rebuild"
+
+
+def test_a_kernel_that_is_none_is_told_with_the_option_that_names_one(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    bench.kernel.write_bytes(b"a text")
+    with pytest.raises(HostError, match="Invalid Elf magic number") as caught:
+        bench.boot(engine, stack)
+    assert "--fcvm-kernel" in caught.value.hint
+
+
+# -- ends
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("panic", "kernel panic"),
+        ("reboot", "shut down or reset itself"),
+        ("exit 149", "SIGBUS"),
+        ("exit 1", "Firecracker exited with 1"),
+    ],
+)
+def test_the_end_of_a_guest_is_told_apart(bench: Bench, stack: ExitStack, words: str, message: str) -> None:
+    base = bench.boot(bench.probed(), stack)
+    ends: list[object] = []
+    base.on_exit(ends.append)
+    with pytest.raises((ConnectionError, AssertionError)):
+        assert talk(base, words)
+    assert wait_until(lambda: ends, Deadline(WAIT_S))
+    error = base.explain()
+    assert isinstance(error, FcvmError)
+    assert message in error.message
+    with pytest.raises(type(error)):
+        base.channel()
+
+
+def test_a_vmm_that_somebody_kills_ends_a_waiting_call_at_once(bench: Bench, stack: ExitStack) -> None:
+    base = bench.boot(bench.probed(), stack)
+    os.kill(base.pid, signal.SIGKILL)
+    base.wait(WAIT_S)
+    with pytest.raises(EngineError, match="SIGKILL"):
+        base.channel()
+
+
+def test_a_dead_vm_cannot_be_paused(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed("1.16.2")
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    os.kill(clone.pid, signal.SIGKILL)
+    clone.wait(WAIT_S)
+    with pytest.raises(EngineError, match="SIGKILL"):
+        clone.pause()
+
+
+def test_the_channel_is_a_stream_socket_of_the_callers(bench: Bench, stack: ExitStack) -> None:
+    base = bench.boot(bench.probed(), stack)
+    with base.channel() as first, base.channel() as second:
+        assert first.family == second.family == socket.AF_UNIX
+        for channel in (second, first):
+            channel.sendall(b"ping 1\n")
+            assert channel.recv(100) == b"pong 1\n"
