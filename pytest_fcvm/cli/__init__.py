@@ -67,6 +67,9 @@ def _add_setup(commands: _Commands) -> None:
     parser = _add(commands, "setup", _setup, "get what machines need: programs, guest kernel, a working engine")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
     parser.add_argument("--sudo", action="store_true", help="install packages by sudo when not root")
+    parser.add_argument("what", nargs="?", choices=("firecracker",), help="get this alone")
+    parser.add_argument("--version", metavar="V", help="of Firecracker, the newest that was tried without")
+    parser.add_argument("--base-url", metavar="URL", help="where its releases are, in place of its own project")
 
 
 def _add_shell(commands: _Commands, *, with_options: bool) -> None:
@@ -119,8 +122,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _setup(options: argparse.Namespace) -> int:
-    from pytest_fcvm.cli.setup import set_up
+    from pytest_fcvm.cli.setup import set_up, set_up_firecracker
 
+    if options.what:
+        return set_up_firecracker(options.cache_dir, options.version, options.base_url, dry_run=options.dry_run)
     return set_up(cache_dir=options.cache_dir, dry_run=options.dry_run, sudo=options.sudo)
 
 

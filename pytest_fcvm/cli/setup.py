@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_fcvm.engine.firecracker.installation import tools_dir
+from pytest_fcvm.engine.firecracker.release import BASE_URL, LATEST, install_release
 from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.harness import Harness
+from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.options import Options
 
-__all__ = ["missing_packages", "set_up"]
+__all__ = ["missing_packages", "set_up", "set_up_firecracker"]
 
 # A program that has to be there, and the package of Debian and Ubuntu that has it.
 _NEEDED = {
@@ -57,6 +60,17 @@ def set_up(*, cache_dir: str | None, dry_run: bool, sudo: bool) -> int:
         finally:
             harness.close()
     _say("ready: pytest --fcvm-image IMAGE")
+    return 0
+
+
+def set_up_firecracker(cache_dir: str | None, version: str | None, base_url: str | None, *, dry_run: bool) -> int:
+    """Get a release of Firecracker, where the engine finds it. Return 0. Raise HostError for one that cannot be had."""
+    version, base_url = version or LATEST, base_url or BASE_URL
+    root = cache_root(Path(cache_dir).resolve() if cache_dir else None)
+    _say(f"Firecracker {version} of {base_url}, into {tools_dir(root)}")
+    if not dry_run:
+        program = install_release(version, root, _say, base_url)
+        _say(f"ready: {program}; --fcvm-engine auto takes it where KVM works (fcvm doctor)")
     return 0
 
 

@@ -50,7 +50,7 @@ class FirecrackerEngine:
         accelerator: Accelerator | None = None,
     ) -> None:
         self._spawner, self._binary, self._wanted = spawner, binary, accelerator
-        self._records = cache_dir / "engine"
+        self._cache_dir, self._records = cache_dir, cache_dir / "engine"
         self._installation: Installation | None = None
 
     @property
@@ -114,7 +114,7 @@ class FirecrackerEngine:
 
     def _probe(self, smoke: GuestFiles) -> EngineReport:
         _refuse_foreign_host()
-        binary = find_firecracker(self._binary)
+        binary = find_firecracker(self._binary, self._cache_dir)
         if binary is None:
             raise HostError("not installed", hint=_INSTALL_HINT)
         if self._wanted is Accelerator.TCG:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pytest_fcvm.engine.records import Digests, open_record, stamp
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.process import find_tool, run_tool
 
-__all__ = ["PROGRAM", "Installation", "find_firecracker", "inspect"]
+__all__ = ["PROGRAM", "Installation", "find_firecracker", "inspect", "tools_dir"]
 
 PROGRAM = "firecracker"
 _TIMEOUT_S = 30.0
@@ -25,9 +26,15 @@ class Installation:
     digest: str
 
 
-def find_firecracker(binary: Path | None = None) -> Path | None:
-    """Return the Firecracker to use: the one named, else the one on PATH, else None."""
-    return binary if binary is not None else find_tool(PROGRAM)
+def tools_dir(cache_dir: Path) -> Path:
+    """Return the folder for programs that `fcvm setup` got."""
+    return cache_dir / "tools"
+
+
+def find_firecracker(binary: Path | None, cache_dir: Path) -> Path | None:
+    """Return the Firecracker to use: the one named, else the one on PATH, else the one `fcvm setup` got, else None."""
+    got = tools_dir(cache_dir) / PROGRAM
+    return binary or find_tool(PROGRAM) or (got if os.access(got, os.X_OK) else None)
 
 
 def inspect(binary: Path, record_file: Path) -> Installation:
