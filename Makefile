@@ -13,10 +13,13 @@ TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc
 RERUNS := --reruns 2 --reruns-delay 1
 STOCK_TESTS := tests/vm/test_clone.py tests/vm/test_engine.py tests/vm/test_freeze.py tests/vm/test_pool.py
 
-.PHONY: demo test setup-demo setup-test lint docs bench soak agent kernel fuzz clean
+.PHONY: demo test test-firecracker setup-demo setup-test lint docs bench soak agent kernel fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
+
+test-firecracker: setup-test kernel ## the VM tier on a real Firecracker, named by FCVM_TEST_FIRECRACKER, in an emulated host of KVM
+	$(BIN)/python -m pytest --fcvm-kernel stock --fcvm-pool 0 tests/firecracker
 
 test: setup-test lint kernel ## every tier that this machine can run; the VM tier on our own kernel, a part of it on the stock one
 	$(BIN)/python guest_image/build --arch $(shell uname -m)

@@ -35,9 +35,10 @@ class Choice:
     rejected: tuple[EngineReport, ...] = ()
 
     def __str__(self) -> str:
-        """Say it as the terminal summary does: `qemu/tcg (why it is not KVM)`."""
-        reason = f" ({self.report.reason})" if self.report.reason else ""
-        return f"{self.report.engine}/{self.report.accelerator}{reason}"
+        """Say it as the terminal summary does: `qemu/tcg (why it is not KVM; firecracker: why it was not taken)`."""
+        reasons = [self.report.reason, *(f"{other.engine}: {other.reason}" for other in self.rejected)]
+        told = "; ".join(reason for reason in reasons if reason and not reason.endswith(": "))
+        return f"{self.report.engine}/{self.report.accelerator}{f' ({told})' if told else ''}"
 
 
 def _make_qemu(context: EngineContext) -> Engine:

@@ -15,6 +15,7 @@ class CpuIdentity:
         self.model = _field(text, "model name") or "unknown"
         self.microcode = _field(text, "microcode") or "unknown"
         self.mhz = float(_field(text, "cpu MHz") or 0)
+        self.flags = frozenset(_field(text, "flags").split())
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> CpuIdentity:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pytest_fcvm.engine.cpu import read_cpu
 from pytest_fcvm.engine.records import Digests, boot_id, open_record
 from pytest_fcvm.host.clock import monotonic
 
@@ -18,6 +19,7 @@ __all__ = ["AGENT_SIGN", "SmokeTimeout", "explain_missing_device", "recall_or_pr
 AGENT_SIGN = b"fcvm-agent:"
 """What the agent prints first on the console."""
 
+_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
 _DOUBTFUL_FOR_S = 600.0  # a deadline may have passed because the host was busy
 
 
@@ -25,13 +27,34 @@ class SmokeTimeout(Exception):
     """The smoke boot showed nothing in time; not as sure as a VMM that died."""
 
 
-def explain_missing_device(device: Path = Path("/dev/kvm")) -> tuple[str, str]:
-    """Return why KVM cannot even be tried and what to do, two empty strings when it can."""
+def explain_missing_device(root: Path = Path("/")) -> tuple[str, str]:
+    """Return why KVM cannot even be tried and what to do, two empty strings when it can. `root` is / but in tests."""
+    device = root / "dev/kvm"
     if not device.exists():
-        return f"there is no {device}", "enable virtualisation in the firmware, or pass the device into this container"
-    if not os.access(device, os.R_OK | os.W_OK):
-        return f"{device} may not be opened by this user", "sudo usermod -aG kvm $USER, then log in again"
+        return _explain_absence(root)
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return "/dev/kvm may not be opened by this user", "sudo usermod -aG kvm $USER, then log in again"
+    except OSError as error:
+        return f"/dev/kvm cannot be opened: {error.strerror}", "sudo modprobe kvm-intel, or kvm-amd"
     return "", ""
+
+
+def _explain_absence(root: Path) -> tuple[str, str]:
+    """Return why there is no device: hidden, without its module, or without a processor for it."""
+    flags = read_cpu(root / "proc/cpuinfo").flags
+    module = next((name for flag, name in _MODULES.items() if flag in flags), "")
+    if module and (root / "sys/module" / module).exists():
+        return "there is no /dev/kvm in this container", "start it with --device /dev/kvm"
+    if module:
+        return "there is no /dev/kvm: its module is not loaded", f"sudo modprobe {module.replace('_', '-')}"
+    if "hypervisor" in flags:
+        hint = (
+            "let the host of this virtual machine nest: kvm_intel or kvm_amd with nested=1, and its CPU passed through"
+        )
+        return "there is no /dev/kvm: this virtual machine may not have virtual machines of its own", hint
+    return "there is no /dev/kvm: the processor does not offer it", "enable virtualisation (VT-x, SVM) in the firmware"
 
 
 def recall_or_prove(record_file: Path, vmm_digest: str, kernel: Path, prove: Callable[[], str]) -> str:

@@ -63,7 +63,7 @@ def test_kvm_goes_before_the_order_of_engines() -> None:
 
 def test_an_engine_that_only_emulates_is_better_than_none_and_says_why() -> None:
     choice = Bench(firecracker=None, qemu=TCG).choose()
-    assert str(choice) == "qemu/tcg (no kvm)"
+    assert str(choice) == "qemu/tcg (no kvm; firecracker: not there)"
     assert choice.rejected[0].reason == "not there"
 
 

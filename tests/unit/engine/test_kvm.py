@@ -69,15 +69,42 @@ def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Calla
     assert ask(Proof("")) == ""
 
 
-def test_a_host_without_the_device_is_told_so(tmp_path: Path) -> None:
-    reason, hint = explain_missing_device(tmp_path / "kvm")
-    assert reason == f"there is no {tmp_path / 'kvm'}"
-    assert "firmware" in hint
+@pytest.mark.parametrize(
+    ("flags", "module", "reason", "hint"),
+    [
+        ("fpu vmx", "kvm_intel", "there is no /dev/kvm in this container", "--device /dev/kvm"),
+        ("fpu svm", "", "there is no /dev/kvm: its module is not loaded", "sudo modprobe kvm-amd"),
+        ("fpu hypervisor", "", "may not have virtual machines of its own", "nested=1"),
+        ("fpu", "", "the processor does not offer it", "firmware"),
+    ],
+)
+def test_a_host_without_the_device_is_told_why(tmp_path: Path, flags: str, module: str, reason: str, hint: str) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nmodel name\t: some\nflags\t\t: {flags}\n")
+    if module:
+        (tmp_path / "sys/module" / module).mkdir(parents=True)
+    told = explain_missing_device(tmp_path)
+    assert reason in told[0]
+    assert hint in told[1]
 
 
 def test_a_device_that_may_be_opened_is_no_reason(tmp_path: Path) -> None:
-    (tmp_path / "kvm").touch()
-    assert explain_missing_device(tmp_path / "kvm") == ("", "")
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kvm").touch()
+    assert explain_missing_device(tmp_path) == ("", "")
+
+
+def test_a_device_of_somebody_else_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kvm").touch()
+    monkeypatch.setattr("pytest_fcvm.engine.kvm.os.open", refuse)
+    assert explain_missing_device(tmp_path) == (
+        "/dev/kvm may not be opened by this user",
+        "sudo usermod -aG kvm $USER, then log in again",
+    )
 
 
 INSTALLATION = Installation(

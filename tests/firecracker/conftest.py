@@ -1,0 +1,150 @@
+"""A host with a KVM that works, for a real Firecracker: an emulated one, made with our own QEMU engine.
+
+QEMU emulates AMD's SVM, so that a guest with a distribution's kernel can be a host of KVM. The tests that run in it are
+those of tests/vm, with the engine that is asked for. FCVM_TEST_FIRECRACKER names the Firecracker to test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import shutil
+import site
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, MachineSpec, Prepare, SnapshotFactory
+from pytest_fcvm.errors import EngineError
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = ("nginx", "redis", "postgres", "python", "java", "systemd")
+HOST_MEM_MIB, HOST_DISK_MIB = 3072, 10240
+PREPARE_S, RUN_S = 1200.0, 3600.0
+LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
+_PACKAGES = (
+    "python3 kmod procps iproute2 util-linux zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry qemu-system-x86 "
+    "busybox-static linux-image-cloud-amd64"
+)
+_NOT_NEEDED = ("pip", "pip-*", "setuptools*", "mypy*", "ruff*", "ziglang*", "__editable__*", "*.pth", "__pycache__")
+_ENVIRONMENT = {
+    "PYTHONPATH": "/work/site:/work/project",
+    "PATH": "/work/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "XDG_CACHE_HOME": "/var/cache",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+_MAKE_HOST = """
+set -e
+modprobe kvm-amd
+mkdir -p /work/bin
+"""
+# Proves KVM, and leaves in the cache what every run needs: the guest's kernel and nginx.
+_WARM_UP = "python3 -m pytest_fcvm.cli shell --engine firecracker oci:.demo/nginx:latest -- true"
+
+
+@pytest.fixture(scope="session")
+def firecracker() -> Path:
+    """The Firecracker to test."""
+    named = os.environ.get("FCVM_TEST_FIRECRACKER")
+    if not named:
+        pytest.skip("FCVM_TEST_FIRECRACKER names no Firecracker to test (make test-firecracker)")
+    program = Path(named).resolve()
+    assert os.access(program, os.X_OK), f"FCVM_TEST_FIRECRACKER: {program} is not a program"
+    return program
+
+
+@dataclass(frozen=True)
+class KvmHost:
+    """Makes emulated hosts of KVM, and runs commands in them."""
+
+    clone: Callable[[], Clone]
+
+    def run(self, command: str, out: Callable[[str], object]) -> int:
+        """Run a command in a fresh host's copy of the project and return its exit code; its output goes to `out`.
+
+        It is run again in another host when the host itself dies.
+        """
+        for life in range(1, LIVES + 1):
+            with self.clone() as host:
+                try:
+                    return self._run_in(host, command, out)
+                except EngineError as error:
+                    out(f"the emulated host is dead ({error.message}), life {life} of {LIVES}\n")
+        pytest.fail(f"{LIVES} emulated hosts died")
+
+    def _run_in(self, host: Clone, command: str, out: Callable[[str], object]) -> int:
+        shell = ["/bin/bash", "-c", f"cd /work/project && {command} 2>&1"]
+        with host.popen(shell) as process:
+            while data := process.stdout.read1():
+                out(data.decode("utf-8", "replace"))
+            return process.wait(RUN_S)
+
+
+@pytest.fixture(scope="session")
+def host(
+    firecracker: Path, fcvm_snapshot_factory: SnapshotFactory, tmp_path_factory: pytest.TempPathFactory
+) -> KvmHost:
+    """Hosts in which Firecracker works, each a clone of one that has all that the tests need."""
+    payload = _gather(tmp_path_factory.mktemp("payload"), firecracker)
+
+    def prepare(base: Clone) -> None:
+        base.succeed(_MAKE_HOST)
+        base.copy_in(payload, "/work")
+        base.succeed(f"cd /work/project && {_WARM_UP}", timeout=PREPARE_S)
+
+    snapshot = fcvm_snapshot_factory(
+        MachineSpec(
+            image=f"oci:{_build_host_image()}:latest",
+            mem_mib=HOST_MEM_MIB,
+            cpus=2,
+            disk_mib=HOST_DISK_MIB,
+            ready_timeout_s=PREPARE_S,
+            prepare=Prepare(prepare, version=_digest(payload)),
+        )
+    )
+    return KvmHost(snapshot.clone)
+
+
+def _build_host_image() -> Path:
+    module = runpy.run_path(str(ROOT / "examples/images/build.py"))
+    recipe = module["Recipe"](
+        packages=tuple(_PACKAGES.split()),
+        config={"Cmd": ["sleep", "infinity"], "Env": [f"{name}={value}" for name, value in _ENVIRONMENT.items()]},
+        hooks=('rm -rf "$1"/boot/* "$1"/usr/share/qemu/edk2*',),
+    )
+    module["RECIPES"]["kvm-host"] = recipe
+    folder = ROOT / ".demo"
+    folder.mkdir(exist_ok=True)
+    layout: Path = module["build"]("kvm-host", folder)
+    return layout
+
+
+def _gather(folder: Path, firecracker: Path) -> Path:
+    """Put what the tests need into a folder: this project, what is installed beside it, Firecracker, images."""
+    build = runpy.run_path(str(ROOT / "examples/images/build.py"))["build"]
+    for name in ("pytest_fcvm", "tests", "examples", "guest_image", "conftest.py", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, folder / "project" / name)
+    for name in IMAGES:
+        shutil.copytree(build(name, ROOT / ".demo"), folder / "project/.demo" / name)
+    packages = next(path for path in site.getsitepackages() if path.startswith(sys.prefix))
+    shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
+    (folder / "bin").mkdir()
+    shutil.copy2(firecracker, folder / "bin" / "firecracker")
+    return folder
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
