@@ -186,8 +186,8 @@ class Machine:
                 "Load snapshot error: Loading a microVM snapshot not allowed after configuring boot-specific resources."
             )
         try:
-            state = json.loads(Path(body["snapshot_path"]).read_text())
-            self.config = state["config"]
+            text = Path(body["snapshot_path"]).read_text()
+            self.config = json.loads(text)["config"]
         except OSError as error:
             raise Refusal(
                 f"{_PREFIX}Failed to get snapshot state from file: Failed to open snapshot file: {error.strerror} "
@@ -195,9 +195,10 @@ class Machine:
                 fatal=True,
             ) from None
         except (ValueError, LookupError):
+            reason = "An error occurred during bitcode serialization: bitcode error"
             raise Refusal(
-                f"{_PREFIX}Failed to get snapshot state from file: Failed to load snapshot state from file: An error "
-                "occurred during bitcode serialization: bitcode error",
+                f"{_PREFIX}Failed to get snapshot state from file: Failed to load snapshot state from file: "
+                f"{reason if text else 'IO Error: File too short to contain CRC'}",
                 fatal=True,
             ) from None
         self._check_memory(Path(body["mem_backend"]["backend_path"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import pytest
@@ -24,21 +23,32 @@ TESTS = (
 )
 
 
-@pytest.mark.parametrize("tests", TESTS)
-def test_vm_tests_pass_on_firecracker(host: KvmHost, tests: str, capfd: pytest.CaptureFixture[str]) -> None:
+Run = Callable[[str], str]
+
+
+@pytest.fixture
+def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run tests in an emulated host, show what they print at once, because they take minutes, and return it."""
     seen: list[str] = []
-    command = f"FCVM_ENGINE=firecracker python3 -m pytest -p no:cacheprovider -v tests/vm/{tests}"
-    code = host.run(command, _teller(seen, capfd))
-    assert code == 0, "".join(seen)[-20000:]
-    assert re.search(r"fcvm: engine firecracker/kvm", "".join(seen))
-
-
-def _teller(seen: list[str], capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Return a function that keeps a text, and shows it at once: these runs take minutes."""
 
     def tell(text: str) -> None:
         seen.append(text)
         with capfd.disabled():
             print(text, end="", flush=True)
 
-    return tell
+    def run(tests: str) -> str:
+        settings = "FCVM_ENGINE=firecracker FCVM_TEST_FIRECRACKER=/work/bin/firecracker"
+        code = host.run(f"{settings} python3 -m pytest -p no:cacheprovider -v {tests}", tell)
+        assert code == 0, "".join(seen)[-20000:]
+        return "".join(seen)
+
+    return run
+
+
+@pytest.mark.parametrize("tests", TESTS)
+def test_vm_tests_pass_on_firecracker(run: Run, tests: str) -> None:
+    assert "fcvm: engine firecracker/kvm" in run(f"tests/vm/{tests}")
+
+
+def test_the_stand_in_of_unit_tests_is_true_to_the_real_one(run: Run) -> None:
+    assert "skipped" not in run("tests/firecracker/test_fake.py")

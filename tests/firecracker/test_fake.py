@@ -1,0 +1,230 @@
+"""The Firecracker that unit tests use, beside a real one: the same requests, the same answers, word by word."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.kernel.sources import resolve_kernel
+from pytest_fcvm.kernel.vmlinux import extract_vmlinux
+
+FAKE = Path(__file__).resolve().parents[1] / "fakes" / "firecracker.py"
+WAIT_S = 60.0
+
+Step = tuple[str, str, Any]
+
+KERNEL = ("PUT", "/boot-source", {"kernel_image_path": "kernel", "boot_args": "console=ttyS0 quiet reboot=k panic=-1"})
+MACHINE = ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 128})
+START = ("PUT", "/actions", {"action_type": "InstanceStart"})
+CREATE = ("PUT", "/snapshot/create", {"snapshot_type": "Full", "snapshot_path": "state", "mem_file_path": "memory"})
+SERIAL = ("PUT", "/serial", {"serial_out_path": "console.log"})
+DRIVE = {"drive_id": "d", "path_on_host": "drive", "is_root_device": False, "is_read_only": True}
+
+
+def _load(state: str = "state", memory: str = "memory") -> Step:
+    backend = {"backend_type": "File", "backend_path": memory}
+    return ("PUT", "/snapshot/load", {"snapshot_path": state, "mem_backend": backend, "resume_vm": True})
+
+
+class Program:
+    """A running Firecracker, real or not."""
+
+    def __init__(self, command: Sequence[str | Path], folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self._words = (folder / "words").open("wb")
+        self.process = subprocess.Popen(
+            [*command, "--id", "same", *(arguments or ("--api-sock", "api.sock"))],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self._words,
+            stderr=self._words,
+        )
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(folder / "api.sock")), base_url="http://localhost", timeout=WAIT_S
+        )
+
+    def wait_for_api(self) -> None:
+        assert wait_until(self._listens, Deadline(WAIT_S)), self.words
+
+    def ask(self, step: Step) -> tuple[int, object]:
+        method, path, body = step
+        answer = self._client.request(method, path, json=body) if body is not None else self._client.get(path)
+        return answer.status_code, answer.json() if answer.content else None
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client:
+            return client.connect_ex(str(self.folder / "api.sock")) == 0
+
+    @property
+    def words(self) -> str:
+        return (self.folder / "words").read_text()
+
+    def close(self) -> None:
+        self._client.close()
+        self.process.kill()
+        self.process.wait()
+        self._words.close()
+
+
+class Pair:
+    """The real one and the one that stands for it, each in a folder with the same files."""
+
+    def __init__(self, real: Path, folder: Path) -> None:
+        said = subprocess.run([real, "--version"], capture_output=True, text=True, check=True).stdout
+        self.version = re.search(r"v([\d.]+)", said)[1]  # type: ignore[index]
+        self._commands = {"real": [real], "fake": [sys.executable, "-I", "-S", FAKE, self.version]}
+        self.folders = {name: folder / name for name in self._commands}
+        for place in self.folders.values():
+            place.mkdir()
+            (place / "drive").write_bytes(b"\0" * 4096)
+            (place / "text").write_bytes(b"no kernel and no state of devices")
+            (place / "empty").touch()
+        self.programs: list[Program] = []
+
+    def start(self, *arguments: str) -> list[Program]:
+        """Start both, after those that were started before have ended."""
+        self.close()
+        for place in self.folders.values():
+            for name in ("api.sock", "agent.sock"):
+                (place / name).unlink(missing_ok=True)
+        self.programs = [Program(command, self.folders[name], *arguments) for name, command in self._commands.items()]
+        return self.programs
+
+    def ask(self, *steps: Step) -> list[tuple[int, object]]:
+        """Send requests to both, and return the answers, which must be the same."""
+        for program in self.start():
+            program.wait_for_api()
+        real, fake = ([program.ask(step) for step in steps] for program in self.programs)
+        assert fake == real
+        return real
+
+    def close(self) -> None:
+        for program in self.programs:
+            program.close()
+
+
+@pytest.fixture
+def pair(firecracker: Path, tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(firecracker, tmp_path)
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(scope="session")
+def vmlinux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kernel", numbered=False)
+    folder.chmod(0o700)
+    kernel = resolve_kernel(option=None, kernels_dir=folder, progress=print)
+    extract_vmlinux(kernel.bzimage, folder / "vmlinux")
+    return folder / "vmlinux"
+
+
+@pytest.fixture
+def bootable(pair: Pair, vmlinux: Path) -> Pair:
+    """The pair, with a kernel, on a host where it boots."""
+    for place in pair.folders.values():
+        (place / "kernel").symlink_to(vmlinux)
+    pair.ask(SERIAL, MACHINE, KERNEL, START)
+    console = pair.folders["real"] / "console.log"
+    wait_until(lambda: pair.programs[0].process.poll() is not None or "panic" in console.read_text(), Deadline(WAIT_S))
+    if "panic" not in console.read_text():  # of a kernel without a root file system
+        pytest.skip(f"KVM does not boot a kernel here: {console.read_text()[-200:]!r}")
+    return pair
+
+
+def test_it_says_who_it_is(pair: Pair) -> None:
+    assert pair.ask(("GET", "/version", None)) == [(200, {"firecracker_version": pair.version})]
+    pair.ask(("GET", "/", None))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [("GET", "/nope", None)],
+        [("PUT", "/version", {})],
+        [("PUT", "/boot-source", {"kernel_image_path": "gone"})],
+        [("PUT", "/machine-config", {"vcpu_count": 0, "mem_size_mib": 128})],
+        [("PUT", "/machine-config", {"vcpu_count": 33, "mem_size_mib": 128})],
+        [("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 0})],
+        [("PUT", "/drives/d", {**DRIVE, "path_on_host": "gone"})],
+        [("PUT", "/drives/d", DRIVE), _load()],
+        [("PATCH", "/vm", {"state": "Paused"})],
+        [CREATE],
+        [START],
+        [("PUT", "/snapshot/load", {"foo": 1})],
+        [MACHINE, SERIAL, ("PUT", "/drives/d", DRIVE), ("PUT", "/entropy", {})],
+        [("PUT", "/vsock", {"guest_cid": 3, "uds_path": "agent.sock"})],
+    ],
+)
+def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> None:
+    pair.ask(*steps)
+
+
+@pytest.mark.parametrize("state", ["gone", "text", "empty"])
+def test_a_load_that_fails_ends_it_the_same_way(pair: Pair, state: str) -> None:
+    ((status, said),) = pair.ask(_load(state))
+    assert status == 400, said
+    real, fake = pair.programs
+    assert [program.process.wait(WAIT_S) for program in (real, fake)] == [1, 1]
+    for program in (real, fake):
+        assert "Error: RunWithApi(BuildMicroVmError(Restore))" in program.words
+        assert "Firecracker exiting with error. exit_code=1" in program.words
+
+
+def test_a_socket_that_is_taken_and_wrong_arguments_end_it_the_same_way(pair: Pair) -> None:
+    for place in pair.folders.values():
+        (place / "taken").touch()
+    for arguments, code, words in (
+        (("--api-sock", "taken"), 1, 'Error: RunWithApi(FailedToBindSocket("taken"))'),
+        (("--bogus", "1"), 153, 'Error: ParseArguments(UnexpectedArgument("bogus"))'),
+    ):
+        programs = pair.start(*arguments)
+        assert [program.process.wait(WAIT_S) for program in programs] == [code, code]
+        assert all(words in program.words for program in programs), [program.words for program in programs]
+
+
+def test_a_kernel_that_is_none_is_refused_in_the_same_words(bootable: Pair) -> None:
+    kernel = ("PUT", "/boot-source", {"kernel_image_path": "text"})
+    bootable.ask(kernel, START)
+
+
+def test_a_life_from_boot_to_snapshot_is_answered_the_same(bootable: Pair) -> None:
+    # Without panic=-1 the guest stays where its kernel has panicked.
+    kernel = ("PUT", "/boot-source", {"kernel_image_path": "kernel", "boot_args": "console=ttyS0 quiet"})
+    bootable.ask(
+        SERIAL,
+        MACHINE,
+        kernel,
+        ("PUT", "/drives/d", DRIVE),
+        ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "agent.sock"}),
+        START,
+        START,
+        kernel,
+        ("PATCH", "/vm", {"state": "Resumed"}),
+        CREATE,
+        ("PATCH", "/vm", {"state": "Foo"}),
+        ("PATCH", "/vm", {"state": "Paused"}),
+        ("PATCH", "/vm", {"state": "Paused"}),
+        ("PUT", "/snapshot/create", {"snapshot_path": "gone/state", "mem_file_path": "memory"}),
+        ("PUT", "/snapshot/create", {"snapshot_path": "state", "mem_file_path": "gone/memory"}),
+        CREATE,
+        ("PATCH", "/vm", {"state": "Resumed"}),
+    )
+    assert {place.joinpath("memory").stat().st_size for place in bootable.folders.values()} == {128 << 20}
+    bootable.ask(
+        SERIAL, _load(), ("PATCH", "/vm", {"state": "Paused"}), ("PATCH", "/vm", {"state": "Resumed"}), _load()
+    )
+    bootable.ask(_load(memory="gone"))
+    bootable.ask(_load(memory="empty"))
+    for place in bootable.folders.values():
+        (place / "drive").unlink()
+    bootable.ask(_load())
