@@ -150,16 +150,17 @@ def test_a_second_run_starts_its_first_test_soon(run: Run, pytester: pytest.Pyte
     assert "booting the kernel" not in output
 
 
-def processes_with(text: str) -> list[int]:
-    """Return the processes whose command line has `text` in it, ourselves left out."""
+def processes_of(*places: Path) -> list[int]:
+    """Return the processes that work in one of the places, or name it on their command line, ourselves left out."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                line += str((entry / "cwd").readlink())
             except OSError:
                 continue
-            if text in line:
+            if any(str(place) in line for place in places):
                 found.append(int(entry.name))
     return found
 
@@ -195,13 +196,12 @@ def test_nothing_is_left_after_sigkill(
             break
     else:
         pytest.fail("the run ended before its time")
-    cache = str(cold_cache)
-    assert processes_with(cache)
+    assert processes_of(cold_cache, own_runtime)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     died = monotonic()
-    gone = wait_until(lambda: not processes_with(cache), Deadline(10))
-    assert gone, processes_with(cache)
+    gone = wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(10))
+    assert gone, processes_of(cold_cache, own_runtime)
     assert monotonic() - died < 5  # 1 s on an idle machine
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     code, output = ends(run(env=env))
@@ -210,7 +210,7 @@ def test_nothing_is_left_after_sigkill(
     assert not [entry for entry in own_runtime.rglob("*") if re.fullmatch(r"[0-9a-f]{8}", entry.name)]
 
 
-def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: Path) -> None:
+def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: Path, own_runtime: Path) -> None:
     pytester.makepyfile(
         """
         import time
@@ -219,11 +219,11 @@ def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: 
             time.sleep(600)
         """
     )
-    process = run("-s")
+    process = run("-s", env={"XDG_RUNTIME_DIR": str(own_runtime)})
     assert process.stdout is not None
     for line in process.stdout:
         if "in the test" in line:
             break
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 2
-    assert wait_until(lambda: not processes_with(str(cold_cache)), Deadline(5))
+    assert wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(5))
