@@ -300,7 +300,7 @@ class Clone:
 
         What the guest had synced is on the disk, and what it had not may be lost, as with a machine of one's own.
         """
-        self._close_clients()
+        self.close_clients()
         self._machine.close()
 
     def disk_image(self, dest: str | Path) -> None:
@@ -325,12 +325,13 @@ class Clone:
 
     def close(self) -> None:
         """End the clone; idempotent. Nothing of it is left."""
-        self._close_clients()
+        self.close_clients()
         self._machine.close()
         if self._machine.vm.disk is not None:
             self._machine.vm.disk.close()
 
-    def _close_clients(self) -> None:
+    def close_clients(self) -> None:
+        """Close the HTTP clients that were given out."""
         for client in self._clients:
             client.close()
         self._clients.clear()

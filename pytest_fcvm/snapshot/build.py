@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,17 +19,16 @@ from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
-from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MappedPath, Prepare
-from pytest_fcvm.net.relay import Relay
 from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.addresses import base_config
 from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.ports import open_ports
 
-__all__ = ["BASE_LOG", "abandon", "build_snapshot", "relay_ports", "snapshot_files"]
+__all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
 
 BASE_LOG = "base.log"
 _MEMORY, _STATE, _DISK = "memory", "state", "disk"
@@ -59,7 +58,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
     timings: dict[str, float] = {}
     with _booted(parts, folder, phase) as machine:
         timings["boot_ms"] = _elapsed_ms(started)
-        relay = relay_ports(machine, ())
+        ports = open_ports(machine, None)
         base = _as_clone(parts, machine)
         phase("starting the workload")
         _start_workload(parts, machine.agent)
@@ -75,7 +74,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
         except FcvmError as error:
             raise machine.explain(error) from None
         phase("taking the snapshot")
-        relay.close()
+        ports.close()
         secret = _quiesce(machine, keeps_peer=parts.is_relayed)
         stopped = monotonic()
         machine.vm.snapshot(folder / _STATE)
@@ -87,21 +86,6 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
         "base": str(machine.timeline),
         "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
     }
-
-
-def relay_ports(machine: Machine, ports: Iterable[PublishedPort]) -> Relay:
-    """Let a machine's ports go through its agent from now on, these at once. It closes the relay that is returned."""
-    agent = machine.agent
-    relay = Relay(
-        lambda port: agent.connect(port, timeout_s=_CALL_S),
-        lambda port: agent.connect_datagrams(port, timeout_s=_CALL_S),
-        ServiceThread,
-    )
-    machine.publisher = relay
-    machine.also_close([relay.close])
-    for port in ports:
-        relay.publish(port)
-    return relay
 
 
 @contextmanager
@@ -213,10 +197,13 @@ def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machin
 
 def _prepare(parts: Ingredients, base: Clone) -> None:
     prepare = parts.spec.prepare
-    if isinstance(prepare, Prepare):
-        _call(prepare, base)
-    elif prepare is not None:
-        base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
+    try:
+        if isinstance(prepare, Prepare):
+            _call(prepare, base)
+        elif prepare is not None:
+            base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
+    finally:
+        base.close_clients()
 
 
 def _call(prepare: Prepare, base: Clone) -> None:

@@ -13,13 +13,14 @@ from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic, real_time_ns
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
-from pytest_fcvm.snapshot.build import BASE_LOG, abandon, relay_ports, snapshot_files
+from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.pool import Pooled
+from pytest_fcvm.snapshot.ports import open_ports
 from pytest_fcvm.snapshot.spares import Spares
 from pytest_fcvm.store import Entry
 
@@ -56,9 +57,8 @@ class Cloner:
             machine = self._meet(vm, name, timeline)
             machine.also_close([held.pop_all().close])
         try:
-            if self._parts.is_relayed:
-                relay_ports(machine, ports)
-                path = self._open_client_path(machine.publisher)
+            open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
+            path = path or self._open_client_path(machine.publisher)
             if path:
                 path.prove(machine.pause_for_exit, _ANSWER_S)
         except FcvmError as error:
@@ -112,17 +112,20 @@ class Cloner:
         target = Clone(name="ahead", spec=parts.spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
         wait_until_ready(target, parts.ready, _ANSWER_S)
         warm = parts.spec.warm
-        if isinstance(warm, str):
-            target.succeed(warm)
-        elif warm is not None:
-            _call(warm, target)
+        try:
+            if isinstance(warm, str):
+                target.succeed(warm)
+            elif warm is not None:
+                _call(warm, target)
+        finally:
+            target.close_clients()
 
     def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts),
-            ports=self._with_probed_ports(ports),
+            ports=() if self._parts.is_relayed else self._with_probed_ports(ports),
         )
 
     def _open_client_path(self, publisher: Publisher) -> ClientPath | None:
@@ -148,10 +151,12 @@ class Cloner:
         return Machine(vm, agent, log, vm, timeline)
 
     def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
+        """Return the ports that the VMM is to map."""
+        ports = tuple(port for port in ports if port.proto is Proto.TCP)
         service = self._entry.facts["client_port"]
         if service is None:
             return ports
-        mapped = {port.guest_port for port in ports if port.proto == "tcp"}
+        mapped = {port.guest_port for port in ports}
         return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
 
 

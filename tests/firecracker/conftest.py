@@ -44,7 +44,7 @@ modprobe kvm-amd
 mkdir -p /work/bin
 """
 # Proves KVM, and leaves in the cache what every run needs: the guest's kernel and nginx.
-_WARM_UP = "python3 -m pytest_fcvm.cli shell --engine firecracker oci:.demo/nginx:latest -- true"
+_WARM_UP = "FCVM_ENGINE=firecracker python3 -m pytest -p no:cacheprovider tests/vm/test_clone.py -k answers_at_once"
 
 
 @pytest.fixture(scope="session")

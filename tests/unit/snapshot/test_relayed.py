@@ -15,7 +15,8 @@ from fakes.vm import FakeEngine
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
-from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
 from pytest_fcvm.store import Entry
@@ -105,6 +106,24 @@ def test_a_clone_that_is_deaf_on_its_port_is_told(
     monkeypatch.setattr("pytest_fcvm.ready._TRY_S", 0.1)
     with pytest.raises(GuestTimeout, match="the clone's port does not answer"):
         start()
+
+
+@pytest.mark.parametrize("networks", [(NetworkMode.RELAY,), (NetworkMode.USER,)])
+def test_datagrams_go_through_the_agent_on_every_network(
+    start: Callable[..., Clone], engine: FakeEngine, networks: tuple[NetworkMode, ...]
+) -> None:
+    engine.networks = networks
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    clone = start(publish=(PublishedPort(guest_port=53, host_port=port, proto=Proto.UDP),))
+    assert clone.port(53, "udp") == port
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(b"question", ("127.0.0.1", port))
+        asked = lambda: [  # noqa: E731
+            fields.text(FieldTag.PROTO) for kind, fields in _agent_of(clone).executed if kind is StreamKind.CONNECT
+        ]
+        assert wait_until(lambda: "udp" in asked(), Deadline(20)), asked()
 
 
 def test_an_engine_that_leads_nowhere_outside_says_which_does(start: Callable[..., Clone]) -> None:

@@ -1,0 +1,51 @@
+"""Where the ports of a machine lead: through its VMM's own network, or through the guest's agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pytest_fcvm.clone.machine import Machine, Publisher
+from pytest_fcvm.host.threads import ServiceThread
+from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.net.relay import Relay
+
+__all__ = ["Ports", "open_ports"]
+
+_CALL_S = 60.0
+
+
+class Ports:
+    """The ports of a machine on the host.
+
+    Without a network of the VMM they all go through the agent, and with one those of UDP do: QEMU's drops what a guest
+    sends that may reach nothing outside, answers as well.
+    """
+
+    def __init__(self, machine: Machine, network: Publisher | None) -> None:
+        agent = machine.agent
+        self._network = network
+        self._relay = Relay(
+            lambda port: agent.connect(port, timeout_s=_CALL_S),
+            lambda port: agent.connect_datagrams(port, timeout_s=_CALL_S),
+            ServiceThread,
+        )
+
+    def publish(self, port: PublishedPort) -> Endpoint:
+        """Map a port and return where to connect. Idempotent. Raise HostError for a host port that is taken."""
+        if self._network is not None and port.proto is Proto.TCP:
+            return self._network.publish(port)
+        return self._relay.publish(port)
+
+    def close(self) -> None:
+        """Stop listening and end what goes through the agent; idempotent."""
+        self._relay.close()
+
+
+def open_ports(machine: Machine, network: Publisher | None, published: Iterable[PublishedPort] = ()) -> Ports:
+    """Give a machine its ports, which it closes, and map those at once that its network has not mapped already."""
+    machine.publisher = ports = Ports(machine, network)
+    machine.also_close([ports.close])
+    for port in published:
+        if network is None or port.proto is not Proto.TCP:
+            ports.publish(port)
+    return ports

@@ -1,0 +1,162 @@
+"""What a machine can do is the same in a base that has booted and in a clone that was restored."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, Prepare, SnapshotFactory
+from pytest_fcvm.host.clock import Deadline, wait_until
+
+WAIT_S = 60.0
+# Answers every datagram and every connection on a port by what it was sent, and by who sent it.
+UDP_ECHO = """
+use IO::Socket::INET;
+my $socket = IO::Socket::INET->new(LocalPort => 5300, Proto => 'udp') or die;
+while (1) { my $peer = $socket->recv(my $data, 65535); $socket->send($data, 0, $peer); }
+"""
+TCP_PEER = """
+use IO::Socket::INET;
+my $server = IO::Socket::INET->new(LocalPort => 5301, Listen => 9, ReuseAddr => 1) or die;
+while (my $client = $server->accept()) {
+  my $said = '';
+  while (my $got = sysread($client, my $data, 65536)) { $said .= $data; }
+  print $client length($said), ' bytes from ', $client->peerhost;
+  close $client;
+}
+"""
+
+
+def commands_have_streams_and_exit_codes(machine: Clone) -> None:
+    result = machine.exec(["sh", "-c", "cat; echo error >&2; exit 7"], stdin="typed")
+    assert (result.stdout, result.stderr, result.exit_code) == ("typed", "error\n", 7)
+    killed = machine.exec("kill -TERM $$")
+    assert killed.exit_code == 128 + 15
+
+
+def commands_have_the_environment_folder_and_user_they_are_given(machine: Clone) -> None:
+    result = machine.exec("echo $COLOUR; pwd; id -un", env={"COLOUR": "green"}, cwd="/var/log", user="www-data")
+    assert result.stdout.split() == ["green", "/var/log", "www-data"]
+
+
+def large_streams_are_whole(machine: Clone) -> None:
+    size = 3 << 20
+    assert machine.exec("wc -c", stdin=b"x" * size).stdout.strip() == str(size)
+    assert len(machine.exec(f"head -c {size} /dev/zero").stdout_bytes) == size
+
+
+def files_go_in_and_out(machine: Clone) -> None:
+    machine.write_text("/srv/greeting", "grüß dich")
+    assert machine.read_text("/srv/greeting") == "grüß dich"
+    machine.copy_in(Path(__file__), "/srv/")
+    digest = hashlib.md5(Path(__file__).read_bytes()).hexdigest()
+    assert digest in machine.succeed(f"md5sum /srv/{Path(__file__).name}")
+
+
+def the_service_answers_on_a_host_port(machine: Clone) -> None:
+    assert machine.http(80).get("/").status_code == 200
+    assert machine.port(80) == machine.port(80)
+
+
+def a_port_without_a_service_says_nothing(machine: Clone) -> None:
+    with (
+        socket.create_connection(machine.endpoint(4), timeout=WAIT_S) as client,
+        contextlib.suppress(ConnectionResetError),  # a forwarder may end it in either way
+    ):
+        assert client.recv(1) == b""
+
+
+def a_half_close_is_kept_and_the_peer_is_the_gateway(machine: Clone) -> None:
+    with machine.popen(["perl", "-e", TCP_PEER]):
+        machine.wait_until_succeeds("grep -q ':14B5 00000000:0000 0A' /proc/net/tcp")
+        with socket.create_connection(machine.endpoint(5301), timeout=WAIT_S) as client:
+            client.sendall(b"x" * (1 << 20))
+            client.shutdown(socket.SHUT_WR)
+            said = b""
+            while data := client.recv(100):
+                said += data
+    assert said == b"1048576 bytes from 10.0.2.2"
+
+
+def datagrams_come_back(machine: Clone) -> None:
+    with (
+        machine.popen(["perl", "-e", UDP_ECHO]),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+    ):
+        machine.wait_until_succeeds("grep -q ':14B4 ' /proc/net/udp")
+        client.connect(machine.endpoint(5300, "udp"))
+        client.settimeout(1)
+        for data in (b"one", b"x" * 1400, b""):
+
+            def is_echoed(data: bytes = data) -> bool:
+                client.send(data)  # the network may lose one
+                try:
+                    return client.recv(65535) == data
+                except TimeoutError:
+                    return False
+
+            assert wait_until(is_echoed, Deadline(WAIT_S)), data
+
+
+def logs_are_followed(machine: Clone) -> None:
+    mark = f"/{time.monotonic_ns()}"
+    machine.http(80).get(mark)
+    machine.wait_for_log(f"GET {mark}")
+
+
+def the_guests_memory_is_counted(machine: Clone) -> None:
+    metrics = machine.metrics()
+    assert 100 << 20 < float(metrics["memory_available_bytes"]) < float(metrics["memory_total_bytes"]) < 256 << 20
+
+
+BEHAVIOURS: Mapping[str, Callable[[Clone], None]] = {
+    func.__name__: func
+    for func in (
+        commands_have_streams_and_exit_codes,
+        commands_have_the_environment_folder_and_user_they_are_given,
+        large_streams_are_whole,
+        files_go_in_and_out,
+        the_service_answers_on_a_host_port,
+        a_port_without_a_service_says_nothing,
+        a_half_close_is_kept_and_the_peer_is_the_gateway,
+        datagrams_come_back,
+        logs_are_followed,
+        the_guests_memory_is_counted,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def seen_in_a_base(fcvm_snapshot_factory: SnapshotFactory) -> dict[str, Exception | None]:
+    """What each behaviour raised in a base, while it was prepared."""
+    seen: dict[str, Exception | None] = {}
+
+    def prepare(base: Clone) -> None:
+        for name, behaviour in BEHAVIOURS.items():
+            try:
+                behaviour(base)
+            except (Exception, AssertionError) as error:  # noqa: BLE001  told by the test of its name
+                seen[name] = error
+            else:
+                seen[name] = None
+
+    fcvm_snapshot_factory(prepare=Prepare(prepare, version=str(time.time_ns())))  # never found in the cache
+    return seen
+
+
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_a_base_that_has_booted(seen_in_a_base: dict[str, Exception | None], name: str) -> None:
+    error = seen_in_a_base[name]
+    if error is not None:
+        raise error
+
+
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_a_clone_that_was_restored(fcvm_clone: Clone, name: str) -> None:
+    BEHAVIOURS[name](fcvm_clone)
