@@ -207,8 +207,12 @@ def main() -> int:
         return 2
     folder = Path(sys.argv[-1])
     folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[1:-1]:
-        print(build(name, folder))
+    try:
+        for name in sys.argv[1:-1]:
+            print(build(name, folder))
+    except subprocess.CalledProcessError as error:
+        print(f"{error.cmd[0]} failed; when not root, it needs the package uidmap", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -27,8 +27,8 @@ HOST_MEM_MIB, HOST_DISK_MIB = 3072, 10240
 PREPARE_S, RUN_S = 1200.0, 3600.0
 LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
 _PACKAGES = (
-    "python3 kmod procps iproute2 util-linux zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry qemu-system-x86 "
-    "busybox-static linux-image-cloud-amd64"
+    "python3 kmod procps iproute2 util-linux e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
+    "qemu-system-x86 busybox-static linux-image-cloud-amd64"
 )
 _NOT_NEEDED = ("pip", "pip-*", "setuptools*", "mypy*", "ruff*", "ziglang*", "__editable__*", "*.pth", "__pycache__")
 _ENVIRONMENT = {
