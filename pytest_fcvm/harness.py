@@ -140,12 +140,11 @@ class Harness:
     def choice(self) -> Choice:
         """Return the engine that was found to work. Raise EngineUnavailable with the reasons."""
         options = self._options
-        binaries = (("qemu", options.qemu), ("firecracker", options.firecracker))
         context = EngineContext(
             spawner=self.supervisor,
             cache_dir=self.store.root,
             accelerator=None if options.accel == "auto" else Accelerator(options.accel),
-            binaries={name: path for name, path in binaries if path},
+            binaries=_named_programs(qemu=options.qemu, firecracker=options.firecracker),
         )
         smoke = self._guest_files(None)
         try:
@@ -355,3 +354,13 @@ def _both(first: Announce, second: Announce) -> Announce:
         second(text)
 
     return tell
+
+
+def _named_programs(**options: Path | None) -> dict[str, Path]:
+    """Return the VMMs that options name. Raise UsageProblem for what is no program."""
+    for name, path in options.items():
+        if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
+            raise UsageProblem(
+                f"--fcvm-{name}: {path} is not a program", hint="name one, or leave it out for the one on PATH"
+            )
+    return {name: path for name, path in options.items() if path is not None}

@@ -108,7 +108,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_engine(rootfs: Path, kernel: Path) -> tuple[str, ...]:
     """Options of a run for which everything is there but an engine."""
-    return ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel), "--fcvm-qemu", "/nonexistent/qemu")
+    return ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel), "--fcvm-qemu", "/bin/false")
 
 
 @pytest.fixture

@@ -115,7 +115,19 @@ def test_tests_are_skipped_without_an_engine_only_when_that_was_asked_for(
     project.write(test_a_py=_THREE)
     result = project.run("-rs", *without_engine, "--fcvm-unavailable=skip")
     assert result.parseoutcomes() == {"passed": 1, "skipped": 3}
-    result.stdout.fnmatch_lines(["SKIPPED *: no engine works here: *; qemu: /nonexistent/qemu could not be started: *"])
+    result.stdout.fnmatch_lines(["SKIPPED *: no engine works here: *; qemu: /bin/false failed *"])
+
+
+@pytest.mark.parametrize("option", ["--fcvm-qemu", "--fcvm-firecracker"])
+def test_a_program_that_is_not_there_is_told_and_never_skipped(
+    option: str, project, rootfs: Path, kernel: Path
+) -> None:
+    project.write(test_a_py=_THREE)
+    machine = ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel))
+    result = project.run(*machine, option, "/nonexistent/vmm", "--fcvm-unavailable=skip")
+    assert result.parseoutcomes() == {"passed": 1, "errors": 3}
+    assert result.outlines.count(f"UsageProblem: {option}: /nonexistent/vmm is not a program") == 3
+    assert "hint: name one, or leave it out for the one on PATH" in result.outlines
 
 
 def test_another_failure_is_never_skipped(project) -> None:

@@ -66,15 +66,19 @@ def _answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def image(built_image: Callable[[str], str], registry: str) -> Callable[[str], str]:
+def image(
+    built_image: Callable[[str], str], registry: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], str]:
     """Return a function that builds an image, pushes it to the registry and returns the reference to pull."""
     pushed: dict[str, str] = {}
+    logins = tmp_path_factory.mktemp("logins") / "auth.json"
+    logins.write_text("{}")
 
     def reference(name: str) -> str:
         if name not in pushed:
             target = f"{registry}/{name}:latest"
-            command = ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", built_image(name), f"docker://{target}"]
-            subprocess.run(command, check=True)
+            options = ["--quiet", "--dest-tls-verify=false", "--authfile", logins]
+            subprocess.run(["skopeo", "copy", *options, built_image(name), f"docker://{target}"], check=True)
             pushed[name] = target
         return pushed[name]
 

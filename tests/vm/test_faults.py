@@ -68,12 +68,12 @@ def test_an_unknown_health_check(fcvm_snapshot_factory: SnapshotFactory) -> None
 
 def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> None:
     with fcvm_clone.popen(["sleep", "1000"]) as process:
-        os.kill(fcvm_clone._machine.vm.pid, signal.SIGSEGV)
+        os.kill(fcvm_clone._machine.vm.pid, signal.SIGKILL)
         started = monotonic()
-        with pytest.raises(EngineError, match="ended: QEMU was killed by SIGSEGV"):
+        with pytest.raises(EngineError, match=r"ended: \w+ was killed by SIGKILL"):
             process.wait(60)
         assert monotonic() - started < 10
-    with pytest.raises(EngineError, match="ended: QEMU was killed by SIGSEGV"):
+    with pytest.raises(EngineError, match=r"ended: \w+ was killed by SIGKILL"):
         fcvm_clone.exec("true")
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from fakes.images import HandmadeImage, entry, tar_of
 from fakes.registry import HTPASSWD, PASSWORD, USER, running_registry
 
 from pytest_fcvm.errors import ImageError
+from pytest_fcvm.image import skopeo
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.source import PullPolicy, resolve_image
 
@@ -219,3 +222,15 @@ def test_a_damaged_blob_in_the_registry_is_an_error_and_leaves_nothing(tmp_path,
     with pytest.raises(ImageError):
         resolve(reference)
     assert list((tmp_path / "images").iterdir()) == []
+
+
+def test_a_folder_of_logins_that_is_roots_alone_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert skopeo._environment(tmp_path / "gone") is None
+    assert skopeo._environment(tmp_path) is None
+    monkeypatch.setattr("pytest_fcvm.image.skopeo.os.access", lambda *_: False)
+    changed = skopeo._environment(tmp_path)
+    assert changed is not None
+    assert Path(changed["XDG_RUNTIME_DIR"]).stat().st_uid == os.getuid()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
+    assert skopeo._environment(tmp_path) is None
