@@ -228,7 +228,8 @@ def test_a_folder_of_logins_that_is_roots_alone_is_left_out(tmp_path: Path, monk
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert skopeo._environment(tmp_path / "gone") is None
     assert skopeo._environment(tmp_path) is None
-    monkeypatch.setattr("pytest_fcvm.image.skopeo.os.access", lambda *_: False)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
     changed = skopeo._environment(tmp_path)
     assert changed is not None
     assert Path(changed["XDG_RUNTIME_DIR"]).stat().st_uid == os.getuid()
