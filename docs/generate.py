@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm import Clone, Prepare, Snapshot, cli, errors, fixtures, hookspecs, store
+from pytest_fcvm import Clone, Network, Prepare, Snapshot, cli, errors, fixtures, hookspecs, store
 from pytest_fcvm.model import parse
 from pytest_fcvm.options import ROWS, Row, RowKind
 from pytest_fcvm.snapshot import build, ingredients
@@ -197,7 +197,7 @@ def _fixtures() -> str:
     ]
     for name, scope, result, text in _fixture_functions():
         parts += [f"## `{name}`", f"Scope {scope}, gives `{result}`.", text]
-    for thing in (Clone, Snapshot, Prepare):
+    for thing in (Clone, Snapshot, Network, Prepare):
         parts += [f"## class `{thing.__name__}`", _document(thing), *_members(thing)]
     return "\n\n".join(parts) + "\n"
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_fcvm.model.net import Endpoint
     from pytest_fcvm.model.results import ExecResult
     from pytest_fcvm.model.specs import MachineSpec, Prepare
+    from pytest_fcvm.network import Network
     from pytest_fcvm.snapshot import Snapshot
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "HostError",
     "ImageError",
     "MachineSpec",
+    "Network",
     "Prepare",
     "Snapshot",
     "SnapshotFactory",
@@ -55,6 +57,7 @@ _HOMES = {
     "Endpoint": "model.net",
     "ExecResult": "model.results",
     "MachineSpec": "model.specs",
+    "Network": "network",
     "Prepare": "model.specs",
     "Snapshot": "snapshot",
     "SnapshotFactory": "fixtures",

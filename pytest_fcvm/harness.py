@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import threading
@@ -31,6 +32,7 @@ from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.network import Network
 from pytest_fcvm.options import Options
 from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
@@ -70,6 +72,7 @@ class Harness:
         self._lock = threading.RLock()
         self._owner = os.getpid()
         self._snapshots: dict[str, Snapshot] = {}
+        self._network_numbers = itertools.count(1)
         self._images: dict[str, _Image] = {}
         self._no_engine = ""
         self._notes: list[str] = []
@@ -102,6 +105,11 @@ class Harness:
                 self._resources.callback(self._snapshots[key].close)
             self._keep_few_pools(key)
             return self._snapshots[key]
+
+    def network(self, *, seed: int = 0) -> Network:
+        """Return a new private network, the caller's to close."""
+        with self._lock:
+            return Network(self.supervisor, next(self._network_numbers), seed=seed)
 
     def summary(self) -> dict[str, Any]:
         """Return what is told at the end of a run; made of plain values, so that a worker can send it."""

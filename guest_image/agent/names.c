@@ -137,9 +137,20 @@ static int keep_hosts(const struct body *body, struct failure *failure)
     return 0;
 }
 
-static int set_hosts(const struct body *body, struct failure *failure)
+static int write_hosts(struct failure *failure)
 {
     static char text[HOSTS_MAX + 512];
+
+    int length = snprintf(text, sizeof text, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    if (*hostname)
+        length += snprintf(text + length, sizeof text - (size_t)length, "%s\t%s\n", *address ? address : "127.0.1.1",
+                           hostname);
+    length += snprintf(text + length, sizeof text - (size_t)length, "%s", hosts_lines);
+    return rewrite_file(&hosts_file, text, (size_t)length, failure);
+}
+
+static int set_hosts(const struct body *body, struct failure *failure)
+{
     const struct field *field = body_find(body, FIELD_ADDRESS);
 
     if (!field && !body_find(body, FIELD_HOSTS) && !body_find(body, FIELD_HOSTNAME))
@@ -148,12 +159,14 @@ static int set_hosts(const struct body *body, struct failure *failure)
         return -1;
     if (field)
         snprintf(address, sizeof address, "%.*s", (int)strcspn(field->bytes, "/"), field->bytes);
-    int length = snprintf(text, sizeof text, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    if (*hostname)
-        length += snprintf(text + length, sizeof text - (size_t)length, "%s\t%s\n", *address ? address : "127.0.1.1",
-                           hostname);
-    length += snprintf(text + length, sizeof text - (size_t)length, "%s", hosts_lines);
-    return rewrite_file(&hosts_file, text, (size_t)length, failure);
+    return write_hosts(failure);
+}
+
+int names_set_hosts(const struct body *body, struct failure *failure)
+{
+    if (!body_find(body, FIELD_HOSTS))
+        return 0;
+    return keep_hosts(body, failure) || write_hosts(failure) ? -1 : 0;
 }
 
 static int set_resolver(const struct body *body, bool always, struct failure *failure)

@@ -10,4 +10,7 @@ int names_configure(const struct body *body, struct failure *failure);
 /* Write those whose fields are there. */
 int names_personalise(const struct body *body, struct failure *failure);
 
+/* The lines of /etc/hosts alone, where the body has some. */
+int names_set_hosts(const struct body *body, struct failure *failure);
+
 #endif

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "names.h"
 #include "protocol.h"
 
 static unsigned loopback, interface;
@@ -155,6 +156,30 @@ int network_configure(const struct body *body, struct failure *failure)
     if (address.family)
         netlink_address(true, interface, &address);
     add_gateway();
+    return netlink_commit(failure);
+}
+
+int network_join(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    const char *name = body_text(body, FIELD_INTERFACE);
+    const struct field *own_mac = body_find(body, FIELD_MAC);
+    struct inet own = {0};
+
+    (void)reply;
+    if (names_set_hosts(body, failure))
+        return -1;
+    if (!name || !*name)
+        return 0;
+    unsigned index = strlen(name) < IF_NAMESIZE ? if_nametoindex(name) : 0;
+    if (!index)
+        return fail_with(failure, ENODEV, "there is no interface %.40s", name);
+    if (parse_field(body, FIELD_ADDRESS, &own, failure))
+        return -1;
+    set_options(name);
+    netlink_begin();
+    netlink_link(index, own_mac ? (const uint8_t *)own_mac->bytes : NULL, true);
+    if (own.family)
+        netlink_address(true, index, &own);
     return netlink_commit(failure);
 }
 

@@ -7,6 +7,7 @@
 
 int network_configure(const struct body *body, struct failure *failure);
 int network_personalise(const struct body *body, struct failure *failure);
+int network_join(const struct body *body, struct reply *reply, struct failure *failure);
 int network_forget_peer(const struct body *body, struct failure *failure);
 
 /* The interface's address (family 0: none), and the gateway's as long as it is the guest's own. */

@@ -83,6 +83,8 @@ enum stream_kind {
     KIND_POWEROFF = 9,
     KIND_SYNC = 10,       /* sync(2) */
     KIND_FREEZE = 11,     /* freeze the workload's cgroup and go on with the session; PERSONALISE thaws */
+    KIND_JOIN = 12,       /* INTERFACE MAC ADDRESS: bring up one more interface, of a private network; HOSTS* replace the
+                             lines of /etc/hosts. A clone's joins come before its PERSONALISE */
     /* streams: REPLY, then frames until the end */
     KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost; 2 = on a
                           terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */

@@ -12,6 +12,7 @@
 #include "logs.h"
 #include "loop.h"
 #include "output.h"
+#include "network.h"
 #include "personalise.h"
 #include "protocol.h"
 #include "report.h"
@@ -48,6 +49,7 @@ static const struct request_kind {
     {KIND_POWEROFF, workload_power_off, NULL},
     {KIND_SYNC, information_sync, NULL},
     {KIND_FREEZE, personalise_freeze, NULL},
+    {KIND_JOIN, network_join, NULL},
     {KIND_EXEC, NULL, exec_open},
     {KIND_CONNECT, NULL, connect_open},
     {KIND_LOGS, NULL, logs_open},

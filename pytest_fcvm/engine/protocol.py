@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import EngineError, FcvmError
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Cable, Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
@@ -98,12 +98,16 @@ class SnapshotFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class RestorePlan:
-    """A clone to restore. `ports` are mapped from the start; others follow with `Vm.publish`."""
+    """A clone to restore. `ports` are mapped from the start; others follow with `Vm.publish`.
+
+    `cables` lead to private networks, at most as many as the engine has `spare_nics`.
+    """
 
     name: str
     shape: MachineShape
     files: SnapshotFiles
     ports: tuple[PublishedPort, ...] = ()
+    cables: tuple[Cable, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +224,13 @@ class Vm(Protocol):
 
 
 class Engine(Protocol):
-    """A way to run VMs. `networks` are those its clones can have, the first one where nobody says another."""
+    """A way to run VMs. `networks` are those its clones can have, the first one where nobody says another.
+
+    `spare_nics` is how many private networks a clone can be on.
+    """
 
     networks: tuple[NetworkMode, ...]
+    spare_nics: int
 
     @property
     def name(self) -> str:

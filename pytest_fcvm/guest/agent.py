@@ -15,6 +15,7 @@ from pytest_fcvm.guest.bodies import (
     config_body,
     find_exit_status,
     identity_body,
+    join_body,
     metric_values,
     process_body,
     workload_status,
@@ -35,7 +36,7 @@ from pytest_fcvm.model.guest import (
     WorkloadState,
     WorkloadStatus,
 )
-from pytest_fcvm.model.net import Proto
+from pytest_fcvm.model.net import Cable, Proto
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
@@ -107,6 +108,10 @@ class Agent:
     def personalise(self, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Give the guest its own random bytes, time, names and addresses, then let the workload go on."""
         self._call(StreamKind.PERSONALISE, identity_body(identity), timeout_s)
+
+    def rename_hosts(self, lines: Sequence[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Replace the lines of /etc/hosts beside the guest's own."""
+        self._call(StreamKind.JOIN, join_body(lines), timeout_s)
 
     def listening(self, port: int, proto: Proto = Proto.TCP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ListenState:
         """Say whether something in the guest listens on a port, and whether it can be reached from outside."""
@@ -278,18 +283,19 @@ def start_session(
     secret: bytes,
     *,
     identity: Identity | None = None,
+    cables: Sequence[Cable] = (),
     log_sink: Sink | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     explain: Explain | None = None,
 ) -> Agent:
     """Start a session and return its agent once that has answered, personalised if there is an `identity`.
 
-    Hello, identity and the log's stream go in one write, so that a clone costs one round trip. The session owns the
-    socket, and has closed it when this raises.
+    Hello, private networks, identity and the log's stream go in one write, so that a clone costs one round trip. The
+    session owns the socket, and has closed it when this raises.
     """
     agent = Agent(Session(sock, secret, explain=explain))
     try:
-        agent._log = _open_session(agent.session, identity, log_sink, Deadline(timeout_s))
+        agent._log = _open_session(agent.session, identity, cables, log_sink, Deadline(timeout_s))
     except BaseException:
         agent.close()
         raise
@@ -297,17 +303,22 @@ def start_session(
 
 
 def _open_session(
-    session: Session, identity: Identity | None, log_sink: Sink | None, deadline: Deadline
+    session: Session, identity: Identity | None, cables: Sequence[Cable], log_sink: Sink | None, deadline: Deadline
 ) -> Stream | None:
     """Open it and return the log's stream."""
-    opening: list[Opening] = []
+    opening = [
+        Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), cable, f"eth{number}"))
+        for number, cable in enumerate(cables, start=1)
+    ]
     if identity is not None:
         opening.append(Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity)))
     if log_sink is not None:
         opening.append(_logs_opening(log_sink))
     streams: Sequence[Stream] = session.start(opening)
+    for stream in streams[: len(cables)]:
+        stream.wait_reply(deadline)
     if identity is not None:
-        streams[0].wait_reply(deadline)
+        streams[len(cables)].wait_reply(deadline)
     else:
         session.wait_until_welcome(deadline)
     return streams[-1] if log_sink is not None else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.frames import Fields, FieldTag, FieldValue
 from pytest_fcvm.model.guest import ExitStatus, GuestConfig, Identity, ProcessSpec, WorkloadState, WorkloadStatus
+from pytest_fcvm.model.net import Cable
 
 __all__ = [
     "Body",
@@ -12,6 +15,7 @@ __all__ = [
     "exit_status",
     "find_exit_status",
     "identity_body",
+    "join_body",
     "metric_values",
     "process_body",
     "workload_status",
@@ -42,6 +46,19 @@ def identity_body(identity: Identity) -> Body:
         body.append((FieldTag.BOOT_ID, identity.boot_id))
     body += _machine_body(identity)
     body += ((FieldTag.ARG, argument) for argument in identity.hook)
+    return body
+
+
+def join_body(hosts: Sequence[str], cable: Cable | None = None, interface: str = "") -> Body:
+    """Return the fields of JOIN: an interface of a private network, or the lines of /etc/hosts alone."""
+    body: Body = []
+    if cable is not None:
+        body += [
+            (FieldTag.INTERFACE, interface),
+            (FieldTag.MAC, _mac_bytes(cable.mac)),
+            (FieldTag.ADDRESS, cable.address),
+        ]
+    body += ((FieldTag.HOSTS, line) for line in hosts)
     return body
 
 

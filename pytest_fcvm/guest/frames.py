@@ -87,6 +87,7 @@ class StreamKind(IntEnum):
     POWEROFF = 9
     SYNC = 10
     FREEZE = 11
+    JOIN = 12
     EXEC = 32
     CONNECT = 33
     LOGS = 34

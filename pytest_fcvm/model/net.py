@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Endpoint", "Proto", "PublishedPort"]
+__all__ = ["Cable", "Endpoint", "Proto", "PublishedPort"]
 
 
 class Proto(StrEnum):
@@ -21,6 +22,19 @@ class Endpoint(NamedTuple):
 
     host: str
     port: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cable:
+    """A clone's end of a private network: a datagram socket for Ethernet frames, and who the clone is on it.
+
+    `address` has a prefix length, `hosts` are lines of /etc/hosts for all names on the network.
+    """
+
+    end: socket.socket
+    mac: str
+    address: str
+    hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterable
 
 from pytest_fcvm.host.clock import real_time_ns
 from pytest_fcvm.model.guest import GuestConfig, Identity
 
-__all__ = ["base_config", "fresh_identity"]
+__all__ = ["base_config", "fresh_identity", "hosts_of"]
 
 _ADDRESS, _GATEWAY, _DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 _BASE_NAME = "fcvm-base"
@@ -27,15 +28,15 @@ def base_config(upper_mib: int, egress: bool) -> GuestConfig:
         address=f"{_ADDRESS}/24",
         gateway=_GATEWAY,
         dns=(_DNS,) if egress else (),
-        hosts=_hosts(_BASE_NAME),
+        hosts=hosts_of(_BASE_NAME),
         peer_gateway=not egress,
     )
 
 
-def fresh_identity(name: str, *, has_peer: bool) -> Identity:
+def fresh_identity(name: str, *, has_peer: bool, hosts: Iterable[str] = ()) -> Identity:
     """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day.
 
-    With `has_peer` its network has a gateway, whose address the guest then gives up.
+    With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are further lines.
     """
     random = os.urandom(70)
     return Identity(
@@ -46,12 +47,13 @@ def fresh_identity(name: str, *, has_peer: bool) -> Identity:
         boot_id=str(uuid.UUID(bytes=random[48:64], version=4)),
         interface="eth0",
         mac=":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *random[64:67])),
-        hosts=_hosts(name),
+        hosts=(*hosts_of(name), *hosts),
         peer_gateway=False if has_peer else None,
     )
 
 
-def _hosts(name: str) -> tuple[str, ...]:
+def hosts_of(name: str) -> tuple[str, ...]:
+    """Return the lines of /etc/hosts of a guest without private networks."""
     return (
         "127.0.0.1 localhost",
         "::1 localhost ip6-localhost ip6-loopback",

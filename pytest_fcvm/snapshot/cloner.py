@@ -13,7 +13,7 @@ from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic, real_time_ns
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import Proto, PublishedPort
+from pytest_fcvm.model.net import Cable, Proto, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
@@ -43,7 +43,9 @@ class Cloner:
         """Give back what is kept ready for the next machine; running ones go on."""
         self._spares.close()
 
-    def bring_up(self, name: str, ports: tuple[PublishedPort, ...], room: Room) -> Machine:
+    def bring_up(
+        self, name: str, ports: tuple[PublishedPort, ...], room: Room, cables: tuple[Cable, ...] = ()
+    ) -> Machine:
         """Return a machine that answers on the client's path. It gives the room back when it ends.
 
         Raise HostError, EngineError or GuestError.
@@ -51,10 +53,10 @@ class Cloner:
         timeline = Timeline(monotonic())
         with ExitStack() as held:
             held.enter_context(room)
-            vm = self._spares.take(self._plan(name, ports))
+            vm = self._spares.take(self._plan(name, ports, cables))
             timeline.mark("spawn", monotonic())
             path = None if self._parts.is_relayed else self._open_client_path(vm)
-            machine = self._meet(vm, name, timeline)
+            machine = self._meet(vm, name, cables, timeline)
             machine.also_close([held.pop_all().close])
         try:
             open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
@@ -120,12 +122,13 @@ class Cloner:
         finally:
             target.close_clients()
 
-    def _plan(self, name: str, ports: tuple[PublishedPort, ...]) -> RestorePlan:
+    def _plan(self, name: str, ports: tuple[PublishedPort, ...], cables: tuple[Cable, ...] = ()) -> RestorePlan:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts),
             ports=() if self._parts.is_relayed else self._with_probed_ports(ports),
+            cables=cables,
         )
 
     def _open_client_path(self, publisher: Publisher) -> ClientPath | None:
@@ -134,13 +137,14 @@ class Cloner:
             return None
         return ClientPath(publisher.publish, self._parts.ready, number)
 
-    def _meet(self, vm: Vm, name: str, timeline: Timeline) -> Machine:
+    def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
         try:
             agent = start_session(
                 vm.channel(),
                 bytes.fromhex(self._entry.facts["secret"]),
-                identity=fresh_identity(name, has_peer=not self._parts.is_relayed),
+                identity=fresh_identity(name, has_peer=not self._parts.is_relayed, hosts=_hosts_on(cables)),
+                cables=cables,
                 log_sink=log.append,
                 timeout_s=_RESTORE_S,
                 explain=vm.explain,
@@ -158,6 +162,10 @@ class Cloner:
             return ports
         mapped = {port.guest_port for port in ports}
         return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
+
+
+def _hosts_on(cables: tuple[Cable, ...]) -> list[str]:
+    return [line for cable in cables for line in cable.hosts]
 
 
 def _call(warm: Callable[[Clone], object], clone: Clone) -> None:

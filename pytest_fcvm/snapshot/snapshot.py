@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
 
 from pytest_fcvm.clone.clone import Clone, StartMachine
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.snapshot.addresses import hosts_of
 from pytest_fcvm.snapshot.build import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.snapshot.ingredients import Ingredients
@@ -25,9 +28,26 @@ __all__ = ["Snapshot", "Workshop"]
 
 _VMM_MIB = 40  # what a QEMU needs for itself, and what part of the guest's memory a test is expected to write
 _WRITTEN_SHARE = 8
+_NAMES_S = 5.0
 _NOT_A_NAME = re.compile(r"[^a-z0-9]+")
 
 Admit = Callable[[int], AbstractContextManager[object]]
+
+
+class Segment(Protocol):
+    """What a clone needs of a private network."""
+
+    def plug(self, name: str) -> Cable:
+        """Return a cable for a clone of that name."""
+        ...
+
+    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object]) -> None:
+        """Take note of a clone that is up; `tell` gives it the lines of /etc/hosts for who is on the network."""
+        ...
+
+    def unplug(self, name: str) -> None:
+        """Take a clone off the network."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -81,17 +101,24 @@ class Snapshot:
         """Return what the workload printed before the snapshot was taken."""
         return self._entry.file(BASE_LOG).read_bytes().decode("utf-8", "replace")
 
-    def clone(self, *, name: str | None = None, publish: tuple[PublishedPort, ...] | None = None) -> Clone:
+    def clone(
+        self,
+        *,
+        name: str | None = None,
+        publish: tuple[PublishedPort, ...] | None = None,
+        networks: Sequence[Segment] = (),
+    ) -> Clone:
         """Start a clone and return it when its service answers. Use it as a context manager, or close it.
 
-        Only what a snapshot does not depend on can be chosen: the name and the published ports; a clone for which
-        neither is may have been made ahead. Raise HostError without room for one more, EngineError or GuestError when
-        it does not come to life.
+        Only what a snapshot does not depend on can be chosen: the name, the published ports, the private networks; a
+        clone for which none is may have been made ahead. Raise HostError without room for one more, EngineError or
+        GuestError when it does not come to life, UsageProblem for more networks than the engine can join it to.
         """
+        self._check_networks(networks)
         spec = self.spec if publish is None else self.spec.merged({"publish": publish})
         if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
             raise UsageProblem(f"{name!r} is not a host name", hint="use letters a-z, digits and hyphens")
-        machine, called = (None, name) if name or publish is not None else self._take_ahead()
+        machine, called = (None, name) if name or networks or publish is not None else self._take_ahead()
         called = called or self._invent_name()
         try:
             clone = Clone(
@@ -99,7 +126,7 @@ class Snapshot:
                 spec=spec,
                 engine=self.engine,
                 defaults=self._parts.defaults,
-                start=_first(machine, lambda ports: self._start(called, ports)),
+                start=_first(machine, lambda ports: self._start(called, ports, networks)),
             )
         except FcvmError as error:
             self._workshop.failed(spec, error)
@@ -132,8 +159,28 @@ class Snapshot:
     def _charge_mib(self) -> int:
         return _VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE
 
-    def _start(self, name: str, ports: tuple[PublishedPort, ...]) -> Machine:
-        return self._cloner.bring_up(name, ports, self._workshop.admit(self._charge_mib))
+    def _check_networks(self, networks: Sequence[Segment]) -> None:
+        engine = self._parts.engine
+        if len(networks) > engine.spare_nics:
+            raise UsageProblem(
+                f"a clone on {engine.name} can be on {engine.spare_nics or 'no'} private networks, not {len(networks)}",
+                hint="use --fcvm-engine qemu" if not engine.spare_nics else "join it to fewer",
+            )
+
+    def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> Machine:
+        with ExitStack() as plugged, ExitStack() as passed_on:
+            cables = []
+            for network in networks:
+                cables.append(network.plug(name))
+                plugged.callback(network.unplug, name)
+                passed_on.enter_context(cables[-1].end)
+            room = self._workshop.admit(self._charge_mib)
+            machine = self._cloner.bring_up(name, ports, room, tuple(cables))
+            machine.also_close([plugged.pop_all().close])
+        known = [cable.hosts for cable in cables]
+        for number, network in enumerate(networks):
+            network.joined(name, partial(_tell_names, machine, hosts_of(name), known, number))
+        return machine
 
     def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:
         room = self._workshop.admit_ahead(self._charge_mib)
@@ -147,6 +194,14 @@ class Snapshot:
                 return self._cloner.wake(pooled, asked), pooled.name
             self._pool.lost += 1  # it died as it woke
         return None, None
+
+
+def _tell_names(
+    machine: Machine, own: tuple[str, ...], known: list[tuple[str, ...]], number: int, lines: tuple[str, ...]
+) -> None:
+    """Tell a clone who is on one of its networks now; `known` has what it knows of each."""
+    known[number] = lines
+    machine.agent.rename_hosts([*own, *chain.from_iterable(known)], timeout_s=_NAMES_S)
 
 
 def _first(machine: Machine | None, start: StartMachine) -> StartMachine:

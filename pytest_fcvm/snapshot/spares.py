@@ -30,7 +30,7 @@ class Spares:
 
     def take(self, plan: RestorePlan) -> Vm:
         """Return a started VM for a plan: the spare where it fits and lives, else a new one."""
-        if plan.ports == self._usual.ports:
+        if plan.ports == self._usual.ports and not plan.cables:
             with self._lock:
                 spare, self._spare = self._spare, None
             if spare is not None:

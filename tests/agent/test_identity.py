@@ -208,3 +208,27 @@ def test_connections_to_peers_outside_are_reset_and_those_inside_stay(guest, p):
             stays.settimeout(0.2)
             with pytest.raises(socket.timeout):
                 stays.recv(1)
+
+
+def test_a_private_network_that_is_joined_has_an_address_and_names(guest, p):
+    client = guest.client
+    if client.run("sh", "-c", "ip link add eth1 type dummy").exit[p.EXIT_CODE] != [0]:
+        pytest.skip("this machine's kernel has no dummy devices")
+    fields = [(p.INTERFACE, "eth1"), (p.MAC, b"\x02\xfc\0\0\0\x01"), (p.ADDRESS, "10.77.1.10/24")]
+    client.call(p.JOIN, *fields)
+    link = seen(client, "ip addr show eth1")
+    assert "02:fc:00:00:00:01" in link
+    assert "10.77.1.10/24" in link
+    assert "UP" in link
+
+
+def test_the_names_of_others_can_change_at_any_time(guest, p):
+    client = guest.client
+    client.call(p.JOIN, (p.HOSTS, "10.77.1.10 db"), (p.HOSTS, "10.77.1.11 web"))
+    assert seen(client, "cat /etc/hosts").splitlines()[-2:] == ["10.77.1.10 db", "10.77.1.11 web"]
+    assert "box" in seen(client, "cat /etc/hosts")
+
+
+def test_an_interface_that_is_not_there_cannot_join(guest, p):
+    with pytest.raises(OSError, match="there is no interface eth7"):
+        guest.client.call(p.JOIN, (p.INTERFACE, "eth7"))

@@ -133,6 +133,7 @@ class FakeEngine:
     def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._folder, self._agents = "fake", folder, agents
         self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
+        self.spare_nics = 2
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None

@@ -40,6 +40,7 @@ class FirecrackerEngine:
     """
 
     networks: tuple[NetworkMode, ...] = (NetworkMode.RELAY,)
+    spare_nics = 0  # its cards are tap devices, which take rights
 
     def __init__(
         self,

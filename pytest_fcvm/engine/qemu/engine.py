@@ -50,6 +50,7 @@ class QemuEngine:
     """
 
     networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
+    spare_nics = len(NIC_FDS) - 1
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class QemuEngine:
         check_memory_file(files.memory, plan.shape.mem_mib)
         argv = clone_command(platform, plan.shape, files.memory, files.rootfs, plan.ports)
         with ExitStack() as stack:
-            passed: dict[int, int] = {}
+            passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False)}
             disk = Disk.copy_of(files.disk) if files.disk else None
             if disk:
                 passed[DISK_FD] = disk.descriptor

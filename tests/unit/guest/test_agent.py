@@ -132,6 +132,7 @@ def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: 
         (StreamKind.METRICS, lambda agent: agent.metrics(timeout_s=0.02)),
         (StreamKind.QUIESCE, lambda agent: agent.quiesce(b"s" * 16, timeout_s=0.02)),
         (StreamKind.FREEZE, lambda agent: agent.freeze(timeout_s=0.02)),
+        (StreamKind.JOIN, lambda agent: agent.rename_hosts(["10.0.0.1 x"], timeout_s=0.02)),
         (StreamKind.PERSONALISE, lambda agent: agent.personalise(IDENTITY, timeout_s=0.02)),
         (StreamKind.LISTENING, lambda agent: agent.listening(80, timeout_s=0.02)),
         (StreamKind.STOP, lambda agent: agent.stop(15, timeout_s=0.02)),

@@ -1,0 +1,330 @@
+"""A private network's switch: Ethernet frames from port to port, with faults on the way. A program of its own.
+
+It is run by path, needs the standard library alone, and ends with its control socket (descriptor 3, of sequenced
+packets). A request is a JSON object with `op`; its reply is one with `error` ("" when it worked). A port is a datagram
+socket that comes with the request `attach`, one frame a datagram. A port never waits for another: a frame for which
+there is no room is dropped and counted.
+
+Captures are pcapng (draft-ietf-opsawg-pcapng): one interface for each port, named by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import json
+import os
+import random
+import select
+import socket
+import struct
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO
+
+__all__ = ["CONTROL_FD", "Counters", "Link", "Rule", "Switch", "main"]
+
+CONTROL_FD = 3
+_REQUEST_BYTES = 65536
+_FRAME_BYTES = 65536
+_BATCH = 64  # frames of a port before the others have their turn
+_QUEUED = 10_000  # frames that are on their way; a link that would hold more drops
+_QUEUE_S = 1.0  # what a bandwidth may hold back
+_BUFFER_BYTES = 4 << 20
+_ETHERNET_HEADER = 14
+_GROUP_BIT = 1  # of the first byte of a MAC: broadcast and multicast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What happens to frames from one port to another. Times in seconds, shares from 0 to 1, bandwidth in bytes/s."""
+
+    cut: bool = False
+    latency: float = 0.0
+    jitter: float = 0.0
+    loss: float = 0.0
+    duplicate: float = 0.0
+    corrupt: float = 0.0
+    bandwidth: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A link for the ways from one set of names to another, None for all. The first rule that applies counts."""
+
+    sources: frozenset[str] | None
+    targets: frozenset[str] | None
+    link: Link
+
+    def applies(self, source: str, target: str) -> bool:
+        """Say whether it is about a way."""
+        return (self.sources is None or source in self.sources) and (self.targets is None or target in self.targets)
+
+
+@dataclass(kw_only=True)
+class Counters:
+    """Frames of one link: taken, delivered, and those that were not, by cause."""
+
+    taken: int = 0
+    delivered: int = 0
+    cut: int = 0
+    lost: int = 0
+    full: int = 0
+    duplicated: int = 0
+    corrupted: int = 0
+
+
+@dataclass(kw_only=True)
+class _Port:
+    name: str
+    socket: socket.socket
+    macs: set[bytes] = field(default_factory=set)
+
+
+class Switch:
+    """Ports, what is between them, and the frames on their way. `seed` makes its choices repeatable."""
+
+    def __init__(self, seed: int) -> None:
+        self._rules: list[Rule] = []
+        self._links: dict[tuple[str, str], Link] = {}  # what the rules come to, as far as it was asked for
+        self.counters: dict[tuple[str, str], Counters] = {}
+        self._ports: dict[str, _Port] = {}
+        self._by_mac: dict[bytes, _Port] = {}
+        self._random = random.Random(seed)  # noqa: S311  no secret: a test wants the same faults again
+        self._on_their_way: list[tuple[float, int, _Port, bytes, Counters]] = []
+        self._numbers = itertools.count()
+        self._free_at: dict[tuple[str, str], float] = {}
+        self._capture: _Capture | None = None
+
+    def attach(self, name: str, port: socket.socket) -> None:
+        """Add a port, in the place of one by that name."""
+        self.detach(name)
+        port.settimeout(0)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            port.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._ports[name] = _Port(name=name, socket=port)
+
+    def detach(self, name: str) -> None:
+        """Remove a port, if it is there."""
+        port = self._ports.pop(name, None)
+        if port is not None:
+            for mac in port.macs:
+                self._by_mac.pop(mac, None)
+            port.socket.close()
+
+    def obey(self, rules: list[Rule]) -> None:
+        """Let frames pass by these rules from now on."""
+        self._rules = rules
+        self._links.clear()
+
+    def capture(self, path: str) -> None:
+        """Write every frame that a port sends to a file from now on; "" ends that."""
+        if self._capture is not None:
+            self._capture.close()
+        self._capture = _Capture(path) if path else None
+
+    def wait_s(self) -> float:
+        """Return how long nothing has to be done."""
+        return max(0.0, self._on_their_way[0][0] - time.monotonic()) if self._on_their_way else 3600.0
+
+    def deliver_due(self) -> None:
+        """Deliver the frames whose time has come."""
+        now = time.monotonic()
+        while self._on_their_way and self._on_their_way[0][0] <= now:
+            _, _, target, frame, counters = heapq.heappop(self._on_their_way)
+            self._deliver(target, frame, counters)
+
+    def take(self, name: str) -> None:
+        """Take a batch of frames from a port."""
+        port = self._ports.get(name)
+        for _ in range(_BATCH if port else 0):
+            assert port is not None
+            try:
+                frame = port.socket.recv(_FRAME_BYTES)
+            except OSError:
+                return
+            if len(frame) >= _ETHERNET_HEADER:
+                self._route(port, frame)
+
+    def descriptors(self) -> dict[int, str]:
+        """Return the ports by descriptor."""
+        return {port.socket.fileno(): name for name, port in self._ports.items()}
+
+    def _route(self, source: _Port, frame: bytes) -> None:
+        target_mac, source_mac = frame[:6], frame[6:12]
+        if not source_mac[0] & _GROUP_BIT:
+            self._by_mac[source_mac] = source
+            source.macs.add(source_mac)
+        if self._capture is not None:
+            self._capture.write(source.name, frame)
+        known = None if target_mac[0] & _GROUP_BIT else self._by_mac.get(target_mac)
+        for target in [known] if known else list(self._ports.values()):
+            if target is not source:
+                self._cross(source, target, frame)
+
+    def _cross(self, source: _Port, target: _Port, frame: bytes) -> None:
+        way = source.name, target.name
+        link, counters = self._find_link(way), self.counters.setdefault(way, Counters())
+        counters.taken += 1
+        if link.cut:
+            counters.cut += 1
+            return
+        if self._happens(link.loss):
+            counters.lost += 1
+            return
+        if self._happens(link.corrupt):
+            counters.corrupted += 1
+            frame = self._corrupted(frame)
+        copies = 2 if self._happens(link.duplicate) else 1
+        counters.duplicated += copies - 1
+        for _ in range(copies):
+            self._send(way, link, target, frame, counters)
+
+    def _find_link(self, way: tuple[str, str]) -> Link:
+        if way not in self._links:
+            found = (rule.link for rule in self._rules if rule.applies(*way))
+            self._links[way] = next(found, _CLEAR)
+        return self._links[way]
+
+    def _send(self, way: tuple[str, str], link: Link, target: _Port, frame: bytes, counters: Counters) -> None:
+        now = time.monotonic()
+        due = now + link.latency + link.jitter * self._random.uniform(-1, 1) if link.latency or link.jitter else now
+        if link.bandwidth:
+            free_at = max(now, self._free_at.get(way, now)) + len(frame) / link.bandwidth
+            if free_at - now > _QUEUE_S:
+                counters.full += 1
+                return
+            self._free_at[way] = free_at
+            due += free_at - now
+        if due <= now:
+            self._deliver(target, frame, counters)
+        elif len(self._on_their_way) >= _QUEUED:
+            counters.full += 1
+        else:
+            heapq.heappush(self._on_their_way, (due, next(self._numbers), target, frame, counters))
+
+    def _deliver(self, target: _Port, frame: bytes, counters: Counters) -> None:
+        try:
+            target.socket.send(frame)
+        except OSError:  # full, or gone
+            counters.full += 1
+        else:
+            counters.delivered += 1
+
+    def _happens(self, share: float) -> bool:
+        return share > 0 and self._random.random() < share
+
+    def _corrupted(self, frame: bytes) -> bytes:
+        """Flip a bit behind the Ethernet header."""
+        place = self._random.randrange(_ETHERNET_HEADER, len(frame)) if len(frame) > _ETHERNET_HEADER else 0
+        return frame[:place] + bytes([frame[place] ^ 1 << self._random.randrange(8)]) + frame[place + 1 :]
+
+
+_CLEAR = Link()
+
+
+class _Capture:
+    """A pcapng file."""
+
+    _SECTION, _INTERFACE, _PACKET = 0x0A0D0D0A, 1, 6
+    _ETHERNET, _NAME = 1, 2
+
+    def __init__(self, path: str) -> None:
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115, PTH123  closed by `close`
+        self._interfaces: dict[str, int] = {}
+        self._block(self._SECTION, struct.pack("<IHHq", 0x1A2B3C4D, 1, 0, -1))
+
+    def write(self, port: str, frame: bytes) -> None:
+        """Write a frame that a port has sent."""
+        if port not in self._interfaces:
+            self._interfaces[port] = len(self._interfaces)
+            name = port.encode()
+            option = struct.pack("<HH", self._NAME, len(name)) + _padded(name) + bytes(4)
+            self._block(self._INTERFACE, struct.pack("<HHI", self._ETHERNET, 0, 0) + option)
+        microseconds = time.time_ns() // 1000
+        head = struct.pack(
+            "<IIIII", self._interfaces[port], microseconds >> 32, microseconds & 0xFFFFFFFF, len(frame), len(frame)
+        )
+        self._block(self._PACKET, head + _padded(frame))
+        self._file.flush()
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+    def _block(self, kind: int, body: bytes) -> None:
+        length = len(body) + 12
+        self._file.write(struct.pack("<II", kind, length) + body + struct.pack("<I", length))
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+def _obey(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    """Do what a request asks for and return the reply."""
+    try:
+        match request["op"]:
+            case "attach":
+                switch.attach(request["port"], socket.socket(fileno=descriptors.pop()))
+            case "detach":
+                switch.detach(request["port"])
+            case "rules":
+                switch.obey([_rule(*rule) for rule in request["rules"]])
+            case "counters":
+                return {"error": "", "counters": [[*way, asdict(counted)] for way, counted in switch.counters.items()]}
+            case "capture":
+                switch.capture(request["path"])
+            case unknown:
+                return {"error": f"there is no request {unknown}"}
+    except OSError as error:
+        return {"error": f"{error.filename or request['op']}: {error.strerror}"}
+    return {"error": ""}
+
+
+def _rule(sources: list[str] | None, targets: list[str] | None, link: dict[str, Any]) -> Rule:
+    return Rule(
+        sources=None if sources is None else frozenset(sources),
+        targets=None if targets is None else frozenset(targets),
+        link=Link(**link),
+    )
+
+
+def _serve(switch: Switch, control: socket.socket) -> bool:
+    """Answer a request. False when there will be no other."""
+    data, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 1)
+    if not data:
+        return False
+    control.send(json.dumps(_obey(switch, json.loads(data), descriptors)).encode())
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return True
+
+
+def main(seed: int) -> None:
+    """Switch until the control socket ends."""
+    switch, control = Switch(seed), socket.socket(fileno=CONTROL_FD)
+    poll = select.epoll()
+    poll.register(control, select.EPOLLIN)
+    known: dict[int, str] = {}
+    while True:
+        for descriptor, _ in poll.poll(switch.wait_s()):
+            if descriptor != CONTROL_FD:
+                switch.take(known.get(descriptor, ""))
+            elif not _serve(switch, control):
+                return
+            else:
+                for gone in known.keys() - switch.descriptors().keys():
+                    with contextlib.suppress(OSError):  # closing it took it out
+                        poll.unregister(gone)
+                for new in switch.descriptors():
+                    with contextlib.suppress(FileExistsError):
+                        poll.register(new, select.EPOLLIN)
+                known = switch.descriptors()
+        switch.deliver_due()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

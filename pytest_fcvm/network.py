@@ -1,0 +1,236 @@
+"""A private network in a test: clones on it reach each other by name, and the test decides how well."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.spawner import Spawner
+from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
+from pytest_fcvm.model.net import Cable
+from pytest_fcvm.net import switch
+from pytest_fcvm.net.switch import CONTROL_FD, Counters, Link
+
+__all__ = ["Network"]
+
+_ANSWER_S = 30.0
+_MEMBERS = 200  # addresses .10 to .209
+_FIRST_HOST = 10
+
+Hosts = tuple[str, ...]
+
+
+class Network:
+    """An Ethernet segment of its own, with a switch that runs in a process of its own and ends with it.
+
+    Names have addresses that stay, from the first time they are asked for. Every method may be called from any thread.
+    `seed` makes the same faults happen again. All methods raise EngineError when the switch has died.
+    """
+
+    def __init__(self, spawner: Spawner, number: int, *, seed: int = 0) -> None:
+        self._number = number
+        self._indexes: dict[str, int] = {}
+        self._plugged: set[str] = set()
+        self._tellers: dict[str, Callable[[Hosts], object]] = {}
+        self._cuts: list[tuple[frozenset[str], ...]] = []
+        self._impairments: list[tuple[str | None, str | None, Link]] = []
+        self._lock = threading.RLock()
+        directory = spawner.make_dir(f"network{number}")
+        self._log = directory / "switch.log"
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(_ANSWER_S)
+        with theirs:
+            self._child = spawner.spawn(
+                [sys.executable, "-I", "-S", str(Path(switch.__file__)), str(seed)],
+                name=directory.name,
+                fds={CONTROL_FD: theirs.fileno()},
+                stdout=self._log,
+                cwd=directory,
+                env=None,
+                owned_dir=directory,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return who is on it now."""
+        return tuple(sorted(self._plugged))
+
+    def address(self, name: str) -> str:
+        """Return the address of a name, whether its clone is there or not."""
+        return f"10.77.{self._number % 256}.{_FIRST_HOST + self._index(name)}"
+
+    # -- faults
+
+    def partition(self, *groups: Iterable[str]) -> _Partition:
+        """Let nothing pass between groups of names, at once. Use it as a context manager, or `heal` later."""
+        sets = tuple(frozenset(group) for group in groups)
+        if len(sets) < 2 or any(one & other for one in sets for other in sets if one is not other):
+            raise UsageProblem("a partition has two groups or more, none in two", hint='partition({"a"}, {"b", "c"})')
+        with self._lock:
+            self._cuts.append(sets)
+            self._send_rules()
+        return _Partition(self, sets)
+
+    def impair(
+        self,
+        source: str | None = None,
+        target: str | None = None,
+        *,
+        latency: float = 0.0,
+        jitter: float = 0.0,
+        loss: float = 0.0,
+        duplicate: float = 0.0,
+        corrupt: float = 0.0,
+        bandwidth: float = 0.0,
+    ) -> None:
+        """Make the way from one name to another worse, from now on; None is every name. A later call goes before.
+
+        `latency` and `jitter` (to either side) are in seconds, `bandwidth` in bytes per second, 0 without a limit, the
+        others shares from 0 to 1. `loss=1` in one direction is a black hole.
+        """
+        link = Link(
+            latency=latency, jitter=jitter, loss=loss, duplicate=duplicate, corrupt=corrupt, bandwidth=bandwidth
+        )
+        for name, value in asdict(link).items():
+            if value < 0 or (name in ("loss", "duplicate", "corrupt") and value > 1):
+                raise UsageProblem(f"{name}={value}", hint="times and bandwidths from 0 on, shares from 0 to 1")
+        with self._lock:
+            self._impairments.append((source, target, link))
+            self._send_rules()
+
+    def heal(self) -> None:
+        """End all partitions and impairments."""
+        with self._lock:
+            self._cuts.clear()
+            self._impairments.clear()
+            self._send_rules()
+
+    # -- what went over it
+
+    def counters(self) -> Mapping[tuple[str, str], Counters]:
+        """Return the frames of every link, by source and target."""
+        said = self._ask({"op": "counters"})["counters"]
+        return {(source, target): Counters(**counted) for source, target, counted in said}
+
+    @contextmanager
+    def capture(self, path: str | Path) -> Iterator[Path]:
+        """Write every frame that a clone sends into a pcapng file. Raise HostError where there can be none."""
+        file = Path(path).absolute()
+        self._ask({"op": "capture", "path": str(file)})
+        try:
+            yield file
+        finally:
+            self._ask({"op": "capture", "path": ""})
+
+    def close(self) -> None:
+        """End the network; its clones are alone then. Idempotent."""
+        self._child.kill()
+        self._control.close()
+
+    # -- clones
+
+    def plug(self, name: str) -> Cable:
+        """Return a cable for a clone. Raise UsageProblem for a name that is on the network already."""
+        with self._lock:
+            if name in self._plugged:
+                raise UsageProblem(f"{name!r} is on this network already", hint="give every clone a name of its own")
+            index = self._index(name)
+            end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with port:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+                self._ask({"op": "attach", "port": name}, port.fileno())
+            self._plugged.add(name)
+            mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
+            return Cable(end=end, mac=mac, address=f"{self.address(name)}/24", hosts=self._hosts())
+
+    def joined(self, name: str, tell: Callable[[Hosts], object]) -> None:
+        """Take note of a clone that is up, and tell the others of it. `tell` gives it the lines of its /etc/hosts."""
+        with self._lock:
+            self._tellers[name] = tell
+            others = [teller for other, teller in self._tellers.items() if other != name]
+            hosts = self._hosts()
+        for teller in others:
+            with suppress(FcvmError):  # it is on its way out, or paused: its names stay as they were
+                teller(hosts)
+
+    def unplug(self, name: str) -> None:
+        """Take a clone off the network. Its name keeps its address."""
+        with self._lock, suppress(EngineError):
+            self._tellers.pop(name, None)
+            self._plugged.discard(name)
+            self._ask({"op": "detach", "port": name})
+
+    def _index(self, name: str) -> int:
+        with self._lock:
+            if name not in self._indexes:
+                if len(self._indexes) >= _MEMBERS:
+                    raise UsageProblem(f"a network has {_MEMBERS} names at most", hint="make another network")
+                self._indexes[name] = len(self._indexes)
+            return self._indexes[name]
+
+    def _hosts(self) -> Hosts:
+        return tuple(f"{self.address(name)} {name}" for name in self._indexes)
+
+    def _send_rules(self) -> None:
+        """Tell the switch what to do with frames: partitions go before impairments, later ones before earlier ones."""
+        cuts = [
+            (sorted(one), sorted(other), asdict(Link(cut=True)))
+            for groups in self._cuts
+            for one, other in itertools.permutations(groups, 2)
+        ]
+        worse = [
+            ([source] if source else None, [target] if target else None, asdict(link))
+            for source, target, link in reversed(self._impairments)
+        ]
+        self._ask({"op": "rules", "rules": [*cuts, *worse]})
+
+    def _ask(self, request: Mapping[str, Any], *descriptors: int) -> Any:
+        with self._lock:
+            try:
+                socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+                data = self._control.recv(1 << 20)
+            except OSError:
+                data = b""
+        if not data:
+            raise EngineError("the network's switch has ended", evidence={"switch": read_tail(self._log)})
+        said = json.loads(data)
+        if said["error"]:
+            raise HostError(f"the network's switch: {said['error']}", hint="name a file that can be written")
+        return said
+
+    def _mend(self, groups: tuple[frozenset[str], ...]) -> None:
+        with self._lock:
+            if groups in self._cuts:
+                self._cuts.remove(groups)
+                self._send_rules()
+
+
+class _Partition:
+    """A partition that lasts until the end of its `with` block, or until `Network.heal`."""
+
+    def __init__(self, network: Network, groups: tuple[frozenset[str], ...]) -> None:
+        self._network, self._groups = network, groups
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._network._mend(self._groups)

@@ -1,0 +1,134 @@
+"""Private networks between real machines: names, isolation, faults, and servers that replicate over them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, CloneFactory, MachineSpec, Network
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.model.parse import parse_ready
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="private networks need the engine qemu"
+)
+WAIT_S = 60.0
+GET = """
+use IO::Socket::INET;
+my $server = IO::Socket::INET->new(PeerAddr => $ARGV[0], PeerPort => 80, Timeout => 3) or die "no way: $@";
+print $server "GET / HTTP/1.0\\r\\n\\r\\n";
+print <$server>;
+"""
+
+
+def reaches(source: Clone, target: str) -> bool:
+    """Say whether one machine gets the other's page."""
+    result = source.exec(["perl", "-e", GET, target])
+    assert result.exit_code == 0 or "no way" in result.stderr, result
+    return "200 OK" in result.stdout
+
+
+def test_machines_reach_each_other_by_name_and_by_address(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network
+) -> None:
+    one, two, three = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two", "three"))
+    assert reaches(one, "three")  # it came when `one` was there already
+    assert reaches(three, "one")
+    assert reaches(two, fcvm_network.address("one"))
+    assert one.http(80).get("/").status_code == 200  # its host ports are where they were
+    assert fcvm_network.names == ("one", "three", "two")
+
+
+def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, tmp_path: Path
+) -> None:
+    one, _ = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+    with fcvm_network.capture(tmp_path / "net.pcapng") as capture:
+        with fcvm_network.partition({"one"}, {"two"}):
+            assert not reaches(one, "two")
+        assert reaches(one, "two")
+    assert b"GET / HTTP/1.0" in capture.read_bytes()
+    fcvm_network.impair("two", "one", loss=1)  # what is asked arrives, and the answer does not
+    assert not reaches(one, "two")
+    fcvm_network.heal()
+    fcvm_network.impair(latency=0.2)
+    began = monotonic()
+    assert reaches(one, "two")
+    assert monotonic() - began >= 0.8  # the handshake and the request are two round trips
+
+
+def test_networks_know_nothing_of_each_other_and_a_machine_may_be_on_two(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_network_factory: Callable[[], Network]
+) -> None:
+    other = fcvm_network_factory()
+    inner = fcvm_clone_factory(name="inner", network=fcvm_network)
+    outer = fcvm_clone_factory(name="outer", network=other)
+    both = fcvm_clone_factory(name="both", network=[fcvm_network, other])
+    assert reaches(both, "inner")
+    assert reaches(both, "outer")
+    assert reaches(outer, "both")
+    assert "inner" not in outer.read_text("/etc/hosts")
+    assert not reaches(outer, fcvm_network.address("inner"))
+    assert reaches(inner, "both")
+
+
+def test_a_machine_that_is_reset_is_on_its_network_again(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network
+) -> None:
+    one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+    two.reset()
+    assert wait_until(lambda: reaches(one, "two"), Deadline(WAIT_S))
+    assert reaches(two, "one")
+    two.close()
+    assert fcvm_network.names == ("one",)
+
+
+def test_a_primary_and_two_replicas_lose_and_find_each_other(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str]
+) -> None:
+    spec = MachineSpec(image=image("redis"), ready=parse_ready("exec:redis-cli ping"))
+    db = {name: fcvm_clone_factory(spec, name=name, network=fcvm_network) for name in ("primary", "near", "far")}
+    for replica in ("near", "far"):
+        db[replica].succeed("redis-cli replicaof primary 6379")
+        db[replica].succeed("redis-cli config set repl-timeout 5")
+    db["primary"].succeed("redis-cli config set repl-ping-replica-period 1")
+
+    def has(name: str, value: str) -> bool:
+        return db[name].succeed("redis-cli get key").strip() == value
+
+    db["primary"].succeed("redis-cli set key first")
+    assert wait_until(lambda: has("near", "first") and has("far", "first"), Deadline(WAIT_S))
+    with fcvm_network.partition({"primary", "near"}, {"far"}):
+        db["primary"].succeed("redis-cli set key second")
+        assert wait_until(lambda: has("near", "second"), Deadline(WAIT_S))
+        assert has("far", "first")
+    assert wait_until(lambda: has("far", "second"), Deadline(WAIT_S))
+
+
+def test_a_switch_ends_with_a_run_that_is_killed(
+    pytester: pytest.Pytester, built_image: Callable[[str], str], cold_cache: Path, tmp_path: Path
+) -> None:
+    pytester.makepyfile(
+        """
+        import time
+        def test_it(fcvm_clone_factory, fcvm_network):
+            fcvm_clone_factory(name="one", network=fcvm_network)
+            print("switch", fcvm_network._child.pid, flush=True)
+            time.sleep(600)
+        """
+    )
+    command = [sys.executable, "-m", "pytest", "-s", f"--fcvm-image={built_image('nginx')}"]
+    run = subprocess.Popen([*command, f"--fcvm-cache-dir={cold_cache}"], cwd=pytester.path, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    with run.stdout as output:
+        pid = next(int(line.split()[-1]) for line in output if b"switch " in line)
+        assert Path(f"/proc/{pid}").exists()
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), Deadline(10))
