@@ -38,11 +38,6 @@ _ENVIRONMENT = {
     "XDG_CACHE_HOME": "/var/cache",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-_MAKE_HOST = """
-set -e
-modprobe kvm-amd
-mkdir -p /work/bin
-"""
 # Proves KVM, and leaves in the cache what every run needs: the guest's kernel and nginx.
 _WARM_UP = "FCVM_ENGINE=firecracker python3 -m pytest -p no:cacheprovider tests/vm/test_clone.py -k answers_at_once"
 
@@ -60,9 +55,10 @@ def firecracker() -> Path:
 
 @dataclass(frozen=True)
 class KvmHost:
-    """Makes emulated hosts of KVM, and runs commands in them."""
+    """Makes emulated hosts of KVM, and runs commands in them. `project` is this project as it is now."""
 
     clone: Callable[[], Clone]
+    project: Path
 
     def run(self, command: str, out: Callable[[str], object]) -> int:
         """Run a command in a fresh host's copy of the project and return its exit code; its output goes to `out`.
@@ -78,7 +74,8 @@ class KvmHost:
         pytest.fail(f"{LIVES} emulated hosts died")
 
     def _run_in(self, host: Clone, command: str, out: Callable[[str], object]) -> int:
-        shell = ["/bin/bash", "-c", f"cd /work/project && {command} 2>&1"]
+        host.copy_in(self.project, "/work/")
+        shell = ["/bin/bash", "-c", f"cd /work/project && ln -sfn /work/images .demo && {command} 2>&1"]
         with host.popen(shell) as process:
             while data := process.stdout.read1():
                 out(data.decode("utf-8", "replace"))
@@ -90,12 +87,15 @@ def host(
     firecracker: Path, fcvm_snapshot_factory: SnapshotFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> KvmHost:
     """Hosts in which Firecracker works, each a clone of one that has all that the tests need."""
-    payload = _gather(tmp_path_factory.mktemp("payload"), firecracker)
+    project = _gather_project(tmp_path_factory.mktemp("host") / "project")
+    payload = _gather_rest(tmp_path_factory.mktemp("payload"), firecracker)
 
     def prepare(base: Clone) -> None:
-        base.succeed(_MAKE_HOST)
+        base.succeed("modprobe kvm-amd && mkdir -p /work")
         base.copy_in(payload, "/work")
-        base.succeed(f"cd /work/project && {_WARM_UP}", timeout=PREPARE_S)
+        base.copy_in(project, "/work/")
+        base.succeed(f"cd /work/project && ln -s /work/images .demo && {_WARM_UP}", timeout=PREPARE_S)
+        base.succeed("rm -r /work/project")
 
     snapshot = fcvm_snapshot_factory(
         MachineSpec(
@@ -107,7 +107,7 @@ def host(
             prepare=Prepare(prepare, version=_digest(payload)),
         )
     )
-    return KvmHost(snapshot.clone)
+    return KvmHost(snapshot.clone, project)
 
 
 def _build_host_image() -> Path:
@@ -124,17 +124,22 @@ def _build_host_image() -> Path:
     return layout
 
 
-def _gather(folder: Path, firecracker: Path) -> Path:
-    """Put what the tests need into a folder: this project, what is installed beside it, Firecracker, images."""
-    build = runpy.run_path(str(ROOT / "examples/images/build.py"))["build"]
-    for name in ("pytest_fcvm", "tests", "examples", "guest_image", "conftest.py", "pyproject.toml"):
+def _gather_project(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("pytest_fcvm", "tests", "examples", "benchmarks", "guest_image", "conftest.py", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / "project" / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, folder / "project" / name)
+            shutil.copy2(source, folder / name)
+    return folder
+
+
+def _gather_rest(folder: Path, firecracker: Path) -> Path:
+    """Put into a folder what does not change with every change of the project: libraries, Firecracker, images."""
+    build = runpy.run_path(str(ROOT / "examples/images/build.py"))["build"]
     for name in IMAGES:
-        shutil.copytree(build(name, ROOT / ".demo"), folder / "project/.demo" / name)
+        shutil.copytree(build(name, ROOT / ".demo"), folder / "images" / name)
     packages = next(path for path in site.getsitepackages() if path.startswith(sys.prefix))
     shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
     (folder / "bin").mkdir()

@@ -10,6 +10,7 @@ from tests.firecracker.conftest import KvmHost
 
 TESTS = (
     "test_clone.py",
+    "test_lives.py",
     "test_freeze.py",
     "test_pool.py",
     "test_disk.py",
@@ -23,12 +24,13 @@ TESTS = (
 )
 
 
+PYTEST = "-m pytest -p no:cacheprovider -v"
 Run = Callable[[str], str]
 
 
 @pytest.fixture
 def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run tests in an emulated host, show what they print at once, because they take minutes, and return it."""
+    """Run Python in an emulated host, show what it prints at once, because it takes minutes, and return it."""
     seen: list[str] = []
 
     def tell(text: str) -> None:
@@ -36,9 +38,9 @@ def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
         with capfd.disabled():
             print(text, end="", flush=True)
 
-    def run(tests: str) -> str:
+    def run(arguments: str) -> str:
         settings = "FCVM_ENGINE=firecracker FCVM_TEST_FIRECRACKER=/work/bin/firecracker"
-        code = host.run(f"{settings} python3 -m pytest -p no:cacheprovider -v {tests}", tell)
+        code = host.run(f"{settings} python3 {arguments}", tell)
         assert code == 0, "".join(seen)[-20000:]
         return "".join(seen)
 
@@ -47,8 +49,13 @@ def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.mark.parametrize("tests", TESTS)
 def test_vm_tests_pass_on_firecracker(run: Run, tests: str) -> None:
-    assert "fcvm: engine firecracker/kvm" in run(f"tests/vm/{tests}")
+    assert "fcvm: engine firecracker/kvm" in run(f"{PYTEST} tests/vm/{tests}")
 
 
 def test_the_stand_in_of_unit_tests_is_true_to_the_real_one(run: Run) -> None:
-    assert "skipped" not in run("tests/firecracker/test_fake.py")
+    assert "skipped" not in run(f"{PYTEST} tests/firecracker/test_fake.py")
+
+
+def test_two_hundred_clones_in_a_row_are_all_awake_and_all_different(run: Run) -> None:
+    image = "--image oci:.demo/nginx:latest"
+    assert "200 clones, 0 findings" in run(f"benchmarks/endurance.py --clones 200 --every 50 {image}")

@@ -7,11 +7,12 @@ import hashlib
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import Clone, Prepare, SnapshotFactory
+from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, wait_until
 
 WAIT_S = 60.0
@@ -160,3 +161,13 @@ def test_a_base_that_has_booted(seen_in_a_base: dict[str, Exception | None], nam
 @pytest.mark.parametrize("name", list(BEHAVIOURS))
 def test_a_clone_that_was_restored(fcvm_clone: Clone, name: str) -> None:
     BEHAVIOURS[name](fcvm_clone)
+
+
+def test_eight_clones_that_are_made_at_once_all_answer(fcvm_snapshot: Snapshot) -> None:
+    def look(_: int) -> str:
+        with fcvm_snapshot.clone() as clone:
+            assert clone.http(80).get("/").status_code == 200
+            return clone.succeed("cat /etc/machine-id")
+
+    with ThreadPoolExecutor(8) as workers:
+        assert len(set(workers.map(look, range(8)))) == 8
