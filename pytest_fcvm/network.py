@@ -26,6 +26,7 @@ __all__ = ["Network"]
 _ANSWER_S = 30.0
 _MEMBERS = 200  # addresses .10 to .209
 _FIRST_HOST = 10
+_BUFFER_BYTES = 4 << 20  # a sender whose buffer is small waits for the switch
 
 Hosts = tuple[str, ...]
 
@@ -154,9 +155,14 @@ class Network:
                 raise UsageProblem(f"{name!r} is on this network already", hint="give every clone a name of its own")
             index = self._index(name)
             end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-            with port:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            try:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
                 self._ask({"op": "attach", "port": name}, port.fileno())
+            except BaseException:
+                end.close()
+                raise
+            finally:
+                port.close()
             self._plugged.add(name)
             mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
             return Cable(end=end, mac=mac, address=f"{self.address(name)}/24", hosts=self._hosts())

@@ -81,6 +81,17 @@ class _Port:
     name: str
     socket: socket.socket
     macs: set[bytes] = field(default_factory=set)
+    ways: dict[str, _Way] = field(default_factory=dict)  # to other ports, as far as a frame has gone there
+
+
+@dataclass(kw_only=True)
+class _Way:
+    """From one port to another: what the rules come to, and what has happened."""
+
+    target: _Port
+    link: Link
+    counters: Counters
+    free_at: float = 0.0  # when a bandwidth lets the next frame begin
 
 
 class Switch:
@@ -88,14 +99,12 @@ class Switch:
 
     def __init__(self, seed: int) -> None:
         self._rules: list[Rule] = []
-        self._links: dict[tuple[str, str], Link] = {}  # what the rules come to, as far as it was asked for
         self.counters: dict[tuple[str, str], Counters] = {}
         self._ports: dict[str, _Port] = {}
         self._by_mac: dict[bytes, _Port] = {}
         self._random = random.Random(seed)  # noqa: S311  no secret: a test wants the same faults again
         self._on_their_way: list[tuple[float, int, _Port, bytes, Counters]] = []
         self._numbers = itertools.count()
-        self._free_at: dict[tuple[str, str], float] = {}
         self._capture: _Capture | None = None
 
     def attach(self, name: str, port: socket.socket) -> None:
@@ -112,12 +121,15 @@ class Switch:
         if port is not None:
             for mac in port.macs:
                 self._by_mac.pop(mac, None)
+            for other in self._ports.values():
+                other.ways.pop(name, None)
             port.socket.close()
 
     def obey(self, rules: list[Rule]) -> None:
         """Let frames pass by these rules from now on."""
         self._rules = rules
-        self._links.clear()
+        for port in self._ports.values():
+            port.ways.clear()
 
     def capture(self, path: str) -> None:
         """Write every frame that a port sends to a file from now on; "" ends that."""
@@ -165,9 +177,12 @@ class Switch:
                 self._cross(source, target, frame)
 
     def _cross(self, source: _Port, target: _Port, frame: bytes) -> None:
-        way = source.name, target.name
-        link, counters = self._find_link(way), self.counters.setdefault(way, Counters())
+        way = source.ways.get(target.name) or self._find_way(source, target)
+        link, counters = way.link, way.counters
         counters.taken += 1
+        if link is _CLEAR:
+            self._deliver(target, frame, counters)
+            return
         if link.cut:
             counters.cut += 1
             return
@@ -180,30 +195,31 @@ class Switch:
         copies = 2 if self._happens(link.duplicate) else 1
         counters.duplicated += copies - 1
         for _ in range(copies):
-            self._send(way, link, target, frame, counters)
+            self._send(way, frame)
 
-    def _find_link(self, way: tuple[str, str]) -> Link:
-        if way not in self._links:
-            found = (rule.link for rule in self._rules if rule.applies(*way))
-            self._links[way] = next(found, _CLEAR)
-        return self._links[way]
+    def _find_way(self, source: _Port, target: _Port) -> _Way:
+        names = source.name, target.name
+        link = next((rule.link for rule in self._rules if rule.applies(*names)), _CLEAR)
+        way = _Way(target=target, link=link, counters=self.counters.setdefault(names, Counters()))
+        source.ways[target.name] = way
+        return way
 
-    def _send(self, way: tuple[str, str], link: Link, target: _Port, frame: bytes, counters: Counters) -> None:
-        now = time.monotonic()
-        due = now + link.latency + link.jitter * self._random.uniform(-1, 1) if link.latency or link.jitter else now
+    def _send(self, way: _Way, frame: bytes) -> None:
+        link, counters, now = way.link, way.counters, time.monotonic()
+        due = now + link.latency + (link.jitter * self._random.uniform(-1, 1) if link.jitter else 0.0)
         if link.bandwidth:
-            free_at = max(now, self._free_at.get(way, now)) + len(frame) / link.bandwidth
+            free_at = max(now, way.free_at) + len(frame) / link.bandwidth
             if free_at - now > _QUEUE_S:
                 counters.full += 1
                 return
-            self._free_at[way] = free_at
+            way.free_at = free_at
             due += free_at - now
         if due <= now:
-            self._deliver(target, frame, counters)
+            self._deliver(way.target, frame, counters)
         elif len(self._on_their_way) >= _QUEUED:
             counters.full += 1
         else:
-            heapq.heappush(self._on_their_way, (due, next(self._numbers), target, frame, counters))
+            heapq.heappush(self._on_their_way, (due, next(self._numbers), way.target, frame, counters))
 
     def _deliver(self, target: _Port, frame: bytes, counters: Counters) -> None:
         try:
