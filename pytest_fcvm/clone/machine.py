@@ -37,6 +37,7 @@ class Machine:
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
         self._closers = ExitStack()
+        self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
         self.closed = False
         vm.on_exit(self._vm_ended)
@@ -46,6 +47,10 @@ class Machine:
         """Hand over what must be given back when the machine ends."""
         for closer in closers:
             self._closers.callback(closer)
+
+    def also_tell(self, title: str, tell: Callable[[], str]) -> None:
+        """Add a section to the evidence, left out where it is empty."""
+        self._notes[title] = tell
 
     @property
     def ended(self) -> FcvmError | None:
@@ -82,7 +87,8 @@ class Machine:
             with suppress(OSError):
                 parts[title] = path.read_bytes()
         shown = {title: tail(data) for title, data in parts.items() if data.strip()}
-        return {**shown, "timeline": str(self.timeline)}
+        notes = {title: text for title, tell in self._notes.items() if (text := tell())}
+        return {**shown, **notes, "timeline": str(self.timeline)}
 
     def close(self) -> None:
         """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end."""

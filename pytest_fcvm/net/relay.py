@@ -68,6 +68,7 @@ class Relay:
         self._datagram_ports: dict[int, DatagramPort] = {}
         self._links: set[_Link] = set()
         self._over = threading.Event()
+        self.fault = ""  # why a connection was last reset before it stood, where it was not refused by the guest
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Listen for a guest port and return the address. Idempotent. Raise HostError when the host port is taken."""
@@ -118,7 +119,9 @@ class Relay:
     def _serve(self, client: socket.socket, guest_port: int) -> None:
         try:
             guest = self._dial(guest_port)
-        except (OSError, FcvmError):
+        except (OSError, FcvmError) as error:
+            if not isinstance(error, ConnectionRefusedError):
+                self.fault = f"a connection to guest port {guest_port} was reset: {error}"
             _reset(client)
             return
         link = _Link(client, guest, self._make_thread)

@@ -36,6 +36,11 @@ class Ports:
             return self._network.publish(port)
         return self._relay.publish(port)
 
+    @property
+    def fault(self) -> str:
+        """Return why a connection was last reset by us, if one was; a refusal of the guest's is none."""
+        return self._relay.fault
+
     def close(self) -> None:
         """Stop listening and end what goes through the agent; idempotent."""
         self._relay.close()
@@ -45,6 +50,7 @@ def open_ports(machine: Machine, network: Publisher | None, published: Iterable[
     """Give a machine its ports, which it closes, and map those at once that its network has not mapped already."""
     machine.publisher = ports = Ports(machine, network)
     machine.also_close([ports.close])
+    machine.also_tell("ports", lambda: ports.fault)
     for port in published:
         if network is None or port.proto is not Proto.TCP:
             ports.publish(port)

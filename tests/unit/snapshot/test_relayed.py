@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -89,6 +90,15 @@ def test_nothing_listens_any_more_when_the_clone_is_closed(start: Callable[..., 
     clone.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(endpoint, timeout=20)
+
+
+def test_why_a_connection_was_reset_is_told_with_what_fails_then(start: Callable[..., Clone]) -> None:
+    clone = start()
+    assert "ports" not in clone._machine.evidence()
+    _agent_of(clone).refusals[StreamKind.CONNECT] = (errno.EAGAIN, "too many streams")
+    with socket.create_connection(clone.endpoint(80), timeout=20) as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert clone._machine.evidence()["ports"].startswith("a connection to guest port 80 was reset: ")
 
 
 def test_a_clone_that_is_deaf_on_its_port_is_told(
