@@ -23,7 +23,7 @@ from pytest_fcvm.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ("nginx", "redis", "postgres", "python", "java", "systemd")
-HOST_MEM_MIB, HOST_DISK_MIB = 3072, 10240
+HOST_MEM_MIB, HOST_DISK_MIB, HOST_CPUS = 3072, 10240, 1
 PREPARE_S, RUN_S = 1200.0, 3600.0
 LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
 _PACKAGES = (
@@ -79,7 +79,7 @@ class KvmHost:
         with host.popen(shell) as process:
             while data := process.stdout.read1():
                 out(data.decode("utf-8", "replace"))
-            return process.wait(RUN_S)
+            return process.wait(RUN_S).returncode
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def host(
         MachineSpec(
             image=f"oci:{_build_host_image()}:latest",
             mem_mib=HOST_MEM_MIB,
-            cpus=2,
+            cpus=HOST_CPUS,
             disk_mib=HOST_DISK_MIB,
             ready_timeout_s=PREPARE_S,
             prepare=Prepare(prepare, version=_digest(payload)),
