@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+_ELF_HEADER = 64
 MAGIC, AGENT_PORT = "fake device state", 1024
 _UNSUPPORTED = "The requested operation is not supported {} starting the microVM."
 _PREFIX = "Load snapshot error: Failed to restore from snapshot: "
@@ -139,10 +140,11 @@ class Machine:
         if b"no kvm" in kernel:
             raise Refusal(f"Start microvm error: {_KVM}")
         if not kernel.startswith(b"\x7fELF"):
+            reason = "Invalid Elf magic number" if len(kernel) >= _ELF_HEADER else "Unable to read elf header"
             raise Refusal(
                 "Start microvm error: System configuration error: Cannot load kernel due to invalid memory "
                 "configuration or invalid kernel image: Kernel Loader: failed to load ELF kernel image: Kernel Loader: "
-                "Invalid Elf magic number"
+                f"{reason}"
             )
         self._say("[    0.000000] Linux version 6.12")
         self._run()
@@ -152,7 +154,7 @@ class Machine:
         if body["state"] not in ("Paused", "Resumed"):
             raise Refusal(
                 "An error occurred when deserializing the json body of a request: unknown variant "
-                f"`{body['state']}`, expected `Paused` or `Resumed` at line 1 column {len(json.dumps(body)) - 1}."
+                f"`{body['state']}`, expected `Paused` or `Resumed` at line 1 column {len(_compact(body)) - 1}."
             )
         if body["state"] == "Paused":
             self.state = "Paused"
@@ -269,6 +271,10 @@ class Machine:
 
     def _say(self, text: str) -> None:
         print(text, file=self.console, flush=True)
+
+
+def _compact(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"))
 
 
 def _leave(code: int) -> None:

@@ -46,7 +46,11 @@ _FAULTS = (
     ),
     _known(r"Failed to load guest memory|Failed to restore guest memory|snapshot file", EngineError, _REBUILD),
     _known(r"Error manipulating the backing file", EngineError, _REBUILD),
-    _known(r"kernel file cannot be opened|Invalid Elf magic", HostError, "give another kernel: --fcvm-kernel"),
+    _known(
+        r"kernel file cannot be opened|Invalid Elf magic|Unable to read elf header",
+        HostError,
+        "give another kernel: --fcvm-kernel",
+    ),
     _known(r"number of vCPUs", EngineError, "Firecracker takes 1 to 32 processors: --fcvm-cpus"),
     _known(r"memory size \(MiB\)", EngineError, "give a size of at least 1M: --fcvm-mem"),
 )

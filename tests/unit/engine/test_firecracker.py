@@ -327,10 +327,13 @@ def test_a_snapshot_that_was_harmed_is_refused_with_the_way_out(
     assert caught.value.hint == "build the snapshot again: --fcvm-rebuild"
 
 
-def test_a_kernel_that_is_none_is_told_with_the_option_that_names_one(bench: Bench, stack: ExitStack) -> None:
+@pytest.mark.parametrize(("size", "words"), [(100, "Invalid Elf magic number"), (6, "Unable to read elf header")])
+def test_a_kernel_that_is_none_is_told_with_the_option_that_names_one(
+    bench: Bench, stack: ExitStack, size: int, words: str
+) -> None:
     engine = bench.probed()
-    bench.kernel.write_bytes(b"a text")
-    with pytest.raises(HostError, match="Invalid Elf magic number") as caught:
+    bench.kernel.write_bytes(b"?" * size)
+    with pytest.raises(HostError, match=words) as caught:
         bench.boot(engine, stack)
     assert "--fcvm-kernel" in caught.value.hint
 
