@@ -36,8 +36,9 @@ class Choice:
 
     def __str__(self) -> str:
         """Say it as the terminal summary does: `qemu/tcg (why it is not KVM; firecracker: why it was not taken)`."""
-        reasons = [self.report.reason, *(f"{other.engine}: {other.reason}" for other in self.rejected)]
-        told = "; ".join(reason for reason in reasons if reason and not reason.endswith(": "))
+        reasons = [self.report.reason] if self.report.reason else []
+        reasons += (f"{other.engine}: {other.reason}" for other in self.rejected if other.reason)
+        told = "; ".join(reasons)
         return f"{self.report.engine}/{self.report.accelerator}{f' ({told})' if told else ''}"
 
 
