@@ -216,6 +216,7 @@ class Harness:
             admit_ahead=self._admit_ahead,
             ahead=self._options.pool,
             makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
+            scratch=lambda: self.store.shelf("snapshots").scratch(),
             born=self._count_clone,
         )
 

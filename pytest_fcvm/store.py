@@ -167,6 +167,19 @@ class Shelf:
             state.unlink(missing_ok=True)
             lock.release()
 
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """Yield a folder that is gone after the block, and by the next start where the process was killed in it."""
+        key = f"copy-{secrets.token_hex(8)}"
+        with self.locked(key, "a copy", lambda _text: None):
+            folder = self.path / f"{key}.tmp-{os.getpid()}"
+            try:
+                folder.mkdir(mode=0o700)
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                (self.path / f"{key}.lock").unlink(missing_ok=True)
+
     def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
         """Let `make` fill a folder and return the facts, then publish it. The key's lock must be held.
 

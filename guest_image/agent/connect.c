@@ -168,9 +168,9 @@ static bool emit(struct stream *stream)
     return false;
 }
 
-static void abandon(struct stream *stream, bool lost)
+static void abandon(struct stream *stream, enum streams_ending why)
 {
-    (void)lost;
+    (void)why;
     reset((struct connection *)stream);
 }
 

@@ -125,9 +125,9 @@ static bool emit(struct stream *stream)
     return true;
 }
 
-static void abandon(struct stream *stream, bool lost)
+static void abandon(struct stream *stream, enum streams_ending why)
 {
-    (void)lost;
+    (void)why;
     finish(owner(stream));
 }
 

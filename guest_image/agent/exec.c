@@ -40,6 +40,7 @@ struct exec {
     struct drain drains[2];
     uint8_t turn; /* the drain to ask first */
     bool is_detached;
+    bool is_transfer; /* of files, of no use without its stream */
     bool has_terminal;
     bool has_ended;
     bool is_orphan; /* the stream is gone */
@@ -221,7 +222,12 @@ static bool emit(struct stream *stream)
     return false;
 }
 
-static void abandon(struct stream *stream, bool lost)
+static bool lives_on(const struct exec *exec, enum streams_ending why)
+{
+    return (why == STREAMS_LOST && exec->is_detached) || (why == STREAMS_COPIED && !exec->is_transfer);
+}
+
+static void abandon(struct stream *stream, enum streams_ending why)
 {
     struct exec *exec = (struct exec *)stream;
 
@@ -235,7 +241,7 @@ static void abandon(struct stream *stream, bool lost)
     for (int i = 0; i < 2; i++)
         if (exec->drains[i].source.fd >= 0)
             discard_output(&exec->drains[i]); /* not closed: what it says about the hang-up must not kill it */
-    if (!lost || !exec->is_detached)
+    if (!lives_on(exec, why))
         child_hang_up(&exec->child);
 }
 
@@ -296,6 +302,7 @@ static int begin(uint32_t id, struct launch *how, uint64_t flags, struct termina
     if (!exec)
         return fail_with(failure, ENOMEM, "no memory for a stream");
     exec->is_detached = flags & DETACHED;
+    exec->is_transfer = how->run != NULL;
     exec->has_terminal = how->has_terminal = flags & ON_TERMINAL;
     if (start(exec, how, size, failure)) {
         if (!exec->is_orphan)

@@ -125,6 +125,7 @@ static uint32_t fixed_size(uint16_t tag)
     case FIELD_ENTROPY:
         return 32;
     case FIELD_SECRET:
+    case FIELD_RETURN:
         return PROTOCOL_SECRET;
     default:
         return 0;

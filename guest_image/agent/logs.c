@@ -13,6 +13,7 @@
 #include "streams.h"
 
 enum { RING = 1048576, READ_PER_TURN = 262144, STALL_MS = 1000, LINE_SEARCH = 4096 };
+enum { ONLY_UNSENT = 8 };
 
 struct reader {
     struct stream stream;
@@ -217,9 +218,9 @@ static bool emit(struct stream *stream)
     return false;
 }
 
-static void abandon(struct stream *stream, bool lost)
+static void abandon(struct stream *stream, enum streams_ending why)
 {
-    (void)lost;
+    (void)why;
     leave((struct reader *)stream);
 }
 
@@ -228,11 +229,13 @@ static const struct stream_ops ops = {.emit = emit, .abandon = abandon};
 int logs_open(uint32_t id, const struct body *body, struct failure *failure)
 {
     struct reader *reader = calloc(1, sizeof *reader);
+    uint64_t flags = 0;
 
-    (void)body;
+    body_number(body, FIELD_FLAGS, &flags);
     if (!reader)
         return fail_with(failure, ENOMEM, "no memory for a log stream");
     streams_begin(&reader->stream, id, &ops);
+    reader->at = flags & ONLY_UNSENT ? sent : 0;
     reader->next = readers;
     readers = reader;
     output_reply(id, 0, NULL, 0);

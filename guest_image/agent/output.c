@@ -20,6 +20,8 @@ enum {
 /* Both are far larger than they usually fill: untouched pages cost nothing. */
 static unsigned char control[CONTROL_MAX];
 static size_t control_start, control_end;
+static size_t control_hold; /* while held: what lies from here on waits */
+static bool is_held;
 static unsigned char stage[STAGE_MAX];
 static size_t stage_start, stage_end;
 
@@ -38,12 +40,13 @@ static void compact_control(void)
 {
     memmove(control, control + control_start, control_end - control_start);
     control_end -= control_start;
+    control_hold -= is_held ? control_start : 0;
     control_start = 0;
 }
 
 void output_control(uint8_t type, uint32_t stream, const void *payload, size_t length)
 {
-    if (!session_is_live())
+    if (!session_exists())
         return;
     if (control_end + PROTOCOL_HEADER + length + 1 > CONTROL_MAX)
         compact_control();
@@ -115,19 +118,31 @@ void output_reset(void)
 {
     control_start = control_end = 0;
     stage_start = stage_end = 0;
+    is_held = false;
+}
+
+void output_hold(void)
+{
+    control_hold = control_end;
+    is_held = true;
+}
+
+void output_release(void)
+{
+    is_held = false;
 }
 
 static void fill_stage(void)
 {
     struct stream *stream;
-    size_t waiting = control_end - control_start;
+    size_t waiting = (is_held ? control_hold : control_end) - control_start;
     size_t taken = waiting < STAGE_FULL ? waiting : STAGE_FULL;
 
     stage_start = stage_end = 0;
     memcpy(stage, control + control_start, taken);
     stage_end = taken;
     control_start += taken;
-    if (control_start < control_end)
+    if (is_held || control_start < control_end)
         return;
     control_start = control_end = 0;
     /* A turn can itself queue control (a REPLY that its stream owed); that goes before further data. */
@@ -144,7 +159,7 @@ bool output_pump(void)
             fill_stage();
         if (stage_start < stage_end)
             stage_start += channel_write(stage + stage_start, stage_end - stage_start);
-        else if (control_start == control_end)
+        else if (is_held || control_start == control_end)
             return false;
     }
     return true;

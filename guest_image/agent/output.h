@@ -35,6 +35,10 @@ void output_in_turn(uint8_t type, uint32_t stream, const void *payload, size_t l
 /* Drop everything, half-written frames as well. */
 void output_reset(void);
 
+/* Write what is queued so far and nothing of what is queued from now on, until it is released. */
+void output_hold(void);
+void output_release(void);
+
 /* Write until nothing is left or the channel is full. True: stopped early to let others run. */
 bool output_pump(void);
 

@@ -18,12 +18,18 @@
 
 enum { ENTROPY = 32, NS_PER_S = 1000000000 };
 
+/* Its length was checked with the body. */
+static bool has_secret(const struct body *body, uint16_t tag)
+{
+    const struct field *secret = body_find(body, tag);
+
+    return secret && !memchr(secret->bytes, 0, PROTOCOL_SECRET);
+}
+
 int personalise_quiesce(const struct body *body, struct reply *reply, struct failure *failure)
 {
-    const struct field *secret = body_find(body, FIELD_SECRET);
-
     (void)reply;
-    if (!secret || memchr(secret->bytes, 0, PROTOCOL_SECRET))
+    if (!has_secret(body, FIELD_SECRET))
         return fail_with(failure, EINVAL, "QUIESCE needs a SECRET without zero bytes");
     if (cgroup_freeze(failure))
         return -1;
@@ -32,6 +38,17 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
         return 0;
     personalise_thaw(); /* refused: the session goes on, and so does the workload */
     return -1;
+}
+
+int personalise_park(const struct body *body, struct reply *reply, struct failure *failure)
+{
+    (void)reply;
+    if (!has_secret(body, FIELD_SECRET) || !has_secret(body, FIELD_RETURN))
+        return fail_with(failure, EINVAL, "PARK needs a SECRET and a RETURN without zero bytes");
+    if (cgroup_freeze(failure))
+        return -1;
+    sockets_note_quiesce();
+    return 0;
 }
 
 int personalise_freeze(const struct body *body, struct reply *reply, struct failure *failure)

@@ -5,6 +5,7 @@
 #include "fields.h"
 
 int personalise_quiesce(const struct body *body, struct reply *reply, struct failure *failure);
+int personalise_park(const struct body *body, struct reply *reply, struct failure *failure);
 int personalise_freeze(const struct body *body, struct reply *reply, struct failure *failure);
 int personalise(const struct body *body, struct reply *reply, struct failure *failure);
 

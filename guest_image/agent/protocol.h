@@ -85,12 +85,16 @@ enum stream_kind {
     KIND_FREEZE = 11,     /* freeze the workload's cgroup and go on with the session; PERSONALISE thaws */
     KIND_JOIN = 12,       /* INTERFACE MAC ADDRESS: bring up one more interface, of a private network; HOSTS* replace the
                              lines of /etc/hosts. A clone's joins come before its PERSONALISE */
+    KIND_PARK = 13,       /* SECRET RETURN: freeze the workload's cgroup, reply, then send nothing and discard input up to
+                             either. RETURN comes in this machine: the session goes on, PERSONALISE thaws. SECRET comes in
+                             a copy of it: a session of its own, in which processes of EXEC live on without their streams */
     /* streams: REPLY, then frames until the end */
     KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost; 2 = on a
                           terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */
     KIND_CONNECT = 33, /* PORT PROTO(tcp | udp) ADDRESS(default: the interface's own): a connection from the gateway's
                           address; over udp DATA has datagrams, each behind its length, u16 */
-    KIND_LOGS = 34,    /* workload output, first what the ring holds; EOF after the workload ended and all was sent */
+    KIND_LOGS = 34,    /* FLAGS(8 = not what an earlier stream was sent): workload output, first what the ring holds; EOF
+                          after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
     KIND_TAR_OUT = 36  /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
 };
@@ -136,7 +140,8 @@ enum field_tag {
                                0: it is the network's. In CONFIGURE, QUIESCE and PERSONALISE */
     FIELD_ROWS = 33,
     FIELD_COLUMNS = 34,
-    FIELD_UPPER_DEVICE = 35 /* text, /dev/vdb: the ext4 file system of the writable layer, which is a tmpfs without it */
+    FIELD_UPPER_DEVICE = 35, /* text, /dev/vdb: the ext4 file system of the writable layer, which is a tmpfs without it */
+    FIELD_RETURN = 36       /* a secret */
 };
 
 #endif

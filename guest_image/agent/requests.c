@@ -50,6 +50,7 @@ static const struct request_kind {
     {KIND_SYNC, information_sync, NULL},
     {KIND_FREEZE, personalise_freeze, NULL},
     {KIND_JOIN, network_join, NULL},
+    {KIND_PARK, personalise_park, NULL},
     {KIND_EXEC, NULL, exec_open},
     {KIND_CONNECT, NULL, connect_open},
     {KIND_LOGS, NULL, logs_open},
@@ -96,6 +97,9 @@ static int serve(uint32_t id, uint8_t kind, const struct body *body, struct fail
     }
     if (kind == KIND_QUIESCE)
         session_quiesce((const unsigned char *)body_find(body, FIELD_SECRET)->bytes);
+    if (kind == KIND_PARK)
+        session_park((const unsigned char *)body_find(body, FIELD_SECRET)->bytes,
+                     (const unsigned char *)body_find(body, FIELD_RETURN)->bytes);
     return 0;
 }
 
@@ -114,11 +118,11 @@ static void run(uint32_t id, uint8_t kind, unsigned char *bytes, size_t length)
     body_free(&body);
 }
 
-static void abandon(struct stream *stream, bool lost)
+static void abandon(struct stream *stream, enum streams_ending why)
 {
     struct incoming *incoming = (struct incoming *)stream;
 
-    (void)lost;
+    (void)why;
     incoming_bytes -= incoming->total;
     free(incoming->bytes);
     streams_end(stream);

@@ -21,7 +21,7 @@ enum {
     HELLO_FRAME = PROTOCOL_HEADER + HELLO_SIZE + 1
 };
 
-enum session_state { DISCARDING, GREETING, LIVE };
+enum session_state { DISCARDING, GREETING, LIVE, PARKED };
 
 struct frame {
     uint8_t type;
@@ -33,6 +33,7 @@ struct frame {
 static const unsigned char hello_header[PROTOCOL_HEADER] = {HELLO_SIZE, 0, 0, 0, FRAME_HELLO};
 static enum session_state state = DISCARDING;
 static unsigned char secret[PROTOCOL_SECRET + 1] = PROTOCOL_BOOT_SECRET;
+static unsigned char way_back[PROTOCOL_SECRET]; /* while PARKED: what lets the session go on */
 static unsigned char input[INPUT_MAX];
 static size_t input_start, input_end; /* what is not yet acted on */
 static size_t searched;               /* up to here no secret begins */
@@ -42,6 +43,11 @@ static uint32_t highest;              /* stream id opened so far */
 bool session_is_live(void)
 {
     return state == LIVE;
+}
+
+bool session_exists(void)
+{
+    return state == LIVE || state == PARKED;
 }
 
 static void consume(size_t length)
@@ -65,7 +71,7 @@ void session_fault(const char *format, ...)
     state = LIVE; /* a host that never said hello is told as well */
     output_control(FRAME_ERROR, 0, payload, 8 + strlen((char *)payload + 8));
     state = DISCARDING;
-    streams_end_all();
+    streams_end_all(STREAMS_LOST);
 }
 
 /* Look for it in what was searched for the old one, behind the frame that brings it (see consume): one host may have said
@@ -82,10 +88,20 @@ void session_quiesce(const unsigned char *new_secret)
     state = DISCARDING;
 }
 
+void session_park(const unsigned char *new_secret, const unsigned char *new_way_back)
+{
+    set_secret(new_secret);
+    memcpy(way_back, new_way_back, PROTOCOL_SECRET);
+    output_hold();
+    state = PARKED;
+}
+
 static void begin_session(size_t after_secret)
 {
+    enum streams_ending how = state == PARKED ? STREAMS_COPIED : STREAMS_LOST;
+
     state = GREETING;
-    streams_end_all();
+    streams_end_all(how);
     output_reset();
     input_start = searched = after_secret;
     offset = 0;
@@ -213,12 +229,28 @@ static bool find_overlapping_secret(void)
     return false;
 }
 
+/* Go on with a parked session once its host asks for it. */
+static bool find_way_back(void)
+{
+    unsigned char *at = input + input_start;
+    unsigned char *found = memmem(at, input_end - input_start, way_back, PROTOCOL_SECRET);
+
+    if (!found)
+        return false;
+    consume((size_t)(found - at) + PROTOCOL_SECRET);
+    output_release();
+    state = LIVE;
+    return true;
+}
+
 /* Act on the next frame if all of it is there. */
 static bool take_frame(void)
 {
     unsigned char *at = input + input_start;
     size_t here = input_end - input_start;
 
+    if (state == PARKED)
+        return find_way_back();
     if (state == DISCARDING || here < (state == GREETING ? HELLO_FRAME : PROTOCOL_HEADER))
         return false;
     if (state == GREETING && memcmp(at, hello_header, sizeof hello_header) != 0 && find_overlapping_secret())
@@ -245,7 +277,7 @@ static void act_on_input(void)
     do {
         find_secret(); /* again after each frame: HELLO and QUIESCE change what to look for */
     } while (take_frame());
-    if (state == DISCARDING)
+    if (state == DISCARDING || state == PARKED)
         input_start = searched;
     if (input_start == input_end)
         input_start = input_end = searched = 0;

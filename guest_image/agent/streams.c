@@ -57,11 +57,11 @@ void streams_end(struct stream *stream)
     open_streams--;
 }
 
-void streams_end_all(void)
+void streams_end_all(enum streams_ending why)
 {
     for (unsigned i = 0; open_streams && i < BUCKETS; i++)
         while (buckets[i])
-            buckets[i]->ops->abandon(buckets[i], true);
+            buckets[i]->ops->abandon(buckets[i], why);
 }
 
 void streams_take_data(struct stream *stream, const unsigned char *bytes, size_t length)
@@ -100,7 +100,7 @@ void streams_grant(struct stream *stream, uint8_t channel, uint32_t bytes)
 
 void streams_abandon(struct stream *stream)
 {
-    stream->ops->abandon(stream, false);
+    stream->ops->abandon(stream, STREAMS_CLOSED);
 }
 
 void streams_resize(struct stream *stream, uint16_t rows, uint16_t columns)

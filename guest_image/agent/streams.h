@@ -8,6 +8,9 @@
 
 struct stream;
 
+/* Why a stream has no host any more: it was closed, the session was lost, or the machine is a copy of the host's. */
+enum streams_ending { STREAMS_CLOSED, STREAMS_LOST, STREAMS_COPIED };
+
 /* What the kinds of streams do. Absent ones: DATA, EOF and SIGNAL are malformed. */
 struct stream_ops {
     void (*data)(struct stream *stream, const unsigned char *bytes, size_t length);
@@ -16,8 +19,8 @@ struct stream_ops {
     void (*resize)(struct stream *stream, uint16_t rows, uint16_t columns);
     /* Put at most one frame of the stream into the output. True: ask again when it is its turn. */
     bool (*emit)(struct stream *stream);
-    /* The host no longer wants it (`lost`: the whole session ended). Must call streams_end. */
-    void (*abandon)(struct stream *stream, bool lost);
+    /* Nobody reads it any more. Must call streams_end. */
+    void (*abandon)(struct stream *stream, enum streams_ending why);
 };
 
 /* First member of every kind's own structure, which the kind gives back (loop_free) after streams_end. */
@@ -36,7 +39,7 @@ struct stream {
 bool streams_are_full(void);
 void streams_begin(struct stream *stream, uint32_t id, const struct stream_ops *ops);
 void streams_end(struct stream *stream);
-void streams_end_all(void);
+void streams_end_all(enum streams_ending why);
 struct stream *streams_find(uint32_t id);
 
 /* From the host, each checked against the stream's state; a breach ends the session. */

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from pytest_fcvm.clone.commands import SHELL, Command, command_failed, exec_result, spell
 from pytest_fcvm.clone.machine import Machine
-from pytest_fcvm.errors import CommandFailed, FcvmError, GuestError, GuestTimeout, UsageProblem
+from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
@@ -26,12 +27,13 @@ from pytest_fcvm.model.specs import MachineSpec
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Clone", "ExecDefaults", "StartMachine"]
+    from pytest_fcvm.snapshot.snapshot import Snapshot
 
-Command = str | Sequence[str]
+__all__ = ["Clone", "CopyMachine", "ExecDefaults", "StartMachine"]
+
 StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
+CopyMachine = Callable[[Machine, str], "Snapshot"]
 
-_SHELL = ("/bin/sh", "-c")
 _TERM = "xterm-256color"
 _COPY_S = 600.0  # a whole transfer
 _CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
@@ -53,14 +55,24 @@ class ExecDefaults:
 class Clone:
     """A VM of one's own. Every method may be called from any thread; every wait has a deadline.
 
-    All methods raise EngineError when the VM has died, GuestTimeout at a deadline.
+    All methods raise EngineError when the VM has died, GuestTimeout at a deadline. `start` makes its machine, `copy` a
+    snapshot of it while it runs.
     """
 
     def __init__(
-        self, *, name: str, spec: MachineSpec, engine: str, defaults: ExecDefaults, start: StartMachine
+        self,
+        *,
+        name: str,
+        spec: MachineSpec,
+        engine: str,
+        defaults: ExecDefaults,
+        start: StartMachine,
+        copy: CopyMachine | None = None,
     ) -> None:
         self.name, self.spec, self.engine = name, spec, engine
-        self._defaults, self._start = defaults, start
+        self._defaults, self._start, self._copy = defaults, start, copy
+        self._copies = ExitStack()  # snapshots and forks of it, which end with it
+        self._forks: list[Clone] = []
         self._clients: list[httpx.Client] = []
         self._paused = False
         self._mapped: dict[tuple[Proto, int], PublishedPort] = {
@@ -146,9 +158,9 @@ class Clone:
         with self.popen(cmd, env=env, cwd=cwd, user=user) as process:
             stdout, stderr = process.communicate(data or b"", timeout_s=timeout)
             status = process.wait(_CALL_S)
-        result = _exec_result(cmd, stdout, stderr, status, monotonic() - started)
+        result = exec_result(cmd, stdout, stderr, status, monotonic() - started)
         if check and result.exit_code:
-            raise self._explain(_command_failed(cmd, result, "failed"))
+            raise self._explain(command_failed(cmd, result, "failed"))
         return result
 
     def popen(
@@ -165,7 +177,7 @@ class Clone:
         `tty` gives it a terminal of so many rows and columns: it then has one stream of output, `stdout`, and what is
         written to `stdin` is typed.
         """
-        argv = (*_SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
+        argv = (*SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
         if not argv or not all(isinstance(word, str) for word in argv):
             raise UsageProblem(f"{cmd!r} is not a command", hint="pass a string, or a list of strings")
         spec = ProcessSpec(
@@ -184,7 +196,7 @@ class Clone:
         """Run a command that must not exit with 0 and return its standard output. Raise CommandFailed."""
         result = self.exec(cmd, timeout=timeout)
         if result.exit_code == 0:
-            raise self._explain(_command_failed(cmd, result, "succeeded, and must not have"))
+            raise self._explain(command_failed(cmd, result, "succeeded, and must not have"))
         return result.stdout
 
     def wait_until_succeeds(self, cmd: Command, *, timeout: float = 60) -> str:
@@ -199,7 +211,7 @@ class Clone:
                 return result.stdout
             if deadline.expired:
                 said = (result.stderr or result.stdout)[-400:]
-                raise self._explain(GuestTimeout(f"{_spell(cmd)} did not succeed within {timeout:g} s: {said}"))
+                raise self._explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
             self._live().pause_for_exit(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -303,6 +315,30 @@ class Clone:
         self.close_clients()
         self._machine.close()
 
+    def snapshot(self, name: str = "") -> Snapshot:
+        """Return a snapshot of what the clone is now, processes and memory included; the clone itself goes on.
+
+        Its workload stands still meanwhile, for some tenths of a second. In clones of it, connections to the outside
+        are reset, and what `popen` started runs on without its streams. It ends with this clone, or by `close`.
+        """
+        if self._copy is None:
+            raise UsageProblem(f"{self.name} is being prepared for a snapshot of its own", hint="copy its clones")
+        copied = self._copy(self._live(), name)
+        self._copies.callback(copied.close)
+        return copied
+
+    def fork(self, count: int = 1) -> list[Clone]:
+        """Return clones of what this one is now; it goes on, and they end with it at the latest."""
+        copied = self.snapshot()
+        for _ in range(count):
+            self._forks.append(self._copies.enter_context(copied.clone()))
+        return self._forks[-count:] if count else []
+
+    @property
+    def forks(self) -> tuple[Clone, ...]:
+        """Return the clones that `fork` has made."""
+        return tuple(self._forks)
+
     def disk_image(self, dest: str | Path) -> None:
         """Save the disk as a sparse file: of a running clone after it has synced, of a killed one as it was.
 
@@ -324,7 +360,8 @@ class Clone:
         self._machine = self._start(tuple(self._mapped.values()))
 
     def close(self) -> None:
-        """End the clone; idempotent. Nothing of it is left."""
+        """End the clone and what was copied of it; idempotent. Nothing of it is left."""
+        self._copies.close()
         self.close_clients()
         self._machine.close()
         if self._machine.vm.disk is not None:
@@ -359,22 +396,3 @@ class Clone:
     def _send_tar(self, folder: str, pack: Callable[[Callable[[bytes], object]], None]) -> None:
         with self._live().agent.tar_in(folder, timeout_s=_COPY_S) as sink:
             pack(sink.write)
-
-
-def _exec_result(cmd: Command, stdout: bytes, stderr: bytes, status: ExitStatus, duration_s: float) -> ExecResult:
-    if status.message.startswith(f"exec {_SHELL[0]}:") and isinstance(cmd, str):
-        raise GuestError(f"the image has no shell to run {_spell(cmd)}: {status.message}", hint="pass a list of words")
-    if status.message:
-        stderr += f"fcvm: {status.message}\n".encode()
-    code = status.code if status.code is not None else 128 + (status.signal or 0)
-    return ExecResult(exit_code=code, stdout_bytes=stdout, stderr_bytes=stderr, duration_s=duration_s)
-
-
-def _command_failed(cmd: Command, result: ExecResult, how: str) -> CommandFailed:
-    evidence = {"stdout": result.stdout[-8000:], "stderr": result.stderr[-8000:]}
-    last = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["it printed nothing"]
-    return CommandFailed(f"{_spell(cmd)} {how} (exit code {result.exit_code}): {last[0]}", evidence=evidence)
-
-
-def _spell(cmd: Command) -> str:
-    return cmd if isinstance(cmd, str) else shlex.join(os.fspath(word) for word in cmd)

@@ -7,12 +7,11 @@ that copying is a reflink where that file system has them, and else only what wa
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import weakref
-from contextlib import suppress
 from pathlib import Path
 
+from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse
 from pytest_fcvm.errors import GuestError, HostError
 from pytest_fcvm.host.process import resolve_tool, run_tool
 
@@ -21,9 +20,7 @@ __all__ = ["DISK_FORMAT", "Disk", "make_image"]
 DISK_FORMAT = 1
 """Number of the way images are made, part of a snapshot's key."""
 
-_FICLONE = 0x40049409  # linux/fs.h
 _MAKE_S = 60.0
-_NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 # Nothing is written that the guest does not need: no reserved blocks, inode tables left to the holes, a small journal.
 _OPTIONS = ("-q", "-F", "-t", "ext4", "-m", "0", "-J", "size=8", "-E", "lazy_itable_init=1,root_owner=0:0,nodiscard")
 
@@ -57,7 +54,7 @@ class Disk:
         try:
             copy = _open_nameless(image.parent)
             try:
-                _copy_sparse(source, copy)
+                copy_sparse(source, copy)
             except BaseException:
                 os.close(copy)
                 raise
@@ -79,7 +76,7 @@ class Disk:
         try:
             target = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
-                _copy_sparse(self._descriptor, target)
+                copy_sparse(self._descriptor, target)
             finally:
                 os.close(target)
         except OSError as error:
@@ -95,42 +92,12 @@ def _open_nameless(folder: Path) -> int:
     try:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (*_NOT_HERE, errno.EISDIR, errno.ENOENT):
+        if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
             raise
     path = folder / f"disk-{os.getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     path.unlink()
     return descriptor
-
-
-def _copy_sparse(source: int, target: int) -> None:
-    """Make `target` what `source` is, holes as holes. Raise OSError."""
-    with suppress(OSError):
-        fcntl.ioctl(target, _FICLONE, source)
-        return
-    size = os.fstat(source).st_size
-    os.ftruncate(target, size)
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(source, end, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # holes from here on
-                return
-            raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        _copy_range(source, target, start, end)
-
-
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
-    while start < end:
-        try:
-            start += os.copy_file_range(source, target, end - start, start, start)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            block = os.pread(source, min(end - start, 1 << 20), start)
-            start += os.pwrite(target, block, start)
 
 
 def _unmakable(path: Path, error: OSError) -> HostError:

@@ -88,12 +88,16 @@ class BootPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFiles:
-    """The files of a snapshot an engine reads: guest memory, device state, rootfs, the scratch disk if it has one."""
+    """The files of a snapshot an engine reads: guest memory, device state, rootfs, the scratch disk if it has one.
+
+    `of_clone` says that they were made by `Vm.save`, not by `Vm.snapshot`.
+    """
 
     memory: Path
     state: Path
     rootfs: Path
     disk: Path | None = None
+    of_clone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +207,14 @@ class Vm(Protocol):
         """Stop the guest and write its device state to `state`; guest memory is then whole in `BootPlan.memory`.
 
         The VM is of no more use afterwards and must be killed with its channel untouched.
+        """
+        ...
+
+    def save(self, dest: SnapshotFiles) -> None:
+        """Write memory, device state and disk of a running clone to new files, and let it go on.
+
+        Its agent must be parked, and gets a new `channel` afterwards. Raise EngineError or HostError, leaving no file;
+        the clone goes on all the same.
         """
         ...
 

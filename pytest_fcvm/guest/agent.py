@@ -20,7 +20,7 @@ from pytest_fcvm.guest.bodies import (
     process_body,
     workload_status,
 )
-from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind
+from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind, new_secret
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.guest.session import Explain, Opening, Session
 from pytest_fcvm.guest.sockets import GuestDatagrams, GuestSocket
@@ -42,7 +42,7 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 2.0
-_DETACHED, _ON_TERMINAL, _IS_INIT = 1, 2, 4
+_DETACHED, _ON_TERMINAL, _IS_INIT, _ONLY_UNSENT = 1, 2, 4, 8
 _NAME_LENGTH = 60  # of a command in messages
 
 
@@ -94,12 +94,21 @@ class Agent:
         body: Body = [(FieldTag.SECRET, next_secret)]
         if keeps_peer:
             body.append((FieldTag.PEER_GATEWAY, 1))
-        stream = self.session.open_last(Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body), next_secret)
-        try:
-            stream.wait_reply(Deadline(timeout_s))
-        except GuestTimeout as error:
-            self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
-            raise
+        self._end_input(Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body), next_secret, None, timeout_s)
+
+    def park(self, copy_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Freeze the workload and let the channel rest, so that the VM can be copied; calls wait for `go_on`.
+
+        The agent of a copy waits for `copy_secret`.
+        """
+        way_back = new_secret()
+        body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RETURN, way_back)]
+        self._end_input(Opening(kind=StreamKind.PARK, what="park", fields=body), copy_secret, way_back, timeout_s)
+
+    def go_on(self, channel: socket.socket, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Go on after `park` over the channel that the VM has now, and let the workload go on."""
+        self.session.go_on(channel)
+        self.personalise(identity, timeout_s=timeout_s)
 
     def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Let the workload execute nothing more until `personalise`; the session goes on."""
@@ -175,7 +184,7 @@ class Agent:
 
         `sink` is called on the session's thread: it must be quick and must not call the agent.
         """
-        stream = self.session.open(_logs_opening(sink))
+        stream = self.session.open(_logs_opening(sink, only_unsent=False))
         stream.wait_reply(Deadline(timeout_s))
         return LogStream(stream)
 
@@ -261,6 +270,14 @@ class Agent:
     def _call(self, kind: StreamKind, body: Body, timeout_s: float, what: str = "") -> Fields:
         return self._open(kind, body, what or kind.name.lower()).wait_reply(Deadline(timeout_s))
 
+    def _end_input(self, opening: Opening, secret: bytes, way_back: bytes | None, timeout_s: float) -> None:
+        stream = self.session.open_last(opening, secret, way_back)
+        try:
+            stream.wait_reply(Deadline(timeout_s))
+        except GuestTimeout as error:
+            self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
+            raise
+
     def _take_event(self, kind: EventKind, fields: Fields) -> None:
         self.oom_kills = max(self.oom_kills, fields.number(FieldTag.OOM_KILLS))
         status = find_exit_status(fields)
@@ -313,7 +330,7 @@ def _open_session(
     if identity is not None:
         opening.append(Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity)))
     if log_sink is not None:
-        opening.append(_logs_opening(log_sink))
+        opening.append(_logs_opening(log_sink, only_unsent=identity is not None))
     streams: Sequence[Stream] = session.start(opening)
     for stream in streams[: len(cables)]:
         stream.wait_reply(deadline)
@@ -324,5 +341,7 @@ def _open_session(
     return streams[-1] if log_sink is not None else None
 
 
-def _logs_opening(sink: Sink) -> Opening:
-    return Opening(kind=StreamKind.LOGS, what="logs", sink=sink)
+def _logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
+    """Return the log's stream. A clone's leaves out what the base printed, which is on the host already."""
+    fields: Body = [(FieldTag.FLAGS, _ONLY_UNSENT)] if only_unsent else []
+    return Opening(kind=StreamKind.LOGS, what="logs", fields=fields, sink=sink)

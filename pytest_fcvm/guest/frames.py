@@ -88,6 +88,7 @@ class StreamKind(IntEnum):
     SYNC = 10
     FREEZE = 11
     JOIN = 12
+    PARK = 13
     EXEC = 32
     CONNECT = 33
     LOGS = 34
@@ -145,6 +146,7 @@ class FieldTag(IntEnum):
     ROWS = 33
     COLUMNS = 34
     UPPER_DEVICE = 35
+    RETURN = 36
 
 
 FieldValue = bytes | str | int

@@ -38,6 +38,12 @@ class Outbox:
         self._queue.extend(self._held or ())
         self._held = None
 
+    def move_to(self, sock: socket.socket, first: bytes) -> None:
+        """Go on over another channel with `first`, then what was kept back."""
+        self._sock, self.fault = sock, None
+        self._queue.append(first)
+        self.release()
+
     def flush(self) -> None:
         """Send what the channel takes; a fault is kept in `fault`, for the reading side knows better why."""
         queue = self._queue

@@ -89,6 +89,8 @@ class Session:
         self._streams: dict[int, Stream] = {}
         self._last_id = 0
         self._final: Stream | None = None
+        self._way_back: bytes | None = None  # of a session that is to be parked, or is
+        self._parked = False
         self._vague = False
         self.changed = threading.Condition(self.lock)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -125,10 +127,11 @@ class Session:
             self.transmit(encode_open(stream.id, stream.kind, body))
             return stream
 
-    def open_last(self, opening: Opening, secret: bytes) -> Stream:
+    def open_last(self, opening: Opening, secret: bytes, way_back: bytes | None = None) -> Stream:
         """Open the stream that ends the session when it succeeds; the agent then waits for `secret`.
 
         Nothing else is sent until its reply, and nothing is read after it: the channel must rest while its VM is saved.
+        With a `way_back`, the session does not end but is parked: what is sent waits for `go_on`.
         """
         body = encode_fields(opening.fields)
         with self.lock:
@@ -136,10 +139,26 @@ class Session:
             if self._final is not None:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
+            self._way_back = way_back
             self.transmit(encode_open(stream.id, opening.kind, body))
             self._outbox.hold()
             self._secrets = (*self._secrets, secret)
             return stream
+
+    def go_on(self, sock: socket.socket) -> None:
+        """Go on with a parked session over the channel that its VM has now. Raise why it ended meanwhile."""
+        self._thread.join()
+        sock.setblocking(False)  # noqa: FBT003  the socket's own signature
+        with self.lock:
+            self._sock.close()
+            self._sock = sock
+            self.raise_reason()
+            assert self._way_back is not None
+            self._outbox.move_to(sock, self._way_back)
+            self._outbox.flush()
+            self._parked = False
+            self._thread = ServiceThread(self._run, name="fcvm-session")
+            self._thread.start()
 
     def wait_until_welcome(self, deadline: Deadline) -> str:
         """Return the agent's build id once it has answered. Raise GuestTimeout or why the session ended."""
@@ -240,6 +259,9 @@ class Session:
         self._final = None
         if succeeded:
             self._secrets = self._secrets[-1:]
+            if self._way_back is not None:
+                self._parked = True
+                return
             self._end(GuestError("the session ended when the guest was made quiet", hint="start a new session"))
         else:
             self._secrets = self._secrets[:-1]
@@ -297,7 +319,7 @@ class Session:
         view = memoryview(bytearray(_RECEIVE_BYTES))
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
-        while self.reason is None:
+        while self.reason is None and not self._parked:
             fault = self._outbox.fault
             poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox.blocked else 0))
             ready = dict(poller.poll(0 if fault else None))
@@ -308,7 +330,7 @@ class Session:
             elif fault:
                 raise _ChannelEnded(str(fault))
             with self.lock:
-                if self.reason is None:
+                if self.reason is None and not self._parked:
                     self._outbox.flush()
 
     def _receive(self, view: memoryview) -> None:

@@ -42,10 +42,12 @@ _COPY_S = 600.0
 Phase = Callable[[str], None]
 
 
-def snapshot_files(folder: Path, parts: Ingredients) -> SnapshotFiles:
+def snapshot_files(folder: Path, parts: Ingredients, *, of_clone: bool = False) -> SnapshotFiles:
     """Return the files of a snapshot that an engine reads."""
     disk = folder / _DISK if parts.shape.disk_mib else None
-    return SnapshotFiles(memory=folder / _MEMORY, state=folder / _STATE, rootfs=parts.rootfs, disk=disk)
+    return SnapshotFiles(
+        memory=folder / _MEMORY, state=folder / _STATE, rootfs=parts.rootfs, disk=disk, of_clone=of_clone
+    )
 
 
 def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, Any]:

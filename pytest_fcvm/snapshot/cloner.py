@@ -126,7 +126,7 @@ class Cloner:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
-            files=snapshot_files(self._entry.path, self._parts),
+            files=snapshot_files(self._entry.path, self._parts, of_clone=self._entry.facts.get("of_clone", False)),
             ports=() if self._parts.is_relayed else self._with_probed_ports(ports),
             cables=cables,
         )

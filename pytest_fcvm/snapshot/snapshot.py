@@ -6,10 +6,11 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 from pytest_fcvm.clone.clone import Clone, StartMachine
 from pytest_fcvm.clone.machine import Machine
@@ -20,6 +21,7 @@ from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.snapshot.addresses import hosts_of
 from pytest_fcvm.snapshot.build import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
+from pytest_fcvm.snapshot.copies import as_copied, copy_machine
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
 from pytest_fcvm.store import Entry
@@ -32,6 +34,10 @@ _NAMES_S = 5.0
 _NOT_A_NAME = re.compile(r"[^a-z0-9]+")
 
 Admit = Callable[[int], AbstractContextManager[object]]
+
+
+def _no_scratch() -> AbstractContextManager[Path]:
+    raise UsageProblem("this process has no room for copies")
 
 
 class Segment(Protocol):
@@ -56,31 +62,42 @@ class Workshop:
 
     `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_ahead(mem_mib)` does for
     a clone that no test has asked for, and raises NoRoomAhead instead of waiting. `ahead` is how many of those are kept
-    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `born` and `failed` are
-    told of every clone.
+    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `scratch()` gives a folder
+    for a snapshot that does not outlive the process. `born` and `failed` are told of every clone.
     """
 
     admit: Admit
     admit_ahead: Admit
     ahead: int | None = 0
     makers: int = 1
+    scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
     born: Callable[[Clone], None] = field(default=lambda _clone: None)
     failed: Callable[[MachineSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
 
 class Snapshot:
-    """A ready, frozen machine. `clone()` makes a live copy of it."""
+    """A ready, frozen machine. `clone()` makes a live copy of it.
 
-    def __init__(self, *, entry: Entry, parts: Ingredients, workshop: Workshop) -> None:
-        self.key = entry.key
+    `name` is what clones of it are called, with a number each; else they are called by their image.
+    """
+
+    def __init__(self, *, entry: Entry, parts: Ingredients, workshop: Workshop, name: str = "") -> None:
+        self.key, self._name = entry.key, name
         self.spec = parts.spec
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
         self._cloner = Cloner(entry, parts)
         self._pool = Pool(self._make_ahead, Depth(workshop.ahead), workshop.makers) if self._can_pool() else None
+        self._owned = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
-        return f"<Snapshot {self.key[:12]} of {self.spec.image}>"
+        return f"<Snapshot {self._name or self.key[:12]} of {self.spec.image}>"
 
     @property
     def engine(self) -> str:
@@ -127,6 +144,7 @@ class Snapshot:
                 engine=self.engine,
                 defaults=self._parts.defaults,
                 start=_first(machine, lambda ports: self._start(called, ports, networks)),
+                copy=self._copy,
             )
         except FcvmError as error:
             self._workshop.failed(spec, error)
@@ -142,18 +160,36 @@ class Snapshot:
             self._pool.drain()
 
     def close(self) -> None:
-        """Give back what is kept ready for the next clone; running clones go on."""
+        """Give back what is kept ready for the next clone; running clones go on. Idempotent.
+
+        There are no further clones of a snapshot of a running clone: its files are gone.
+        """
         if self._pool:
             self._pool.close()
         self._cloner.close()
+        self._owned.close()
 
     def _can_pool(self) -> bool:
         """Say whether clones can be made ahead: one that held a fixed host port would be in the way of those in use."""
         return self._workshop.ahead != 0 and all(port.host_port == 0 for port in self.spec.publish)
 
     def _invent_name(self) -> str:
-        stem = (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
+        stem = self._name or (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
         return f"{_NOT_A_NAME.sub('-', stem).strip('-')[:40] or 'clone'}-{os.urandom(4).hex()}"
+
+    def _copy(self, machine: Machine, name: str) -> Snapshot:
+        """Return a snapshot of what a machine of this one has become, which lasts until it is closed."""
+        with ExitStack() as owned:
+            folder = owned.enter_context(self._workshop.scratch())
+            facts = copy_machine(machine, self._parts, self.facts, folder)
+            copied = Snapshot(
+                entry=Entry(path=folder, key=folder.name, facts=facts),
+                parts=as_copied(self._parts),
+                workshop=replace(self._workshop, ahead=0),
+                name=name,
+            )
+            copied._owned = owned.pop_all()
+        return copied
 
     @property
     def _charge_mib(self) -> int:

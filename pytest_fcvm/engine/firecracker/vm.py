@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
@@ -17,6 +17,7 @@ from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, AP
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
@@ -122,6 +123,30 @@ class FirecrackerVm(VmProcess):
             state.unlink(missing_ok=True)
             self._memory.unlink(missing_ok=True)
             raise
+
+    def save(self, dest: SnapshotFiles) -> None:
+        """Write memory, device state and disk of a running clone to new files, and let it go on.
+
+        Firecracker then resets the connections of its vsock, the agent's as well. Raise EngineError or HostError,
+        leaving no file.
+        """
+        body = {"snapshot_type": "Full", "snapshot_path": str(dest.state), "mem_file_path": str(dest.memory)}
+        with ExitStack() as undo:
+            for path in (dest.memory, dest.state, dest.disk):
+                if path:
+                    undo.callback(path.unlink, missing_ok=True)
+            self._set_state("Paused")
+            try:
+                with self._told():
+                    self._api.send(api.SNAPSHOT_CREATE, body)
+                if self._disk and dest.disk:
+                    self._disk.save(dest.disk)
+            finally:
+                self._set_state("Resumed")
+            for path in (dest.state, dest.memory):
+                path.chmod(0o600)
+            _dig_holes(dest.memory)
+            undo.pop_all()
 
     def _set_state(self, state: str) -> None:
         with self._told():

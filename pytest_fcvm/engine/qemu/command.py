@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.specs import NetworkMode
@@ -44,6 +44,8 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 # The default is 1 GiB of translated code per VM, which a long-lived clone may fill; a flush now and then is cheaper.
 _TRANSLATION_CACHE_MIB = 128
 _PLACEHOLDER_BYTES = 4096
+# What xen-save-devices-state writes lacks the sections that a migration begins and ends with.
+_FORMAT_OF_CLONES = ("-global", "migration.send-configuration=off", "-machine", "suppress-vmdesc=on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def base_command(
 
 
 def clone_command(
-    platform: Platform, shape: MachineShape, memory: Path, rootfs: Path, ports: tuple[PublishedPort, ...] = ()
+    platform: Platform, shape: MachineShape, files: SnapshotFiles, ports: tuple[PublishedPort, ...] = ()
 ) -> list[str]:
     """Return the command of a clone that waits for its device state.
 
@@ -91,10 +93,11 @@ def clone_command(
     return [
         str(platform.binary),
         *_machine(platform, shape),
-        *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(memory)}"),
+        *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(files.memory)}"),
         *_console(None),
+        *(_FORMAT_OF_CLONES if files.of_clone else ()),
         *("-incoming", "defer"),
-        *_devices(rootfs, Path(f"/proc/self/fd/{DISK_FD}") if shape.disk_mib else None, network),
+        *_devices(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if shape.disk_mib else None, network),
     ]
 
 

@@ -104,7 +104,7 @@ class QemuEngine:
         """Spawn a clone's QEMU, which starts up meanwhile and waits for `QemuVm.start`."""
         platform, files = self._ready(), plan.files
         check_memory_file(files.memory, plan.shape.mem_mib)
-        argv = clone_command(platform, plan.shape, files.memory, files.rootfs, plan.ports)
+        argv = clone_command(platform, plan.shape, files, plan.ports)
         with ExitStack() as stack:
             passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False)}
             disk = Disk.copy_of(files.disk) if files.disk else None
@@ -119,7 +119,15 @@ class QemuEngine:
         agent = launched.sockets[AGENT_FD]
         forwards = None if plan.shape.network is NetworkMode.RELAY else Forwards(monitor, plan.ports)
         return QemuVm(
-            plan.name, launched, monitor, agent, version=platform.version, forwards=forwards, state=uri, disk=disk
+            plan.name,
+            launched,
+            monitor,
+            agent,
+            version=platform.version,
+            forwards=forwards,
+            state=uri,
+            memory=files.memory,
+            disk=disk,
         )
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:

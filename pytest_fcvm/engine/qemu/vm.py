@@ -6,12 +6,14 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
+from pytest_fcvm.engine.memory import copy_base, save_private_pages
 from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
@@ -27,7 +29,10 @@ _SAVE_TIMEOUT_S = 30.0
 
 
 class QemuVm(VmProcess):
-    """One QEMU process. Without `forwards` its ports go through the agent; `state` is a clone's, "" for a base."""
+    """One QEMU process. Without `forwards` its ports go through the agent.
+
+    `state` and `memory` are of the snapshot that a clone is of; a base has none.
+    """
 
     def __init__(
         self,
@@ -39,12 +44,13 @@ class QemuVm(VmProcess):
         version: QemuVersion,
         forwards: Forwards | None = None,
         state: str = "",
+        memory: Path | None = None,
         disk: Disk | None = None,
     ) -> None:
         super().__init__(name, launched, explain_death, disk)
         self._monitor, self._agent = monitor, agent
         self._version, self._forwards = version, forwards
-        self._is_base = not state
+        self._memory, self._is_base = memory, not state
         self._runs, self._state = self._is_base, state
         self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
@@ -132,6 +138,30 @@ class QemuVm(VmProcess):
         except BaseException:
             state.unlink(missing_ok=True)
             raise
+
+    def save(self, dest: SnapshotFiles) -> None:
+        """Write memory, device state and disk of a running clone to new files, and let it go on.
+
+        Only the pages that it has changed are read from it, while it stands still. Raise EngineError or HostError,
+        leaving no file.
+        """
+        if self._memory is None:
+            raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
+        with ExitStack() as undo:
+            for path in (dest.memory, dest.state, dest.disk):
+                if path:
+                    undo.callback(path.unlink, missing_ok=True)
+            copy_base(self._memory, dest.memory)
+            self.pause()
+            try:
+                save_private_pages(self.pid, self._memory, dest.memory)
+                if self._disk and dest.disk:
+                    self._disk.save(dest.disk)
+                with self._told(), _new_file(dest.state):
+                    self._monitor.execute("xen-save-devices-state", {"filename": str(dest.state), "live": False})
+            finally:
+                self.resume()
+            undo.pop_all()
 
     def _save(self, state: Path, fd: int) -> None:
         if self._version.takes_state_by_path:

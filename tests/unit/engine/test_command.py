@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
 from pytest_fcvm.engine.qemu.command import Platform, base_command, clone_command, key_arguments
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.model.net import Proto, PublishedPort
@@ -18,6 +18,7 @@ KVM = replace(TCG, accelerator=Accelerator.KVM, tsc_khz=0)
 SHAPE = MachineShape(mem_mib=256, cpus=2)
 FILES = GuestFiles(kernel=Path("/k/vmlinuz"), initramfs=Path("/k/initrd"), rootfs=Path("/s/root.sqfs"))
 MEMORY = Path("/s/memory")
+SNAPSHOT = SnapshotFiles(memory=MEMORY, state=Path("/s/state"), rootfs=Path("/s/root.sqfs"))
 
 
 def options(argv: list[str]) -> dict[str, list[str]]:
@@ -36,8 +37,7 @@ def base(platform: Platform = TCG, shape: MachineShape = SHAPE, files: GuestFile
 def clone(
     platform: Platform = TCG, shape: MachineShape = SHAPE, ports: tuple[PublishedPort, ...] = ()
 ) -> dict[str, list[str]]:
-    assert FILES.rootfs is not None
-    return options(clone_command(platform, shape, MEMORY, FILES.rootfs, ports))
+    return options(clone_command(platform, shape, SNAPSHOT, ports))
 
 
 GOLDEN_BASE = """

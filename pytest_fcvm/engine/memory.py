@@ -1,0 +1,104 @@
+"""The memory of a running clone: the pages of its snapshot's file that it has made its own.
+
+A clone maps that file privately, so the kernel knows which pages differ: /proc/PID/pagemap (Linux'
+Documentation/admin-guide/mm/pagemap.rst) marks those that are no longer the file's.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from pytest_fcvm.engine.sparse import copy_sparse
+from pytest_fcvm.errors import HostError
+
+__all__ = ["copy_base", "save_private_pages"]
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_ENTRY = 8  # bytes of a page's entry in pagemap
+_STATE_SHIFT = 61  # above it: present, swapped out, a page of a file or shared
+_PRIVATE = (0b100, 0b010)
+_PIECE_PAGES = 1024
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    start: int
+    end: int
+    offset: int  # in the file
+
+
+def copy_base(source: Path, dest: Path) -> None:
+    """Make `dest`, with mode 0600, what the snapshot's memory file `source` is. Raise HostError without room."""
+    with ExitStack() as files:
+        try:
+            copy_sparse(_open(files, source, os.O_RDONLY), _open(files, dest, os.O_RDWR | os.O_CREAT | os.O_EXCL))
+        except OSError as error:
+            raise HostError(
+                f"{dest} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir"
+            ) from error
+
+
+def save_private_pages(pid: int, source: Path, dest: Path) -> None:
+    """Write to `dest`, a copy of `source`, the pages that a stopped process has changed in its mapping of `source`.
+
+    Raise HostError where that process may not be read, or has no such mapping.
+    """
+    with ExitStack() as files:
+        try:
+            pagemap = _open(files, f"/proc/{pid}/pagemap", os.O_RDONLY)
+            memory = _open(files, f"/proc/{pid}/mem", os.O_RDONLY)
+            target = _open(files, dest, os.O_WRONLY)
+            mappings = list(_find_mappings(pid, source))
+            for mapping in mappings:
+                _save(mapping, pagemap, memory, target)
+        except OSError as error:
+            raise HostError(
+                f"the memory of process {pid} cannot be copied: {error.strerror}",
+                hint="a process may be read by its parents where /proc/sys/kernel/yama/ptrace_scope is 0 or 1",
+            ) from error
+    if not mappings:
+        raise HostError(f"process {pid} does not have {source} in its memory", hint="report this as a bug")
+
+
+def _open(files: ExitStack, path: str | Path, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    files.callback(os.close, descriptor)
+    return descriptor
+
+
+def _find_mappings(pid: int, source: Path) -> Iterator[_Mapping]:
+    """Yield where a process has a file (proc_pid_maps(5)), known by device and inode: its name may have changed."""
+    status = source.stat()
+    wanted = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
+    for line in Path(f"/proc/{pid}/maps").read_text("utf-8", "replace").splitlines():
+        addresses, _, offset, device, inode = line.split(maxsplit=5)[:5]
+        if (device, inode) == wanted:
+            start, end = (int(text, 16) for text in addresses.split("-"))
+            yield _Mapping(start, end, int(offset, 16))
+
+
+def _save(mapping: _Mapping, pagemap: int, memory: int, target: int) -> None:
+    for first, count in _private_runs(mapping, pagemap):
+        data = os.pread(memory, count * _PAGE, mapping.start + first * _PAGE)
+        written = 0
+        while written < len(data):
+            place = mapping.offset + first * _PAGE + written
+            written += os.pwrite(target, memoryview(data)[written:], place)
+
+
+def _private_runs(mapping: _Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
+    """Yield (first, count) of private pages that follow one another, counted from the mapping's start."""
+    pages = (mapping.end - mapping.start) // _PAGE
+    entries = array("Q")
+    entries.frombytes(os.pread(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))
+    private = (page for page, entry in enumerate(entries) if entry >> _STATE_SHIFT in _PRIVATE)
+    for _, run in groupby(enumerate(private), lambda pair: pair[1] - pair[0]):
+        numbers = [page for _, page in run]
+        for start in range(0, len(numbers), _PIECE_PAGES):
+            yield numbers[start], min(_PIECE_PAGES, len(numbers) - start)

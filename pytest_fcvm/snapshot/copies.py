@@ -1,0 +1,48 @@
+"""The warm path: a running clone is parked, copied and let go on; the copy is a snapshot like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.guest.frames import new_secret
+from pytest_fcvm.host.clock import monotonic, real_time_ns
+from pytest_fcvm.model.guest import Identity
+from pytest_fcvm.model.specs import ReadyMode, ReadySpec
+from pytest_fcvm.snapshot.build import BASE_LOG, snapshot_files
+from pytest_fcvm.snapshot.ingredients import Ingredients
+
+__all__ = ["as_copied", "copy_machine"]
+
+_CALL_S = 60.0
+
+
+def as_copied(parts: Ingredients) -> Ingredients:
+    """Return what a copy is made of: in the state it was in, and not proven by a condition that may hold no more."""
+    return replace(parts, ready=ReadySpec(mode=ReadyMode.AGENT))
+
+
+def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill a snapshot's folder with what a machine is now, and return its facts.
+
+    `origin` are the facts of the snapshot that the machine is of. Its workload stands still meanwhile, and what is
+    asked of its agent waits; nothing of it ends. Raise EngineError, HostError or GuestError.
+    """
+    started, secret = monotonic(), new_secret()
+    machine.agent.park(secret, timeout_s=_CALL_S)
+    try:
+        (folder / BASE_LOG).write_bytes(machine.log.content())
+        machine.vm.save(snapshot_files(folder, parts))
+    finally:
+        identity = Identity(realtime_ns=real_time_ns())
+        machine.agent.go_on(machine.vm.channel(), identity, timeout_s=_CALL_S)
+    return {
+        "secret": secret.hex(),
+        "client_port": origin["client_port"],
+        "of_clone": True,
+        "timings": {"total_ms": round((monotonic() - started) * 1000, 1)},
+        "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
+    }

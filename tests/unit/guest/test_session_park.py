@@ -1,0 +1,77 @@
+"""Parking a session: calls wait, the channel rests, and it goes on over another one."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from pytest_fcvm.errors import GuestError
+from pytest_fcvm.guest.agent import Agent
+from pytest_fcvm.guest.frames import FieldTag, StreamKind, decode_fields
+from pytest_fcvm.model.guest import Identity
+
+SECRET = b"c" * 16
+
+
+@pytest.fixture
+def parked(peer_and_agent: tuple[Any, Agent]) -> tuple[Agent, Any, bytes]:
+    """An agent whose session is parked, the guest's end of its channel, and the way back."""
+    peer, agent = peer_and_agent
+    parking = in_background(lambda: agent.park(SECRET))
+    request = peer.take()
+    assert request.payload[0] == StreamKind.PARK
+    peer.reply(request.stream)
+    parking.join()
+    fields = decode_fields(request.payload[5:])
+    assert fields[FieldTag.SECRET] == [SECRET]
+    return agent, peer, fields[FieldTag.RETURN][0]
+
+
+def in_background(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tuple[Agent, Any, bytes]) -> None:
+    agent, old, way_back = parked
+    answers: list[object] = []
+    call = in_background(lambda: answers.append(agent.metrics(timeout_s=10)))
+    assert old.take_all() == []
+    host, guest = socket.socketpair()
+    new = type(old)(cleanup.enter_context(guest))
+    going = in_background(lambda: agent.go_on(host, Identity(realtime_ns=1)))
+    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    requests = [new.take(), new.take()]
+    assert [frame.payload[0] for frame in requests] == [StreamKind.METRICS, StreamKind.PERSONALISE]
+    for frame in requests:
+        new.reply(frame.stream)
+    going.join()
+    call.join()
+    assert answers == [{}]
+    assert old.sock.recv(1) == b""  # the channel it had is closed
+
+
+def test_nothing_is_read_while_it_is_parked(parked: tuple[Agent, Any, bytes]) -> None:
+    agent, old, _ = parked
+    old.sock.sendall(b"no frame at all" * 100)
+    assert old.take_all() == []
+    assert agent.session.reason is None
+
+
+def test_the_next_session_of_the_same_guest_has_the_copys_secret(parked: tuple[Agent, Any, bytes]) -> None:
+    agent, _, _ = parked
+    assert agent.session.next_secret == SECRET
+
+
+def test_a_machine_that_died_while_it_was_parked_is_told(cleanup: ExitStack, parked: tuple[Agent, Any, bytes]) -> None:
+    agent, _, _ = parked
+    host, guest = socket.socketpair()
+    cleanup.callback(guest.close)
+    agent.session.abort(GuestError("it was killed"))
+    with pytest.raises(GuestError, match="it was killed"):
+        agent.go_on(host, Identity(realtime_ns=1))

@@ -1,0 +1,181 @@
+"""Snapshots and forks of a running clone, which goes on unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, CloneFactory, FcvmError, Prepare, UsageProblem
+from pytest_fcvm.host.paths import cache_root
+
+COUNT = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"
+# A server whose state is in its memory alone: it counts the connections that it has had.
+COUNTER = """
+use IO::Socket::INET;
+my $server = IO::Socket::INET->new(LocalPort => 5301, Listen => 9, ReuseAddr => 1) or die;
+$| = 1; print "serving\n";
+my $count = 0;
+while (my $client = $server->accept()) { print $client ++$count; close $client; }
+"""
+
+pytestmark = pytest.mark.fcvm(command=["perl", "-e", COUNTER], ready="log:serving")
+
+
+def count_of(clone: Clone) -> int:
+    with socket.create_connection(clone.endpoint(5301), timeout=30) as connection:
+        return int(connection.recv(64))
+
+
+def copies_on_disk() -> list[Path]:
+    return list((cache_root(None) / "snapshots").glob("copy-*"))
+
+
+def test_forks_are_what_the_clone_was_and_each_goes_its_own_way(fcvm_clone: Clone) -> None:
+    assert [count_of(fcvm_clone) for _ in range(3)] == [1, 2, 3]
+    fcvm_clone.write_text("/srv/note", "before")
+    first, second = fcvm_clone.fork(2)
+    fcvm_clone.write_text("/srv/note", "after")
+    assert [count_of(fcvm_clone), count_of(first), count_of(first), count_of(second)] == [4, 4, 5, 4]
+    assert [fork.read_text("/srv/note") for fork in (first, second)] == ["before", "before"]
+    assert fcvm_clone.read_text("/srv/note") == "after"
+    (again,) = first.fork()
+    assert [count_of(again), count_of(first)] == [6, 6]
+
+
+def test_no_two_of_them_are_the_same_machine(fcvm_clone: Clone) -> None:
+    machines = [fcvm_clone, *fcvm_clone.fork(3)]
+    script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /etc/hostname; od -An -N8 -tx8 /dev/urandom"
+    seen = [machine.succeed(script).split() for machine in machines]
+    for values in zip(*seen, strict=True):
+        assert len(set(values)) == len(machines)
+    clocks = [float(machine.succeed("date +%s.%N")) for machine in machines]
+    assert all(abs(clock - time.time()) < 30 for clock in clocks)
+
+
+def test_the_clone_goes_on_with_its_commands_streams_and_log(fcvm_clone: Clone) -> None:
+    with fcvm_clone.popen(COUNT) as counter, fcvm_clone.popen(["cat"]) as typed:
+        text = counter.stdout.read1()
+        for _ in range(3):
+            fcvm_clone.snapshot().close()
+            text += counter.stdout.read1()
+        typed.stdin.write(b"still here")
+        typed.stdin.close()
+        assert typed.stdout.read() == b"still here"
+        lines = text.split()
+        assert lines == [b"%d" % number for number in range(1, len(lines) + 1)]
+    assert fcvm_clone.logs().count("serving") == 1
+    assert abs(float(fcvm_clone.succeed("date +%s.%N")) - time.time()) < 30
+
+
+def test_what_a_fork_runs_and_has_printed_is_what_the_clone_did(fcvm_clone: Clone) -> None:
+    with fcvm_clone.popen(f"{COUNT} >/tmp/counted") as counter:
+        fcvm_clone.wait_until_succeeds("test -s /tmp/counted")
+        (fork,) = fcvm_clone.fork()
+        pid = counter.pid
+    before = len(fork.read_text("/tmp/counted"))
+    fork.wait_until_succeeds(f"test $(wc -c </tmp/counted) -gt {before}")  # the fork's own goes on
+    assert fork.succeed(f"tr '\\0' ' ' </proc/{pid}/cmdline").startswith("/bin/sh -c i=0")
+    assert fork.logs().count("serving") == 1
+    assert "serving" in fork.logs()
+
+
+def test_connections_of_a_test_stay_with_the_clone(fcvm_clone: Clone) -> None:
+    with fcvm_clone.popen(["cat"]) as typed, _connected(fcvm_clone) as connection:
+        typed.stdin.write(b"a")
+        assert typed.stdout.read(1) == b"a"
+        (fork,) = fcvm_clone.fork()
+        connection.sendall(b"x")
+        assert "ESTABLISHED" in _tcp_states(fcvm_clone, 5302)
+        assert "ESTABLISHED" not in _tcp_states(fork, 5302)
+
+
+@contextlib.contextmanager
+def _connected(clone: Clone) -> Iterator[socket.socket]:
+    """Connect to a server in the guest that keeps the connection."""
+    serve = "use IO::Socket::INET; my $s = IO::Socket::INET->new(LocalPort => 5302, Listen => 1); $s->accept(); sleep"
+    with clone.popen(["perl", "-e", f"{serve.replace('$s->accept()', 'my $c = $s->accept()')} 1000"]):
+        clone.wait_until_succeeds("grep -q ':14B6 ' /proc/net/tcp")
+        with socket.create_connection(clone.endpoint(5302), timeout=30) as connection:
+            clone.wait_until_succeeds("grep ':14B6 ' /proc/net/tcp | grep -q ' 01 '")
+            yield connection
+
+
+def _tcp_states(clone: Clone, port: int) -> set[str]:
+    names = {"01": "ESTABLISHED", "0A": "LISTEN"}
+    lines = re.findall(rf"^ *\d+: \w+:{port:04X} \S+ (\w\w)", clone.succeed("cat /proc/net/tcp"), re.MULTILINE)
+    return {names.get(state, state) for state in lines}
+
+
+def test_a_snapshot_of_it_can_be_cloned_until_it_is_closed(fcvm_clone: Clone) -> None:
+    count_of(fcvm_clone)
+    before = copies_on_disk()
+    with fcvm_clone.snapshot("counted") as snapshot:
+        assert copies_on_disk() != before
+        with snapshot.clone() as first, snapshot.clone(name="second") as second:
+            assert first.name.startswith("counted-")
+            assert [count_of(first), count_of(second)] == [2, 2]
+            first.reset()
+            assert count_of(first) == 2
+    assert copies_on_disk() == before
+    with pytest.raises(FcvmError):
+        snapshot.clone()
+
+
+def test_what_was_copied_ends_with_the_clone(fcvm_clone_factory: CloneFactory) -> None:
+    before = copies_on_disk()
+    clone = fcvm_clone_factory()
+    (fork,) = clone.fork()
+    clone.snapshot()
+    clone.close()
+    assert fork.closed
+    assert copies_on_disk() == before
+
+
+@pytest.mark.fcvm(disk="128M")
+def test_the_disk_is_copied_with_it(fcvm_clone: Clone) -> None:
+    fcvm_clone.succeed("echo synced > /synced; sync; echo written > /written")
+    (fork,) = fcvm_clone.fork()
+    fcvm_clone.succeed("rm /synced /written; sync")
+    assert fork.succeed("cat /synced /written") == "synced\nwritten\n"
+    fork.succeed("echo own > /own; sync")
+    assert fcvm_clone.fail("cat /own") == ""
+
+
+@pytest.mark.fcvm(mem="1G", cpus=2)
+def test_much_changed_memory_is_copied_whole(fcvm_clone: Clone) -> None:
+    digest = fcvm_clone.succeed("head -c 300000000 /dev/urandom > /dev/shm/noise; md5sum </dev/shm/noise", timeout=300)
+    (fork,) = fcvm_clone.fork()
+    assert fork.succeed("md5sum </dev/shm/noise", timeout=300) == digest
+    assert fcvm_clone.succeed("md5sum </dev/shm/noise", timeout=300) == digest
+
+
+def fork_it(base: Clone) -> None:
+    with pytest.raises(UsageProblem, match="prepared"):
+        base.fork()
+
+
+@pytest.mark.fcvm(prepare=Prepare(fork_it))
+def test_a_base_cannot_be_copied(fcvm_clone: Clone) -> None:
+    assert count_of(fcvm_clone) > 0
+
+
+def test_a_paused_clone_says_what_to_do(fcvm_clone: Clone) -> None:
+    fcvm_clone.pause()
+    with pytest.raises(FcvmError, match="resume"):
+        fcvm_clone.snapshot()
+    fcvm_clone.resume()
+    assert count_of(fcvm_clone.fork()[0]) == 1
+
+
+def test_a_dead_clone_is_told_and_leaves_no_copy(fcvm_clone: Clone) -> None:
+    before = copies_on_disk()
+    fcvm_clone._machine.vm.kill()
+    with pytest.raises(FcvmError):
+        fcvm_clone.snapshot()
+    assert copies_on_disk() == before
