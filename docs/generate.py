@@ -130,7 +130,7 @@ def _command() -> str:
     )
     words += " after Ctrl-C; of `fcvm shell`, that of the command it ran."
     parts = ["# The command `fcvm`", words]
-    for parser in _parsers(cli.make_parser(opens_shell=True)):
+    for parser in _parsers(cli.make_parser(full=("shell", "replay"))):
         parts += [f"## `{parser.prog}`", f"```text\n{parser.format_help().rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -165,6 +165,8 @@ A stamp is device, inode, size, mtime and ctime in ns. Contents are hashed again
 {_keys_of(build.build_snapshot)}. The `secret` is the word by which its clones are woken; it protects nothing else.
 
 `about` has {_keys_of(ingredients.Ingredients.about)}. Of the environment it has the names alone.
+
+Of a machine that `--fcvm-keep` has saved, `of_clone` is true, and `about` has `test` and `clone` too.
 
 ## What is in a snapshot's key
 

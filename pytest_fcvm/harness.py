@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,8 @@ from weakref import WeakSet
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
-from pytest_fcvm.errors import EngineUnavailable, FcvmError, UsageProblem
+from pytest_fcvm.errors import EngineUnavailable, UsageProblem
+from pytest_fcvm.failures import Failures, plain_message
 from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
@@ -49,7 +49,6 @@ _POOLS = 4  # snapshots of which a process keeps clones ahead
 _ROOTFS = "rootfs.squashfs"
 _INITRAMFS = "initramfs"
 _VMLINUX = "vmlinux"
-_AGAIN = " (failed before in this run)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +67,7 @@ class Harness:
 
     def __init__(self, options: Options, *, shared_dir: Path, announce: Announce) -> None:
         self._options, self._shared, self._announce = options, shared_dir, announce
+        self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock = threading.RLock()
         self._owner = os.getpid()
@@ -77,7 +77,7 @@ class Harness:
         self._no_engine = ""
         self._notes: list[str] = []
         self._timings: list[str] = []
-        self._built = self._reused = self._clones = 0
+        self._built = self._reused = self._clones = self._kept = 0
         self._live: WeakSet[Clone] = WeakSet()
 
     def close(self) -> None:
@@ -106,6 +106,30 @@ class Harness:
             self._keep_few_pools(key)
             return self._snapshots[key]
 
+    def keep(self, clone: Clone, test: str, number: int = 0) -> None:
+        """Save what a clone is now for `replay`, in place of what the test's clone of that number left before.
+
+        Raise FcvmError when it cannot be copied; nothing is left of it then.
+        """
+        key = canonical_digest({"kept of": test, "number": number})
+        shelf = self.store.shelf("snapshots")
+        with clone.snapshot() as copied, shelf.locked(key, test, self._announce):
+
+            def make(folder: Path) -> Mapping[str, Any]:
+                facts = copied.move_to(folder)
+                return {**facts, "about": {**facts["about"], "test": test, "clone": clone.name}}
+
+            shelf.build(key, make)
+            self._kept += 1
+
+    def replay(self, entry: Entry) -> Snapshot:
+        """Return a kept clone as a snapshot. Raise HostError when it cannot run here any more."""
+        with self._lock:
+            self._resources.enter_context(entry.in_use())
+            snapshot = Snapshot.reopen(entry, self.choice.engine, self.choice.report, self._workshop)
+            self._resources.callback(snapshot.close)
+            return snapshot
+
     def network(self, *, seed: int = 0) -> Network:
         """Return a new private network, the caller's to close."""
         with self._lock:
@@ -118,6 +142,7 @@ class Harness:
             "built": self._built,
             "reused": self._reused,
             "clones": self._clones,
+            "kept": self._kept,
             "replaced": sum(snapshot.lost for snapshot in self._snapshots.values()),
             "notes": [*self._notes, *self._pool_faults()],
             "timings": self._timings,
@@ -156,11 +181,11 @@ class Harness:
         )
         smoke = self._guest_files(None)
         try:
-            return self._once(
+            return self._failures.once(
                 "engine", lambda: choose_engine(options.engine, context, smoke, require_kvm=options.require_kvm)
             )
         except EngineUnavailable as error:
-            self._no_engine = f"none ({error.message.removesuffix(_AGAIN)})"
+            self._no_engine = f"none ({plain_message(error)})"
             raise
 
     @cached_property
@@ -168,7 +193,7 @@ class Harness:
         """Return the kernel that guests boot; found, or downloaded once."""
         shelf = self.store.shelf("kernels")
         with shelf.locked("kernel", "guest kernel", self._announce):
-            return self._once(
+            return self._failures.once(
                 "kernel",
                 lambda: resolve_kernel(
                     option=self._options.kernel, kernels_dir=self.store.folder("kernels"), progress=self._announce
@@ -243,9 +268,9 @@ class Harness:
     def _image(self, text: str, who: str) -> _Image:
         if text not in self._images:
             name = canonical_digest({"image": text})
-            self._check_not_failed(f"image-{name}")
+            self._failures.check(f"image-{name}")
             with self.store.shelf("images").locked(name, who, self._speaker(text)) as phase:
-                self._images[text] = self._once(f"image-{name}", lambda: self._resolve_image(text, phase, who))
+                self._images[text] = self._failures.once(f"image-{name}", lambda: self._resolve_image(text, phase, who))
                 self._resources.enter_context(self._images[text].rootfs.in_use())
         return self._images[text]
 
@@ -293,37 +318,14 @@ class Harness:
         renewed = self._shared / f"renewed-{key}"
         if not fresh and (entry := shelf.find(key)):
             return entry, False
-        self._check_not_failed(f"{kind}-{key}")
+        self._failures.check(f"{kind}-{key}")
         with shelf.locked(key, who, self._announce) as phase:
             if (not fresh or renewed.exists()) and (entry := shelf.find(key)):
                 return entry, False
             phase("building")
-            entry = self._once(f"{kind}-{key}", lambda: shelf.build(key, lambda folder: make(folder, phase)))
+            entry = self._failures.once(f"{kind}-{key}", lambda: shelf.build(key, lambda folder: make(folder, phase)))
             renewed.touch()
             return entry, True
-
-    def _check_not_failed(self, name: str) -> None:
-        """Raise what `_once` has recorded, in this process or in another worker of the run."""
-        with suppress(OSError, pickle.UnpicklingError, EOFError):
-            known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private folder
-            known.message = f"{known.message.removesuffix(_AGAIN)}{_AGAIN}"
-            known.args = (known.message,)
-            known.evidence = {}
-            raise known
-
-    def _record(self, name: str) -> Path:
-        return self._shared / f"failed-{name}"
-
-    def _once(self, name: str, make: Callable[[], T]) -> T:
-        """Call `make` unless it failed before in this run. Under a lock of all workers, it is called once."""
-        self._check_not_failed(name)
-        try:
-            return make()
-        except FcvmError as error:
-            fresh = self._shared / f"{name}.{os.getpid()}"
-            fresh.write_bytes(pickle.dumps(error))
-            fresh.replace(self._record(name))
-            raise
 
     def _admit(self, mem_mib: int) -> Ticket:
         """Wait for room in the host's memory. Who already has a machine goes first, or two could wait for ever."""

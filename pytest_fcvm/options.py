@@ -164,6 +164,7 @@ _ACCELS = ("auto", "kvm", "tcg")
 _PULLS = ("missing", "always", "never")
 _UNAVAILABLE = ("fail", "skip")
 _ARTIFACTS = ("off", "failed", "on")
+_KEEP = ("off", "failed", "all")
 _STOCK = "stock"  # as in kernel/sources.py
 _LIST = RowKind.LIST
 
@@ -196,6 +197,7 @@ ROWS: tuple[Row, ...] = (
     _run("pool", "pool", _plain(parse.parse_pool), "clones kept ahead of the tests per image and worker; 0 for none", metavar="N|auto", default="auto"),
     _run("max-clones", "max_clones", _plain(parse.parse_count), "machines alive at once on this host", metavar="N", default="as memory allows"),
     _run("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
+    _run("keep", "keep", _one_of(*_KEEP), "save the machines of tests as they end, for fcvm replay", choices=_KEEP, default="off"),
     _run("timings", "timings", _plain(parse.parse_bool), "show where each machine's start-up time went", kind=RowKind.FLAG),
 )  # fmt: skip
 
@@ -220,6 +222,7 @@ class Options:
     pool: int | None = None
     max_clones: int | None = None
     artifacts: str = "off"
+    keep: str = "off"
     timings: bool = False
     given: frozenset[str] = frozenset()
 

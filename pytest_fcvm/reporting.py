@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ _PROGRESS = "progress"
 _WORKER_KEY = "fcvm_shared_dir"
 _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
+_COUNTED = ("built", "reused", "clones", "replaced", "kept")
 _LONGEST = 16 * 1024  # of a report's section
 
 
@@ -145,15 +147,15 @@ class Reporter:
         """Say which engine ran, what was built, and what a person should know."""
         if not self._counts:
             return
-        total = {
-            name: sum(int(part[name]) for part in self._counts) for name in ("built", "reused", "clones", "replaced")
-        }
+        total = {name: sum(int(part[name]) for part in self._counts) for name in _COUNTED}
         engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not probed"]
         terminalreporter.write_line(
             f"fcvm: engine {'; '.join(engines)}; snapshots built {total['built']}, reused {total['reused']}; "
             f"clones {total['clones']}"
             + (f" ({total['replaced']} more died before a test took them)" if total["replaced"] else "")
         )
+        if total["kept"]:
+            terminalreporter.write_line(f"fcvm: machines kept: {total['kept']}; fcvm replay lists them")
         for note in sorted({note for part in self._counts for note in part["notes"]}):
             terminalreporter.write_line(f"fcvm: {note}", yellow=True)
         for line in (line for part in self._counts for line in part["timings"]):
@@ -179,6 +181,7 @@ class Reporter:
             if report.failed:
                 report.sections += [section for clone in clones for section in _sections_of_clone(clone)]
             self._keep_artifacts(item, clones, failed=report.failed)
+            report.sections += self._keep_machines(item, clones, failed=report.failed)
         return report
 
     def _keep_artifacts(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> None:
@@ -190,6 +193,21 @@ class Reporter:
             for title, text in clone.evidence().items():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{clone.name}.{title.replace(' ', '-')}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def _keep_machines(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> list[tuple[str, str]]:
+        """Save the machines of a test as the options wish, and return how to get at them."""
+        wish = self._config.stash[OPTIONS].keep
+        if wish == "off" or (wish == "failed" and not failed):
+            return []
+        return [self._keep_machine(item, clone, number) for number, clone in enumerate(clones) if not clone.closed]
+
+    def _keep_machine(self, item: pytest.Item, clone: Clone, number: int) -> tuple[str, str]:
+        title = f"fcvm {clone.name}: kept"
+        try:
+            self._config.stash[HARNESS].keep(clone, item.nodeid, number)
+        except FcvmError as error:
+            return title, f"not kept: {_printable(error.message)}"
+        return title, f"fcvm replay {shlex.quote(item.nodeid)}    opens a shell in it, as it was"
 
 
 def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> pytest.ExceptionInfo[BaseException]:

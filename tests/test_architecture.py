@@ -24,7 +24,7 @@ FLOORS = (
     {"snapshot", "network"},
     {"clone"},
     {"ready", "image", "kernel"},
-    {"engine", "guest", "options", "hookspecs", "store"},
+    {"engine", "guest", "options", "hookspecs", "store", "failures"},
     {"net", "model", "host"},
     {"errors"},
 )

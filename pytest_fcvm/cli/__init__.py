@@ -15,14 +15,18 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "make_parser"]
 
-_SHELL_ROWS = ("engine", "accel", "qemu", "kernel", "pull", "rebuild")
+_SHELL_ROWS = ("engine", "accel", "qemu", "firecracker", "kernel", "pull", "rebuild")
+_COMMAND_HELP = "What follows -- is a command to run in place of a shell."
+_REPLAY_ROWS = ("qemu", "firecracker", "kernel")
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = make_parser(opens_shell=words[:1] == ["shell"]).parse_args(words)
+    end = words.index("--") if "--" in words else len(words)
+    options = make_parser(full=words[:1]).parse_args(words[:end])
+    options.command = words[end + 1 :]
     try:
         return int(options.run(options))
     except FcvmError as error:
@@ -32,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def make_parser(*, opens_shell: bool) -> argparse.ArgumentParser:
-    """Return the parser of the command line, the options of `fcvm shell` only when they are needed."""
+def make_parser(*, full: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with the options of machines for those commands that are `full`."""
     parser = argparse.ArgumentParser(
         prog="fcvm", description="Fresh microVMs from OCI images for tests. The machines themselves come by pytest."
     )
@@ -41,7 +45,8 @@ def make_parser(*, opens_shell: bool) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_doctor(commands)
     _add_setup(commands)
-    _add_shell(commands, with_options=opens_shell)
+    _add_shell(commands, with_options="shell" in full)
+    _add_replay(commands, with_options="replay" in full)
     _add_snapshot(commands)
     return parser
 
@@ -76,16 +81,29 @@ def _add_shell(commands: _Commands, *, with_options: bool) -> None:
     """Add it, its machine's options only when they are needed: the table is as much to import as all the rest."""
     parser = _add(commands, "shell", _shell, "start a fresh machine of an image, and a shell in it")
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or folder")
-    parser.add_argument("command", metavar="-- COMMAND", nargs="*", help="run this in place of a shell")
+    parser.epilog = _COMMAND_HELP
     if with_options:
-        _add_rows(parser)
+        _add_rows(parser, _SHELL_ROWS, of_machines=True)
 
 
-def _add_rows(parser: argparse.ArgumentParser) -> None:
+def _add_replay(commands: _Commands, *, with_options: bool) -> None:
+    text = "bring a machine back that pytest --fcvm-keep has saved, and open a shell in it"
+    parser = _add(commands, "replay", _replay, text)
+    parser.add_argument(
+        "test", metavar="TEST", nargs="?", help="a test's id, or part of it; without, list what is kept"
+    )
+    parser.epilog = _COMMAND_HELP
+    parser.add_argument("--clone", metavar="NAME", help="which, where a test had several")
+    _add_json(parser)
+    if with_options:
+        _add_rows(parser, _REPLAY_ROWS, of_machines=False)
+
+
+def _add_rows(parser: argparse.ArgumentParser, names: Sequence[str], *, of_machines: bool) -> None:
     from pytest_fcvm.options import ROWS, RowKind
 
     for row in ROWS:
-        if not (row.of_machine or row.name in _SHELL_ROWS) or row.name in ("image", "command"):
+        if not ((row.of_machine and of_machines) or row.name in names) or row.name in ("image", "command"):
             continue
         how = "store_true" if row.kind is RowKind.FLAG else "append" if row.kind is RowKind.LIST else "store"
         more: dict[str, Any] = {} if row.kind is RowKind.FLAG else {"metavar": row.metavar}
@@ -132,9 +150,23 @@ def _setup(options: argparse.Namespace) -> int:
 def _shell(options: argparse.Namespace) -> int:
     from pytest_fcvm.cli.shell import open_shell
 
-    settings = {name.removeprefix("row_"): value for name, value in vars(options).items() if name.startswith("row_")}
-    settings |= {"image": options.image, "cache_dir": options.cache_dir}
-    return open_shell({name: value for name, value in settings.items() if value is not None}, options.command)
+    return open_shell(_settings(options, image=options.image), options.command)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from pytest_fcvm.cli.replay import find_kept, open_kept, render_kept
+
+    if options.test is not None:
+        return open_kept(_settings(options), options.test, options.clone, options.command)
+    sys.stdout.write(render_kept(find_kept(options.cache_dir), as_json=options.json))
+    return 0
+
+
+def _settings(options: argparse.Namespace, **more: str | None) -> dict[str, Any]:
+    """Return what was said of the rows of the option table, by the names of markers."""
+    rows = {name.removeprefix("row_"): value for name, value in vars(options).items() if name.startswith("row_")}
+    settings = {**rows, **more, "cache_dir": options.cache_dir}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _snapshot_ls(options: argparse.Namespace) -> int:

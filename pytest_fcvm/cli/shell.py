@@ -24,7 +24,7 @@ from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.options import Options, Origin, build_options, environment_layer, read_layer
 
-__all__ = ["open_shell", "restored_terminal"]
+__all__ = ["open_shell", "read_settings", "restored_terminal", "run_in", "say", "shell_harness"]
 
 _SHELL = ("/bin/sh", "-c", "command -v bash >/dev/null 2>&1 && exec bash -l; exec sh -l")
 _PIECE = 1 << 16
@@ -44,19 +44,30 @@ def open_shell(settings: Mapping[str, Any], command: Sequence[str]) -> int:
     Return the command's exit code, 128 and the signal's number for one that was killed. On a terminal the command gets
     one of the same size; else its stdin, stdout and stderr are ours. Raise FcvmError when there is no machine.
     """
-    options = _read(settings)
+    options = read_settings(settings)
     if options.spec.image is None:
         raise UsageProblem("no image is named", hint="fcvm shell IMAGE, or set FCVM_IMAGE")
+    with shell_harness(options) as harness, harness.snapshot(options.spec, "fcvm shell").clone() as clone:
+        return run_in(clone, command)
+
+
+@contextmanager
+def shell_harness(options: Options) -> Iterator[Harness]:
+    """Yield what makes machines for a command, and take it apart, also after a signal that asks us to end."""
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, _leave))
         shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fcvm-shell-")))
-        harness = Harness(options, shared_dir=shared, announce=_say)
+        harness = Harness(options, shared_dir=shared, announce=say)
         stack.callback(harness.close)
-        clone = stack.enter_context(harness.snapshot(options.spec, "fcvm shell").clone())
-        if os.isatty(0) and os.isatty(1):
-            return _converse(clone, command or _SHELL)
-        return _pipe(clone, command or _SHELL)
+        yield harness
+
+
+def run_in(clone: Clone, command: Sequence[str]) -> int:
+    """Run a command in a machine, its shell without one, on our terminal if we have one. Return its exit code."""
+    if os.isatty(0) and os.isatty(1):
+        return _converse(clone, command or _SHELL)
+    return _pipe(clone, command or _SHELL)
 
 
 @contextmanager
@@ -79,7 +90,8 @@ def restored_terminal(descriptor: int) -> Iterator[None]:
         os.close(theirs)
 
 
-def _read(settings: Mapping[str, Any]) -> Options:
+def read_settings(settings: Mapping[str, Any]) -> Options:
+    """Return the options that settings, by the names of markers, and the environment make."""
     environment = dict(os.environ)
     origin = Origin(base=Path.cwd(), environment=environment)
     options = build_options(
@@ -95,7 +107,8 @@ def _leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell a person something beside the command's own output."""
     sys.stderr.write(f"fcvm: {text}\n")
 
 

@@ -45,6 +45,7 @@ class Listing:
     created_s: int
     used_s: int
     in_use: bool
+    test: str = ""  # whose machine this is, kept as it ended
     rootfs: str = field(default="", repr=False)
 
 
@@ -78,7 +79,7 @@ def render_listings(listings: Sequence[Listing], *, as_json: bool) -> str:
         (
             *(listing.key[:_KEY], listing.image or listing.kind, listing.engine, listing.kernel),
             *(render_size(listing.size_bytes), render_age(now - listing.used_s)),
-            "in use" if listing.in_use else "",
+            _remark(listing),
         )
         for listing in listings
     ]
@@ -177,8 +178,14 @@ def _list(kind: str, entry: Entry, shelf: Shelf) -> Listing:
         created_s=about.get("created_s", 0),
         used_s=int(entry.used_s),
         in_use=shelf.is_in_use(entry.key),
+        test=about.get("test", ""),
         rootfs=about.get("rootfs", ""),
     )
+
+
+def _remark(listing: Listing) -> str:
+    remarks = [f"kept of {listing.test}" if listing.test else "", "in use" if listing.in_use else ""]
+    return ", ".join(filter(None, remarks))
 
 
 def _resolve(store: Store, prefix: str) -> tuple[str, Entry]:

@@ -318,8 +318,8 @@ class Clone:
     def snapshot(self, name: str = "") -> Snapshot:
         """Return a snapshot of what the clone is now, processes and memory included; the clone itself goes on.
 
-        Its workload stands still meanwhile, for some tenths of a second. In clones of it, connections to the outside
-        are reset, and what `popen` started runs on without its streams. It ends with this clone, or by `close`.
+        Its workload stands still meanwhile, for some hundredths of a second. In clones of it, connections to the
+        outside are reset, and what `popen` started runs on without its streams. It ends with this clone, or by `close`.
         """
         if self._copy is None:
             raise UsageProblem(f"{self.name} is being prepared for a snapshot of its own", hint="copy its clones")

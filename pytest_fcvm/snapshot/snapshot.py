@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 from pytest_fcvm.clone.clone import Clone, StartMachine
 from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import Cable, PublishedPort
@@ -23,6 +24,7 @@ from pytest_fcvm.snapshot.build import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.snapshot.copies import as_copied, copy_machine
 from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.kept import read_ingredients, write_ingredients
 from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
 from pytest_fcvm.store import Entry
 
@@ -153,6 +155,19 @@ class Snapshot:
             self._pool.refill()
         self._workshop.born(clone)
         return clone
+
+    def move_to(self, folder: Path) -> dict[str, Any]:
+        """Move the files of a snapshot of a running clone to a folder, for `reopen`, and return its facts."""
+        for path in self._entry.path.iterdir():
+            path.rename(folder / path.name)
+        write_ingredients(self._parts, folder)
+        return dict(self.facts)
+
+    @classmethod
+    def reopen(cls, entry: Entry, engine: Engine, report: EngineReport, workshop: Workshop) -> Snapshot:
+        """Return what `move_to` has put into an entry. Raise HostError when it cannot run here any more."""
+        parts = read_ingredients(entry, engine, report)
+        return cls(entry=entry, parts=parts, workshop=replace(workshop, ahead=0))
 
     def drain(self) -> None:
         """Give back the clones that no test has asked for yet."""

@@ -108,7 +108,7 @@ def test_every_option_that_is_named_exists(page: Path) -> None:
     assert settings <= {f"fcvm_{row.marker}" for row in ROWS}
 
 
-_COMMANDS = ("doctor", "setup", "shell", "snapshot")
+_COMMANDS = ("doctor", "replay", "setup", "shell", "snapshot")
 
 
 @each_page

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+
 from pytest_fcvm.errors import GuestError
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.frames import FieldTag, StreamKind, decode_fields
