@@ -5,6 +5,7 @@
 #include <limits.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
@@ -13,6 +14,7 @@
 #include "cgroup.h"
 #include "child.h"
 #include "ends.h"
+#include "kept.h"
 #include "loop.h"
 #include "namespaces.h"
 #include "output.h"
@@ -23,11 +25,13 @@
 #include "terminal.h"
 
 enum { DETACHED = 1, ON_TERMINAL = 2 };
+enum { ENDED_MAX = 16 };
 
 /* A pipe that the process writes and we read. */
 struct drain {
     struct source source;
     struct exec *exec;
+    struct kept kept; /* what it wrote while nobody listened */
     bool readable;
     uint32_t left; /* once the process has ended: what was in the pipe then */
 };
@@ -44,13 +48,19 @@ struct exec {
     bool has_terminal;
     bool has_ended;
     bool is_orphan; /* the stream is gone */
+    bool lives_on;  /* and another one may come */
+    struct exec *next_orphan;
 };
+
+static struct exec *orphans; /* of those that live on, the latest first */
 
 static void close_pipes(struct exec *exec)
 {
     loop_close(&exec->input);
     loop_close(&exec->drains[0].source);
     loop_close(&exec->drains[1].source);
+    kept_free(&exec->drains[0].kept);
+    kept_free(&exec->drains[1].kept);
     sink_free(&exec->sink);
 }
 
@@ -70,6 +80,24 @@ static void settle_input(struct exec *exec)
         loop_close(&exec->input);
 }
 
+/* Of those that have ended and that nobody may ever ask for, only so many are kept. */
+static void forget_old_orphans(void)
+{
+    unsigned ended = 0;
+    struct exec **link = &orphans;
+
+    while (*link) {
+        struct exec *exec = *link;
+        ended += exec->has_ended;
+        if (exec->has_ended && ended > ENDED_MAX) {
+            *link = exec->next_orphan;
+            give_back(exec);
+        } else {
+            link = &exec->next_orphan;
+        }
+    }
+}
+
 static struct exec *of_input(struct source *source)
 {
     return (struct exec *)(void *)((char *)source - offsetof(struct exec, input));
@@ -84,10 +112,9 @@ static void on_input(struct source *source, uint32_t events)
     settle_input(exec);
 }
 
-static void discard_output(struct drain *drain)
+static void keep_output(struct drain *drain)
 {
-    static char nowhere[65536];
-    ssize_t got = read(drain->source.fd, nowhere, sizeof nowhere);
+    ssize_t got = kept_fill(&drain->kept, drain->source.fd);
 
     if (got == 0)
         loop_close(&drain->source);
@@ -102,7 +129,7 @@ static void on_output(struct source *source, uint32_t events)
     (void)events;
     drain->readable = true;
     if (drain->exec->is_orphan)
-        discard_output(drain);
+        keep_output(drain);
     else
         streams_ready(&drain->exec->stream);
 }
@@ -113,7 +140,7 @@ static void on_end(struct child *child, int status)
 
     (void)status;
     exec->has_ended = true;
-    if (exec->is_orphan) {
+    if (exec->is_orphan && !exec->lives_on) {
         give_back(exec);
         return;
     }
@@ -126,7 +153,10 @@ static void on_end(struct child *child, int status)
         exec->drains[i].left = (uint32_t)waiting;
         exec->drains[i].readable = true;
     }
-    streams_ready(&exec->stream);
+    if (exec->is_orphan)
+        forget_old_orphans();
+    else
+        streams_ready(&exec->stream);
 }
 
 static void on_data(struct stream *stream, const unsigned char *bytes, size_t length)
@@ -164,6 +194,22 @@ static void on_signal(struct stream *stream, int number)
         kill(-exec->child.pid, number);
 }
 
+/* The same of what it wrote while nobody listened. */
+static bool send_kept(struct exec *exec, uint8_t channel)
+{
+    size_t size;
+    unsigned char *place = output_data_place(&size);
+
+    if (size > exec->stream.may_send[channel])
+        size = (size_t)exec->stream.may_send[channel];
+    size = kept_take(&exec->drains[channel].kept, place, size);
+    if (!size)
+        return false;
+    exec->stream.may_send[channel] -= size;
+    output_data(exec->stream.id, channel, size);
+    return true;
+}
+
 /* Send one frame of what the process wrote, if there is any and the host may be sent it. */
 static bool send_output(struct exec *exec, uint8_t channel)
 {
@@ -171,6 +217,8 @@ static bool send_output(struct exec *exec, uint8_t channel)
     size_t size;
     unsigned char *place = output_data_place(&size);
 
+    if (drain->kept.used)
+        return send_kept(exec, channel);
     if (drain->source.fd < 0 || !drain->readable)
         return false;
     if (exec->has_ended && size > drain->left)
@@ -233,16 +281,21 @@ static void abandon(struct stream *stream, enum streams_ending why)
 
     streams_end(stream);
     exec->is_orphan = true;
-    if (exec->has_ended) {
+    exec->lives_on = lives_on(exec, why);
+    if (exec->has_ended && !exec->lives_on) {
         give_back(exec);
         return;
     }
     loop_close(&exec->input);
     for (int i = 0; i < 2; i++)
-        if (exec->drains[i].source.fd >= 0)
-            discard_output(&exec->drains[i]); /* not closed: what it says about the hang-up must not kill it */
-    if (!lives_on(exec, why))
+        if (exec->drains[i].source.fd >= 0 && !exec->has_ended)
+            keep_output(&exec->drains[i]); /* not closed: what it says about the hang-up must not kill it */
+    if (exec->lives_on) {
+        exec->next_orphan = orphans;
+        orphans = exec;
+    } else {
         child_hang_up(&exec->child);
+    }
 }
 
 static const struct stream_ops ops = {
@@ -334,6 +387,32 @@ int exec_open(uint32_t id, const struct body *body, struct failure *failure)
     free(how.arguments);
     free(how.environment);
     return result;
+}
+
+int exec_attach(uint32_t id, const struct body *body, struct failure *failure)
+{
+    struct exec **link = &orphans;
+    struct reply reply = {0};
+    char text[48];
+    uint64_t pid = 0;
+
+    body_number(body, FIELD_PID, &pid);
+    while (*link && (uint64_t)(*link)->child.notice->pid != pid)
+        link = &(*link)->next_orphan;
+    struct exec *exec = *link;
+    if (!exec)
+        return fail_with(failure, ESRCH, "no command without a host has process id %llu", (unsigned long long)pid);
+    *link = exec->next_orphan;
+    exec->is_orphan = exec->lives_on = false;
+    exec->stream = (struct stream){0};
+    streams_begin(&exec->stream, id, &ops);
+    reply_number(&reply, FIELD_PID, pid);
+    snprintf(text, sizeof text, "dropped_bytes=%llu",
+             (unsigned long long)(exec->drains[0].kept.dropped + exec->drains[1].kept.dropped));
+    reply_text(&reply, FIELD_METRIC, text);
+    output_reply(id, 0, reply.bytes, reply.used);
+    streams_ready(&exec->stream);
+    return 0;
 }
 
 static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, struct notice *), struct failure *failure)

@@ -116,6 +116,7 @@ static uint32_t fixed_size(uint16_t tag)
     case FIELD_PORT:
     case FIELD_SIGNAL:
     case FIELD_FLAGS:
+    case FIELD_PID:
     case FIELD_PEER_GATEWAY:
     case FIELD_ROWS:
     case FIELD_COLUMNS:

@@ -25,7 +25,8 @@
  *          Credit: each side may send PROTOCOL_WINDOW bytes of DATA per stream, direction and channel, and as many more as
  *          WINDOW frames grant. Only DATA counts.
  *          A socket stream ends when both sides have sent EOF, or either CLOSE. An exec stream ends with EXIT, which follows
- *          the last DATA; CLOSE from the host abandons it (SIGHUP to its process group, SIGKILL after 1 s).
+ *          the last DATA; CLOSE from the host abandons it (SIGHUP to its process group, SIGKILL after 1 s). One that lives on
+ *          without its session has its input at its end and its last 64 KiB of each output kept for ATTACH.
  *          Frames for a stream that has ended are ignored; an id above every one opened is malformed.
  *          The agent sends REPLY, WINDOW, EVENT and CLOSE before any DATA that waits, after every frame.
  *
@@ -96,7 +97,9 @@ enum stream_kind {
     KIND_LOGS = 34,    /* FLAGS(8 = not what an earlier stream was sent): workload output, first what the ring holds; EOF
                           after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
-    KIND_TAR_OUT = 36  /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
+    KIND_TAR_OUT = 36, /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
+    KIND_ATTACH = 37   /* PID of an EXEC that lives on without its session, or lived: REPLY has PID and, where output went
+                          by unheard, METRIC dropped_bytes; then as EXEC, with what was kept first */
 };
 
 enum event_kind {

@@ -56,6 +56,7 @@ static const struct request_kind {
     {KIND_LOGS, NULL, logs_open},
     {KIND_TAR_IN, NULL, exec_open_tar_in},
     {KIND_TAR_OUT, NULL, exec_open_tar_out},
+    {KIND_ATTACH, NULL, exec_attach},
 };
 
 static size_t incoming_bytes;

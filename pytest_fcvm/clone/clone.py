@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pytest_fcvm.clone.commands import SHELL, Command, command_failed, exec_result, spell
+from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
-from pytest_fcvm.model.guest import ExitStatus, Identity, ProcessSpec
+from pytest_fcvm.model.guest import ExitStatus, Identity
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_port
 from pytest_fcvm.model.results import ExecResult, Timeline
@@ -37,19 +36,6 @@ CopyMachine = Callable[[Machine, str], "Snapshot"]
 _TERM = "xterm-256color"
 _COPY_S = 600.0  # a whole transfer
 _CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExecDefaults:
-    """What a command in the guest gets unless told otherwise: environment, folder and user of image and spec.
-
-    `stop_signal` is what the image wants to be stopped by.
-    """
-
-    env: Mapping[str, str] = field(default_factory=dict)
-    cwd: str = "/"
-    user: str = ""
-    stop_signal: int = signal.SIGTERM
 
 
 class Clone:
@@ -177,16 +163,15 @@ class Clone:
         `tty` gives it a terminal of so many rows and columns: it then has one stream of output, `stdout`, and what is
         written to `stdin` is typed.
         """
-        argv = (*SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
-        if not argv or not all(isinstance(word, str) for word in argv):
-            raise UsageProblem(f"{cmd!r} is not a command", hint="pass a string, or a list of strings")
-        spec = ProcessSpec(
-            argv=argv,
-            env={**self._defaults.env, **({"TERM": _TERM} if tty else {}), **(env or {})},
-            cwd=cwd or self._defaults.cwd,
-            user=self._defaults.user if user is None else user,
-        )
-        return self._live().agent.exec(spec, terminal=tty)
+        env = {**({"TERM": _TERM} if tty else {}), **(env or {})}
+        return self._live().agent.exec(self._defaults.process(cmd, env, cwd, user), terminal=tty)
+
+    def attach(self, pid: int) -> GuestProcess:
+        """Return what `popen` has started in the clone that this one was copied of, running or ended; once each.
+
+        Its input is at its end, and of what it printed here since, the last 64 KiB of each output are there.
+        """
+        return self._live().agent.attach(pid)
 
     def succeed(self, cmd: Command, *, timeout: float = 60) -> str:
         """Run a command that must exit with 0 and return its standard output. Raise CommandFailed."""

@@ -1,20 +1,47 @@
-"""Commands in the guest: how one is spelt, and what a test gets of one that has ended."""
+"""Commands in the guest: what one gets, how it is spelt, and what a test gets of one that has ended."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from pytest_fcvm.errors import CommandFailed, GuestError
-from pytest_fcvm.model.guest import ExitStatus
+from pytest_fcvm.errors import CommandFailed, GuestError, UsageProblem
+from pytest_fcvm.model.guest import ExitStatus, ProcessSpec
 from pytest_fcvm.model.results import ExecResult
 
-__all__ = ["SHELL", "Command", "command_failed", "exec_result", "spell"]
+__all__ = ["Command", "ExecDefaults", "command_failed", "exec_result", "spell"]
 
 Command = str | Sequence[str]
 
 SHELL = ("/bin/sh", "-c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecDefaults:
+    """What a command in the guest gets unless told otherwise: environment, folder and user of image and spec.
+
+    `stop_signal` is what the image wants to be stopped by.
+    """
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+    user: str = ""
+    stop_signal: int = signal.SIGTERM
+
+    def process(self, cmd: Command, env: Mapping[str, str], cwd: str | None, user: str | None) -> ProcessSpec:
+        """Return a command to run: a list is argv, a string goes to the image's shell. Raise UsageProblem."""
+        argv = (*SHELL, cmd) if isinstance(cmd, str) else tuple(cmd)
+        if not argv or not all(isinstance(word, str) for word in argv):
+            raise UsageProblem(f"{cmd!r} is not a command", hint="pass a string, or a list of strings")
+        return ProcessSpec(
+            argv=argv,
+            env={**self.env, **env},
+            cwd=cwd or self.cwd,
+            user=self.user if user is None else user,
+        )
 
 
 def exec_result(cmd: Command, stdout: bytes, stderr: bytes, status: ExitStatus, duration_s: float) -> ExecResult:

@@ -168,6 +168,15 @@ class Agent:
         stream = self._open(StreamKind.EXEC, body, f"exec {shlex.join(spec.argv)[:_NAME_LENGTH]}")
         return GuestProcess(stream, stream.wait_reply(Deadline(timeout_s)).number(FieldTag.PID))
 
+    def attach(self, pid: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestProcess:
+        """Return a command that lives on without the session that started it, or has ended since; once each.
+
+        Its input is at its end, and of what it printed meanwhile the last 64 KiB of each output are there.
+        """
+        stream = self._open(StreamKind.ATTACH, [(FieldTag.PID, pid)], f"attach to process {pid}")
+        reply = stream.wait_reply(Deadline(timeout_s))
+        return GuestProcess(stream, pid, lost_bytes=int(metric_values(reply).get("dropped_bytes", 0)))
+
     def connect(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S, *, address: str = "") -> GuestSocket:
         """Connect to a TCP port in the guest, on its interface's own address unless another is given.
 

@@ -94,6 +94,7 @@ class StreamKind(IntEnum):
     LOGS = 34
     TAR_IN = 35
     TAR_OUT = 36
+    ATTACH = 37
 
     @property
     def is_verb(self) -> bool:

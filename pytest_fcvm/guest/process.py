@@ -136,10 +136,13 @@ class StreamWriter:
 
 
 class GuestProcess:
-    """A running program. `pid` is its number in the workload's PID namespace."""
+    """A running program. `pid` is its number in the workload's PID namespace.
 
-    def __init__(self, stream: Stream, pid: int) -> None:
-        self.pid = pid
+    `lost_bytes` is how much of its output went by while no host listened, for want of room.
+    """
+
+    def __init__(self, stream: Stream, pid: int, *, lost_bytes: int = 0) -> None:
+        self.pid, self.lost_bytes = pid, lost_bytes
         self.stdin = StreamWriter(stream)
         self.stdout = StreamReader(stream, _STDOUT)
         self.stderr = StreamReader(stream, _STDERR)

@@ -61,6 +61,89 @@ def test_in_a_copy_commands_live_on_without_their_streams(guest, p):
     assert told == b"sleep 1000 "  # its input has ended
 
 
+def attach(client, p, pid):
+    stream = client.open(p.ATTACH, (p.PID, pid))
+    client.wait(lambda: stream.reply)
+    if stream.reply[0]:
+        raise OSError(stream.reply[0], stream.message)
+    return stream
+
+
+def copied(guest, p):
+    park(guest.client, p)
+    copy = guest.connect(SECRET)
+    copy.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
+    return copy
+
+
+def test_in_a_copy_a_command_is_attached_to_with_what_it_said_meanwhile(guest, p):
+    guest.start("mkfifo /tmp/go; exec sleep 1000")
+    guest.client.wait(lambda: guest.client.run("test", "-p", "/tmp/go").code == 0)
+    script = "cat; echo first; read -r _ </tmp/go; echo second; echo third >&2; exit 5"
+    pid = guest.client.start_exec("/bin/sh", "-c", script).reply[1][p.PID][0]
+    copy = copied(guest, p)
+    time.sleep(0.3)
+    stream = attach(copy, p, pid)
+    assert stream.reply[1][p.METRIC] == ["dropped_bytes=0"]
+    copy.wait(lambda: stream.data[0] == b"first\n")
+    with pytest.raises(OSError, match="no command without a host"):
+        attach(copy, p, pid)
+    copy.run("/bin/sh", "-c", "echo > /tmp/go")
+    copy.wait(lambda: stream.exit)
+    assert (bytes(stream.data[0]), bytes(stream.data[1]), stream.code) == (b"first\nsecond\n", b"third\n", 5)
+
+
+def test_in_a_copy_a_command_that_has_ended_still_tells_how(guest, p):
+    guest.start("exec sleep 1000")
+    pid = guest.client.start_exec("/bin/sh", "-c", "cat; echo done; exit 9").reply[1][p.PID][0]
+    copy = copied(guest, p)
+    copy.wait(lambda: copy.run("/bin/sh", "-c", f"kill -0 {pid}").code)
+    stream = attach(copy, p, pid)
+    copy.wait(lambda: stream.exit)
+    assert (bytes(stream.data[0]), stream.code) == (b"done\n", 9)
+
+
+def test_of_much_output_the_last_is_kept_and_the_rest_counted(guest, p):
+    guest.start("exec sleep 1000")
+    size = 300_000
+    script = f"cat; head -c {size} /dev/zero | tr '\\0' x; echo end; exec sleep 1000"
+    pid = guest.client.start_exec("/bin/sh", "-c", script).reply[1][p.PID][0]
+    copy = copied(guest, p)
+    time.sleep(1)
+    stream = attach(copy, p, pid)
+    copy.wait(lambda: stream.data[0].endswith(b"end\n"))
+    assert len(stream.data[0]) == 65536
+    assert stream.reply[1][p.METRIC] == [f"dropped_bytes={size + 4 - 65536}"]
+
+
+def test_a_copy_keeps_the_ends_of_a_few_commands_and_no_more(guest, p):
+    guest.start("exec sleep 1000")
+    pids = [guest.client.start_exec("cat").reply[1][p.PID][0] for _ in range(20)]
+    copy = copied(guest, p)
+    copy.wait(
+        lambda: copy.run("/bin/sh", "-c", "kill -0 " + " ".join(map(str, pids)) + " 2>&1 | grep -c such").code == 0
+    )
+    time.sleep(0.3)
+    found = 0
+    for pid in pids:
+        try:
+            attach(copy, p, pid)
+        except OSError:
+            continue
+        found += 1
+    assert 0 < found <= 16
+
+
+def test_an_attached_command_is_hung_up_with_its_stream(guest, p):
+    guest.start("exec sleep 1000")
+    pid = count_up(guest.client).reply[1][p.PID][0]
+    copy = copied(guest, p)
+    stream = attach(copy, p, pid)
+    copy.wait(lambda: stream.data[0])
+    copy.send(p.frame(p.CLOSE, stream.number, b"\0" * 4))
+    copy.wait(lambda: copy.run("/bin/sh", "-c", f"kill -0 {pid}").code)
+
+
 def test_in_a_copy_the_way_back_is_worth_nothing(guest, p):
     park(guest.client, p)
     copy = guest.connect(SECRET)

@@ -82,7 +82,20 @@ def test_what_a_fork_runs_and_has_printed_is_what_the_clone_did(fcvm_clone: Clon
     fork.wait_until_succeeds(f"test $(wc -c </tmp/counted) -gt {before}")  # the fork's own goes on
     assert fork.succeed(f"tr '\\0' ' ' </proc/{pid}/cmdline").startswith("/bin/sh -c i=0")
     assert fork.logs().count("serving") == 1
-    assert "serving" in fork.logs()
+
+
+def test_a_command_is_attached_to_again_in_a_fork(fcvm_clone: Clone) -> None:
+    script = "cat; echo input ended; read -r _ </tmp/go; echo told >&2; exit 5"
+    fcvm_clone.succeed("mkfifo /tmp/go")
+    with fcvm_clone.popen(script) as process:
+        (fork,) = fcvm_clone.fork()
+    attached = fork.attach(process.pid)
+    assert attached.stdout.readline() == b"input ended\n"
+    fork.succeed("echo > /tmp/go")
+    assert attached.communicate(timeout_s=60) == (b"", b"told\n")
+    assert attached.wait(60).code == 5
+    with pytest.raises(FcvmError, match="process id"):
+        fork.attach(process.pid)
 
 
 def test_connections_of_a_test_stay_with_the_clone(fcvm_clone: Clone) -> None:
