@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.limits import descriptors_told
 
 __all__ = ["Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
 
@@ -52,7 +53,7 @@ def launch(
     It runs in `directory`, else in a new one, which goes when the VMM has ended and was killed by us. Raise HostError.
     """
     directory = directory or spawner.make_dir(name)
-    with ExitStack() as far_ends, ExitStack() as near_ends:
+    with descriptors_told(name), ExitStack() as far_ends, ExitStack() as near_ends:
         near: dict[int, socket.socket] = {}
         far: dict[int, int] = {}
         for fd in wires:

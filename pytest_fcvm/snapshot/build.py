@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -148,14 +148,15 @@ def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
         vm.kill()
 
 
-def abandon(vm: Vm, log: WorkloadLog, error: FcvmError) -> FcvmError:
+def abandon(vm: Vm, log: WorkloadLog | None, error: FcvmError) -> FcvmError:
     """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
     for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
-        if path.exists():
+        with suppress(OSError):
             error.evidence.setdefault(title, tail(path.read_bytes()))
     vm.kill()
     vm.wait(_CALL_S)
-    log.close()
+    if log:
+        log.close()
     return error
 
 

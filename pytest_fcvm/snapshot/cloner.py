@@ -12,6 +12,7 @@ from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic, real_time_ns
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Proto, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -59,10 +60,11 @@ class Cloner:
             machine = self._meet(vm, name, cables, timeline)
             machine.also_close([held.pop_all().close])
         try:
-            open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
-            path = path or self._open_client_path(machine.publisher)
-            if path:
-                path.prove(machine.pause_for_exit, _ANSWER_S)
+            with descriptors_told(name):
+                open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
+                path = path or self._open_client_path(machine.publisher)
+                if path:
+                    path.prove(machine.pause_for_exit, _ANSWER_S)
         except FcvmError as error:
             machine.explain(error)
             machine.close()
@@ -138,17 +140,19 @@ class Cloner:
         return ClientPath(publisher.publish, self._parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
-        log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+        log: WorkloadLog | None = None
         try:
-            agent = start_session(
-                vm.channel(),
-                bytes.fromhex(self._entry.facts["secret"]),
-                identity=fresh_identity(name, has_peer=not self._parts.is_relayed, hosts=_hosts_on(cables)),
-                cables=cables,
-                log_sink=log.append,
-                timeout_s=_RESTORE_S,
-                explain=vm.explain,
-            )
+            with descriptors_told(name):
+                log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+                agent = start_session(
+                    vm.channel(),
+                    bytes.fromhex(self._entry.facts["secret"]),
+                    identity=fresh_identity(name, has_peer=not self._parts.is_relayed, hosts=_hosts_on(cables)),
+                    cables=cables,
+                    log_sink=log.append,
+                    timeout_s=_RESTORE_S,
+                    explain=vm.explain,
+                )
         except FcvmError as error:
             raise abandon(vm, log, error) from None
         timeline.mark("agent", monotonic())

@@ -17,6 +17,7 @@ from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.snapshot.addresses import hosts_of
@@ -219,7 +220,7 @@ class Snapshot:
             )
 
     def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> Machine:
-        with ExitStack() as plugged, ExitStack() as passed_on:
+        with descriptors_told(name), ExitStack() as plugged, ExitStack() as passed_on:
             cables = []
             for network in networks:
                 cables.append(network.plug(name))
@@ -234,8 +235,9 @@ class Snapshot:
         return machine
 
     def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:
-        room = self._workshop.admit_ahead(self._charge_mib)
-        return self._cloner.bring_up_ahead(self._invent_name(), room, is_wanted)
+        with descriptors_told("a clone made ahead"):
+            room = self._workshop.admit_ahead(self._charge_mib)
+            return self._cloner.bring_up_ahead(self._invent_name(), room, is_wanted)
 
     def _take_ahead(self) -> tuple[Machine | None, str | None]:
         """Return a machine that was made ahead, awake, and its name; two times None where there is none."""

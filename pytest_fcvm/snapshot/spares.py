@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Spares"]
@@ -56,7 +57,7 @@ class Spares:
 
     def _fill(self) -> None:
         spare: Vm | None = None
-        with suppress(FcvmError):  # the clone that needs one will say why
+        with suppress(FcvmError), descriptors_told("a spare"):  # the clone that needs one will say why
             spare = self._prepare(self._usual)
         with self._lock:
             self._filling = False

@@ -120,10 +120,8 @@ def test_a_copy_keeps_the_ends_of_a_few_commands_and_no_more(guest, p):
     guest.start("exec sleep 1000")
     pids = [guest.client.start_exec("cat").reply[1][p.PID][0] for _ in range(20)]
     copy = copied(guest, p)
-    copy.wait(
-        lambda: copy.run("/bin/sh", "-c", "kill -0 " + " ".join(map(str, pids)) + " 2>&1 | grep -c such").code == 0
-    )
-    time.sleep(0.3)
+    still_there = f"for pid in {' '.join(map(str, pids))}; do kill -0 $pid 2>/dev/null && exit 1; done; exit 0"
+    copy.wait(lambda: copy.run("/bin/sh", "-c", still_there).code == 0)
     found = 0
     for pid in pids:
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pytest_fcvm import (
     Clone,
     EngineError,
     GuestTimeout,
+    HostError,
     ImageError,
     MachineSpec,
     Prepare,
@@ -128,3 +131,34 @@ def _pinned(port: int) -> object:
     from pytest_fcvm.model.net import PublishedPort
 
     return PublishedPort(guest_port=80, host_port=port)
+
+
+@contextmanager
+def _descriptors_left(count: int) -> Iterator[None]:
+    """Let this process open so many more files and no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, hard))
+    opened: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(count):
+            os.close(opened.pop())
+        yield
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_clone_for_which_no_file_descriptor_is_left(fcvm_snapshot: Snapshot) -> None:
+    fcvm_snapshot.clone(name="before").close()
+    for left in range(6):  # it needs more, at different places
+        with _descriptors_left(left), suppress(HostError), fcvm_snapshot.clone(name=f"with-{left}"):
+            pass
+    with _descriptors_left(0), pytest.raises(HostError, match="no file descriptor is left for none") as caught:
+        fcvm_snapshot.clone(name="none")
+    assert "ulimit -n" in caught.value.hint
+    with fcvm_snapshot.clone(name="after") as clone:
+        clone.succeed("true")
