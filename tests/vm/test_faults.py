@@ -137,7 +137,9 @@ def _pinned(port: int) -> object:
 def _descriptors_left(count: int) -> Iterator[None]:
     """Let this process open so many more files and no more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 40, hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 40, hard)
+    )
     opened: list[int] = []
     try:
         with suppress(OSError):
