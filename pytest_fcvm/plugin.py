@@ -23,8 +23,9 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     pluginmanager.add_hookspecs(hookspecs)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add every row of the option table, to the command line and to the ini file."""
+    _import_as_we_are(pluginmanager)
     group = parser.getgroup("fcvm", "fresh microVMs from OCI images (pytest-fcvm)")
     for row in ROWS:
         text = f"{row.help} [{row.default}]" if row.default else row.help
@@ -37,6 +38,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             how = {"action": "store", "choices": row.choices}
         group.addoption(row.flag, dest=f"fcvm_{row.marker}", default=None, help=text.replace("%", "%%"), **how)
         parser.addini(f"fcvm_{row.marker}", row.help, type=row.kind.value, default=None)
+
+
+def _import_as_we_are(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Keep pytest from compiling all of this package anew, for the sake of assertions that no test sees.
+
+    It does so for every module of a plugin's distribution, in each process of a run, where the result cannot be
+    written beside it: with PYTHONDONTWRITEBYTECODE, as images of Python set it, or for a user who does not own the
+    environment. That is half a second before the first test with a machine. pytest has no public way to ask for this;
+    where the private one has changed, it only takes longer.
+    """
+    names = getattr(getattr(pluginmanager, "rewrite_hook", None), "_must_rewrite", None)
+    if isinstance(names, set):
+        names.discard(__package__)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -92,6 +92,17 @@ def test_with_an_option_the_header_shows_the_image_and_nothing_is_summed_up(idle
     assert lines == ["fcvm: image not set, engine qemu (probed when the first test asks)"]
 
 
+def test_our_modules_are_imported_as_they_were_compiled(project) -> None:
+    project.write(
+        test_a_py="""
+        def test_one():
+            from pytest_fcvm import harness
+            assert type(harness.__loader__).__name__ == "SourceFileLoader"
+        """
+    )
+    assert project.run().parseoutcomes() == {"passed": 1}
+
+
 def test_the_plugin_can_be_left_out(idle) -> None:
     result = idle.run("-p", "no:fcvm")
     assert result.parseoutcomes() == {"passed": 2}

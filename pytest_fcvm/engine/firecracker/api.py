@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
-
-import httpx
+from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.engine.firecracker.faults import explain_fault
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
 from pytest_fcvm.errors import EngineError, UsageProblem
+
+if TYPE_CHECKING:
+    import httpx  # 0.1 s, and most hosts that ask for an engine have no Firecracker
 
 __all__ = [
     "ACTIONS",
@@ -134,6 +135,8 @@ class Api:
     def __init__(
         self, socket: Path, version: FirecrackerVersion, *, transport: httpx.BaseTransport | None = None
     ) -> None:
+        import httpx
+
         self._version = version
         self._one_at_a_time = threading.Lock()  # and no answer is cut off by `close`
         # No certificates are read for a socket of this host: that alone would take 20 ms per VM.
@@ -147,6 +150,8 @@ class Api:
 
         Raise UsageProblem for what this version does not know, an error of ours with a hint for a refusal, NoAnswer.
         """
+        import httpx
+
         self._check(call, body)
         try:
             with self._one_at_a_time:
