@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Clone after clone from one process: none deaf, none somebody else's double, nothing that grows.
 
-    benchmarks/endurance.py --clones 1000 [--image IMAGE] [--pool N|auto] [--json FILE]
+    benchmarks/endurance.py --clones 1000 [--ask-every N] [--image IMAGE] [--pool N|auto] [--json FILE]
 
-Each clone answers an HTTP GET and says its random bytes, MAC, machine-id, boot id and host name. The table goes to
-standard output; the exit code is 1 when anything was found.
+Each clone answers an HTTP GET, and says its random bytes, MAC, machine-id, boot id and host name, which takes an emulated
+one longer than all else. The table goes to standard output; the exit code is 1 when anything was found.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def main() -> int:
         harness = Harness(Options(pool=parse_pool(arguments.pool)), shared_dir=Path(shared), announce=_say)
         try:
             snapshot = harness.snapshot(MachineSpec(image=image, ready=parse_ready("http:80/")), "endurance")
-            seen: list[set[str]] = [set() for _ in _NAMES]
+            seen: list[set[int]] = [set() for _ in _NAMES]
             times: list[float] = []
             print(_row(("clones", "ms", "files", "threads", "MiB", "guard MiB", "run dir", "store")), flush=True)
             for number in range(1, arguments.clones + 1):
                 started = monotonic()
                 with snapshot.clone() as clone:
                     times.append((monotonic() - started) * 1e3)
-                    findings += _look_at(clone, seen, number)
+                    findings += _look_at(clone, seen, number, asks=number % arguments.ask_every == 0)
                 if number % every == 0:
                     samples.append(_sample(harness, number, times))
                     times = []
@@ -92,6 +92,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--clones", type=int, default=1000, metavar="N", help="how many (default: 1000)")
     parser.add_argument("--every", type=int, default=100, metavar="N", help="clones between samples (default: 100)")
+    parser.add_argument("--ask-every", type=int, default=1, metavar="N", help="ask only each Nth who it is")
     parser.add_argument("--image", metavar="IMAGE", help="an image with a web server (default: our nginx)")
     parser.add_argument("--pool", default="auto", metavar="N|auto", help="clones kept ahead (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples and findings to a file")
@@ -102,19 +103,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _look_at(clone: Clone, seen: list[set[str]], number: int) -> list[str]:
+def _look_at(clone: Clone, seen: list[set[int]], number: int, *, asks: bool) -> list[str]:
     """Talk to a clone and return what is wrong with it."""
     try:
         with urllib.request.urlopen(clone.url(80), timeout=_ANSWER_S) as answer:
             answer.read()
-        lines = clone.succeed(_SCRIPT).splitlines()
+        lines = clone.succeed(_SCRIPT).splitlines() if asks else []
     except Exception as error:  # noqa: BLE001  whatever it is, the clone is deaf and the next one is tried
         return [f"clone {number} is deaf: {error}"]
     found = []
-    for name, value, known in zip(_NAMES, map(str.strip, lines), seen, strict=True):
-        if value in known:
+    for name, value, known in zip(_NAMES, map(str.strip, lines), seen, strict=asks):
+        if hash(value) in known:  # hashes, so that what is remembered here does not look like growth
             found.append(f"clone {number} has the {name} of another: {value}")
-        known.add(value)
+        known.add(hash(value))
     return found
 
 

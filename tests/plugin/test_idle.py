@@ -94,11 +94,9 @@ def test_with_an_option_the_header_shows_the_image_and_nothing_is_summed_up(idle
 
 def test_our_modules_are_imported_as_they_were_compiled(project) -> None:
     project.write(
-        test_a_py="""
-        def test_one():
-            from pytest_fcvm import harness
-            assert type(harness.__loader__).__name__ == "SourceFileLoader"
-        """
+        test_a_py="def test_one():\n"
+        "    from pytest_fcvm import harness\n"
+        '    assert type(harness.__loader__).__name__ == "SourceFileLoader"\n'
     )
     assert project.run().parseoutcomes() == {"passed": 1}
 
