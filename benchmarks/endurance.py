@@ -3,8 +3,8 @@
 
     benchmarks/endurance.py --clones 1000 [--ask-every N] [--image IMAGE] [--pool N|auto] [--json FILE]
 
-Each clone answers an HTTP GET, and says its random bytes, MAC, machine-id, boot id and host name, which takes an emulated
-one longer than all else. The table goes to standard output; the exit code is 1 when anything was found.
+Each clone answers an HTTP GET, and says its random bytes, MAC, machine-id, boot id and host name, which takes an
+emulated one longer than all else. The table goes to standard output; the exit code is 1 when anything was found.
 """
 
 from __future__ import annotations
