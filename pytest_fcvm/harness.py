@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +43,7 @@ __all__ = ["Harness"]
 T = TypeVar("T")
 Announce = Callable[[str], None]
 _Make = Callable[[Path, Announce], Mapping[str, Any]]
+_Wanted = tuple[str, Hashable]  # the key of a snapshot, and what its clones are to be like
 
 _ADMISSION_S = 300.0
 _POOLS = 4  # snapshots of which a process keeps clones ahead
@@ -71,7 +72,8 @@ class Harness:
         self._resources = ExitStack()
         self._lock = threading.RLock()
         self._owner = os.getpid()
-        self._snapshots: dict[str, Snapshot] = {}
+        self._entries: dict[str, Entry] = {}
+        self._snapshots: dict[_Wanted, Snapshot] = {}
         self._network_numbers = itertools.count(1)
         self._images: dict[str, _Image] = {}
         self._no_engine = ""
@@ -98,13 +100,16 @@ class Harness:
                 )
             parts = self._ingredients(spec, who)
             key = snapshot_key(parts, self.store)
-            if key not in self._snapshots:
-                entry = self._find_or_build(key, parts, who)
-                self._resources.enter_context(entry.in_use())
-                self._snapshots[key] = Snapshot(entry=entry, parts=parts, workshop=self._workshop)
-                self._resources.callback(self._snapshots[key].close)
-            self._keep_few_pools(key)
-            return self._snapshots[key]
+            if key not in self._entries:
+                self._entries[key] = self._find_or_build(key, parts, who)
+                self._resources.enter_context(self._entries[key].in_use())
+            wanted = key, spec.of_clones
+            if wanted not in self._snapshots:
+                snapshot = Snapshot(entry=self._entries[key], parts=parts, workshop=self._workshop)
+                self._resources.callback(snapshot.close)
+                self._snapshots[wanted] = snapshot
+            self._keep_few_pools(wanted)
+            return self._snapshots[wanted]
 
     def keep(self, clone: Clone, test: str, number: int = 0) -> None:
         """Save what a clone is now for `replay`, in place of what the test's clone of that number left before.
@@ -340,14 +345,14 @@ class Harness:
     def _admit_ahead(self, mem_mib: int) -> Ticket:
         return self._admission.admit_ahead(mem_mib, holder=f"pid {os.getpid()}, ahead of its tests")
 
-    def _keep_few_pools(self, key: str) -> None:
+    def _keep_few_pools(self, wanted: _Wanted) -> None:
         """Give back the clones ahead of tests that seem to be over: only the snapshots asked for last keep theirs."""
-        self._snapshots[key] = self._snapshots.pop(key)  # dictionaries keep the order in which keys came
+        self._snapshots[wanted] = self._snapshots.pop(wanted)  # dictionaries keep the order in which keys came
         self._drain_pools(list(self._snapshots)[:-_POOLS])
 
-    def _drain_pools(self, keys: Iterable[str]) -> None:
-        for key in list(keys):
-            self._snapshots[key].drain()
+    def _drain_pools(self, snapshots: Iterable[_Wanted]) -> None:
+        for wanted in list(snapshots):
+            self._snapshots[wanted].drain()
 
     def _count_clone(self, clone: Clone) -> None:
         self._clones += 1

@@ -181,6 +181,8 @@ ROWS: tuple[Row, ...] = (
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
     _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
     _machine("warm", "warm", _warm, "command run in each clone that is made ahead of its test", metavar="COMMAND"),
+    _machine("hook", "hook", _text, "command run in each clone before its workload goes on", metavar="COMMAND"),
+    _machine("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
     _machine("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
     _machine("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
     _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),

@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.machine import Machine, waking_identity
 from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
-from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
-from pytest_fcvm.model.guest import ExitStatus, Identity
+from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_port
 from pytest_fcvm.model.results import ExecResult, Timeline
@@ -278,10 +278,10 @@ class Clone:
         self._paused = True
 
     def resume(self) -> None:
-        """Let the guest go on, with the host's time of day."""
+        """Let the guest go on, with the time of day that its spec wants."""
         self._machine.vm.resume()
         self._paused = False
-        self._machine.agent.personalise(Identity(realtime_ns=real_time_ns()), timeout_s=_CALL_S)
+        self._machine.agent.personalise(waking_identity(self.spec.clock), timeout_s=_CALL_S)
 
     def stop(self, timeout: float = 30) -> ExitStatus:
         """Ask the workload to end, by the signal that its image names, and return how it did. The guest runs on.

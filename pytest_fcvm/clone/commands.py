@@ -12,7 +12,7 @@ from pytest_fcvm.errors import CommandFailed, GuestError, UsageProblem
 from pytest_fcvm.model.guest import ExitStatus, ProcessSpec
 from pytest_fcvm.model.results import ExecResult
 
-__all__ = ["Command", "ExecDefaults", "command_failed", "exec_result", "spell"]
+__all__ = ["SHELL", "Command", "ExecDefaults", "command_failed", "exec_result", "spell"]
 
 Command = str | Sequence[str]
 

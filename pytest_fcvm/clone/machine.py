@@ -11,14 +11,21 @@ from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
-from pytest_fcvm.model.guest import ExitStatus, ListenState
+from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.model.guest import ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.model.specs import Clock
 
-__all__ = ["Machine", "Publisher"]
+__all__ = ["Machine", "Publisher", "waking_identity"]
 
 
 _CALL_S = 30.0
+
+
+def waking_identity(clock: Clock) -> Identity:
+    """Return what a machine is told that goes on after it stood still: the time of day, where that is the host's."""
+    return Identity(realtime_ns=real_time_ns() if clock is Clock.HOST else None)
 
 
 class Publisher(Protocol):

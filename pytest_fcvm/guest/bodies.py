@@ -46,6 +46,7 @@ def identity_body(identity: Identity) -> Body:
         body.append((FieldTag.BOOT_ID, identity.boot_id))
     body += _machine_body(identity)
     body += ((FieldTag.ARG, argument) for argument in identity.hook)
+    body += ((FieldTag.ENV, f"{name}={value}") for name, value in identity.hook_env.items())
     return body
 
 

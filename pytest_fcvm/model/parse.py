@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import Proto, PublishedPort
-from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
+from pytest_fcvm.model.specs import Clock, MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
 
 __all__ = [
     "parse_bool",
+    "parse_clock",
     "parse_command",
     "parse_count",
     "parse_disk_mib",
@@ -108,6 +109,14 @@ def parse_bool(text: str | bool) -> bool:
     if word in ("0", "false", "no", "off", ""):
         return False
     raise UsageProblem(f"{text!r} is neither yes nor no", hint="write true or false")
+
+
+def parse_clock(text: str) -> Clock:
+    """Read `host` or `snapshot`."""
+    try:
+        return Clock(text)
+    except ValueError:
+        raise UsageProblem(f"{text!r} is no clock", hint="write host or snapshot") from None
 
 
 def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:

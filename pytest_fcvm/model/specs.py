@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -14,7 +14,16 @@ from typing import Any
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import PublishedPort
 
-__all__ = ["MachineSpec", "MappedPath", "NetworkMode", "NetworkSpec", "Prepare", "ReadyMode", "ReadySpec"]
+__all__ = [
+    "Clock",
+    "MachineSpec",
+    "MappedPath",
+    "NetworkMode",
+    "NetworkSpec",
+    "Prepare",
+    "ReadyMode",
+    "ReadySpec",
+]
 
 
 class ReadyMode(StrEnum):
@@ -87,6 +96,13 @@ class NetworkSpec:
         return f"{self.mode},egress" if self.egress else str(self.mode)
 
 
+class Clock(StrEnum):
+    """What time of day it is in a clone: the host's, or the snapshot's, which goes on from where it was."""
+
+    HOST = "host"
+    SNAPSHOT = "snapshot"
+
+
 @dataclass(frozen=True, kw_only=True)
 class MappedPath:
     """A file or folder of the host that is copied into the guest before the workload starts."""
@@ -128,7 +144,8 @@ class MachineSpec:
     `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
     or a command line for the guest's shell. `warm`, a function that gets the clone or a command, is run in clones that
     are made ahead of their tests: what it does is in them, and what it runs is fast in the test. `disk_mib` puts what
-    the guest writes on a disk instead of in memory.
+    the guest writes on a disk instead of in memory. `hook` is a line for the guest's shell, run as root in each clone
+    before its workload goes on.
     """
 
     image: str | None = None
@@ -143,9 +160,16 @@ class MachineSpec:
     ready_timeout_s: float = 120.0
     prepare: Prepare | str | None = None
     warm: Callable[[Any], object] | str | None = None
+    hook: str | None = None
+    clock: Clock = Clock.HOST
     user: str | None = None
     workdir: str | None = None
     command: tuple[str, ...] | None = None
+
+    @property
+    def of_clones(self) -> Hashable:
+        """Return what of it makes clones differ that are of the same snapshot."""
+        return self.publish, id(self.warm) if callable(self.warm) else self.warm, self.hook, self.clock
 
     def merged(self, changes: Mapping[str, Any]) -> MachineSpec:
         """Return a spec with the changes of a closer source laid over this one. Raise UsageProblem for a wrong name."""

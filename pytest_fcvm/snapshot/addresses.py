@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.clone.commands import SHELL
+from pytest_fcvm.clone.machine import waking_identity
 from pytest_fcvm.model.guest import GuestConfig, Identity
+from pytest_fcvm.model.specs import MachineSpec
 
 __all__ = ["base_config", "fresh_identity", "hosts_of"]
 
@@ -33,15 +35,20 @@ def base_config(upper_mib: int, egress: bool) -> GuestConfig:
     )
 
 
-def fresh_identity(name: str, *, has_peer: bool, hosts: Iterable[str] = ()) -> Identity:
+def fresh_identity(
+    name: str, spec: MachineSpec, env: Mapping[str, str], *, has_peer: bool, hosts: Iterable[str] = ()
+) -> Identity:
     """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day.
 
-    With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are further lines.
+    `env` is for the hook. With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are
+    further lines.
     """
     random = os.urandom(70)
     return Identity(
         entropy=random[:32],
-        realtime_ns=real_time_ns(),
+        realtime_ns=waking_identity(spec.clock).realtime_ns,
+        hook=(*SHELL, spec.hook) if spec.hook else (),
+        hook_env=env if spec.hook else {},
         hostname=name,
         machine_id=uuid.UUID(bytes=random[32:48], version=4).hex,
         boot_id=str(uuid.UUID(bytes=random[48:64], version=4)),

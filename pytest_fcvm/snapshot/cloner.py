@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, ExitStack
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine, Publisher
+from pytest_fcvm.clone.machine import Machine, Publisher, waking_identity
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
-from pytest_fcvm.host.clock import monotonic, real_time_ns
+from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Proto, PublishedPort
@@ -99,7 +99,7 @@ class Cloner:
         try:
             if pooled.asleep:
                 machine.vm.resume()
-                machine.agent.personalise(Identity(realtime_ns=real_time_ns()), timeout_s=_ANSWER_S)
+                machine.agent.personalise(waking_identity(self._parts.spec.clock), timeout_s=_ANSWER_S)
         except FcvmError:
             machine.close()
             raise
@@ -147,7 +147,7 @@ class Cloner:
                 agent = start_session(
                     vm.channel(),
                     bytes.fromhex(self._entry.facts["secret"]),
-                    identity=fresh_identity(name, has_peer=not self._parts.is_relayed, hosts=_hosts_on(cables)),
+                    identity=self._identity(name, cables),
                     cables=cables,
                     log_sink=log.append,
                     timeout_s=_RESTORE_S,
@@ -157,6 +157,12 @@ class Cloner:
             raise abandon(vm, log, error) from None
         timeline.mark("agent", monotonic())
         return Machine(vm, agent, log, vm, timeline)
+
+    def _identity(self, name: str, cables: tuple[Cable, ...]) -> Identity:
+        parts = self._parts
+        return fresh_identity(
+            name, parts.spec, parts.defaults.env, has_peer=not parts.is_relayed, hosts=_hosts_on(cables)
+        )
 
     def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
         """Return the ports that the VMM is to map."""

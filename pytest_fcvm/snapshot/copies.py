@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.machine import Machine, waking_identity
 from pytest_fcvm.guest.frames import new_secret
 from pytest_fcvm.host.clock import monotonic, real_time_ns
-from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 from pytest_fcvm.snapshot.build import BASE_LOG, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
@@ -37,8 +36,7 @@ def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any]
         (folder / BASE_LOG).write_bytes(machine.log.content())
         machine.vm.save(snapshot_files(folder, parts))
     finally:
-        identity = Identity(realtime_ns=real_time_ns())
-        machine.agent.go_on(machine.vm.channel(), identity, timeout_s=_CALL_S)
+        machine.agent.go_on(machine.vm.channel(), waking_identity(parts.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],
