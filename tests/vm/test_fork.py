@@ -168,6 +168,29 @@ def test_much_changed_memory_is_copied_whole(fcvm_clone: Clone) -> None:
     assert fcvm_clone.succeed("md5sum </dev/shm/noise", timeout=300) == digest
 
 
+def test_a_channel_that_nobody_empties_is_no_hindrance(fcvm_clone: Clone) -> None:
+    with fcvm_clone.popen("yes") as unread, fcvm_clone.popen(f"{COUNT} | tee /tmp/counted") as counter:
+        assert unread.stdout.read(2) == b"y\n"
+        assert counter.stdout.readline() == b"1\n"
+        time.sleep(1)  # `yes` has filled all that it may
+        (fork,) = fcvm_clone.fork()
+        assert count_of(fork) == count_of(fcvm_clone) == 1
+        lines = [b"1", *counter.stdout.read1().split()]
+        assert lines == [b"%d" % number for number in range(1, len(lines) + 1)]
+        assert unread.stdout.read(200_000) == b"y\n" * 100_000
+
+
+def flood(base: Clone) -> None:
+    unread = base.popen("yes")
+    assert unread.stdout.read(2) == b"y\n"
+    time.sleep(1)
+
+
+@pytest.mark.fcvm(command=["sh", "-c", "sleep 1; yes to the log"], ready="log:to the log", prepare=Prepare(flood))
+def test_a_base_whose_channel_is_full_is_snapshotted_all_the_same(fcvm_clone: Clone) -> None:
+    assert fcvm_clone.succeed("echo awake") == "awake\n"
+
+
 def fork_it(base: Clone) -> None:
     with pytest.raises(UsageProblem, match="prepared"):
         base.fork()

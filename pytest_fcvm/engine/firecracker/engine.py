@@ -95,7 +95,8 @@ class FirecrackerEngine:
         passed = {DISK_FD: disk.descriptor} if disk else {}
         links = drive_links(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if disk else None)
         launched = self._launch(plan.name, links, passed)
-        return FirecrackerVm(plan.name, launched, version, load_calls(files), disk=disk)
+        calls, mem_mib = load_calls(files), plan.shape.mem_mib
+        return FirecrackerVm(plan.name, launched, version, calls, mem_mib=mem_mib, disk=disk)
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""

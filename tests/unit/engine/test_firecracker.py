@@ -95,6 +95,17 @@ class Bench:
         base.kill()
         return files
 
+    def copy(self) -> SnapshotFiles:
+        folder = self.folder / "copy"
+        folder.mkdir()
+        return SnapshotFiles(
+            memory=folder / "memory",
+            state=folder / "state",
+            rootfs=self.folder / "rootfs",
+            disk=folder / "disk",
+            of_clone=True,
+        )
+
     def restore(self, engine: FirecrackerEngine, files: SnapshotFiles, stack: ExitStack) -> FirecrackerVm:
         return _living(engine.restore(RestorePlan(name="clone", shape=SHAPE, files=files)), stack)
 
@@ -261,6 +272,38 @@ def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
     os.pwrite(clone.disk.descriptor, b"other", 0)
     assert disk.read_bytes().startswith(b"as in the snapshot")
     assert Path(f"/proc/{clone.pid}/fd/3").read_bytes().startswith(b"other")
+
+
+@pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
+def test_a_running_clone_is_copied_and_goes_on(bench: Bench, stack: ExitStack, version: str) -> None:
+    disk = bench.folder / "disk"
+    disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
+    engine = bench.probed(version)
+    clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
+    assert clone.disk is not None
+    os.pwrite(clone.disk.descriptor, b"changed", 0)
+    copy = bench.copy()
+    clone.save(copy)
+    assert talk(clone, "ping 1") == "pong 1"
+    assert copy.disk is not None
+    assert copy.disk.read_bytes().startswith(b"changed")
+    for path in (copy.memory, copy.state, copy.disk):
+        assert path.stat().st_mode & 0o777 == 0o600
+    fork = _living(engine.restore(RestorePlan(name="fork", shape=SHAPE, files=copy)), stack)
+    assert talk(fork, "ping 2") == "pong 2"
+
+
+def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
+    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    copy = bench.copy()
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)))
+    with pytest.raises(HostError, match="no room in"):
+        clone.save(copy)
+    assert not list(copy.memory.parent.iterdir())
+    assert talk(clone, "ping 1") == "pong 1"
 
 
 # -- refusals
