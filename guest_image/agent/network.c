@@ -13,6 +13,8 @@
 #include "names.h"
 #include "protocol.h"
 
+enum { JOINED_MAX = 8 }; /* cards beside the first */
+
 static unsigned loopback, interface;
 static struct inet address, gateway;
 static uint8_t mac[6];
@@ -159,6 +161,21 @@ int network_configure(const struct body *body, struct failure *failure)
     return netlink_commit(failure);
 }
 
+/* What a private network's card was given last: a copy of a machine joins with another address. */
+static struct inet *joined_address(unsigned index)
+{
+    static struct joined {
+        unsigned index;
+        struct inet address;
+    } joined[JOINED_MAX];
+    unsigned i = 0;
+
+    while (i < JOINED_MAX - 1 && joined[i].index && joined[i].index != index)
+        i++;
+    joined[i].index = index;
+    return &joined[i].address;
+}
+
 int network_join(const struct body *body, struct reply *reply, struct failure *failure)
 {
     const char *name = body_text(body, FIELD_INTERFACE);
@@ -178,8 +195,13 @@ int network_join(const struct body *body, struct reply *reply, struct failure *f
     set_options(name);
     netlink_begin();
     netlink_link(index, own_mac ? (const uint8_t *)own_mac->bytes : NULL, true);
-    if (own.family)
+    struct inet *before = joined_address(index);
+    if (own.family && !inet_equal(before, &own)) {
+        if (before->family)
+            netlink_address(false, index, before);
         netlink_address(true, index, &own);
+        *before = own;
+    }
     return netlink_commit(failure);
 }
 

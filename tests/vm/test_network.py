@@ -45,6 +45,21 @@ def test_machines_reach_each_other_by_name_and_by_address(
     assert fcvm_network.names == ("one", "three", "two")
 
 
+def test_a_copy_of_a_machine_joins_under_a_name_and_an_address_of_its_own(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network
+) -> None:
+    one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+    one.succeed("echo the origin > /var/www/html/index.html")
+    with one.snapshot() as copied:
+        three = fcvm_clone_factory(copied, name="three", network=fcvm_network)
+    one.succeed("echo changed since > /var/www/html/index.html")
+    pages = {name: two.succeed(["perl", "-e", GET, name]) for name in ("one", "three")}
+    assert "changed since" in pages["one"]
+    assert "the origin" in pages["three"]
+    assert "changed since" in three.succeed(["perl", "-e", GET, "one"])  # not itself under its origin's address
+    assert reaches(three, "two")
+
+
 def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network, tmp_path: Path
 ) -> None:
