@@ -34,6 +34,7 @@ from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.network import Network
 from pytest_fcvm.options import Options
+from pytest_fcvm.pruning import make_room
 from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
 from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
@@ -310,9 +311,20 @@ class Harness:
         if built:
             self._built += 1
             announce(f"snapshot ready after {monotonic() - started:.1f} s")
+            self._make_room(entry)
         else:
             self._reused += 1
         return entry
+
+    def _make_room(self, newest: Entry) -> None:
+        """Let snapshots go that were not wanted for longest, once there are more than the cache may hold."""
+        limit = self._options.cache_limit_mib
+        if limit is None:
+            return
+        with newest.in_use():
+            freed = make_room(self.store, limit)
+        if freed:
+            self._notes.append(f"the cache had grown over --fcvm-cache-limit: {freed >> 20} MiB of it were freed")
 
     def _obtain(self, kind: str, key: str, make: _Make, who: str, *, fresh: bool = False) -> tuple[Entry, bool]:
         """Return an entry and whether it was built here. `fresh` builds it anew, once in a run.

@@ -194,6 +194,7 @@ ROWS: tuple[Row, ...] = (
     _run("firecracker", "firecracker", _path, "Firecracker to use", metavar="PATH", default="firecracker on PATH"),
     _run("kernel", "kernel", _kernel, "guest kernel (bzImage), or a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
     _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
+    _run("cache-limit", "cache_limit_mib", _plain(parse.parse_limit_mib), "what all snapshots may take; more, and those not wanted for longest go", metavar="SIZE|off", default="20G"),
     _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
     _run("rebuild", "rebuild", _plain(parse.parse_bool), "build snapshots anew", kind=RowKind.FLAG),
     _run("pool", "pool", _plain(parse.parse_pool), "clones kept ahead of the tests per image and worker; 0 for none", metavar="N|auto", default="auto"),
@@ -219,6 +220,7 @@ class Options:
     firecracker: Path | None = None
     kernel: Path | str | None = None
     cache_dir: Path | None = None
+    cache_limit_mib: int | None = 20 << 10
     pull: str = "missing"
     rebuild: bool = False
     pool: int | None = None

@@ -23,7 +23,7 @@ FLOORS = (
     {"harness"},
     {"snapshot", "network"},
     {"clone"},
-    {"ready", "image", "kernel"},
+    {"ready", "image", "kernel", "pruning"},
     {"engine", "guest", "options", "hookspecs", "store", "failures"},
     {"net", "model", "host"},
     {"errors"},

@@ -198,15 +198,14 @@ def _snapshot_rm(options: argparse.Namespace) -> int:
 def _snapshot_prune(options: argparse.Namespace) -> int:
     from pytest_fcvm.cli.snapshots import prune
     from pytest_fcvm.model.parse import parse_count, parse_duration, parse_size_mib
+    from pytest_fcvm.pruning import Bounds
 
-    outcomes = prune(
-        options.cache_dir,
+    bounds = Bounds(
         older_than_s=parse_duration(options.older_than) if options.older_than else None,
         max_mib=parse_size_mib(options.max_size) if options.max_size else None,
         keep=0 if options.keep == "0" else parse_count(options.keep) if options.keep else None,
-        dry_run=options.dry_run,
     )
-    return _tell(outcomes, options)
+    return _tell(prune(options.cache_dir, bounds, dry_run=options.dry_run), options)
 
 
 def _tell(outcomes: Sequence[Outcome], options: argparse.Namespace) -> int:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_fcvm import pruning
 from pytest_fcvm.cli.table import render_age, render_json, render_size, render_table
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.clock import real_time_ns
 from pytest_fcvm.host.paths import cache_root
+from pytest_fcvm.pruning import Bounds, Outcome
 from pytest_fcvm.store import Entry, Shelf, Store
 
 __all__ = [
@@ -47,17 +49,6 @@ class Listing:
     in_use: bool
     test: str = ""  # whose machine this is, kept as it ended
     rootfs: str = field(default="", repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What was done to an entry, or why not. `bad` outcomes make the command's exit code 1."""
-
-    kind: str
-    key: str
-    what: str
-    bad: bool = False
-    size_bytes: int = 0
 
 
 def find_all(cache_dir: str | None, *, everything: bool = False) -> list[Listing]:
@@ -112,39 +103,18 @@ def verify(cache_dir: str | None, prefixes: Sequence[str]) -> list[Outcome]:
 def remove(cache_dir: str | None, prefixes: Sequence[str]) -> list[Outcome]:
     """Remove entries that nobody uses."""
     store = _store(cache_dir)
-    return [_remove(store, kind, entry) for kind, entry in [_resolve(store, prefix) for prefix in prefixes]]
+    chosen = [_resolve(store, prefix) for prefix in prefixes]
+    return [pruning.remove(kind, entry, store.shelf(kind)) for kind, entry in chosen]
 
 
-def prune(
-    cache_dir: str | None,
-    *,
-    older_than_s: float | None = None,
-    max_mib: int | None = None,
-    keep: int | None = None,
-    dry_run: bool = False,
-) -> list[Outcome]:
+def prune(cache_dir: str | None, bounds: Bounds, *, dry_run: bool = False) -> list[Outcome]:
     """Remove the snapshots that were not wanted for longest, as far as the bounds ask, then what only they needed.
 
     Raise UsageProblem without a bound. What is in use stays, and counts.
     """
-    if older_than_s is None and max_mib is None and keep is None:
+    if bounds == Bounds():
         raise UsageProblem("prune needs a bound", hint="--older-than 7d, --max-size 5G or --keep 10")
-    store = _store(cache_dir)
-    listings = [_list(kind, entry, store.shelf(kind)) for kind, entry in _entries(store, _KINDS[:1])]
-    doomed = _doomed(listings, _now() - older_than_s if older_than_s else None, max_mib, keep)
-    left = {listing.rootfs for listing in listings} - {listing.rootfs for listing in listings if listing.key in doomed}
-    for kind, entry in _entries(store, _KINDS[1:2]):
-        listing = _list(kind, entry, store.shelf(kind))
-        old = older_than_s is None or listing.used_s < _now() - older_than_s
-        if "digest" in entry.facts and entry.key not in left and old and not listing.in_use:
-            doomed[entry.key] = kind
-    return [
-        Outcome(kind=kind, key=entry.key, what="would be removed", size_bytes=entry.size_bytes)
-        if dry_run
-        else _remove(store, kind, entry)
-        for kind, entry in _entries(store, _KINDS[:2])
-        if doomed.get(entry.key) == kind
-    ]
+    return pruning.prune(_store(cache_dir), bounds, dry_run=dry_run)
 
 
 def render_outcomes(outcomes: Sequence[Outcome], *, as_json: bool) -> str:
@@ -204,30 +174,6 @@ def _verify(store: Store, kind: str, entry: Entry) -> Outcome:
         fault = shelf.verify(entry.key)
     what = f"put aside, will be built anew: {fault}" if fault else "sound"
     return Outcome(kind=kind, key=entry.key, what=what, bad=bool(fault))
-
-
-def _remove(store: Store, kind: str, entry: Entry) -> Outcome:
-    shelf, size = store.shelf(kind), entry.size_bytes
-    with shelf.locked(entry.key, _WHO, lambda _text: None):
-        gone = shelf.remove(entry.key)
-    what = "removed" if gone else "kept: a run uses it"
-    return Outcome(kind=kind, key=entry.key, what=what, bad=not gone, size_bytes=size if gone else 0)
-
-
-def _doomed(
-    listings: Sequence[Listing], before_s: float | None, max_mib: int | None, keep: int | None
-) -> dict[str, str]:
-    doomed, kept, room = {}, 0, (max_mib or 0) << 20
-    for listing in listings:  # those wanted last come first
-        room -= listing.size_bytes
-        kept += 1
-        too_old = before_s is not None and listing.used_s < before_s
-        too_many = keep is not None and kept > keep
-        too_large = max_mib is not None and room < 0
-        if (too_old or too_many or too_large) and not listing.in_use:
-            doomed[listing.key] = listing.kind
-            room, kept = room + listing.size_bytes, kept - 1
-    return doomed
 
 
 def _now() -> float:

@@ -23,6 +23,7 @@ __all__ = [
     "parse_disk_mib",
     "parse_duration",
     "parse_env",
+    "parse_limit_mib",
     "parse_map",
     "parse_network",
     "parse_path",
@@ -54,6 +55,11 @@ def parse_size_mib(text: str | int) -> int:
     if size < 1:
         raise UsageProblem(f"{text!r} is not a size of at least 1 MiB", hint="write 512, 512M or 2G")
     return round(size)
+
+
+def parse_limit_mib(text: str | int) -> int | None:
+    """Read a size, or `off` for no limit, which is None."""
+    return None if str(text).strip().lower() == "off" else parse_size_mib(text)
 
 
 def parse_disk_mib(text: str | int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.cli import main
+from pytest_fcvm.pruning import make_room
 from pytest_fcvm.store import Entry, Store, canonical_digest
 
 Make = Callable[..., Entry]
@@ -160,6 +161,21 @@ def test_prune_keeps_within_each_bound_and_lets_go_of_what_only_the_pruned_neede
     fcvm("prune", "--keep", "0")
     assert [path.exists() for path in kept] == [False, False]
     assert not (cache / "images" / shared).exists()
+
+
+def test_room_is_made_only_where_there_is_too_little(make: Make, cache: Path) -> None:
+    rootfs = make("rootfs", kind="images", digest="x", image="b").key
+    unneeded = make("pulled just now", kind="images", digest="y", image="c").path
+    new, old = make("new", about=_about("a")).path, make("old", days=3, about=_about("b", rootfs)).path
+    store = Store(cache)
+    assert make_room(store, 100) == 0
+    assert unneeded.exists()  # somebody may be about to use it
+    with Entry(path=old, key=old.name, facts={}).in_use():
+        assert make_room(store, 1) >= 1 << 20  # the old one stays, and the newest makes room for it
+    assert (new.exists(), old.exists()) == (False, True)
+    assert make_room(store, 1) >= 2 << 20
+    assert not old.exists()
+    assert not (cache / "images" / rootfs).exists()
 
 
 def test_prune_without_a_bound_is_wrong_usage(fcvm: Callable[..., Any]) -> None:

@@ -1,0 +1,97 @@
+"""Making room in the cache: the snapshots that were not wanted for longest go, and then what only they needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.store import Entry, Shelf, Store
+
+__all__ = ["Bounds", "Outcome", "make_room", "prune", "remove"]
+
+_SNAPSHOTS, _IMAGES = "snapshots", "images"
+_WHO = "making room"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What may stay: snapshots wanted within `older_than_s`, `max_mib` of them together, `keep` of them."""
+
+    older_than_s: float | None = None
+    max_mib: int | None = None
+    keep: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was done to an entry, or why not. `bad` outcomes make the command's exit code 1."""
+
+    kind: str
+    key: str
+    what: str
+    bad: bool = False
+    size_bytes: int = 0
+
+
+def remove(kind: str, entry: Entry, shelf: Shelf) -> Outcome:
+    """Remove an entry unless somebody uses it."""
+    size = entry.size_bytes
+    with shelf.locked(entry.key, _WHO, lambda _text: None):
+        gone = shelf.remove(entry.key)
+    what = "removed" if gone else "kept: a run uses it"
+    return Outcome(kind=kind, key=entry.key, what=what, bad=not gone, size_bytes=size if gone else 0)
+
+
+def prune(store: Store, bounds: Bounds, *, dry_run: bool = False) -> list[Outcome]:
+    """Remove snapshots as far as the bounds ask, then the root file systems that only they needed.
+
+    What is in use stays, and counts. With `dry_run` it is only said what would go.
+    """
+    snapshots, images = store.shelf(_SNAPSHOTS), store.shelf(_IMAGES)
+    before_s = real_time_ns() / 1e9 - bounds.older_than_s if bounds.older_than_s else None
+    doomed = _choose(snapshots, bounds, before_s)
+    needed = {_rootfs_of(entry) for entry in snapshots.entries() if entry.key not in {one.key for one in doomed}}
+    orphans = [
+        entry
+        for entry in images.entries()
+        if "digest" in entry.facts
+        and entry.key not in needed
+        and (before_s is None or entry.used_s < before_s)
+        and not images.is_in_use(entry.key)
+    ]
+    chosen = [
+        *((_SNAPSHOTS, entry, snapshots) for entry in doomed),
+        *((_IMAGES, entry, images) for entry in orphans),
+    ]
+    if dry_run:
+        what = "would be removed"
+        return [Outcome(kind=kind, key=entry.key, what=what, size_bytes=entry.size_bytes) for kind, entry, _ in chosen]
+    return [remove(kind, entry, shelf) for kind, entry, shelf in chosen]
+
+
+def make_room(store: Store, max_mib: int) -> int:
+    """Prune once all snapshots together take more than so much; return how many bytes that has freed."""
+    bounds = Bounds(max_mib=max_mib)
+    if not _choose(store.shelf(_SNAPSHOTS), bounds, None):
+        return 0
+    return sum(outcome.size_bytes for outcome in prune(store, bounds))
+
+
+def _choose(shelf: Shelf, bounds: Bounds, before_s: float | None) -> Sequence[Entry]:
+    doomed, kept, room = [], 0, (bounds.max_mib or 0) << 20
+    for entry in shelf.entries():  # those wanted last come first
+        size = entry.size_bytes
+        room -= size
+        kept += 1
+        too_old = before_s is not None and entry.used_s < before_s
+        too_many = bounds.keep is not None and kept > bounds.keep
+        too_large = bounds.max_mib is not None and room < 0
+        if (too_old or too_many or too_large) and not shelf.is_in_use(entry.key):
+            doomed.append(entry)
+            room, kept = room + size, kept - 1
+    return doomed
+
+
+def _rootfs_of(entry: Entry) -> str:
+    return str(entry.facts.get("about", {}).get("rootfs", ""))
