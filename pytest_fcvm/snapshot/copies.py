@@ -20,8 +20,12 @@ _CALL_S = 60.0
 
 
 def as_copied(parts: Ingredients) -> Ingredients:
-    """Return what a copy is made of: in the state it was in, and not proven by a condition that may hold no more."""
-    return replace(parts, ready=ReadySpec(mode=ReadyMode.AGENT))
+    """Return what a copy is made of: in the state it was in, not proven by a condition that may hold no more.
+
+    Its ports are any free ones of the host: those that were wanted are the origin's.
+    """
+    publish = tuple(replace(port, host_port=0) for port in parts.spec.publish)
+    return replace(parts, spec=replace(parts.spec, publish=publish), ready=ReadySpec(mode=ReadyMode.AGENT))
 
 
 def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any], folder: Path) -> dict[str, Any]:

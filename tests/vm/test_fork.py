@@ -140,6 +140,15 @@ def test_a_snapshot_of_it_can_be_cloned_until_it_is_closed(fcvm_clone: Clone) ->
         snapshot.clone()
 
 
+def test_a_host_port_that_was_asked_for_stays_with_the_clone(fcvm_clone_factory: CloneFactory) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        wanted = free.getsockname()[1]
+    clone = fcvm_clone_factory(publish=f"{wanted}:5301")
+    (fork,) = clone.fork()
+    assert clone.port(5301) == wanted != fork.port(5301)
+    assert count_of(clone) == count_of(fork) == 1
+
+
 def test_what_was_copied_ends_with_the_clone(fcvm_clone_factory: CloneFactory) -> None:
     before = copies_on_disk()
     clone = fcvm_clone_factory()
