@@ -145,8 +145,8 @@ class Api:
         )
         self._client = httpx.Client(transport=transport, base_url=_BASE_URL, timeout=_TIMEOUT_S, trust_env=False)
 
-    def send(self, call: Call, body: Mapping[str, Any] | None = None) -> Any:
-        """Make one call and return its answer, None where it has none.
+    def send(self, call: Call, body: Mapping[str, Any] | None = None, *, timeout_s: float = _TIMEOUT_S) -> Any:
+        """Make one call and return its answer, None where it has none. It must come within `timeout_s`.
 
         Raise UsageProblem for what this version does not know, an error of ours with a hint for a refusal, NoAnswer.
         """
@@ -157,7 +157,7 @@ class Api:
             with self._one_at_a_time:
                 if self._client.is_closed:
                     raise NoAnswer(f"Firecracker has ended before {call}")
-                answer = self._client.request(call.method, call.path, json=body)
+                answer = self._client.request(call.method, call.path, json=body, timeout=timeout_s)
         except httpx.HTTPError as error:
             raise NoAnswer(f"Firecracker did not answer {call}: {str(error) or type(error).__name__}") from error
         if answer.is_error:

@@ -33,6 +33,7 @@ _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.0005, 0.005
 _ANSWER_S = 120.0  # a nested host may stand still for a minute
 _LAST_WORDS_S = 2.0  # from a connection that broke to the end of the process
 _DIG_S = 60.0
+_WRITE_S = 600.0  # all of a guest's memory, to a disk that may be slow
 
 
 class FirecrackerVm(VmProcess):
@@ -120,7 +121,7 @@ class FirecrackerVm(VmProcess):
         try:
             with self._told():
                 self._api.send(api.VM, {"state": "Paused"})
-                self._api.send(api.SNAPSHOT_CREATE, body)
+                self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
             for path in (state, self._memory):
                 path.chmod(0o600)
             _dig_holes(self._memory)
@@ -145,7 +146,7 @@ class FirecrackerVm(VmProcess):
             self._set_state("Paused")
             try:
                 with self._told():
-                    self._api.send(api.SNAPSHOT_CREATE, body)
+                    self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
                 if self._disk and dest.disk:
                     self._disk.save(dest.disk)
             finally:
