@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 _BASE_URL = "http://localhost"
-_TIMEOUT_S = 60.0  # one call; a snapshot of a large guest writes all of its memory
+_TIMEOUT_S = 60.0  # one call
 
 
 @dataclass(frozen=True)
