@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles
@@ -16,7 +17,7 @@ from pytest_fcvm.store import Entry
 __all__ = ["read_ingredients", "write_ingredients"]
 
 _FILE = "ingredients"
-_NOT_KEPT = "engine"  # it holds processes
+_NOT_KEPT = ("engine", "files")  # they hold processes and functions
 
 
 def write_ingredients(parts: Ingredients, folder: Path) -> None:
@@ -24,12 +25,12 @@ def write_ingredients(parts: Ingredients, folder: Path) -> None:
 
     The functions of the spec are left out, they have done their work.
     """
-    files = GuestFiles(kernel=parts.files.kernel, initramfs=parts.files.initramfs, rootfs=parts.rootfs)
-    parts = replace(parts, spec=replace(parts.spec, prepare=None, warm=None), files=files)
-    kept = {field.name: getattr(parts, field.name) for field in fields(parts) if field.name != _NOT_KEPT}
+    parts = replace(parts, spec=replace(parts.spec, prepare=None, warm=None))
+    kept = {field.name: getattr(parts, field.name) for field in fields(parts) if field.name not in _NOT_KEPT}
+    files = parts.files.kernel, parts.files.initramfs, parts.rootfs
     path = folder / _FILE
     path.touch(mode=0o600)
-    path.write_bytes(pickle.dumps((version("pytest-fcvm"), kept)))
+    path.write_bytes(pickle.dumps((version("pytest-fcvm"), files, kept)))
 
 
 def read_ingredients(entry: Entry, engine: Engine, report: EngineReport) -> Ingredients:
@@ -37,16 +38,36 @@ def read_ingredients(entry: Entry, engine: Engine, report: EngineReport) -> Ingr
 
     Raise HostError when another version kept it, its image is gone, or the engine or the host are not the same.
     """
-    # An entry belongs to its user, mode 0700 around it: nobody else could have written this.
-    made_by, kept = pickle.loads(entry.file(_FILE).read_bytes())  # noqa: S301
+    made_by, files, kept = _read(entry.file(_FILE))
     if made_by != version("pytest-fcvm"):
         raise HostError(f"it was kept by pytest-fcvm {made_by}", hint=f"pip install pytest-fcvm=={made_by}")
-    parts = Ingredients(**kept, engine=engine)
+    parts = Ingredients(**kept, files=files, engine=engine)
     if not parts.rootfs.exists():
         raise HostError(f"the file system of {parts.spec.image} has been removed", hint="run the test again")
     if difference := _difference(parts.report, report):
         raise HostError(f"it was kept on another machine or engine: {difference}", hint="run the test again")
     return parts
+
+
+class _Values(pickle.Unpickler):
+    """Reads values of ours and nothing that could act: a cache may have come from elsewhere, as a job's artifact."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of our data classes or enumerations, or a path. Raise UnpicklingError for everything else."""
+        if module == "pathlib" or module.startswith(f"{__package__.partition('.')[0]}."):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, (Enum, PurePath))):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+def _read(path: Path) -> tuple[str, GuestFiles, dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            made_by, (kernel, initramfs, rootfs), kept = _Values(file).load()
+            return made_by, GuestFiles(kernel=kernel, initramfs=initramfs, rootfs=rootfs), kept
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError) as error:
+        raise HostError(f"{path} cannot be read: {error}", hint="run the test again") from error
 
 
 def _difference(kept: EngineReport, now: EngineReport) -> str:
