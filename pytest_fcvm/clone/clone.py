@@ -315,9 +315,9 @@ class Clone:
     def fork(self, count: int = 1) -> list[Clone]:
         """Return clones of what this one is now; it goes on, and they end with it at the latest."""
         copied = self.snapshot()
-        for _ in range(count):
-            self._forks.append(self._copies.enter_context(copied.clone()))
-        return self._forks[-count:] if count else []
+        made = [self._copies.enter_context(copied.clone()) for _ in range(count)]
+        self._forks += made
+        return made
 
     @property
     def forks(self) -> tuple[Clone, ...]:

@@ -46,6 +46,7 @@ class Machine:
         self._closers = ExitStack()
         self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
+        self.copying = threading.Lock()  # held while it is parked
         self.closed = False
         vm.on_exit(self._vm_ended)
         agent.on_workload_exit(self._workload_ended)

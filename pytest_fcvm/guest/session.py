@@ -136,7 +136,7 @@ class Session:
         body = encode_fields(opening.fields)
         with self.lock:
             self.raise_reason()
-            if self._final is not None:
+            if self._final is not None or self._parked:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
             self._way_back = way_back

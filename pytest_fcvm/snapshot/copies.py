@@ -35,12 +35,13 @@ def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any]
     asked of its agent waits; nothing of it ends. Raise EngineError, HostError or GuestError.
     """
     started, secret = monotonic(), new_secret()
-    machine.agent.park(secret, timeout_s=_CALL_S)
-    try:
-        (folder / BASE_LOG).write_bytes(machine.log.content())
-        machine.vm.save(snapshot_files(folder, parts))
-    finally:
-        machine.agent.go_on(machine.vm.channel(), waking_identity(parts.spec.clock), timeout_s=_CALL_S)
+    with machine.copying:
+        machine.agent.park(secret, timeout_s=_CALL_S)
+        try:
+            (folder / BASE_LOG).write_bytes(machine.log.content())
+            machine.vm.save(snapshot_files(folder, parts))
+        finally:
+            machine.agent.go_on(machine.vm.channel(), waking_identity(parts.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,16 @@ def test_a_paused_clone_says_what_to_do(fcvm_clone: Clone) -> None:
         fcvm_clone.snapshot()
     fcvm_clone.resume()
     assert count_of(fcvm_clone.fork()[0]) == 1
+
+
+def test_threads_may_copy_and_use_it_at_once(fcvm_clone: Clone) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        forks = [pool.submit(fcvm_clone.fork) for _ in range(3)]
+        calls = [pool.submit(fcvm_clone.succeed, "echo used; sleep 0.1") for _ in range(9)]
+        assert [call.result() for call in calls] == ["used\n"] * 9
+        made = [fork.result()[0] for fork in forks]
+    assert len({fork.name for fork in made}) == 3
+    assert [count_of(fork) for fork in made] == [1, 1, 1]
 
 
 def test_a_dead_clone_is_told_and_leaves_no_copy(fcvm_clone: Clone) -> None:

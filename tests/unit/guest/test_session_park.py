@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm.errors import GuestError
+from pytest_fcvm.errors import GuestError, UsageProblem
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.frames import FieldTag, StreamKind, decode_fields
 from pytest_fcvm.model.guest import Identity
@@ -62,6 +62,24 @@ def test_nothing_is_read_while_it_is_parked(parked: tuple[Agent, Any, bytes]) ->
     old.sock.sendall(b"no frame at all" * 100)
     assert old.take_all() == []
     assert agent.session.reason is None
+
+
+def test_a_parked_session_is_not_parked_again_and_loses_nothing_by_the_try(
+    cleanup: ExitStack, parked: tuple[Agent, Any, bytes]
+) -> None:
+    agent, old, way_back = parked
+    call = in_background(lambda: agent.metrics(timeout_s=10))
+    assert old.take_all() == []
+    with pytest.raises(UsageProblem, match="already"):
+        agent.park(SECRET)
+    host, guest = socket.socketpair()
+    new = type(old)(cleanup.enter_context(guest))
+    going = in_background(lambda: agent.go_on(host, Identity(realtime_ns=1)))
+    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    for _ in range(2):
+        new.reply(new.take().stream)
+    going.join()
+    call.join()
 
 
 def test_the_next_session_of_the_same_guest_has_the_copys_secret(parked: tuple[Agent, Any, bytes]) -> None:
