@@ -107,8 +107,8 @@ class Agent:
 
     def go_on(self, channel: socket.socket, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Go on after `park` over the channel that the VM has now, and let the workload go on."""
-        self.session.go_on(channel)
-        self.personalise(identity, timeout_s=timeout_s)
+        stream = self.session.go_on(channel, _personalise_opening(identity))
+        stream.wait_reply(Deadline(timeout_s))
 
     def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Let the workload execute nothing more until `personalise`; the session goes on."""
@@ -337,7 +337,7 @@ def _open_session(
         for number, cable in enumerate(cables, start=1)
     ]
     if identity is not None:
-        opening.append(Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity)))
+        opening.append(_personalise_opening(identity))
     if log_sink is not None:
         opening.append(_logs_opening(log_sink, only_unsent=identity is not None))
     streams: Sequence[Stream] = session.start(opening)
@@ -348,6 +348,10 @@ def _open_session(
     else:
         session.wait_until_welcome(deadline)
     return streams[-1] if log_sink is not None else None
+
+
+def _personalise_opening(identity: Identity) -> Opening:
+    return Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity))
 
 
 def _logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:

@@ -91,6 +91,7 @@ class Session:
         self._final: Stream | None = None
         self._way_back: bytes | None = None  # of a session that is to be parked, or is
         self._parked = False
+        self._return_id = 0  # of the stream that is to be the first then
         self._vague = False
         self.changed = threading.Condition(self.lock)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -140,13 +141,19 @@ class Session:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
             self._way_back = way_back
+            self._last_id += 1
+            self._return_id = self._last_id  # ids grow, and calls that wait have later ones
             self.transmit(encode_open(stream.id, opening.kind, body))
             self._outbox.hold()
             self._secrets = (*self._secrets, secret)
             return stream
 
-    def go_on(self, sock: socket.socket) -> None:
-        """Go on with a parked session over the channel that its VM has now. Raise why it ended meanwhile."""
+    def go_on(self, sock: socket.socket, opening: Opening) -> Stream:
+        """Go on with a parked session over the channel that its VM has now; open a stream ahead of all that waits.
+
+        Raise why the session ended meanwhile.
+        """
+        body = encode_fields(opening.fields)
         self._thread.join()
         sock.setblocking(False)  # noqa: FBT003  the socket's own signature
         with self.lock:
@@ -154,11 +161,13 @@ class Session:
             self._sock = sock
             self.raise_reason()
             assert self._way_back is not None
-            self._outbox.move_to(sock, self._way_back)
+            stream = self._new_stream(opening, self._return_id)
+            self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body))
             self._outbox.flush()
             self._parked = False
             self._thread = ServiceThread(self._run, name="fcvm-session")
             self._thread.start()
+            return stream
 
     def wait_until_welcome(self, deadline: Deadline) -> str:
         """Return the agent's build id once it has answered. Raise GuestTimeout or why the session ended."""
@@ -274,9 +283,9 @@ class Session:
 
     # Inside
 
-    def _new_stream(self, opening: Opening) -> Stream:
-        self._last_id += 1
-        stream = Stream(self, self._last_id, opening.kind, opening.what, opening.sink)
+    def _new_stream(self, opening: Opening, reserved_id: int = 0) -> Stream:
+        self._last_id += not reserved_id
+        stream = Stream(self, reserved_id or self._last_id, opening.kind, opening.what, opening.sink)
         self._streams[stream.id] = stream
         return stream
 

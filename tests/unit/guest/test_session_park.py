@@ -48,7 +48,11 @@ def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tu
     going = in_background(lambda: agent.go_on(host, Identity(realtime_ns=1)))
     assert guest.recv(16, socket.MSG_WAITALL) == way_back
     requests = [new.take(), new.take()]
-    assert [frame.payload[0] for frame in requests] == [StreamKind.METRICS, StreamKind.PERSONALISE]
+    assert [frame.payload[0] for frame in requests] == [
+        StreamKind.PERSONALISE,
+        StreamKind.METRICS,
+    ]  # or what waits would find it frozen
+    assert requests[0].stream < requests[1].stream
     for frame in requests:
         new.reply(frame.stream)
     going.join()
