@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import termios
 import tty
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.process import GuestProcess, StreamReader
 from pytest_fcvm.harness import Harness
+from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.options import Options, Origin, build_options, environment_layer, read_layer
 
@@ -57,8 +57,8 @@ def shell_harness(options: Options) -> Iterator[Harness]:
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, _leave))
-        shared = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fcvm-shell-")))
-        harness = Harness(options, shared_dir=shared, announce=say)
+        shared = stack.enter_context(RunDir())  # the next start sweeps what is left of one that was killed
+        harness = Harness(options, shared_dir=shared.path, announce=say)
         stack.callback(harness.close)
         yield harness
 
