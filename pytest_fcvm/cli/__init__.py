@@ -24,7 +24,8 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 for a failure, 2 for wrong usage, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    end = words.index("--") if "--" in words else len(words)
+    takes_command = words[:1] in (["shell"], ["replay"])
+    end = words.index("--") if takes_command and "--" in words else len(words)
     options = make_parser(full=words[:1]).parse_args(words[:end])
     options.command = words[end + 1 :]
     try:
@@ -158,6 +159,8 @@ def _replay(options: argparse.Namespace) -> int:
 
     if options.test is not None:
         return open_kept(_settings(options), options.test, options.clone, options.command)
+    if options.command:
+        raise UsageProblem("no test is named to run the command in", hint="fcvm replay TEST -- COMMAND")
     sys.stdout.write(render_kept(find_kept(options.cache_dir), as_json=options.json))
     return 0
 

@@ -11,8 +11,8 @@ import os
 import weakref
 from pathlib import Path
 
-from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse
-from pytest_fcvm.errors import GuestError, HostError
+from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse, unmakable
+from pytest_fcvm.errors import GuestError
 from pytest_fcvm.host.process import resolve_tool, run_tool
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]
@@ -33,7 +33,7 @@ def make_image(path: Path, size_mib: int) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.truncate(size_mib << 20)
     except OSError as error:
-        raise _unmakable(path, error) from error
+        raise unmakable(path, error) from error
     run_tool([tool, *_OPTIONS, path], timeout_s=_MAKE_S)
 
 
@@ -50,7 +50,7 @@ class Disk:
         try:
             source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise _unmakable(image, error) from error
+            raise unmakable(image, error) from error
         try:
             copy = _open_nameless(image.parent)
             try:
@@ -59,7 +59,7 @@ class Disk:
                 os.close(copy)
                 raise
         except OSError as error:
-            raise _unmakable(image.parent, error) from error
+            raise unmakable(image.parent, error) from error
         finally:
             os.close(source)
         return cls(copy)
@@ -80,7 +80,7 @@ class Disk:
             finally:
                 os.close(target)
         except OSError as error:
-            raise _unmakable(dest, error) from error
+            raise unmakable(dest, error) from error
 
     def close(self) -> None:
         """Give the space back once nobody else has it open."""
@@ -98,7 +98,3 @@ def _open_nameless(folder: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     path.unlink()
     return descriptor
-
-
-def _unmakable(path: Path, error: OSError) -> HostError:
-    return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")

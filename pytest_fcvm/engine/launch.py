@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_fcvm.engine.sparse import unmakable
 from pytest_fcvm.engine.spawner import Child, Spawner
-from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.limits import descriptors_told
 
 __all__ = ["Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
@@ -80,12 +81,12 @@ def make_memory_file(path: Path, mem_mib: int) -> None:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise _unmakable(path, error) from error
+        raise unmakable(path, error) from error
     try:
         os.ftruncate(fd, mem_mib << 20)
     except OSError as error:
         path.unlink()
-        raise _unmakable(path, error) from error
+        raise unmakable(path, error) from error
     finally:
         os.close(fd)
 
@@ -117,7 +118,3 @@ def _environment() -> dict[str, str]:
     """Return the VMM's environment: its words in English, and nothing of the user's that could change what it does."""
     passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **passed_on}
-
-
-def _unmakable(path: Path, error: OSError) -> HostError:
-    return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")

@@ -6,6 +6,7 @@ Documentation/admin-guide/mm/pagemap.rst) marks those that are no longer the fil
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from pytest_fcvm.engine.sparse import copy_sparse
+from pytest_fcvm.engine.sparse import copy_sparse, unmakable
 from pytest_fcvm.errors import HostError
 
 __all__ = ["copy_base", "save_private_pages"]
@@ -39,9 +40,7 @@ def copy_base(source: Path, dest: Path) -> None:
         try:
             copy_sparse(_open(files, source, os.O_RDONLY), _open(files, dest, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         except OSError as error:
-            raise HostError(
-                f"{dest} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir"
-            ) from error
+            raise unmakable(dest, error) from error
 
 
 def save_private_pages(pid: int, source: Path, dest: Path) -> None:
@@ -85,18 +84,29 @@ def _find_mappings(pid: int, source: Path) -> Iterator[_Mapping]:
 
 def _save(mapping: _Mapping, pagemap: int, memory: int, target: int) -> None:
     for first, count in _private_runs(mapping, pagemap):
-        data = os.pread(memory, count * _PAGE, mapping.start + first * _PAGE)
+        data = _read(memory, count * _PAGE, mapping.start + first * _PAGE)
         written = 0
         while written < len(data):
             place = mapping.offset + first * _PAGE + written
             written += os.pwrite(target, memoryview(data)[written:], place)
 
 
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    """Return so many bytes. Raise OSError for fewer: what is missing would be taken for what the base has."""
+    data = bytearray()
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        data += more
+    return bytes(data)
+
+
 def _private_runs(mapping: _Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
     """Yield (first, count) of private pages that follow one another, counted from the mapping's start."""
     pages = (mapping.end - mapping.start) // _PAGE
     entries = array("Q")
-    entries.frombytes(os.pread(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))
+    entries.frombytes(_read(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))
     private = (page for page, entry in enumerate(entries) if entry >> _STATE_SHIFT in _PRIVATE)
     for _, run in groupby(enumerate(private), lambda pair: pair[1] - pair[0]):
         numbers = [page for _, page in run]

@@ -99,6 +99,12 @@ class SnapshotFiles:
     disk: Path | None = None
     of_clone: bool = False
 
+    def discard(self) -> None:
+        """Remove what `Vm.save` has written of them."""
+        for path in (self.memory, self.state, self.disk):
+            if path:
+                path.unlink(missing_ok=True)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RestorePlan:

@@ -1,4 +1,7 @@
-"""Copies of sparse files: a reflink where the file system has them, else only what was written."""
+"""Large files: copies of sparse ones, and what is said of one that cannot be made.
+
+A copy is a reflink where the file system has them, else only what was written.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,21 @@ import errno
 import fcntl
 import os
 from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["NOT_HERE", "copy_sparse"]
+from pytest_fcvm.errors import HostError
+
+__all__ = ["NOT_HERE", "copy_sparse", "unmakable"]
 
 NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 """What a file system says that cannot do a thing."""
 
 _FICLONE = 0x40049409  # linux/fs.h
+
+
+def unmakable(path: Path, error: OSError) -> HostError:
+    """Return the error of a file for which there is no room, or no right."""
+    return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")
 
 
 def copy_sparse(source: int, target: int) -> None:

@@ -140,9 +140,7 @@ class FirecrackerVm(VmProcess):
         _check_room(dest.memory.parent, self._mem_mib)
         body = {"snapshot_type": "Full", "snapshot_path": str(dest.state), "mem_file_path": str(dest.memory)}
         with ExitStack() as undo:
-            for path in (dest.memory, dest.state, dest.disk):
-                if path:
-                    undo.callback(path.unlink, missing_ok=True)
+            undo.callback(dest.discard)
             self._set_state("Paused")
             try:
                 with self._told():

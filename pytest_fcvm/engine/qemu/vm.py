@@ -18,9 +18,10 @@ from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
+from pytest_fcvm.engine.sparse import unmakable
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
-from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.errors import EngineError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = ["QemuVm"]
@@ -148,9 +149,7 @@ class QemuVm(VmProcess):
         if self._memory is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
         with ExitStack() as undo:
-            for path in (dest.memory, dest.state, dest.disk):
-                if path:
-                    undo.callback(path.unlink, missing_ok=True)
+            undo.callback(dest.discard)
             copy_base(self._memory, dest.memory)
             self.pause()
             try:
@@ -205,9 +204,7 @@ def _new_file(path: Path) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise HostError(
-            f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir"
-        ) from error
+        raise unmakable(path, error) from error
     try:
         yield fd
     finally:

@@ -126,3 +126,15 @@ def test_wrong_usage_and_help_end_as_usual() -> None:
     assert helped.returncode == 0
     assert "doctor" in helped.stdout
     assert _fcvm("--version").stdout == f"fcvm {version('pytest-fcvm')}\n"
+
+
+@pytest.mark.parametrize("words", [["doctor", "--", "x"], ["snapshot", "ls", "--", "x"]])
+def test_a_command_behind_two_hyphens_is_wrong_where_none_is_run(words: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+
+
+def test_a_command_to_replay_needs_a_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--cache-dir", str(tmp_path), "--", "true"]) == 2
+    assert "fcvm replay TEST -- COMMAND" in capsys.readouterr().err

@@ -94,3 +94,13 @@ def test_a_process_that_has_ended_is_told(tmp_path: Path, base: Path) -> None:
 def test_a_copy_without_room_is_told(base: Path, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot be made"):
         copy_base(base, tmp_path / "nowhere" / "copy")
+
+
+def test_memory_that_cannot_be_read_whole_is_told(
+    process: subprocess.Popen[bytes], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_base(base, tmp_path / "copy")
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: b"" if size == 2 * PAGE else read(fd, size, offset))
+    with pytest.raises(HostError, match="cannot be copied"):
+        save_private_pages(process.pid, base, tmp_path / "copy")
