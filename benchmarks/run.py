@@ -117,15 +117,17 @@ def main() -> int:
     report = Report(measures=MEASURES, rounds=arguments.rounds, machine=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
         folder = Path(scratch)
-        _measure_builds(report, image, folder)
+        options = Options(pool=0, kernel=arguments.kernel)
+        _measure_builds(report, image, options, folder)
         with ExitStack() as stack:
             podman = _enter_podman(stack, layout, folder / "podman", report)
-            snapshot = stack.enter_context(_opened(image, folder / "rounds", report))
-            pooled = stack.enter_context(_opened(image, folder / "pool", report, pool=1))
+            snapshot = stack.enter_context(_opened(image, options, folder / "rounds", report))
+            pooled = stack.enter_context(_opened(image, replace(options, pool=1), folder / "pool", report))
             report.machine = {**report.machine, **(podman.facts() if podman else {})}
             _print_facts({name: value for name, value in report.machine.items() if name not in facts})
             _measure_rounds(report, snapshot, pooled, podman)
-        _measure_suites(report, image, folder)
+        kernel = [f"--fcvm-kernel={arguments.kernel}"] if arguments.kernel else []
+        _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], folder)
     print(f"\n{render_table(report)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(render_json(report), indent=2) + "\n")
@@ -135,6 +137,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="samples of every figure (default: 20)")
+    parser.add_argument("--kernel", metavar="KERNEL", help="as --fcvm-kernel takes it (default: what is found first)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -160,14 +163,14 @@ def _print_facts(facts: Mapping[str, str | float]) -> None:
 
 
 @contextmanager
-def _opened(image: str, shared: Path, report: Report, *, rebuild: bool = False, pool: int = 0) -> Iterator[Snapshot]:
+def _opened(image: str, options: Options, shared: Path, report: Report) -> Iterator[Snapshot]:
     """Yield the snapshot that all figures are about, and note the engine that it is for.
 
     One with a pool is ready when the service has answered a request, so that its clones have, too.
     """
     shared.mkdir()
-    harness = Harness(replace(Options(), rebuild=rebuild, pool=pool), shared_dir=shared, announce=_say)
-    ready = parse_ready("http:80/") if pool else None
+    harness = Harness(options, shared_dir=shared, announce=_say)
+    ready = parse_ready("http:80/") if options.pool else None
     try:
         snapshot = harness.snapshot(MachineSpec(image=image, env=_ENV, ready=ready), "benchmark")
         found, kernel = harness.choice.report, harness.kernel.release
@@ -182,9 +185,9 @@ def _opened(image: str, shared: Path, report: Report, *, rebuild: bool = False, 
         harness.close()
 
 
-def _measure_builds(report: Report, image: str, folder: Path) -> None:
+def _measure_builds(report: Report, image: str, options: Options, folder: Path) -> None:
     for number in range(min(_REPEATS, report.rounds)):
-        with _opened(image, folder / f"build-{number}", report, rebuild=True) as snapshot:
+        with _opened(image, replace(options, rebuild=True), folder / f"build-{number}", report) as snapshot:
             timings = snapshot.facts["timings"]
             for key in ("boot_ms", "ready_ms", "save_ms", "total_ms"):
                 report.add(key, timings[key])
@@ -294,7 +297,7 @@ def _enter_podman(stack: ExitStack, layout: Path, folder: Path, report: Report) 
         return None
 
 
-def _measure_suites(report: Report, image: str, folder: Path) -> None:
+def _measure_suites(report: Report, options: list[str], folder: Path) -> None:
     kinds = {"serial": 0, "workers": 2}
     if find_spec("xdist") is None:
         report.skipped["-n 2"] = "pytest-xdist is not installed"
@@ -305,7 +308,7 @@ def _measure_suites(report: Report, image: str, folder: Path) -> None:
         for kind, workers in kinds.items():
             _say(f"{report.rounds} tests, {kind}")
             try:
-                run = run_suite(suite, [f"--fcvm-image={image}", *_ENV_OPTIONS], report.rounds, workers)
+                run = run_suite(suite, options, report.rounds, workers)
             except SuiteFailed as why:
                 report.skipped[f"a {kind} run of pytest"] = str(why)
                 continue
