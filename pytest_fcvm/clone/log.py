@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pytest_fcvm.host.clock import Deadline, wait_on
@@ -13,6 +14,7 @@ __all__ = ["WorkloadLog", "tail"]
 
 _TAIL_BYTES = 16 * 1024
 _TAIL_LINES = 100
+_CHUNK_BYTES = 1 << 20  # of a log in memory at a time; a line that is longer is searched in pieces
 _QUIET_S = 0.2  # a line without its end that grows no more is taken for a prompt
 
 
@@ -41,22 +43,38 @@ class WorkloadLog:
 
     def content(self) -> bytes:
         """Return everything so far."""
-        return self._earlier() + self._own(0)
+        return b"".join(self._chunks())
+
+    def end(self) -> bytes:
+        """Return the last bytes so far, enough for `tail`."""
+        kept = b""
+        for chunk in self._chunks(_TAIL_BYTES):
+            kept = (kept + chunk)[-_TAIL_BYTES:]
+        return kept
+
+    def save(self, path: Path) -> None:
+        """Write everything so far to a file."""
+        with path.open("wb") as file:
+            file.writelines(self._chunks())
 
     def search(self, pattern: re.Pattern[str], deadline: Deadline, give_up: Callable[[], bool]) -> re.Match[str] | None:
         """Wait for a line that matches, old ones too; None at the deadline, when told to give up, or once it is closed.
 
         A line that has not ended counts when nothing came for a moment: half of one matches what the whole does not.
         """
-        if match := _search_lines(pattern, self._earlier()):
+        if match := self._search_earlier(pattern):
             return match
         offset, quiet = 0, False
         while True:
             ended = self._closed or give_up() or deadline.expired
             data = self._own(offset)
-            whole = data.rfind(b"\n") + 1
-            if match := _search_lines(pattern, data if quiet or ended else data[:whole]):
+            goes_on = len(data) == _CHUNK_BYTES
+            whole = data.rfind(b"\n") + 1 or (len(data) if goes_on else 0)
+            if match := _search_lines(pattern, data if not goes_on and (quiet or ended) else data[:whole]):
                 return match
+            if goes_on:
+                offset += whole
+                continue
             if ended:
                 return None
             open_line = len(data) > whole and not quiet
@@ -76,17 +94,31 @@ class WorkloadLog:
         with self._news:
             return wait_on(self._news, lambda: self._closed or self._size > seen or give_up(), deadline)
 
-    def _earlier(self) -> bytes:
-        return self._before.read_bytes() if self._before and self._before.exists() else b""
+    def _search_earlier(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        if not self._before or not self._before.exists():
+            return None
+        with self._before.open("rb") as file:
+            lines = iter(lambda: file.readline(_CHUNK_BYTES), b"")
+            return next((match for line in lines if (match := _search_lines(pattern, line))), None)
+
+    def _chunks(self, last: int | None = None) -> Iterator[bytes]:
+        """Yield everything so far, or the last bytes of the base's part and of the machine's own."""
+        if self._before and self._before.exists():
+            with self._before.open("rb") as file:
+                if last is not None:
+                    file.seek(max(0, self._before.stat().st_size - last))
+                yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+        offset = 0 if last is None else max(0, self._size - last)
+        while data := self._own(offset):
+            yield data
+            offset += len(data)
 
     def _own(self, offset: int) -> bytes:
+        """Return what there is from an offset on, at most a chunk."""
         with self._news:
             if self._closed:
                 return b""
-            self._file.seek(offset)
-            data = self._file.read(self._size - offset)
-            self._file.seek(self._size)
-        return data or b""
+            return os.pread(self._file.fileno(), min(_CHUNK_BYTES, self._size - offset), offset)
 
 
 def _sooner(deadline: Deadline, timeout_s: float) -> Deadline:

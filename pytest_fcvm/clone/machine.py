@@ -90,7 +90,7 @@ class Machine:
         """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB."""
         parts = {"workload log": b"", "console": b"", "VMM log": b""}
         with suppress(OSError, ValueError):
-            parts["workload log"] = self.log.content()
+            parts["workload log"] = self.log.end()
         for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
             with suppress(OSError):
                 parts[title] = path.read_bytes()

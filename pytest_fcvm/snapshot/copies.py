@@ -38,7 +38,7 @@ def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any]
     with machine.copying:
         machine.agent.park(secret, timeout_s=_CALL_S)
         try:
-            (folder / BASE_LOG).write_bytes(machine.log.content())
+            machine.log.save(folder / BASE_LOG)
             machine.vm.save(snapshot_files(folder, parts))
         finally:
             machine.agent.go_on(machine.vm.channel(), waking_identity(parts.spec.clock), timeout_s=_CALL_S)

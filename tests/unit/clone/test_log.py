@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,3 +177,35 @@ def test_a_tail_is_a_hundred_lines() -> None:
 @pytest.mark.parametrize("data", [b"x" * 100_000, b"\0" * 100_000, ("ü" * 50_000).encode()])
 def test_a_tail_is_sixteen_kib_however_it_is_escaped(data: bytes) -> None:
     assert 8_000 <= len(tail(data)) <= 16_384
+
+
+def test_a_line_is_found_across_the_pieces_that_a_long_log_is_read_in(log: WorkloadLog, tmp_path: Path) -> None:
+    line = b"x" * 99 + b"\n"
+    log.append(line * 10_485 + b"here is what is looked for\n" + line * 10_000 + b"the last")
+    assert _search(log, "^here is what is looked for$") is not None
+    assert _search(log, "^the last$", 0.5) is not None
+    assert _search(log, "^nowhere$", 0.5) is None
+    log.save(tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == log.content()
+    assert log.content().endswith(log.end())
+    assert len(log.end()) == 16 * 1024
+
+
+def test_a_line_without_end_is_searched_in_pieces(log: WorkloadLog) -> None:
+    log.append(b"y" * (3 << 20) + b" at last")
+    assert _search(log, "at last$") is not None
+
+
+def test_of_a_long_log_little_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes((b"z" * 63 + b"\n") * (1 << 18))
+    log = WorkloadLog(tmp_path / "log", before=tmp_path / "base")
+    for _ in range(16):
+        log.append((b"z" * 63 + b"\n") * (1 << 14))
+    tracemalloc.start()
+    assert _search(log, "^a$", 0.1) is None
+    assert log.end().endswith(b"z\n")
+    log.save(tmp_path / "copy")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    log.close()
+    assert peak < 8 << 20
