@@ -233,7 +233,7 @@ static int put_folder(int fd, char *path)
     return result;
 }
 
-/* Files of /proc and /sys say they are empty: their size is what reading them gives. */
+/* Files of /proc say they are empty and those of /sys that they have a page: their size is what reading them gives. */
 static int put_virtual_file(int fd, const char *path)
 {
     static unsigned char contents[VIRTUAL_MAX];
@@ -270,7 +270,7 @@ static int put_request(const char *path)
         return complain("not a file or directory:", path);
     }
     entry.size = (uint64_t)status.st_size;
-    if (!entry.size)
+    if (!status.st_blocks && status.st_size <= VIRTUAL_MAX)
         return put_virtual_file(fd, path);
     return put_header() || put_contents(fd, path) ? -1 : 0;
 }
