@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         UsageProblem,
         WorkloadExited,
     )
-    from pytest_fcvm.fixtures import CloneFactory, SnapshotFactory
+    from pytest_fcvm.fixtures import CloneFactory, GroupFactory, SnapshotFactory
+    from pytest_fcvm.group import Group
     from pytest_fcvm.model.net import Endpoint
     from pytest_fcvm.model.results import ExecResult
     from pytest_fcvm.model.specs import MachineSpec, Prepare
@@ -38,6 +39,8 @@ __all__ = [
     "EngineUnavailable",
     "ExecResult",
     "FcvmError",
+    "Group",
+    "GroupFactory",
     "GuestError",
     "GuestTimeout",
     "HostError",
@@ -56,6 +59,8 @@ _HOMES = {
     "CloneFactory": "fixtures",
     "Endpoint": "model.net",
     "ExecResult": "model.results",
+    "Group": "group",
+    "GroupFactory": "fixtures",
     "MachineSpec": "model.specs",
     "Network": "network",
     "Prepare": "model.specs",

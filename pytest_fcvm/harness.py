@@ -31,7 +31,7 @@ from pytest_fcvm.image.source import PullPolicy, resolve_image
 from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import MachineSpec, ReadyMode, ReadySpec
 from pytest_fcvm.network import Network
 from pytest_fcvm.options import Options
 from pytest_fcvm.pruning import make_room
@@ -256,9 +256,11 @@ class Harness:
     def _ingredients(self, spec: MachineSpec, who: str) -> Ingredients:
         image = self._image(spec.image or "", who)
         health = image.config.healthcheck.test if image.config.healthcheck else ()
+        ready = finalize_ready(spec.ready, health, image.config.exposed_ports)
         return Ingredients(
             spec=spec,
-            ready=finalize_ready(spec.ready, health, image.config.exposed_ports),
+            ready=ReadySpec(mode=ReadyMode.AGENT) if spec.needs else ready,
+            ready_joined=ready,
             image=image.config,
             image_digest=image.digest,
             rootfs_key=image.rootfs.key,

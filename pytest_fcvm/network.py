@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,9 +26,18 @@ __all__ = ["Network"]
 _ANSWER_S = 30.0
 _MEMBERS = 200  # addresses .10 to .209
 _FIRST_HOST = 10
+_SHARES = ("loss", "duplicate", "corrupt", "reorder")
 _BUFFER_BYTES = 4 << 20  # a sender whose buffer is small waits for the switch
 
 Hosts = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    """A clone that is up: what tells it who else is there, and what plugs its cable in and out."""
+
+    tell: Callable[[Hosts], object]
+    set_link: Callable[[bool], object]
 
 
 class Network:
@@ -42,7 +51,8 @@ class Network:
         self._number = number
         self._indexes: dict[str, int] = {}
         self._plugged: set[str] = set()
-        self._tellers: dict[str, Callable[[Hosts], object]] = {}
+        self._members: dict[str, _Member] = {}
+        self._down: set[str] = set()
         self._cuts: list[tuple[frozenset[str], ...]] = []
         self._impairments: list[tuple[str | None, str | None, Link]] = []
         self._lock = threading.RLock()
@@ -75,8 +85,12 @@ class Network:
         return tuple(sorted(self._plugged))
 
     def address(self, name: str) -> str:
-        """Return the address of a name, whether its clone is there or not."""
+        """Return the IPv4 address of a name, whether its clone is there or not."""
         return f"10.77.{self._number % 256}.{_FIRST_HOST + self._index(name)}"
+
+    def address6(self, name: str) -> str:
+        """Return the IPv6 address of a name, in the guests `ip6-NAME`, whether its clone is there or not."""
+        return f"fd77:0:0:{self._number % 65536:x}::{_FIRST_HOST + self._index(name):x}"
 
     # -- faults
 
@@ -100,29 +114,46 @@ class Network:
         loss: float = 0.0,
         duplicate: float = 0.0,
         corrupt: float = 0.0,
+        reorder: float = 0.0,
         bandwidth: float = 0.0,
     ) -> None:
         """Make the way from one name to another worse, from now on; None is every name. A later call goes before.
 
         `latency` and `jitter` (to either side) are in seconds, `bandwidth` in bytes per second, 0 without a limit, the
-        others shares from 0 to 1. `loss=1` in one direction is a black hole.
+        others shares from 0 to 1; what is reordered comes 20 ms later than the rest. `loss=1` in one direction is a
+        black hole.
         """
         link = Link(
-            latency=latency, jitter=jitter, loss=loss, duplicate=duplicate, corrupt=corrupt, bandwidth=bandwidth
+            latency=latency,
+            jitter=jitter,
+            loss=loss,
+            duplicate=duplicate,
+            corrupt=corrupt,
+            reorder=reorder,
+            bandwidth=bandwidth,
         )
         for name, value in asdict(link).items():
-            if value < 0 or (name in ("loss", "duplicate", "corrupt") and value > 1):
+            if value < 0 or (name in _SHARES and value > 1):
                 raise UsageProblem(f"{name}={value}", hint="times and bandwidths from 0 on, shares from 0 to 1")
         with self._lock:
             self._impairments.append((source, target, link))
             self._send_rules()
 
+    def link_down(self, *names: str) -> _LinkDown:
+        """Pull the cables of these names out: their network cards say so. A context manager, or `heal` later.
+
+        Raise EngineError when a clone is paused or dead.
+        """
+        self._set_links(names, up=False)
+        return _LinkDown(self, names)
+
     def heal(self) -> None:
-        """End all partitions and impairments."""
+        """End all partitions and impairments, and plug all cables in."""
         with self._lock:
             self._cuts.clear()
             self._impairments.clear()
             self._send_rules()
+        self._set_links(tuple(self._down), up=True)
 
     # -- what went over it
 
@@ -165,22 +196,28 @@ class Network:
                 port.close()
             self._plugged.add(name)
             mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
-            return Cable(end=end, mac=mac, address=f"{self.address(name)}/24", hosts=self._hosts())
+            addresses = f"{self.address(name)}/24", f"{self.address6(name)}/64"
+            return Cable(end=end, mac=mac, addresses=addresses, hosts=self._hosts())
 
-    def joined(self, name: str, tell: Callable[[Hosts], object]) -> None:
-        """Take note of a clone that is up, and tell the others of it. `tell` gives it the lines of its /etc/hosts."""
+    def joined(self, name: str, tell: Callable[[Hosts], object], set_link: Callable[[bool], object]) -> None:
+        """Take note of a clone that is up, and tell the others of it.
+
+        `tell` gives it the lines of its /etc/hosts, `set_link` plugs its cable in or out.
+        """
         with self._lock:
-            self._tellers[name] = tell
-            others = [teller for other, teller in self._tellers.items() if other != name]
-            hosts = self._hosts()
-        for teller in others:
+            self._members[name] = _Member(tell=tell, set_link=set_link)
+            others = [member for other, member in self._members.items() if other != name]
+            hosts, is_down = self._hosts(), name in self._down
+        if is_down:
+            set_link(False)
+        for other in others:
             with suppress(FcvmError):  # it is on its way out, or paused: its names stay as they were
-                teller(hosts)
+                other.tell(hosts)
 
     def unplug(self, name: str) -> None:
         """Take a clone off the network. Its name keeps its address."""
         with self._lock, suppress(EngineError):
-            self._tellers.pop(name, None)
+            self._members.pop(name, None)
             self._plugged.discard(name)
             self._ask({"op": "detach", "port": name})
 
@@ -193,7 +230,17 @@ class Network:
             return self._indexes[name]
 
     def _hosts(self) -> Hosts:
-        return tuple(f"{self.address(name)} {name}" for name in self._indexes)
+        # A name has one address: Redis, for one, tries the IPv6 address first and no other, of a server without IPv6.
+        lines = ((f"{self.address(name)} {name}", f"{self.address6(name)} ip6-{name}") for name in self._indexes)
+        return tuple(itertools.chain.from_iterable(lines))
+
+    def _set_links(self, names: tuple[str, ...], *, up: bool) -> None:
+        with self._lock:
+            for name in names:
+                (self._down.discard if up else self._down.add)(name)
+            members = [self._members[name] for name in names if name in self._members]
+        for member in members:
+            member.set_link(up)
 
     def _send_rules(self) -> None:
         """Tell the switch what to do with frames: partitions go before impairments, later ones before earlier ones."""
@@ -227,6 +274,19 @@ class Network:
             if groups in self._cuts:
                 self._cuts.remove(groups)
                 self._send_rules()
+
+
+class _LinkDown:
+    """Cables that are out until the end of a `with` block, or until `Network.heal`."""
+
+    def __init__(self, network: Network, names: tuple[str, ...]) -> None:
+        self._network, self._names = network, names
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._network._set_links(self._names, up=True)
 
 
 class _Partition:

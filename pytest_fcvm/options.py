@@ -175,6 +175,7 @@ ROWS: tuple[Row, ...] = (
     _machine("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
     _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
+    _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
     _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp) or relay (through the agent); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),

@@ -176,11 +176,37 @@ static struct inet *joined_address(unsigned index)
     return &joined[i].address;
 }
 
+/* IPv6 was off a moment ago, and has no address of before. */
+static int join_address(unsigned index, const char *text, struct failure *failure)
+{
+    struct inet own, *before = joined_address(index);
+
+    if (!inet_parse(text, &own))
+        return fail_with(failure, EINVAL, "\"%.60s\" is not an IP address", text);
+    if (own.family == AF_INET6) {
+        netlink_address(true, index, &own);
+    } else if (!inet_equal(before, &own)) {
+        if (before->family)
+            netlink_address(false, index, before);
+        netlink_address(true, index, &own);
+        *before = own;
+    }
+    return 0;
+}
+
+/* Nobody but the members is there: no router is asked for, and no address is another's. */
+static void turn_on_ipv6(const char *name)
+{
+    set_option("ipv6", name, "accept_ra", "0");
+    set_option("ipv6", name, "router_solicitations", "0");
+    set_option("ipv6", name, "accept_dad", "0");
+    set_option("ipv6", name, "disable_ipv6", "0");
+}
+
 int network_join(const struct body *body, struct reply *reply, struct failure *failure)
 {
     const char *name = body_text(body, FIELD_INTERFACE);
     const struct field *own_mac = body_find(body, FIELD_MAC);
-    struct inet own = {0};
 
     (void)reply;
     if (names_set_hosts(body, failure))
@@ -190,18 +216,16 @@ int network_join(const struct body *body, struct reply *reply, struct failure *f
     unsigned index = strlen(name) < IF_NAMESIZE ? if_nametoindex(name) : 0;
     if (!index)
         return fail_with(failure, ENODEV, "there is no interface %.40s", name);
-    if (parse_field(body, FIELD_ADDRESS, &own, failure))
-        return -1;
     set_options(name);
     netlink_begin();
     netlink_link(index, own_mac ? (const uint8_t *)own_mac->bytes : NULL, true);
-    struct inet *before = joined_address(index);
-    if (own.family && !inet_equal(before, &own)) {
-        if (before->family)
-            netlink_address(false, index, before);
-        netlink_address(true, index, &own);
-        *before = own;
-    }
+    if (netlink_commit(failure))
+        return -1;
+    turn_on_ipv6(name); /* behind the MAC, of which it makes an address of its own */
+    netlink_begin();
+    for (size_t i = 0; i < body->count; i++)
+        if (body->fields[i].tag == FIELD_ADDRESS && join_address(index, body->fields[i].bytes, failure))
+            return -1;
     return netlink_commit(failure);
 }
 

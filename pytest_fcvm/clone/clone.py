@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.machine import Machine, waking_identity
+from pytest_fcvm.clone.own_address import at_address, random_loopback
 from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
@@ -61,6 +62,7 @@ class Clone:
         self._forks: list[Clone] = []
         self._clients: list[httpx.Client] = []
         self._paused = False
+        self._own_ip = random_loopback() if spec.own_address else ""
         self._mapped: dict[tuple[Proto, int], PublishedPort] = {
             (port.proto, port.guest_port): port for port in spec.publish
         }
@@ -101,6 +103,8 @@ class Clone:
             raise UsageProblem(f"{proto!r} is neither tcp nor udp", hint='endpoint(53, "udp")')
         wanted, guest_port = Proto(proto), parse_port(guest_port)
         port = self._mapped.get((wanted, guest_port)) or PublishedPort(guest_port=guest_port, proto=wanted)
+        if self._own_ip and not port.host_port:
+            port = at_address(self._own_ip, port)
         endpoint = self._live().publisher.publish(port)
         self._mapped[wanted, guest_port] = replace(port, host_port=endpoint.port)
         return endpoint
@@ -112,6 +116,7 @@ class Clone:
     def url(self, guest_port: int, path: str = "", scheme: str = "http") -> str:
         """Return a URL of the guest port; without a path it has no trailing slash."""
         host, port = self.endpoint(guest_port)
+        host = f"[{host}]" if ":" in host else host
         return f"{scheme}://{host}:{port}{path if not path or path.startswith('/') else '/' + path}"
 
     def http(self, guest_port: int = 80) -> httpx.Client:

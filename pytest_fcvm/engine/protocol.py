@@ -201,6 +201,10 @@ class Vm(Protocol):
         """Return the mapping of a guest port if it has one."""
         ...
 
+    def set_link(self, cable: int, up: bool) -> None:
+        """Plug one of the plan's cables in or out, counted from 0; the guest's card notices."""
+        ...
+
     def pause(self) -> None:
         """Stop the guest's processors."""
         ...

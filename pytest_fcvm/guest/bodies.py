@@ -57,7 +57,7 @@ def join_body(hosts: Sequence[str], cable: Cable | None = None, interface: str =
         body += [
             (FieldTag.INTERFACE, interface),
             (FieldTag.MAC, _mac_bytes(cable.mac)),
-            (FieldTag.ADDRESS, cable.address),
+            *((FieldTag.ADDRESS, address) for address in cable.addresses),
         ]
     body += ((FieldTag.HOSTS, line) for line in hosts)
     return body

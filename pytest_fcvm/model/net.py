@@ -28,12 +28,12 @@ class Endpoint(NamedTuple):
 class Cable:
     """A clone's end of a private network: a datagram socket for Ethernet frames, and who the clone is on it.
 
-    `address` has a prefix length, `hosts` are lines of /etc/hosts for all names on the network.
+    `addresses` (IPv4 and IPv6) have a prefix length, `hosts` are lines of /etc/hosts for all names on the network.
     """
 
     end: socket.socket
     mac: str
-    address: str
+    addresses: tuple[str, ...]
     hosts: tuple[str, ...]
 
 
@@ -45,3 +45,8 @@ class PublishedPort:
     host_port: int = 0
     host_ip: str = "127.0.0.1"
     proto: Proto = Proto.TCP
+
+    @property
+    def is_slirps(self) -> bool:
+        """Say whether QEMU's user network can map it: TCP over IPv4 alone, the rest goes through the agent."""
+        return self.proto is Proto.TCP and ":" not in self.host_ip

@@ -166,7 +166,10 @@ def parse_port(text: str | int) -> int:
 
 
 def parse_publish(text: str | int | PublishedPort) -> PublishedPort:
-    """Read `GUESTPORT`, or `[HOSTIP:]HOSTPORT:GUESTPORT`, each with `/tcp` or `/udp`; host port 0 is any free one."""
+    """Read `GUESTPORT`, or `[HOSTIP:]HOSTPORT:GUESTPORT`, each with `/tcp` or `/udp`; host port 0 is any free one.
+
+    An IPv6 address is in brackets: `[::1]:8080:80`.
+    """
     if isinstance(text, PublishedPort):
         return text
     rest, _, proto = str(text).strip().partition("/")
@@ -180,12 +183,18 @@ def parse_publish(text: str | int | PublishedPort) -> PublishedPort:
         return PublishedPort(
             guest_port=parse_port(guest),
             host_port=0 if host_port in ("", "0") else parse_port(host_port),
-            host_ip=str(ipaddress.IPv4Address(host_ip)) if host_ip else "127.0.0.1",
+            host_ip=_parse_host_ip(host_ip) if host_ip else "127.0.0.1",
             proto=Proto(proto or "tcp"),
         )
     except (UsageProblem, ValueError) as error:
         cause = error.message if isinstance(error, UsageProblem) else str(error)
         raise UsageProblem(f"publish {text!r}: {cause}", hint="write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]") from error
+
+
+def _parse_host_ip(text: str) -> str:
+    if text.startswith("[") and text.endswith("]"):
+        return str(ipaddress.IPv6Address(text[1:-1]))
+    return str(ipaddress.IPv4Address(text))
 
 
 def parse_path(text: str | Path, base: Path) -> Path:

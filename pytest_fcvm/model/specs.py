@@ -145,7 +145,9 @@ class MachineSpec:
     or a command line for the guest's shell. `warm`, a function that gets the clone or a command, is run in clones that
     are made ahead of their tests: what it does is in them, and what it runs is fast in the test. `disk_mib` puts what
     the guest writes on a disk instead of in memory. `hook` is a line for the guest's shell, run as root in each clone
-    before its workload goes on.
+    before its workload goes on. With `own_address` each clone's ports are at a loopback address of its own, under the
+    guest's own numbers. `needs` names those of an `fcvm_group` that must be ready before it: its
+    own condition is then waited for in the clone, and the base is taken as soon as its workload runs.
     """
 
     image: str | None = None
@@ -154,6 +156,7 @@ class MachineSpec:
     disk_mib: int | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     publish: tuple[PublishedPort, ...] = ()
+    own_address: bool = False
     map: tuple[MappedPath, ...] = ()
     network: NetworkSpec = NetworkSpec()
     ready: ReadySpec | None = None
@@ -165,11 +168,19 @@ class MachineSpec:
     user: str | None = None
     workdir: str | None = None
     command: tuple[str, ...] | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def of_clones(self) -> Hashable:
         """Return what of it makes clones differ that are of the same snapshot."""
-        return self.publish, id(self.warm) if callable(self.warm) else self.warm, self.hook, self.clock
+        return (
+            self.needs and (self.needs, self.ready),
+            self.publish,
+            self.own_address,
+            id(self.warm) if callable(self.warm) else self.warm,
+            self.hook,
+            self.clock,
+        )
 
     def merged(self, changes: Mapping[str, Any]) -> MachineSpec:
         """Return a spec with the changes of a closer source laid over this one. Raise UsageProblem for a wrong name."""

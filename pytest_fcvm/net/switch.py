@@ -32,6 +32,7 @@ _FRAME_BYTES = 65536
 _BATCH = 64  # frames of a port before the others have their turn
 _QUEUED = 10_000  # frames that are on their way; a link that would hold more drops
 _QUEUE_S = 1.0  # what a bandwidth may hold back
+_REORDERED_S = 0.02  # what a reordered frame is later than the others
 _BUFFER_BYTES = 4 << 20
 _ETHERNET_HEADER = 14
 _GROUP_BIT = 1  # of the first byte of a MAC: broadcast and multicast
@@ -47,6 +48,7 @@ class Link:
     loss: float = 0.0
     duplicate: float = 0.0
     corrupt: float = 0.0
+    reorder: float = 0.0
     bandwidth: float = 0.0
 
 
@@ -74,6 +76,7 @@ class Counters:
     full: int = 0
     duplicated: int = 0
     corrupted: int = 0
+    reordered: int = 0
 
 
 @dataclass(kw_only=True)
@@ -207,6 +210,9 @@ class Switch:
     def _send(self, way: _Way, frame: bytes) -> None:
         link, counters, now = way.link, way.counters, time.monotonic()
         due = now + link.latency + (link.jitter * self._random.uniform(-1, 1) if link.jitter else 0.0)
+        if self._happens(link.reorder):
+            counters.reordered += 1
+            due += _REORDERED_S
         if link.bandwidth:
             free_at = max(now, way.free_at) + len(frame) / link.bandwidth
             if free_at - now > _QUEUE_S:
@@ -326,7 +332,9 @@ def main(seed: int) -> None:
     poll.register(control, select.EPOLLIN)
     known: dict[int, str] = {}
     while True:
-        for descriptor, _ in poll.poll(switch.wait_s()):
+        # epoll counts in milliseconds, select in microseconds: frames are to be neither early nor late.
+        select.select([poll], [], [], switch.wait_s())
+        for descriptor, _ in poll.poll(0):
             if descriptor != CONTROL_FD:
                 switch.take(known.get(descriptor, ""))
             elif not _serve(switch, control):

@@ -14,7 +14,7 @@ from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import Cable, Proto, PublishedPort
+from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
@@ -52,6 +52,8 @@ class Cloner:
         Raise HostError, EngineError or GuestError.
         """
         timeline = Timeline(monotonic())
+        if self._parts.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
+            ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held:
             held.enter_context(room)
             vm = self._spares.take(self._plan(name, ports, cables))
@@ -166,7 +168,7 @@ class Cloner:
 
     def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
         """Return the ports that the VMM is to map."""
-        ports = tuple(port for port in ports if port.proto is Proto.TCP)
+        ports = tuple(port for port in ports if port.is_slirps)
         service = self._entry.facts["client_port"]
         if service is None:
             return ports

@@ -26,10 +26,14 @@ _OWN_CODE = ("snapshot", "clone", "guest", "model/guest.py", "ready.py")
 
 @dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """Everything a snapshot is built from. Digests name the files' contents."""
+    """Everything a snapshot is built from. Digests name the files' contents.
+
+    A base is snapshotted when it is `ready`; a clone that needs others is `ready_joined` when it has them.
+    """
 
     spec: MachineSpec
     ready: ReadySpec
+    ready_joined: ReadySpec
     image: ImageConfig
     image_digest: str
     rootfs_key: str

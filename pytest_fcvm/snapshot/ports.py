@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pytest_fcvm.clone.machine import Machine, Publisher
 from pytest_fcvm.host.threads import ServiceThread
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.net.relay import Relay
 
 __all__ = ["Ports", "open_ports"]
@@ -17,8 +17,8 @@ _CALL_S = 60.0
 class Ports:
     """The ports of a machine on the host.
 
-    Without a network of the VMM they all go through the agent, and with one those of UDP do: QEMU's drops what a guest
-    sends that may reach nothing outside, answers as well.
+    Without a network of the VMM they all go through the agent. With one those of UDP do, because QEMU's drops what a
+    guest sends that may reach nothing outside, answers as well; and those at IPv6 addresses, at which it cannot listen.
     """
 
     def __init__(self, machine: Machine, network: Publisher | None) -> None:
@@ -32,7 +32,7 @@ class Ports:
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Map a port and return where to connect. Idempotent. Raise HostError for a host port that is taken."""
-        if self._network is not None and port.proto is Proto.TCP:
+        if self._network is not None and port.is_slirps:
             return self._network.publish(port)
         return self._relay.publish(port)
 
@@ -52,6 +52,6 @@ def open_ports(machine: Machine, network: Publisher | None, published: Iterable[
     machine.also_close([ports.close])
     machine.also_tell("ports", lambda: ports.fault)
     for port in published:
-        if network is None or port.proto is not Proto.TCP:
+        if network is None or not port.is_slirps:
             ports.publish(port)
     return ports

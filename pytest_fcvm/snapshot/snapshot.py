@@ -20,6 +20,7 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.addresses import hosts_of
 from pytest_fcvm.snapshot.build import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
@@ -50,8 +51,11 @@ class Segment(Protocol):
         """Return a cable for a clone of that name."""
         ...
 
-    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object]) -> None:
-        """Take note of a clone that is up; `tell` gives it the lines of /etc/hosts for who is on the network."""
+    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
+        """Take note of a clone that is up.
+
+        `tell` gives it the lines of /etc/hosts for who is on the network, `set_link` plugs its cable in or out.
+        """
         ...
 
     def unplug(self, name: str) -> None:
@@ -157,6 +161,13 @@ class Snapshot:
         self._workshop.born(clone)
         return clone
 
+    def prove(self, clone: Clone) -> None:
+        """Wait until the spec's readiness condition holds in a clone, also where it could not in a base that was alone.
+
+        Raise GuestTimeout when it does not in the time that the spec gives, WorkloadExited at once.
+        """
+        wait_until_ready(clone, self._parts.ready_joined, self.spec.ready_timeout_s)
+
     def move_to(self, folder: Path) -> dict[str, Any]:
         """Move the files of a snapshot of a running clone to a folder, for `reopen`, and return its facts."""
         for path in self._entry.path.iterdir():
@@ -231,7 +242,11 @@ class Snapshot:
             machine.also_close([plugged.pop_all().close])
         known = [cable.hosts for cable in cables]
         for number, network in enumerate(networks):
-            network.joined(name, partial(_tell_names, machine, hosts_of(name), known, number))
+            network.joined(
+                name,
+                partial(_tell_names, machine, hosts_of(name), known, number),
+                partial(machine.vm.set_link, number),
+            )
         return machine
 
     def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:

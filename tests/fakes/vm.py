@@ -78,6 +78,9 @@ class FakeVm:
     def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
         return self.published.get((proto, guest_port))
 
+    def set_link(self, cable: int, up: bool) -> None:
+        self.calls.append(f"cable {cable} {'in' if up else 'out'}")
+
     def pause(self) -> None:
         self.calls.append("pause")
 

@@ -53,14 +53,17 @@ def _hears(speaker: Cable, listener: Cable) -> bool:
 def test_names_have_addresses_that_stay(network: Network, plug: Callable[..., list[Cable]]) -> None:
     assert network.address("db") == "10.77.5.10"
     web, db = plug("web", "db")
-    assert (db.address, web.address) == ("10.77.5.10/24", "10.77.5.11/24")
-    assert db.hosts == ("10.77.5.10 db", "10.77.5.11 web")
+    assert (db.addresses, web.addresses) == (
+        ("10.77.5.10/24", "fd77:0:0:5::a/64"),
+        ("10.77.5.11/24", "fd77:0:0:5::b/64"),
+    )
+    assert db.hosts == ("10.77.5.10 db", "fd77:0:0:5::a ip6-db", "10.77.5.11 web", "fd77:0:0:5::b ip6-web")
     assert len({db.mac, web.mac}) == 2
     assert network.names == ("db", "web")
     network.unplug("db")
     assert network.names == ("web",)
     (again,) = plug("db")
-    assert (again.address, again.mac) == (db.address, db.mac)
+    assert (again.addresses, again.mac) == (db.addresses, db.mac)
 
 
 def test_whoever_is_there_is_told_of_whoever_comes(network: Network, plug: Callable[..., list[Cable]]) -> None:
@@ -70,11 +73,26 @@ def test_whoever_is_there_is_told_of_whoever_comes(network: Network, plug: Calla
         raise GuestTimeout("it is paused")
 
     plug("a", "b", "c")
-    network.joined("a", lambda lines: told.append(("a", lines)))
-    network.joined("b", fail)
-    network.joined("c", lambda lines: told.append(("c", lines)))
-    lines = ("10.77.5.10 a", "10.77.5.11 b", "10.77.5.12 c")
-    assert told == [("a", lines), ("a", lines)]
+    network.joined("a", lambda lines: told.append(("a", lines)), lambda _up: None)
+    network.joined("b", fail, lambda _up: None)
+    network.joined("c", lambda lines: told.append(("c", lines)), lambda _up: None)
+    assert [name for name, _ in told] == ["a", "a"]
+    assert told[0][1] == told[1][1]
+    assert [line.split()[1] for line in told[0][1]] == ["a", "ip6-a", "b", "ip6-b", "c", "ip6-c"]
+
+
+def test_cables_are_out_until_the_block_ends_or_the_network_is_healed(network: Network) -> None:
+    done: list[tuple[str, bool]] = []
+    for name in ("a", "b"):
+        network.joined(name, lambda _lines: None, lambda up, name=name: done.append((name, up)))  # type: ignore[misc]
+    with network.link_down("a"):
+        assert done == [("a", False)]
+    assert done == [("a", False), ("a", True)]
+    network.link_down("b", "later")
+    network.joined("later", lambda _lines: None, lambda up: done.append(("later", up)))
+    assert done[2:] == [("b", False), ("later", False)]
+    network.heal()
+    assert sorted(done[4:]) == [("b", True), ("later", True)]
 
 
 def test_a_name_is_on_a_network_once(network: Network, plug: Callable[..., list[Cable]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import Clone, CloneFactory, MachineSpec, Network
+from pytest_fcvm import Clone, CloneFactory, FcvmError, GroupFactory, MachineSpec, Network, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.parse import parse_ready
 
@@ -20,10 +20,16 @@ pytestmark = pytest.mark.skipif(
 )
 WAIT_S = 60.0
 GET = """
-use IO::Socket::INET;
-my $server = IO::Socket::INET->new(PeerAddr => $ARGV[0], PeerPort => 80, Timeout => 3) or die "no way: $@";
+use IO::Socket::IP;
+my $server = IO::Socket::IP->new(PeerAddr => $ARGV[0], PeerPort => 80, Timeout => 3) or die "no way: $@";
 print $server "GET / HTTP/1.0\\r\\n\\r\\n";
 print <$server>;
+"""
+PING = """
+use IO::Socket::INET;
+my $server = IO::Socket::INET->new(PeerAddr => "cache:6379", Timeout => 3) or die "no way: $@";
+print $server "PING\\r\\n";
+print scalar <$server>;
 """
 
 
@@ -41,6 +47,9 @@ def test_machines_reach_each_other_by_name_and_by_address(
     assert reaches(one, "three")  # it came when `one` was there already
     assert reaches(three, "one")
     assert reaches(two, fcvm_network.address("one"))
+    assert reaches(two, fcvm_network.address6("one"))
+    assert reaches(two, "ip6-three")
+    assert not reaches(two, fcvm_network.address6("four"))
     assert one.http(80).get("/").status_code == 200  # its host ports are where they were
     assert fcvm_network.names == ("one", "three", "two")
 
@@ -76,6 +85,27 @@ def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
     began = monotonic()
     assert reaches(one, "two")
     assert monotonic() - began >= 0.8  # the handshake and the request are two round trips
+
+
+def test_a_card_notices_that_its_cable_is_out(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
+    one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+    assert one.read_text("/sys/class/net/eth1/carrier") == "1\n"
+    with fcvm_network.link_down("one"):
+        assert one.read_text("/sys/class/net/eth1/carrier") == "0\n"
+        assert two.read_text("/sys/class/net/eth1/carrier") == "1\n"
+        assert not reaches(two, "one")
+    assert one.read_text("/sys/class/net/eth1/carrier") == "1\n"
+    assert wait_until(lambda: reaches(two, "one"), Deadline(WAIT_S))
+
+
+def test_frames_out_of_order_are_put_in_order_by_tcp(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
+    one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+    two.succeed("head -c 300000 /dev/urandom > /var/www/html/file")
+    fcvm_network.impair(reorder=0.2)
+    get = GET.replace("GET /", "GET /file")
+    digest = one.succeed(f"perl -e '{get}' two | tail -c 300000 | sha256sum")
+    assert digest == two.succeed("sha256sum < /var/www/html/file")
+    assert fcvm_network.counters()["two", "one"].reordered > 10
 
 
 def test_networks_know_nothing_of_each_other_and_a_machine_may_be_on_two(
@@ -124,6 +154,23 @@ def test_a_primary_and_two_replicas_lose_and_find_each_other(
         assert wait_until(lambda: has("near", "second"), Deadline(WAIT_S))
         assert has("far", "first")
     assert wait_until(lambda: has("far", "second"), Deadline(WAIT_S))
+
+
+def test_machines_of_several_images_start_together(
+    fcvm_group: GroupFactory, image: Callable[[str], str], fcvm_spec: MachineSpec
+) -> None:
+    redis = MachineSpec(image=image("redis"), ready=parse_ready("exec:redis-cli ping"))
+    ready = parse_ready(f"exec:perl -e '{PING}'")  # which is not so in a base, that is alone
+    app = fcvm_spec.merged({"ready": ready, "needs": ("cache",)})
+    with pytest.raises(UsageProblem, match="'app' needs 'db', which is not there"):
+        fcvm_group({"app": {"needs": "db"}})
+    with pytest.raises(FcvmError, match=r"^app: .*not ready"):
+        fcvm_group({"cache": fcvm_spec, "app": app.merged({"ready_timeout_s": 3.0})})
+    group = fcvm_group({"app": app, "cache": redis})
+    assert list(group) == ["app", "cache"]
+    assert group["app"].succeed(["perl", "-e", PING]) == "+PONG\r\n"
+    assert group["app"].http(80).get("/").status_code == 200
+    assert group.network.names == ("app", "cache")
 
 
 def test_a_switch_ends_with_a_run_that_is_killed(

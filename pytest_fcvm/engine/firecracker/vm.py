@@ -91,6 +91,10 @@ class FirecrackerVm(VmProcess):
         """Return None: no port is mapped by Firecracker."""
         return None
 
+    def set_link(self, cable: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
+        """Raise EngineError: there are no cables to plug."""
+        raise EngineError(f"VM {self.name} is on no private network: those need --fcvm-engine qemu")
+
     def pause(self) -> None:
         """Stop the guest's processors."""
         if self._version.resumes_deaf:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import socket
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Iterable
 from pytest_fcvm.engine.qemu.command import USER_NETDEV, forward_rule
 from pytest_fcvm.engine.qemu.monitor import Monitor
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.listening import why_no_listener
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 
 __all__ = ["Forwards", "explain_refused_rule", "parse_forwards"]
@@ -42,9 +42,11 @@ class Forwards:
             return self._known.get(key)
 
     def add(self, port: PublishedPort) -> Endpoint:
-        """Map one more guest port. Raise HostError when the wanted host port cannot be had."""
+        """Map one more guest port, or at one more host port. Raise HostError when that cannot be had."""
         with self._lock:
-            return self.find(port.guest_port, port.proto) or self._add(port)
+            found = self.find(port.guest_port, port.proto)
+            wants_another = port.host_port and found != (_reachable(port.host_ip), port.host_port)
+            return self._add(port) if found is None or wants_another else found
 
     def _add(self, port: PublishedPort) -> Endpoint:
         answer = self._ask(f"hostfwd_add {USER_NETDEV} {forward_rule(port)}")
@@ -90,26 +92,13 @@ def explain_refused_rule(log: str) -> HostError | None:
 
 
 def _refused(port: PublishedPort, words: str) -> HostError:
-    reason = _try_to_bind(port) or words.strip()
+    kind = socket.SOCK_STREAM if port.proto is Proto.TCP else socket.SOCK_DGRAM
+    reason = why_no_listener(port.host_ip, port.host_port, kind) or words.strip()
     where = f"{port.host_ip}:{port.host_port}/{port.proto}"
     return HostError(
         f"guest port {port.guest_port} cannot be published on {where}: {reason}",
         hint=f"publish another host port, or 0 for a free one (--fcvm-publish 0:{port.guest_port})",
     )
-
-
-def _try_to_bind(port: PublishedPort) -> str:
-    """Say why the host refuses the address, "" when it does not (any more)."""
-    kind = socket.SOCK_STREAM if port.proto is Proto.TCP else socket.SOCK_DGRAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((port.host_ip, port.host_port))
-            if port.proto is Proto.TCP:
-                probe.listen()
-        except OSError as error:
-            return "the port is taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
-    return ""
 
 
 def _reachable(host_ip: str) -> str:

@@ -110,6 +110,11 @@ class QemuVm(VmProcess):
         with self._told():
             return self._forwards.find(guest_port, proto)
 
+    def set_link(self, cable: int, up: bool) -> None:
+        """Plug one of the plan's cables in or out, counted from 0; the guest's card notices."""
+        with self._told():
+            self._monitor.execute("set_link", {"name": f"net{cable + 1}", "up": up})
+
     def pause(self) -> None:
         """Stop the guest's processors."""
         with self._told():

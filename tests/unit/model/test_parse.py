@@ -70,6 +70,8 @@ def test_an_environment_is_pairs_names_of_the_host_or_a_mapping() -> None:
         ("0:80", "127.0.0.1", 0, 80, "tcp"),
         ("0.0.0.0:8080:80/udp", "0.0.0.0", 8080, 80, "udp"),
         ("127.0.0.5::80", "127.0.0.5", 0, 80, "tcp"),
+        ("[::1]:8080:80", "::1", 8080, 80, "tcp"),
+        ("[0:0::1]::53/udp", "::1", 0, 53, "udp"),
     ],
 )
 def test_a_port_is_published_on_loopback_unless_an_address_is_given(

@@ -175,6 +175,20 @@ def test_latency_holds_a_frame_back_in_its_order(bench: Bench) -> None:
     assert bench.got("b") == [b"%d" % number for number in range(10)]
 
 
+def test_what_is_reordered_comes_later_than_what_was_sent_behind_it(bench: Bench) -> None:
+    bench.rule(Link(latency=0.01, reorder=0.3))
+    for number in range(1000):
+        bench.send("a", "b", b"%04d" % number)
+    while bench.switch.wait_s() < 3600:
+        time.sleep(bench.switch.wait_s())
+        bench.switch.deliver_due()
+    got = bench.got("b")
+    late = bench.switch.counters["a", "b"].reordered
+    assert 240 < late < 360
+    assert sorted(got) == [b"%04d" % number for number in range(1000)]
+    assert got != sorted(got)
+
+
 def test_jitter_spreads_to_either_side(bench: Bench) -> None:
     bench.rule(Link(latency=1.0, jitter=0.5))
     now = time.monotonic()

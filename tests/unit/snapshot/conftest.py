@@ -86,11 +86,12 @@ def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]
         own = {name: fields.pop(name) for name in ("image_config", "kernel_digest", "rootfs_key") if name in fields}
         spec = MachineSpec(image="registry/web:1").merged(fields)
         image: ImageConfig = own.pop("image_config", _IMAGE)
-        health = image.healthcheck.test if image.healthcheck else ()
+        ready = finalize_ready(spec.ready, image.healthcheck.test if image.healthcheck else (), image.exposed_ports)
         parts: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
         return Ingredients(
             spec=spec,
-            ready=finalize_ready(spec.ready, health, image.exposed_ports),
+            ready=ready,
+            ready_joined=ready,
             image=image,
             image_digest="sha256:1",
             files=GuestFiles(kernel=tmp_path / "kernel", initramfs=tmp_path / "initramfs", rootfs=tmp_path / "rootfs"),

@@ -26,6 +26,7 @@ class Segment:
         self.number, self.happened = number, []  # type: tuple[int, list[str]]
         self.ends: list[socket.socket] = []
         self.tell: Callable[[tuple[str, ...]], object] = lambda _lines: None
+        self.set_link: Callable[[bool], object] = lambda _up: None
 
     def plug(self, name: str) -> Cable:
         self.happened.append(f"plug {name}")
@@ -33,11 +34,11 @@ class Segment:
         other.close()
         self.ends.append(end)
         address = f"10.77.{self.number}.10"
-        return Cable(end=end, mac="02:fc:00:00:00:01", address=f"{address}/24", hosts=(f"{address} {name}",))
+        return Cable(end=end, mac="02:fc:00:00:00:01", addresses=(f"{address}/24",), hosts=(f"{address} {name}",))
 
-    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object]) -> None:
+    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
         self.happened.append(f"joined {name}")
-        self.tell = tell
+        self.tell, self.set_link = tell, set_link
 
     def unplug(self, name: str) -> None:
         self.happened.append(f"unplug {name}")
@@ -78,6 +79,14 @@ def test_the_names_of_both_networks_are_told_together(snapshot: Snapshot) -> Non
         outer.tell(("10.77.2.10 web", "10.77.2.11 db"))
         fields = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.JOIN][-1]
         assert fields.texts(FieldTag.HOSTS)[-3:] == ["10.77.1.10 web", "10.77.2.10 web", "10.77.2.11 db"]
+
+
+def test_a_network_plugs_in_and_out_the_cable_that_is_its_own(snapshot: Snapshot, engine: FakeEngine) -> None:
+    inner, outer = Segment(1), Segment(2)
+    with snapshot.clone(name="web", networks=[inner, outer]):
+        outer.set_link(False)
+        inner.set_link(True)
+        assert engine.vms[-1].calls[-2:] == ["cable 1 out", "cable 0 in"]
 
 
 def test_a_clone_that_does_not_come_to_life_is_on_no_network(snapshot: Snapshot, engine: FakeEngine) -> None:

@@ -1,0 +1,29 @@
+"""A loopback address for a clone alone, at which its ports have the guest's own numbers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import replace
+
+from pytest_fcvm.host.listening import why_no_listener
+from pytest_fcvm.model.net import Proto, PublishedPort
+
+__all__ = ["at_address", "random_loopback"]
+
+
+def random_loopback() -> str:
+    """Return one of eight million addresses: 127.128.0.1 to 127.255.255.254. Linux has all of 127.0.0.0/8 on `lo`."""
+    second, third, fourth = os.urandom(3)
+    return f"127.{128 + second % 128}.{third}.{1 + fourth % 254}"
+
+
+def at_address(address: str, port: PublishedPort) -> PublishedPort:
+    """Return the port at the guest's own number, else at any free one, with a warning that says why."""
+    kind = socket.SOCK_STREAM if port.proto is Proto.TCP else socket.SOCK_DGRAM
+    reason = why_no_listener(address, port.guest_port, kind)
+    if reason:
+        said = f"guest port {port.guest_port}/{port.proto} has another number on {address}: {reason}"
+        warnings.warn(said, stacklevel=4)
+    return replace(port, host_ip=address, host_port=0 if reason else port.guest_port)

@@ -1,0 +1,21 @@
+"""Whether a program may listen at an address of the host, found out by doing it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+__all__ = ["why_no_listener"]
+
+
+def why_no_listener(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
+    """Return the reason for which nothing can listen at an IPv4 address, "" when it can."""
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            if kind is socket.SOCK_STREAM:
+                probe.listen()
+        except OSError as error:
+            return "the port is taken" if error.errno == errno.EADDRINUSE else str(error.strerror)
+    return ""

@@ -1,0 +1,116 @@
+"""A group of machines: who is started when, and what is left when one of them fails. Snapshots are played."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Self, cast
+
+import pytest
+
+from pytest_fcvm.errors import GuestError, UsageProblem
+from pytest_fcvm.group import Group, check_needs, start_group
+
+WAIT_S = 20.0
+
+
+class Cluster:
+    """Plays the snapshots of a group: notes what happens to their clones, and which are made at the same time."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.fails: set[str] = set()
+        self.holds: dict[str, threading.Event] = {}
+
+    def start(self, needs: Mapping[str, tuple[str, ...]]) -> Group:
+        return start_group(cast(Any, {name: _Snapshot(self) for name in needs}), needs, cast(Any, "net"))
+
+
+class _Snapshot:
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def clone(self, *, name: str, networks: list[Any]) -> _Clone:
+        assert networks == ["net"]
+        self._cluster.happened.append(f"start {name}")
+        if name in self._cluster.holds:
+            assert self._cluster.holds[name].wait(WAIT_S)
+        if name in self._cluster.fails:
+            raise GuestError("it did not come")
+        return _Clone(name, self._cluster)
+
+    def prove(self, clone: _Clone) -> None:
+        self._cluster.happened.append(f"prove {clone.name}")
+
+
+class _Clone:
+    def __init__(self, name: str, cluster: Cluster) -> None:
+        self.name, self._cluster = name, cluster
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._cluster.happened.append(f"close {self.name}")
+
+
+def test_a_dependent_machine_starts_when_what_it_needs_is_ready_and_ends_before_it() -> None:
+    cluster = Cluster()
+    group = cluster.start({"app": ("db", "cache"), "cache": ("db",), "db": ()})
+    assert list(group) == ["app", "cache", "db"]
+    assert group["db"].name == "db"
+    assert cluster.happened == ["start db", "start cache", "prove cache", "start app", "prove app"]
+    group.close()
+    group.close()
+    assert cluster.happened[5:] == ["close app", "close cache", "close db"]
+
+
+def test_machines_that_do_not_need_each_other_start_at_once() -> None:
+    cluster = Cluster()
+    cluster.holds = {"one": threading.Event(), "two": threading.Event()}
+    started = threading.Thread(target=cluster.start, args=({"one": (), "two": ()},))
+    started.start()
+    for _ in range(2000):
+        if len(cluster.happened) == 2:
+            break
+        threading.Event().wait(0.01)
+    assert sorted(cluster.happened) == ["start one", "start two"]
+    for event in cluster.holds.values():
+        event.set()
+    started.join(WAIT_S)
+    assert not started.is_alive()
+
+
+def test_when_one_fails_its_name_is_told_and_none_is_left() -> None:
+    cluster = Cluster()
+    cluster.fails = {"cache"}
+    with pytest.raises(GuestError, match=r"^cache: it did not come"):
+        cluster.start({"db": (), "cache": ("db",), "app": ("cache",)})
+    assert cluster.happened == ["start db", "start cache", "close db"]
+
+
+def test_one_that_comes_up_after_another_has_failed_is_ended() -> None:
+    cluster = Cluster()
+    cluster.fails = {"bad"}
+    cluster.holds = {"bad": threading.Event(), "slow": threading.Event()}
+    threading.Timer(0.3, cluster.holds["bad"].set).start()
+    threading.Timer(0.6, cluster.holds["slow"].set).start()
+    with pytest.raises(GuestError, match=r"^bad: "):
+        cluster.start({"bad": (), "slow": ()})
+    assert [event for event in cluster.happened if "slow" in event] == ["start slow", "close slow"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"app": ("bd",), "db": ()}, "'app' needs 'bd', which is not there"),
+        ({"a": ("b",), "b": ("a",)}, "needs"),
+        ({"a": ("a",)}, "a needs a"),
+    ],
+)
+def test_needs_that_cannot_be_met_are_a_usage_problem(needs: dict[str, tuple[str, ...]], message: str) -> None:
+    with pytest.raises(UsageProblem, match=message):
+        check_needs(needs)

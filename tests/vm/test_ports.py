@@ -1,0 +1,57 @@
+"""Where a machine's ports are on the host: an address of each clone's own, IPv6, and numbers that cannot be had."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.request
+
+import pytest
+
+from pytest_fcvm import Clone, CloneFactory, MachineSpec
+from pytest_fcvm.model.parse import parse_network
+
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def status(url: str) -> int:
+    with OPENER.open(url, timeout=60) as answer:
+        return int(answer.status)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="port 80 takes rights")
+@pytest.mark.parametrize("network", ["auto", "relay"])
+def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
+    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, network: str
+) -> None:
+    spec = fcvm_spec.merged({"network": parse_network(network), "own_address": True})
+    clones = [fcvm_clone_factory(spec) for _ in range(3)]
+    endpoints = [clone.endpoint(80) for clone in clones]
+    assert [endpoint.port for endpoint in endpoints] == [80, 80, 80]
+    assert len({endpoint.host for endpoint in endpoints}) == 3
+    for clone in clones:
+        clone.write_text("/var/www/html/index.html", clone.name)
+    for clone in clones:
+        with OPENER.open(clone.url(80), timeout=60) as answer:
+            assert answer.read().decode() == clone.name
+    clones[0].reset()
+    assert clones[0].endpoint(80) == endpoints[0]
+    assert status(clones[0].url(80)) == 200
+
+
+def test_a_number_that_cannot_be_had_is_another_with_the_reason(fcvm_clone_factory: CloneFactory) -> None:
+    clone = fcvm_clone_factory(own_address=True)
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        number = taken.getsockname()[1]
+        with pytest.warns(UserWarning, match=rf"guest port {number}/tcp has another number .*: the port is taken"):
+            host, port = clone.endpoint(number)
+    assert host.startswith("127.")
+    assert port != number
+
+
+@pytest.mark.fcvm(publish=["[::1]:0:80"])
+def test_a_port_at_an_ipv6_address(fcvm_clone: Clone) -> None:
+    host, port = fcvm_clone.endpoint(80)
+    assert host == "::1"
+    assert fcvm_clone.url(80) == f"http://[::1]:{port}"
+    assert status(fcvm_clone.url(80)) == 200
