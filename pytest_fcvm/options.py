@@ -120,6 +120,11 @@ def _publish(value: Any, _origin: Origin) -> tuple[Any, ...]:
     return tuple(parse.parse_publish(item) for item in items)
 
 
+def _ports(value: Any, _origin: Origin) -> tuple[int, ...]:
+    items = value if isinstance(value, (list, tuple, set)) else [value]
+    return tuple(dict.fromkeys(parse.parse_port(item) for item in items))
+
+
 def _maps(value: Any, origin: Origin) -> tuple[Any, ...]:
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(parse.parse_map(item, origin.base) for item in items)
@@ -176,6 +181,7 @@ ROWS: tuple[Row, ...] = (
     _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
     _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
+    _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
     _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp) or relay (through the agent); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),

@@ -193,15 +193,34 @@ static struct connection *make(uint32_t id, int fd)
     return connection;
 }
 
-static int open_connection(uint32_t id, const struct body *body, struct failure *failure)
+static void send_at_once(int fd)
 {
     const int on = 1;
+
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+}
+
+void connect_adopt(uint32_t id, int fd)
+{
+    static const char text[] = "no memory for a connection";
+    struct reply reply = {0};
+
+    send_at_once(fd);
+    if (make(id, fd))
+        return; /* the REPLY follows at once: it stands */
+    reply_text(&reply, FIELD_MESSAGE, text);
+    output_reply(id, ENOMEM, reply.bytes, reply.used);
+    close(fd);
+}
+
+static int open_connection(uint32_t id, const struct body *body, struct failure *failure)
+{
     struct target target;
     int fd = dial(body, SOCK_STREAM, &target, failure);
 
     if (fd < 0)
         return -1;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+    send_at_once(fd);
     if (connect(fd, &target.address.any, target.size) && errno != EINPROGRESS)
         fail(failure, "connect", "");
     else if (make(id, fd))

@@ -98,8 +98,10 @@ enum stream_kind {
                           after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
     KIND_TAR_OUT = 36, /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
-    KIND_ATTACH = 37   /* PID of an EXEC that lives on without its session, or lived: REPLY has PID and, where output went
+    KIND_ATTACH = 37,  /* PID of an EXEC that lives on without its session, or lived: REPLY has PID and, where output went
                           by unheard, METRIC dropped_bytes; then as EXEC, with what was kept first */
+    KIND_ACCEPT = 38   /* PORT ADDRESS: the next TCP connection that the guest makes there, listened at from the first of
+                          these until none is wanted; the REPLY comes with the connection, which may be never */
 };
 
 enum event_kind {

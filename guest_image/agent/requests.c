@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "accept.h"
 #include "configure.h"
 #include "connect.h"
 #include "exec.h"
@@ -57,6 +58,7 @@ static const struct request_kind {
     {KIND_TAR_IN, NULL, exec_open_tar_in},
     {KIND_TAR_OUT, NULL, exec_open_tar_out},
     {KIND_ATTACH, NULL, exec_attach},
+    {KIND_ACCEPT, NULL, accept_open},
 };
 
 static size_t incoming_bytes;

@@ -188,6 +188,14 @@ class Agent:
         """Open a stream of datagrams to and from a UDP port in the guest. Raise OSError as `connect` does."""
         return GuestDatagrams(self._dial(port, Proto.UDP, "", timeout_s))
 
+    def accept(self, port: int, address: str, *, timeout_s: float | None = None) -> GuestSocket:
+        """Wait for the next TCP connection that a program of the guest makes to an address of its own.
+
+        Raise OSError when the guest cannot listen there, or why the session ended.
+        """
+        body: Body = [(FieldTag.PORT, port), (FieldTag.ADDRESS, address)]
+        return GuestSocket(self._open_socket(StreamKind.ACCEPT, body, f"accept on port {port}", Deadline(timeout_s)))
+
     def logs(self, sink: Sink, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> LogStream:
         """Follow the workload's output, from what the agent's ring holds on.
 
@@ -264,9 +272,12 @@ class Agent:
         body: Body = [(FieldTag.PORT, port), (FieldTag.PROTO, proto.value)]
         if address:
             body.append((FieldTag.ADDRESS, address))
-        stream = self._open(StreamKind.CONNECT, body, f"connect to port {port}")
+        return self._open_socket(StreamKind.CONNECT, body, f"connect to port {port}", Deadline(timeout_s))
+
+    def _open_socket(self, kind: StreamKind, body: Body, what: str, deadline: Deadline) -> Stream:
+        stream = self._open(kind, body, what)
         try:
-            stream.wait_reply(Deadline(timeout_s))
+            stream.wait_reply(deadline)
         except CallFailed as error:
             if error.errno == errno.EAGAIN:  # the agent's own limit of streams
                 raise

@@ -95,6 +95,7 @@ class StreamKind(IntEnum):
     TAR_IN = 35
     TAR_OUT = 36
     ATTACH = 37
+    ACCEPT = 38
 
     @property
     def is_verb(self) -> bool:

@@ -146,8 +146,9 @@ class MachineSpec:
     are made ahead of their tests: what it does is in them, and what it runs is fast in the test. `disk_mib` puts what
     the guest writes on a disk instead of in memory. `hook` is a line for the guest's shell, run as root in each clone
     before its workload goes on. With `own_address` each clone's ports are at a loopback address of its own, under the
-    guest's own numbers. `needs` names those of an `fcvm_group` that must be ready before it: its
-    own condition is then waited for in the clone, and the base is taken as soon as its workload runs.
+    guest's own numbers. `host_ports` are those of this host's 127.0.0.1 that its programs reach as `host.fcvm`. `needs`
+    names those of an `fcvm_group` that must be ready before it: its own condition is then waited for in the clone, and
+    the base is taken as soon as its workload runs.
     """
 
     image: str | None = None
@@ -157,6 +158,7 @@ class MachineSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     publish: tuple[PublishedPort, ...] = ()
     own_address: bool = False
+    host_ports: tuple[int, ...] = ()
     map: tuple[MappedPath, ...] = ()
     network: NetworkSpec = NetworkSpec()
     ready: ReadySpec | None = None
@@ -177,6 +179,7 @@ class MachineSpec:
             self.needs and (self.needs, self.ready),
             self.publish,
             self.own_address,
+            self.host_ports,
             id(self.warm) if callable(self.warm) else self.warm,
             self.hook,
             self.clock,

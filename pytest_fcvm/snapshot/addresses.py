@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_fcvm.clone.commands import SHELL
 from pytest_fcvm.clone.machine import waking_identity
 from pytest_fcvm.model.guest import GuestConfig, Identity
 from pytest_fcvm.model.specs import MachineSpec
 
-__all__ = ["base_config", "fresh_identity", "hosts_of"]
+__all__ = ["HOST_ADDRESS", "base_config", "fresh_identity", "hosts_of"]
+
+HOST_ADDRESS = "127.77.0.1"  # in a guest that may reach ports of the host: its agent listens there
 
 _ADDRESS, _GATEWAY, _DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 _BASE_NAME = "fcvm-base"
@@ -54,16 +56,16 @@ def fresh_identity(
         boot_id=str(uuid.UUID(bytes=random[48:64], version=4)),
         interface="eth0",
         mac=":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *random[64:67])),
-        hosts=(*hosts_of(name), *hosts),
+        hosts=(*hosts_of(name, spec.host_ports), *hosts),
         peer_gateway=False if has_peer else None,
     )
 
 
-def hosts_of(name: str) -> tuple[str, ...]:
+def hosts_of(name: str, host_ports: Sequence[int] = ()) -> tuple[str, ...]:
     """Return the lines of /etc/hosts of a guest without private networks."""
     return (
         "127.0.0.1 localhost",
         "::1 localhost ip6-localhost ip6-loopback",
         f"{_ADDRESS} {name}",
-        f"{_GATEWAY} host.fcvm",
+        f"{HOST_ADDRESS if host_ports else _GATEWAY} host.fcvm",
     )

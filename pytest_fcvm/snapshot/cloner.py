@@ -21,7 +21,7 @@ from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.pool import Pooled
-from pytest_fcvm.snapshot.ports import open_ports
+from pytest_fcvm.snapshot.ports import open_host_ports, open_ports
 from pytest_fcvm.snapshot.spares import Spares
 from pytest_fcvm.store import Entry
 
@@ -63,6 +63,7 @@ class Cloner:
             machine.also_close([held.pop_all().close])
         try:
             with descriptors_told(name):
+                open_host_ports(machine, self._parts.spec.host_ports)
                 open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
                 path = path or self._open_client_path(machine.publisher)
                 if path:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pytest_fcvm.clone.machine import Machine, Publisher
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.net.host_ports import HostPorts
 from pytest_fcvm.net.relay import Relay
+from pytest_fcvm.snapshot.addresses import HOST_ADDRESS
 
-__all__ = ["Ports", "open_ports"]
+__all__ = ["Ports", "open_host_ports", "open_ports"]
 
 _CALL_S = 60.0
 
@@ -55,3 +57,11 @@ def open_ports(machine: Machine, network: Publisher | None, published: Iterable[
         if network is None or not port.is_slirps:
             ports.publish(port)
     return ports
+
+
+def open_host_ports(machine: Machine, numbers: Sequence[int]) -> None:
+    """Let a machine's programs reach ports of this host, until it ends."""
+    if numbers:
+        ports = HostPorts(lambda port: machine.agent.accept(port, HOST_ADDRESS), numbers, ServiceThread)
+        machine.also_close([ports.close])
+        machine.also_tell("host ports", lambda: ports.fault)

@@ -244,7 +244,7 @@ class Snapshot:
         for number, network in enumerate(networks):
             network.joined(
                 name,
-                partial(_tell_names, machine, hosts_of(name), known, number),
+                partial(_tell_names, machine, hosts_of(name, self.spec.host_ports), known, number),
                 partial(machine.vm.set_link, number),
             )
         return machine

@@ -113,6 +113,13 @@ service.bind((address, int(port)))
 socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [service.fileno()])
 """
 
+DIAL = """
+import socket, sys
+channel, address, port = sys.argv[1:]
+client = socket.create_connection((address, int(port)), timeout=20)
+socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [client.fileno()])
+"""
+
 
 class Guest:
     """One agent process, its channel, and the session that is current."""
@@ -160,13 +167,20 @@ class Guest:
         """Return a datagram socket in the guest's network."""
         return self._open(BIND_DATAGRAMS, port, address)
 
+    def dial(self, port, address):
+        """Return a socket that a program of the guest has connected. Raise ConnectionRefusedError."""
+        return self._open(DIAL, port, address)
+
     def _open(self, script, port, address):
         ours, theirs = socket.socketpair()
         with ours, theirs:
             enter = ["nsenter", "--target", str(self.agent_pid), "--net"]
             enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
             arguments = [sys.executable, "-c", script, str(theirs.fileno()), address, str(port)]
-            subprocess.run([*enter, *arguments], pass_fds=[theirs.fileno()], check=True)
+            done = subprocess.run([*enter, *arguments], pass_fds=[theirs.fileno()], capture_output=True, text=True)
+            if "ConnectionRefusedError" in done.stderr:
+                raise ConnectionRefusedError(done.stderr)
+            assert done.returncode == 0, done.stderr
             _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
         return socket.socket(fileno=descriptors[0])
 

@@ -46,6 +46,11 @@ def corpus(p):
         [opened(1, p.EXEC, (p.ARG, "yes"), (p.ENV, "A=b"), (p.CWD, "/tmp"), (p.USER, "app:staff")), grant, grant],
         [opened(1, p.EXEC, (p.ARG, "true")), p.frame(p.SIGNAL, 1, b"\x0f"), p.frame(p.CLOSE, 1, b"\0" * 4)],
         [opened(1, p.CONNECT, (p.PORT, 8080), (p.PROTO, "tcp")), data(1, b"GET /"), p.frame(p.EOF, 1, b"\0")],
+        [
+            opened(1, p.ACCEPT, (p.PORT, 9000), (p.ADDRESS, "127.77.0.1")),
+            data(1, b"early"),
+            p.frame(p.CLOSE, 1, b"\0" * 4),
+        ],
         [opened(1, p.CONNECT, (p.PORT, 81)), opened(2, p.CONNECT, (p.PORT, 8080), (p.ADDRESS, "::1"))],
         [opened(1, p.LOGS), grant, opened(2, p.LOGS), opened(3, p.STATUS), opened(9, p.METRICS)],
         [opened(1, p.TAR_IN, (p.PATH, "/tmp/in"), (p.USER, "app")), data(1, tar_bytes()), p.frame(p.EOF, 1, b"\0")],

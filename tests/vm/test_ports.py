@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -47,6 +50,58 @@ def test_a_number_that_cannot_be_had_is_another_with_the_reason(fcvm_clone_facto
             host, port = clone.endpoint(number)
     assert host.startswith("127.")
     assert port != number
+
+
+class Greeter(BaseHTTPRequestHandler):
+    """Answers with what it was asked for, and how often."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(f"hello {self.path}".encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def greeter() -> Iterator[int]:
+    """The port of an HTTP server on the host's loopback."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Greeter) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def ask(clone: Clone, port: int, path: str) -> str:
+    script = f"""
+        use IO::Socket::INET;
+        my $server = IO::Socket::INET->new("host.fcvm:{port}") or die "no way: $@";
+        print $server "GET {path} HTTP/1.0\\r\\n\\r\\n";
+        print <$server>;
+    """
+    result = clone.exec(["perl", "-e", script])
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("network", ["auto", "relay"])
+def test_a_guest_reaches_the_ports_of_the_host_that_it_was_given_and_no_others(
+    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, greeter: int, network: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        closed = other.getsockname()[1]
+        fields = {"host_ports": (greeter, 1), "network": parse_network(network)}
+        clone = fcvm_clone_factory(fcvm_spec.merged(fields))
+        assert "hello /one" in ask(clone, greeter, "/one")
+        assert "hello /two" in ask(clone, greeter, "/two")
+        assert "no way" in ask(clone, closed, "/")
+        assert ask(clone, 1, "/") == ""  # nobody listens there on the host: it is reset
+        assert "host port 1 was reset: Connection refused" in clone.evidence()["host ports"]
+        (fork,) = clone.fork()
+        assert "hello /fork" in ask(fork, greeter, "/fork")
+        assert "hello /still" in ask(clone, greeter, "/still")
+        clone.reset()
+        assert "hello /again" in ask(clone, greeter, "/again")
 
 
 @pytest.mark.fcvm(publish=["[::1]:0:80"])

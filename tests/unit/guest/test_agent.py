@@ -144,6 +144,7 @@ def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: 
         (StreamKind.LOGS, lambda agent: agent.logs(print, timeout_s=0.02)),
         (StreamKind.TAR_IN, lambda agent: agent.tar_in("/srv", timeout_s=0.02)),
         (StreamKind.TAR_OUT, lambda agent: agent.tar_out("/srv", timeout_s=0.02)),
+        (StreamKind.ACCEPT, lambda agent: agent.accept(9000, "127.77.0.1", timeout_s=0.02)),
         (StreamKind.ATTACH, lambda agent: agent.attach(7, timeout_s=0.02)),
     ],
 )

@@ -1,0 +1,154 @@
+"""Connections between a client on the host and a guest: bytes both ways, half-closes kept, a break of one end told."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
+
+from pytest_fcvm.errors import FcvmError
+
+__all__ = ["ByteStream", "Links", "MakeThread", "reset"]
+
+MakeThread = Callable[..., threading.Thread]
+
+_THREAD = "fcvm-relay"
+_CHUNK = 64 * 1024
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+class ByteStream(Protocol):
+    """A connection into the guest. `recv` returns b"" at the peer's half-close; a reset is a ConnectionError."""
+
+    def recv(self, size: int) -> bytes:
+        """Return the next bytes."""
+        ...
+
+    def sendall(self, data: bytes) -> None:
+        """Send all bytes, waiting as long as the guest does not read."""
+        ...
+
+    def shutdown_write(self) -> None:
+        """Half-close: say that no more bytes will come."""
+        ...
+
+    def reset(self) -> None:
+        """End the connection so that the guest sees a reset; wake whoever waits in another method. Idempotent."""
+        ...
+
+    def close(self) -> None:
+        """End the connection."""
+        ...
+
+
+class Links:
+    """The connections of one machine. `make_thread` makes threads."""
+
+    def __init__(self, make_thread: MakeThread) -> None:
+        self._make_thread = make_thread
+        self._lock = threading.Lock()
+        self._links: set[_Link] = set()
+        self._over = False
+
+    def join(self, client: socket.socket, guest: ByteStream) -> None:
+        """Copy both ways until both have ended, on this thread and one more; closes both ends."""
+        link = _Link(client, guest, self._make_thread)
+        with self._lock:
+            self._links.add(link)
+            if self._over:
+                link.reset()
+        link.copy()
+        with self._lock:
+            self._links.discard(link)
+        link.close()
+
+    def close(self) -> None:
+        """Reset all connections, also those that are joined later; idempotent."""
+        with self._lock:
+            self._over = True
+            for link in self._links:
+                link.reset()
+
+
+class _Link:
+    """A client's connection and the guest's end of it. Each half ends by itself; a break of one end resets both."""
+
+    def __init__(self, client: socket.socket, guest: ByteStream, make_thread: MakeThread) -> None:
+        self._client, self._guest, self._make_thread = client, guest, make_thread
+        self._broken = threading.Event()
+        self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC)  # a shutdown would wake as well, but send a FIN
+
+    def copy(self) -> None:
+        """Copy both ways until both have ended."""
+        upward = self._make_thread(self._pump_up, name=_THREAD)
+        upward.start()
+        self._pump_down()
+        upward.join()
+
+    def close(self) -> None:
+        """Give both ends back, after `copy`, when nobody calls `reset` any more."""
+        if self._broken.is_set():
+            reset(self._client)
+        self._client.close()
+        self._guest.close()
+        os.close(self._wake_out)
+        os.close(self._wake_in)
+
+    def reset(self) -> None:
+        """End both ends by a reset and wake both directions."""
+        if not self._broken.is_set():
+            self._broken.set()
+            os.write(self._wake_in, b"\0")
+        self._guest.reset()
+
+    def _pump_up(self) -> None:
+        try:
+            while data := self._receive():
+                self._guest.sendall(data)
+            self._check_whole()
+            self._guest.shutdown_write()
+        except (OSError, FcvmError):
+            self.reset()
+
+    def _pump_down(self) -> None:
+        try:
+            while data := self._guest.recv(_CHUNK):
+                self._send(data)
+            self._check_whole()
+            self._client.shutdown(socket.SHUT_WR)
+        except (OSError, FcvmError):
+            self.reset()
+
+    def _check_whole(self) -> None:
+        if self._broken.is_set():  # what ended was no half-close
+            raise ConnectionAbortedError
+
+    def _receive(self) -> bytes:
+        self._wait(select.POLLIN)
+        return self._client.recv(_CHUNK)
+
+    def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._wait(select.POLLOUT)
+            with suppress(BlockingIOError):  # room for a byte is not room for all
+                view = view[self._client.send(view, socket.MSG_DONTWAIT) :]
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._client, event)
+        poll.register(self._wake_out, select.POLLIN)
+        if any(descriptor == self._wake_out for descriptor, _ in poll.poll()):
+            raise ConnectionAbortedError
+
+
+def reset(client: socket.socket) -> None:
+    """Close a socket so that its peer sees a reset."""
+    with suppress(OSError):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    client.close()
