@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import re
 import select
 import socket
 from collections.abc import Callable, Sequence
@@ -46,8 +45,11 @@ class ReadyTarget(Protocol):
         """Run a command in the guest."""
         ...
 
-    def logs(self) -> str:
-        """Return what the workload has printed."""
+    def wait_for_log(self, regex: str, *, timeout: float) -> object:
+        """Wait for a line of the workload's output that matches.
+
+        Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
+        """
         ...
 
 
@@ -78,6 +80,9 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
 
     Raise WorkloadExited at once when the workload ends, GuestTimeout at the deadline with the last answer.
     """
+    if ready.mode is ReadyMode.LOG:
+        _wait_for_line(target, ready, timeout_s)
+        return
     probe = _probe_for(target, ready)
     deadline, started, pause = Deadline(timeout_s), monotonic(), _FIRST_PAUSE_S
     answer = probe()
@@ -86,10 +91,22 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
         pause = min(pause * 1.5, _LONGEST_PAUSE_S)
         answer = probe()
     if answer:
-        raise GuestTimeout(
-            f"not ready after {monotonic() - started:.0f} s: {ready}: {answer}",
-            hint="give --fcvm-ready another condition, or --fcvm-ready-timeout more time",
-        )
+        raise _not_ready(ready, monotonic() - started, answer)
+
+
+def _wait_for_line(target: ReadyTarget, ready: ReadySpec, timeout_s: float) -> None:
+    """Wait for the log alone: it is not asked, it tells."""
+    try:
+        target.wait_for_log(ready.text, timeout=timeout_s)
+    except GuestTimeout:
+        raise _not_ready(ready, timeout_s, "no such line in the workload's log") from None
+
+
+def _not_ready(ready: ReadySpec, waited_s: float, answer: str) -> GuestTimeout:
+    return GuestTimeout(
+        f"not ready after {waited_s:.0f} s: {ready}: {answer}",
+        hint="give --fcvm-ready another condition, or --fcvm-ready-timeout more time",
+    )
 
 
 class ClientPath:
@@ -157,15 +174,14 @@ def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
             return lambda: _http_answer(target.endpoint(ready.port or 80), ready.text)
         case ReadyMode.TCP:
             return lambda: _ask_tcp(target, ready.port or 0)
-        case ReadyMode.LOG:
-            pattern = re.compile(ready.text, re.MULTILINE)
-            return lambda: "" if pattern.search(target.logs()) else "no such line in the workload's log"
         case ReadyMode.EXEC:
             return lambda: _ask_exec(target, ready.text)
         case ReadyMode.HEALTHCHECK:
             return lambda: _ask_exec(target, ready.argv)
         case ReadyMode.AGENT:
             return lambda: _settle(target)
+        case ReadyMode.LOG:
+            raise AssertionError("a line is waited for")
 
 
 def _health_command(test: Sequence[str]) -> tuple[str, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import http.server
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from pytest_fcvm.errors import WorkloadExited
+from pytest_fcvm.errors import GuestTimeout, WorkloadExited
+from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.net import Endpoint
 from pytest_fcvm.model.results import ExecResult
 
@@ -42,8 +44,13 @@ class Target:
             raise result
         return result
 
-    def logs(self) -> str:
-        return self.log
+    def wait_for_log(self, regex: str, *, timeout: float) -> object:
+        deadline = Deadline(timeout)
+        while not re.search(regex, self.log, re.MULTILINE):
+            if deadline.expired:
+                raise GuestTimeout("no line matched")
+            self.pause_for_exit(0.01)
+        return None
 
 
 class Health(http.server.BaseHTTPRequestHandler):
