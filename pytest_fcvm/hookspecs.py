@@ -19,6 +19,7 @@ __all__ = [
     "CLONES",
     "HARNESS",
     "OPTIONS",
+    "RECORDINGS",
     "REPORTER",
     "TIMER",
     "RunReporter",
@@ -44,6 +45,7 @@ OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
 REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
 CLONES: pytest.StashKey[list[Clone]] = pytest.StashKey()
+RECORDINGS: pytest.StashKey[list[Path]] = pytest.StashKey()
 TIMER: pytest.StashKey[tuple[pytest.Item, Any] | None] = pytest.StashKey()
 
 

@@ -56,7 +56,7 @@ class Network:
         self._cuts: list[tuple[frozenset[str], ...]] = []
         self._impairments: list[tuple[str | None, str | None, Link]] = []
         self._lock = threading.RLock()
-        directory = spawner.make_dir(f"network{number}")
+        self._directory = directory = spawner.make_dir(f"network{number}")
         self._log = directory / "switch.log"
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.settimeout(_ANSWER_S)
@@ -170,7 +170,13 @@ class Network:
         try:
             yield file
         finally:
-            self._ask({"op": "capture", "path": ""})
+            self._ask({"op": "end capture", "path": str(file)})
+
+    def record(self) -> Path:
+        """Write every frame into a file of the network's own, from now to its end, and return the path."""
+        file = self._directory / f"{self._directory.name}.pcapng"
+        self._ask({"op": "capture", "path": str(file)})
+        return file
 
     def close(self) -> None:
         """End the network; its clones are alone then. Idempotent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS
+from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS, RECORDINGS
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -193,6 +194,9 @@ class Reporter:
             for title, text in clone.evidence().items():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / f"{clone.name}.{title.replace(' ', '-')}.txt").write_text(text + "\n", encoding="utf-8")
+        for recording in item.stash.get(RECORDINGS, []):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(recording, folder)
 
     def _keep_machines(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> list[tuple[str, str]]:
         """Save the machines of a test as the options wish, and return how to get at them."""

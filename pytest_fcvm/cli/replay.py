@@ -37,7 +37,11 @@ class Kept:
 def find_kept(cache_dir: str | None) -> list[Kept]:
     """Return the machines that were kept in a cache, the latest first."""
     store = Store(cache_root(Path(cache_dir).resolve() if cache_dir else None))
-    kept = [_kept(entry) for entry in store.shelf("snapshots").entries() if "test" in entry.facts.get("about", {})]
+    kept = [
+        _kept(entry)
+        for entry in store.shelf("snapshots").entries()
+        if {"test", "accelerator"} <= entry.facts.get("about", {}).keys()
+    ]
     return sorted(kept, key=lambda one: one.created_s, reverse=True)
 
 
@@ -71,15 +75,14 @@ def open_kept(settings: Mapping[str, Any], test: str, clone: str | None, command
 
 def _kept(entry: Entry) -> Kept:
     about = entry.facts["about"]
-    engine, accelerator = about["engine"].split(" ")[0], about["engine"].rpartition(", ")[2]
     return Kept(
         test=about["test"],
         clone=about["clone"],
         key=entry.key,
         created_s=about["created_s"],
         size_bytes=entry.size_bytes,
-        engine=engine,
-        accelerator=accelerator,
+        engine=about["engine_name"],
+        accelerator=about["accelerator"],
         entry=entry,
     )
 

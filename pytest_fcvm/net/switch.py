@@ -108,7 +108,7 @@ class Switch:
         self._random = random.Random(seed)  # noqa: S311  no secret: a test wants the same faults again
         self._on_their_way: list[tuple[float, int, _Port, bytes, Counters]] = []
         self._numbers = itertools.count()
-        self._capture: _Capture | None = None
+        self._captures: dict[str, _Capture] = {}
 
     def attach(self, name: str, port: socket.socket) -> None:
         """Add a port, in the place of one by that name."""
@@ -135,10 +135,14 @@ class Switch:
             port.ways.clear()
 
     def capture(self, path: str) -> None:
-        """Write every frame that a port sends to a file from now on; "" ends that."""
-        if self._capture is not None:
-            self._capture.close()
-        self._capture = _Capture(path) if path else None
+        """Write every frame that a port sends to a file from now on."""
+        self.end_capture(path)
+        self._captures[path] = _Capture(path)
+
+    def end_capture(self, path: str) -> None:
+        """Write no more to a file, if it is written to."""
+        if path in self._captures:
+            self._captures.pop(path).close()
 
     def wait_s(self) -> float:
         """Return how long nothing has to be done."""
@@ -172,8 +176,8 @@ class Switch:
         if not source_mac[0] & _GROUP_BIT:
             self._by_mac[source_mac] = source
             source.macs.add(source_mac)
-        if self._capture is not None:
-            self._capture.write(source.name, frame)
+        for capture in self._captures.values():
+            capture.write(source.name, frame)
         known = None if target_mac[0] & _GROUP_BIT else self._by_mac.get(target_mac)
         for target in [known] if known else list(self._ports.values()):
             if target is not source:
@@ -299,6 +303,8 @@ def _obey(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> di
                 return {"error": "", "counters": [[*way, asdict(counted)] for way, counted in switch.counters.items()]}
             case "capture":
                 switch.capture(request["path"])
+            case "end capture":
+                switch.end_capture(request["path"])
             case unknown:
                 return {"error": f"there is no request {unknown}"}
     except OSError as error:

@@ -105,6 +105,8 @@ class Ingredients:
             "image": spec.image,
             "image_digest": self.image_digest,
             "engine": f"{report.engine} {report.version}, {report.accelerator}",
+            "engine_name": report.engine,
+            "accelerator": str(report.accelerator),
             "kernel": self.kernel_release,
             "mem_mib": spec.mem_mib,
             "cpus": spec.cpus,

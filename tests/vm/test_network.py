@@ -173,6 +173,28 @@ def test_machines_of_several_images_start_together(
     assert group.network.names == ("app", "cache")
 
 
+def test_the_frames_of_a_failed_test_are_among_its_artifacts(
+    pytester: pytest.Pytester, built_image: Callable[[str], str]
+) -> None:
+    pytester.makepyfile(
+        f"""
+        GET = {GET!r}
+        def test_it(fcvm_clone_factory, fcvm_network):
+            one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
+            one.succeed(["perl", "-e", GET, "two"])
+            assert False
+
+        def test_well(fcvm_network):
+            pass
+        """
+    )
+    pytester.runpytest_subprocess(f"--fcvm-image={built_image('nginx')}", "--fcvm-artifacts=failed")
+    (recorded,) = pytester.path.glob("fcvm-artifacts/*/*.pcapng")
+    assert "test_it" in recorded.parent.name
+    assert b"GET / HTTP/1.0" in recorded.read_bytes()
+    assert b"200 OK" in recorded.read_bytes()
+
+
 def test_a_switch_ends_with_a_run_that_is_killed(
     pytester: pytest.Pytester, built_image: Callable[[str], str], cold_cache: Path, tmp_path: Path
 ) -> None:

@@ -163,9 +163,13 @@ def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Ex
 
     relay = Relay(refuse, no_datagrams, ServiceThread)
     stack.callback(relay.close)
-    client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
-    with pytest.raises(ConnectionResetError):
-        client.recv(1)
+    endpoint = relay.publish(_PORT)
+
+    def receive() -> None:
+        stack.enter_context(socket.create_connection(endpoint, timeout=_WAIT_S)).recv(1)
+
+    with pytest.raises(ConnectionResetError):  # on a busy machine by the time that it is connected
+        receive()
     refused = isinstance(error, ConnectionRefusedError)
     assert relay.fault == ("" if refused else f"a connection to guest port 80 was reset: {error}")
 

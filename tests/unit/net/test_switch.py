@@ -66,7 +66,8 @@ class Bench:
     def close(self) -> None:
         for name in list(self._ends):
             self.switch.detach(name)
-        self.switch.capture("")
+        for capture in list(self.switch._captures):
+            self.switch.end_capture(capture)
         self._stack.close()
 
 
@@ -221,12 +222,24 @@ def test_a_port_that_takes_nothing_holds_nobody_up(bench: Bench) -> None:
     assert bench.got("c")[-1] == b"through"
 
 
+def test_captures_do_not_disturb_each_other(bench: Bench, tmp_path: Path) -> None:
+    for name in ("whole", "part"):
+        bench.switch.capture(str(tmp_path / name))
+    bench.send("a", "b", b"one")
+    bench.switch.end_capture(str(tmp_path / "part"))
+    bench.send("a", "b", b"two")
+    bench.switch.end_capture(str(tmp_path / "whole"))
+    part, whole = ((tmp_path / name).read_bytes() for name in ("part", "whole"))
+    assert (b"one" in part, b"two" in part) == (True, False)
+    assert (b"one" in whole, b"two" in whole) == (True, True)
+
+
 def test_a_capture_is_pcapng_with_every_frame_that_was_sent(bench: Bench, tmp_path: Path) -> None:
     bench.switch.capture(str(tmp_path / "net.pcapng"))
     bench.rule(Link(cut=True))
     bench.send("a", "*", b"one")
     bench.send("b", "a", b"three")
-    bench.switch.capture("")
+    bench.switch.end_capture(str(tmp_path / "net.pcapng"))
     bench.send("a", "b", b"not any more")
     blocks = list(_blocks((tmp_path / "net.pcapng").read_bytes()))
     assert [kind for kind, _ in blocks] == [0x0A0D0D0A, 1, 6, 1, 6]
