@@ -96,7 +96,8 @@ def clone_command(
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(files.memory)}"),
         *_console(None),
         *(_FORMAT_OF_CLONES if files.of_clone else ()),
-        *("-incoming", "defer"),
+        # QEMU would announce each card five times after the restore, by the base's MAC.
+        *("-incoming", "defer", "-global", "migration.announce-rounds=0"),
         *_devices(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if shape.disk_mib else None, network),
     ]
 
