@@ -177,8 +177,13 @@ class Machine:
                     "(os error 2)"
                 )
         Path(body["snapshot_path"]).write_text(json.dumps({"magic": MAGIC, "config": self.config}))
-        with Path(body["mem_file_path"]).open("wb") as memory:
-            memory.write(b"\0" * (self.config["machine-config"]["mem_size_mib"] << 20))
+        size, memory = self.config["machine-config"]["mem_size_mib"] << 20, Path(body["mem_file_path"])
+        if body.get("snapshot_type") == "Diff":  # over what is there, if that has the size
+            with memory.open("ab") as file:
+                file.truncate(0 if file.tell() != size else size)
+                file.truncate(size)
+        else:
+            memory.write_bytes(b"\0" * size)
         self._must_reset = True
 
     def load_snapshot(self, body: Mapping[str, Any]) -> None:

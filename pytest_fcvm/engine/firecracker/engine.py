@@ -96,7 +96,7 @@ class FirecrackerEngine:
         links = drive_links(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if disk else None)
         launched = self._launch(plan.name, links, passed)
         calls, mem_mib = load_calls(files), plan.shape.mem_mib
-        return FirecrackerVm(plan.name, launched, version, calls, mem_mib=mem_mib, disk=disk)
+        return FirecrackerVm(plan.name, launched, version, calls, mem_mib=mem_mib, origin=files.memory, disk=disk)
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""

@@ -17,6 +17,7 @@ from pytest_fcvm.engine.firecracker.post_mortem import explain_death
 from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
+from pytest_fcvm.engine.memory import copy_base
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.spawner import ChildExit
@@ -37,9 +38,9 @@ _WRITE_S = 600.0  # all of a guest's memory, to a disk that may be slow
 
 
 class FirecrackerVm(VmProcess):
-    """One Firecracker process. `calls` bring its guest to life; `memory` is where a base's memory is to be saved.
+    """One Firecracker process. `calls` bring its guest to life.
 
-    It has `mem_mib` of it.
+    `memory` is where a base's is to be saved, `origin` what a clone's is a copy of; it has `mem_mib` of it.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class FirecrackerVm(VmProcess):
         *,
         mem_mib: int = 0,
         memory: Path | None = None,
+        origin: Path | None = None,
         disk: Disk | None = None,
     ) -> None:
         super().__init__(name, launched, explain_death, disk)
+        self._origin = origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(launched.directory / API_SOCKET, version)
         self._stopped = False
@@ -137,14 +140,19 @@ class FirecrackerVm(VmProcess):
     def save(self, dest: SnapshotFiles) -> None:
         """Write memory, device state and disk of a running clone to new files, and let it go on.
 
-        Firecracker then resets the connections of its vsock, the agent's as well. It writes the whole memory, for which
-        there must be room before it begins: 1.16.0 and 1.16.1 are deaf when they go on without having saved. Raise
-        EngineError or HostError, leaving no file.
+        Firecracker then resets the connections of its vsock, the agent's as well. It writes the pages that it has in
+        memory over a copy of the origin's, or the whole where some may be on swap and would be left out. There must be
+        room before it begins: 1.16.0 and 1.16.1 are deaf when they go on without having saved. Raise EngineError or
+        HostError, leaving no file.
         """
+        if self._origin is None:
+            raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
         _check_room(dest.memory.parent, self._mem_mib)
-        body = {"snapshot_type": "Full", "snapshot_path": str(dest.state), "mem_file_path": str(dest.memory)}
+        kind = "Full" if _has_swap() else "Diff"
+        body = {"snapshot_type": kind, "snapshot_path": str(dest.state), "mem_file_path": str(dest.memory)}
         with ExitStack() as undo:
             undo.callback(dest.discard)
+            copy_base(self._origin, dest.memory)
             self._set_state("Paused")
             try:
                 with self._told():
@@ -207,6 +215,11 @@ def _check_room(folder: Path, mem_mib: int) -> None:
         raise HostError(
             f"no room in {folder} for {mem_mib} MiB of memory", hint="free some disk or name another --fcvm-cache-dir"
         )
+
+
+def _has_swap() -> bool:
+    """Say whether memory may be on swap: /proc/swaps (proc_swaps(5)) has a line for each, below a heading."""
+    return len(Path("/proc/swaps").read_text().splitlines()) > 1
 
 
 def _accepts(path: Path) -> bool:

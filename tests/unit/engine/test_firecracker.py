@@ -293,6 +293,25 @@ def test_a_running_clone_is_copied_and_goes_on(bench: Bench, stack: ExitStack, v
     assert talk(fork, "ping 2") == "pong 2"
 
 
+@pytest.mark.parametrize("has_swap", [False, True])
+def test_a_copy_begins_as_what_the_clone_began_as_unless_pages_may_be_on_swap(
+    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, has_swap: bool
+) -> None:
+    engine = bench.probed()
+    files = bench.snapshot(engine, stack)
+    with files.memory.open("r+b") as memory:
+        memory.write(b"the base's")
+    clone = bench.restore(engine, files, stack)
+    monkeypatch.setattr("pytest_fcvm.engine.firecracker.vm._has_swap", lambda: has_swap)
+    copy = bench.copy()
+    clone.save(copy)
+    assert copy.memory.read_bytes().startswith(b"\0" if has_swap else b"the base's")  # the stand-in changes no page
+    assert copy.memory.stat().st_size == files.memory.stat().st_size
+    base = bench.boot(engine, stack)
+    with pytest.raises(EngineError, match="is a base"):
+        base.save(copy)
+
+
 def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
     bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
