@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
@@ -16,6 +17,41 @@ __all__ = ["Relay"]
 
 _THREAD = "fcvm-relay"
 _PAUSE_S = 0.05  # after an accept that failed for want of descriptors
+
+
+class _StreamPort:
+    """A TCP port: every connection is handed to `serve` on a thread of its own. Raise HostError when it is taken."""
+
+    def __init__(self, port: PublishedPort, serve: Callable[[socket.socket], None], make_thread: MakeThread) -> None:
+        family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
+        try:
+            self._listener = socket.create_server((port.host_ip, port.host_port), family=family, backlog=128)
+        except OSError as error:
+            raise listen_error(port, error) from error
+        self._serve, self._make_thread = serve, make_thread
+        self._over = threading.Event()
+        make_thread(self._accept, name=_THREAD).start()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Return where clients connect to."""
+        return Endpoint(*self._listener.getsockname()[:2])
+
+    def close(self) -> None:
+        """Stop listening; idempotent."""
+        self._over.set()
+        with suppress(OSError):  # shutdown wakes the thread in accept; close alone does not
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._over.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                self._over.wait(_PAUSE_S)
+            else:
+                self._make_thread(self._serve, client, name=_THREAD).start()
 
 
 class Relay:
@@ -33,58 +69,42 @@ class Relay:
     ) -> None:
         self._dial, self._dial_datagrams, self._make_thread = dial, dial_datagrams, make_thread
         self._lock = threading.Lock()
-        self._listeners: dict[int, socket.socket] = {}
-        self._datagram_ports: dict[int, DatagramPort] = {}
+        self._ports: dict[tuple[Proto, int], _StreamPort | DatagramPort] = {}
+        self._opened: list[_StreamPort | DatagramPort] = []
         self._links = Links(make_thread)
-        self._over = threading.Event()
+        self._over = False
         self.fault = ""  # why a connection was last reset before it stood, where it was not refused by the guest
 
     def publish(self, port: PublishedPort) -> Endpoint:
-        """Listen for a guest port and return the address. Idempotent. Raise HostError when the host port is taken."""
+        """Listen for a guest port and return the address, the same one again unless another is named.
+
+        Raise HostError when the host port is taken.
+        """
+        key = port.proto, port.guest_port
         with self._lock:
-            if self._over.is_set():
+            if self._over:
                 raise EngineError("the machine is gone", hint="use the ports of a base in prepare only")
-            if port.proto is Proto.UDP:
-                if port.guest_port not in self._datagram_ports:
-                    self._datagram_ports[port.guest_port] = DatagramPort(port, self._dial_datagrams, self._make_thread)
-                return self._datagram_ports[port.guest_port].endpoint
-            if port.guest_port not in self._listeners:
-                self._listeners[port.guest_port] = self._listen(port)
-            return Endpoint(*self._listeners[port.guest_port].getsockname()[:2])
+            found = self._ports.get(key)
+            if found is None or (port.host_port and found.endpoint != (port.host_ip, port.host_port)):
+                found = self._ports[key] = self._open(port)
+                self._opened.append(found)
+            return found.endpoint
 
     def close(self) -> None:
         """Stop listening and reset all connections, so that no thread waits for a client that stays; idempotent."""
         with self._lock:
-            self._over.set()
-            for listener in self._listeners.values():
-                with suppress(OSError):  # shutdown wakes the thread in accept; close alone does not
-                    listener.shutdown(socket.SHUT_RDWR)
-                listener.close()
-            self._listeners.clear()
-            for port in self._datagram_ports.values():
+            self._over = True
+            for port in self._opened:
                 port.close()
-            self._datagram_ports.clear()
+            self._opened.clear()
         self._links.close()
 
-    def _listen(self, port: PublishedPort) -> socket.socket:
-        family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
-        try:
-            listener = socket.create_server((port.host_ip, port.host_port), family=family, backlog=128)
-        except OSError as error:
-            raise listen_error(port, error) from error
-        self._make_thread(self._accept, listener, port.guest_port, name=_THREAD).start()
-        return listener
+    def _open(self, port: PublishedPort) -> _StreamPort | DatagramPort:
+        if port.proto is Proto.UDP:
+            return DatagramPort(port, self._dial_datagrams, self._make_thread)
+        return _StreamPort(port, partial(self._serve, port.guest_port), self._make_thread)
 
-    def _accept(self, listener: socket.socket, guest_port: int) -> None:
-        while not self._over.is_set():
-            try:
-                client, _ = listener.accept()
-            except OSError:
-                self._over.wait(_PAUSE_S)
-            else:
-                self._make_thread(self._serve, client, guest_port, name=_THREAD).start()
-
-    def _serve(self, client: socket.socket, guest_port: int) -> None:
+    def _serve(self, guest_port: int, client: socket.socket) -> None:
         try:
             guest = self._dial(guest_port)
         except (OSError, FcvmError) as error:

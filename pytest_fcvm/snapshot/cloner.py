@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
@@ -116,7 +117,8 @@ class Cloner:
             return machine
 
         parts = self._parts
-        target = Clone(name="ahead", spec=parts.spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
+        spec = replace(parts.spec, own_address=False)  # that is the address of the clone that a test gets
+        target = Clone(name="ahead", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
         wait_until_ready(target, parts.ready, _ANSWER_S)
         warm = parts.spec.warm
         try:

@@ -54,6 +54,8 @@ class _Values(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of our data classes or enumerations, or a path. Raise UnpicklingError for everything else."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "pathlib" or module.startswith(f"{__package__.partition('.')[0]}."):
             found = super().find_class(module, name)
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, (Enum, PurePath))):
@@ -61,12 +63,28 @@ class _Values(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
 
 
+def _member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration: Python before 3.11.4 pickles those as attributes of their class."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"an attribute {name} does not belong there")
+
+
 def _read(path: Path) -> tuple[str, GuestFiles, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             made_by, (kernel, initramfs, rootfs), kept = _Values(file).load()
             return made_by, GuestFiles(kernel=kernel, initramfs=initramfs, rootfs=rootfs), kept
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError) as error:
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise HostError(f"{path} cannot be read: {error}", hint="run the test again") from error
 
 

@@ -156,6 +156,23 @@ def test_a_reset_by_the_client_reaches_the_guest(connect: Callable[[], socket.so
         server.recv(1)
 
 
+def test_a_port_is_at_one_address_until_another_is_named(stack: ExitStack, guest: Guest) -> None:
+    relay = Relay(guest.dial, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    first = relay.publish(PublishedPort(guest_port=80))
+    own = PublishedPort(guest_port=80, host_ip="127.0.0.9", host_port=first.port)
+    assert relay.publish(own) == ("127.0.0.9", first.port) != first
+    assert relay.publish(own) == relay.publish(PublishedPort(guest_port=80)) == ("127.0.0.9", first.port)
+    for endpoint in (first, ("127.0.0.9", first.port)):
+        client = stack.enter_context(socket.create_connection(endpoint, timeout=_WAIT_S))
+        client.sendall(b"x")
+        assert guest.accept().recv(1) == b"x"
+    relay.close()
+    for endpoint in (first, ("127.0.0.9", first.port)):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(endpoint, timeout=_WAIT_S)
+
+
 @pytest.mark.parametrize("error", [ConnectionRefusedError(), GuestError("the agent is gone")])
 def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Exception) -> None:
     def refuse(_port: int) -> ByteStream:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.model.specs import Clock, Prepare
+from pytest_fcvm.model.specs import Clock, MachineSpec, Prepare
 from pytest_fcvm.snapshot import Ingredients
 from pytest_fcvm.snapshot.kept import read_ingredients, write_ingredients
 from pytest_fcvm.store import Entry
@@ -60,7 +60,26 @@ class _ActsAsOurs:
         return run_tool, (["touch", "acted"],)
 
 
-@pytest.mark.parametrize("harmful", [_Acts(), _ActsAsOurs()])
+class _ByAttribute:
+    """Is pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._parts = kind, name
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[type, str]]:
+        return getattr, self._parts
+
+
+def test_a_member_of_an_enumeration_may_be_pickled_as_an_attribute(make_parts: Make, entry: Entry) -> None:
+    parts = make_parts()
+    write_ingredients(parts, entry.path)
+    made_by, files, kept = pickle.loads(_file(entry).read_bytes())
+    kept["kernel_release"] = _ByAttribute(Clock, "SNAPSHOT")
+    _file(entry).write_bytes(pickle.dumps((made_by, files, kept)))
+    assert read_ingredients(entry, parts.engine, parts.report).kernel_release is Clock.SNAPSHOT
+
+
+@pytest.mark.parametrize("harmful", [_Acts(), _ActsAsOurs(), _ByAttribute(MachineSpec, "merged")])
 def test_what_would_act_is_refused(
     harmful: object, make_parts: Make, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
