@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
@@ -117,8 +116,9 @@ class Cloner:
             return machine
 
         parts = self._parts
-        spec = replace(parts.spec, own_address=False)  # that is the address of the clone that a test gets
-        target = Clone(name="ahead", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
+        target = Clone(
+            name="ahead", spec=parts.spec_before_tests, engine=parts.engine.name, defaults=parts.defaults, start=start
+        )
         wait_until_ready(target, parts.ready, _ANSWER_S)
         warm = parts.spec.warm
         try:

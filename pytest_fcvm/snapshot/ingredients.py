@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Ingredients:
     engine: Engine
     report: EngineReport
     network: NetworkSpec
+
+    @property
+    def spec_before_tests(self) -> MachineSpec:
+        """Return the spec of a machine that no test has yet: an own address is its test's."""
+        return replace(self.spec, own_address=False)
 
     @property
     def is_relayed(self) -> bool:
