@@ -164,7 +164,7 @@ def _as_clone(parts: Ingredients, machine: Machine) -> Clone:
     def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  the relay maps ports when they are asked for
         return machine
 
-    spec = parts.spec.merged({})
+    spec = parts.spec_before_tests
     return Clone(name="fcvm-base", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
 
 
