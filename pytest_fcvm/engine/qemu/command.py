@@ -125,6 +125,8 @@ def boot_arguments(platform: Platform) -> str:
     if platform.accelerator is Accelerator.TCG:
         # Reliable: on a busy host the watchdog takes a late tick for a bad TSC and falls back to jiffies, for ever.
         words += [f"tsc_early_khz={platform.tsc_khz}", "tsc=reliable"]
+        # What is translated is found again by its address: a program that is started again, at other addresses, is not.
+        words.append("norandmaps")
     return " ".join(words)
 
 

@@ -73,6 +73,7 @@ def test_a_bases_command_line_is_this() -> None:
         *("console=ttyS0", "quiet", "reboot=t", "panic=-1", "mitigations=off", "random.trust_cpu=on"),
         "tsc_early_khz=2596144",
         "tsc=reliable",
+        "norandmaps",
     ]
 
 
