@@ -72,6 +72,11 @@ class Session:
         former: Sequence[bytes] = (),
         explain: Explain | None = None,
     ) -> None:
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        except OSError:
+            sock.close()
+            raise
         sock.setblocking(False)  # noqa: FBT003  the socket's own signature
         nonce = new_secret()
         self.lock = threading.Lock()
@@ -94,7 +99,6 @@ class Session:
         self._return_id = 0  # of the stream that is to be the first then
         self._vague = False
         self.changed = threading.Condition(self.lock)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = ServiceThread(self._run, name="fcvm-session")
 
     @classmethod

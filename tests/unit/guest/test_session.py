@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import threading
@@ -245,3 +246,18 @@ def test_after_a_quiesce_the_next_session_is_heard_whether_it_was_answered_or_no
         assert session.wait_until_welcome(Deadline(10)) == "fake"
     if replied:
         assert first.session.next_secret == secret
+
+
+def test_a_session_for_which_no_descriptor_is_left_has_closed_its_socket(
+    cleanup: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = socket.socketpair()
+    cleanup.enter_context(theirs)
+
+    def eventfd(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "eventfd", eventfd)
+    with pytest.raises(OSError, match="Too many open files"):
+        start_session(ours, b"s" * 16)
+    assert ours.fileno() == -1
