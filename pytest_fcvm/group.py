@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Group", "check_needs", "start_group"]
 
 Needs = Mapping[str, tuple[str, ...]]
+Failed = Callable[[str, FcvmError], object]
 
 
 class Group(Mapping[str, "Clone"]):
@@ -57,29 +57,26 @@ def check_needs(needs: Needs) -> None:
         ) from None
 
 
-def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Network) -> Group:
+def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Network, failed: Failed) -> Group:
     """Start a clone of each snapshot under its name, those at once that do not need each other.
 
     One that needs others is started when they are ready, and is ready when its own condition holds. Raise what the
-    first to fail raises, with its name; none is left then.
+    first to fail raises, with its name, of which `failed` is told; none is left then.
     """
     order = TopologicalSorter(needs)
     order.prepare()
     clones: dict[str, Clone] = {}
-    with ExitStack() as closers, ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fcvm-group") as workers:
-        starting: dict[Future[Clone], str] = {}
+    starting: dict[Future[Clone], str] = {}
+    with ExitStack() as closers, ThreadPoolExecutor(thread_name_prefix="fcvm-group") as workers, ExitStack() as late:
+        late.callback(_end_those, starting)
         while order.is_active():
             for name in order.get_ready():
                 begin = _starter(snapshots[name], name, network, is_dependent=bool(needs[name]))
                 starting[workers.submit(begin)] = name
-            try:
-                for future in wait(starting, return_when=FIRST_COMPLETED).done:
-                    name = starting.pop(future)
-                    clones[name] = closers.enter_context(_result(future, name))
-                    order.done(name)
-            except BaseException:
-                _end_those(starting)
-                raise
+            for future in wait(starting, return_when=FIRST_COMPLETED).done:
+                name = starting.pop(future)
+                clones[name] = closers.enter_context(_result(future, name, failed))
+                order.done(name)
         return Group(network, {name: clones[name] for name in snapshots}, closers.pop_all())
 
 
@@ -97,11 +94,12 @@ def _starter(snapshot: Snapshot, name: str, network: Network, *, is_dependent: b
     return start
 
 
-def _result(future: Future[Clone], name: str) -> Clone:
+def _result(future: Future[Clone], name: str, failed: Failed) -> Clone:
     try:
         return future.result()
     except FcvmError as error:
         error.message = f"{name}: {error.message}"
+        failed(name, error)
         raise
 
 

@@ -25,5 +25,5 @@ def at_address(address: str, port: PublishedPort) -> PublishedPort:
     reason = why_no_listener(address, port.guest_port, kind)
     if reason:
         said = f"guest port {port.guest_port}/{port.proto} has another number on {address}: {reason}"
-        warnings.warn(said, stacklevel=4)
+        warnings.warn(said, stacklevel=3)
     return replace(port, host_ip=address, host_port=0 if reason else port.guest_port)

@@ -23,7 +23,9 @@ class Cluster:
         self.holds: dict[str, threading.Event] = {}
 
     def start(self, needs: Mapping[str, tuple[str, ...]]) -> Group:
-        return start_group(cast(Any, {name: _Snapshot(self) for name in needs}), needs, cast(Any, "net"))
+        snapshots = {name: _Snapshot(self) for name in needs}
+        failed = lambda name, error: self.happened.append(f"told of {name}: {error.message}")  # noqa: E731
+        return start_group(cast(Any, snapshots), needs, cast(Any, "net"), failed)
 
 
 class _Snapshot:
@@ -89,7 +91,7 @@ def test_when_one_fails_its_name_is_told_and_none_is_left() -> None:
     cluster.fails = {"cache"}
     with pytest.raises(GuestError, match=r"^cache: it did not come"):
         cluster.start({"db": (), "cache": ("db",), "app": ("cache",)})
-    assert cluster.happened == ["start db", "start cache", "close db"]
+    assert cluster.happened == ["start db", "start cache", "told of cache: cache: it did not come", "close db"]
 
 
 def test_one_that_comes_up_after_another_has_failed_is_ended() -> None:
