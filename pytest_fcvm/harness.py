@@ -6,8 +6,8 @@ import itertools
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +31,11 @@ from pytest_fcvm.image.source import PullPolicy, resolve_image
 from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
-from pytest_fcvm.model.specs import MachineSpec, ReadyMode, ReadySpec
+from pytest_fcvm.model.net import Namespace
+from pytest_fcvm.model.specs import MachineSpec, NetworkSpec, ReadyMode, ReadySpec
+from pytest_fcvm.namespaces import Namespaces
 from pytest_fcvm.network import Network
-from pytest_fcvm.options import Options
+from pytest_fcvm.options import Options, named_programs, proxy_variables
 from pytest_fcvm.pruning import make_room
 from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
@@ -183,7 +185,7 @@ class Harness:
             spawner=self.supervisor,
             cache_dir=self.store.root,
             accelerator=None if options.accel == "auto" else Accelerator(options.accel),
-            binaries=_named_programs(qemu=options.qemu, firecracker=options.firecracker),
+            binaries=named_programs(qemu=options.qemu, firecracker=options.firecracker),
         )
         smoke = self._guest_files(None)
         try:
@@ -237,6 +239,10 @@ class Harness:
         return self._obtain("kernels", key, make, "guest kernel")[0].file(_VMLINUX)
 
     @cached_property
+    def _namespaces(self) -> Namespaces:
+        return self._resources.enter_context(closing(Namespaces(self.supervisor)))
+
+    @cached_property
     def _admission(self) -> Admission:
         return Admission(run_root(), self._options.max_clones)
 
@@ -249,11 +255,14 @@ class Harness:
             makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
             scratch=lambda: self.store.shelf("snapshots").scratch(),
             born=self._count_clone,
+            enclose=self._enclose,
         )
 
     # -- steps
 
     def _ingredients(self, spec: MachineSpec, who: str) -> Ingredients:
+        if spec.network.proxy:
+            spec = replace(spec, env={**proxy_variables(), **spec.env})
         image = self._image(spec.image or "", who)
         health = image.config.healthcheck.test if image.config.healthcheck else ()
         ready = finalize_ready(spec.ready, health, image.config.exposed_ports)
@@ -307,7 +316,7 @@ class Harness:
         started = monotonic()
 
         def make(folder: Path, note: Announce) -> Mapping[str, Any]:
-            return build_snapshot(parts, folder, _both(note, announce))
+            return build_snapshot(parts, folder, _both(note, announce), self._enclose)
 
         entry, built = self._obtain("snapshots", key, make, who, fresh=self._options.rebuild)
         if built:
@@ -356,6 +365,11 @@ class Harness:
             on_wait=lambda: self._drain_pools(self._snapshots),
         )
 
+    def _enclose(self, joined: bool, network: NetworkSpec) -> Namespace:
+        with self._lock:
+            namespaces = self._namespaces
+        return namespaces.open(network, joined=joined)
+
     def _admit_ahead(self, mem_mib: int) -> Ticket:
         return self._admission.admit_ahead(mem_mib, holder=f"pid {os.getpid()}, ahead of its tests")
 
@@ -384,13 +398,3 @@ def _both(first: Announce, second: Announce) -> Announce:
         second(text)
 
     return tell
-
-
-def _named_programs(**options: Path | None) -> dict[str, Path]:
-    """Return the VMMs that options name. Raise UsageProblem for what is no program."""
-    for name, path in options.items():
-        if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
-            raise UsageProblem(
-                f"--fcvm-{name}: {path} is not a program", hint="name one, or leave it out for the one on PATH"
-            )
-    return {name: path for name, path in options.items() if path is not None}

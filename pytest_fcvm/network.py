@@ -185,21 +185,18 @@ class Network:
 
     # -- clones
 
-    def plug(self, name: str) -> Cable:
-        """Return a cable for a clone. Raise UsageProblem for a name that is on the network already."""
+    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:
+        """Return a cable for a clone; `wire` carries the frames of its card already, where it is one.
+
+        Raise UsageProblem for a name that is on the network already.
+        """
         with self._lock:
             if name in self._plugged:
                 raise UsageProblem(f"{name!r} is on this network already", hint="give every clone a name of its own")
             index = self._index(name)
-            end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-            try:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-                self._ask({"op": "attach", "port": name}, port.fileno())
-            except BaseException:
-                end.close()
-                raise
-            finally:
-                port.close()
+            end = None if wire else self._attach_pair(name)
+            if wire:
+                self._ask({"op": "attach", "port": name}, wire.fileno())
             self._plugged.add(name)
             mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
             addresses = f"{self.address(name)}/24", f"{self.address6(name)}/64"
@@ -226,6 +223,18 @@ class Network:
             self._members.pop(name, None)
             self._plugged.discard(name)
             self._ask({"op": "detach", "port": name})
+
+    def _attach_pair(self, name: str) -> socket.socket:
+        end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
+            self._ask({"op": "attach", "port": name}, port.fileno())
+        except BaseException:
+            end.close()
+            raise
+        finally:
+            port.close()
+        return end
 
     def _index(self, name: str) -> int:
         with self._lock:

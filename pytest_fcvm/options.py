@@ -26,6 +26,8 @@ __all__ = [
     "RowKind",
     "build_options",
     "environment_layer",
+    "named_programs",
+    "proxy_variables",
     "read_layer",
     "spec_changes",
 ]
@@ -183,7 +185,7 @@ ROWS: tuple[Row, ...] = (
     _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
     _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
-    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp) or relay (through the agent); auto,egress to reach outside", metavar="MODE", default="auto"),
+    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp), relay (through the agent), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
     _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
@@ -283,3 +285,19 @@ def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) ->
         if name not in allowed:
             raise UsageProblem(f"{spelling} has no argument {name!r}", hint=f"arguments: {', '.join(allowed)}")
     return read_layer(arguments, origin, lambda row: f"{spelling}({row.marker}=…)")
+
+
+def proxy_variables() -> dict[str, str]:
+    """Return the variables that tell programs of a proxy, in either case, as this process has them."""
+    names = [f"{scheme}_proxy" for scheme in ("http", "https", "ftp", "all", "no")]
+    return {name: os.environ[name] for word in names for name in (word, word.upper()) if name in os.environ}
+
+
+def named_programs(**options: Path | None) -> dict[str, Path]:
+    """Return the VMMs that options name. Raise UsageProblem for what is no program."""
+    for name, path in options.items():
+        if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
+            raise UsageProblem(
+                f"--fcvm-{name}: {path} is not a program", hint="name one, or leave it out for the one on PATH"
+            )
+    return {name: path for name, path in options.items() if path is not None}

@@ -21,7 +21,7 @@ FLOORS = (
     {"plugin"},
     {"fixtures", "reporting", "cli"},
     {"harness"},
-    {"snapshot", "network", "group"},
+    {"snapshot", "network", "namespaces", "group"},
     {"clone"},
     {"ready", "image", "kernel", "pruning"},
     {"engine", "guest", "options", "hookspecs", "store", "failures"},

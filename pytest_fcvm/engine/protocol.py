@@ -17,7 +17,7 @@ from typing import Protocol
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import EngineError, FcvmError
-from pytest_fcvm.model.net import Cable, Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Cable, Endpoint, Namespace, Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
@@ -76,7 +76,7 @@ class MachineShape:
 class BootPlan:
     """A base to boot. `memory` is the file that will hold the guest's memory; the engine creates it.
 
-    `disk` is the image of its scratch disk, which it writes to.
+    `disk` is the image of its scratch disk, which it writes to. With a network that is enclosed it has a `namespace`.
     """
 
     name: str
@@ -84,6 +84,7 @@ class BootPlan:
     files: GuestFiles
     memory: Path
     disk: Path | None = None
+    namespace: Namespace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,8 @@ class SnapshotFiles:
 class RestorePlan:
     """A clone to restore. `ports` are mapped from the start; others follow with `Vm.publish`.
 
-    `cables` lead to private networks, at most as many as the engine has `spare_nics`.
+    `cables` lead to private networks, at most as many as `Engine.private_networks` says. With a network that is
+    enclosed it has a `namespace`, and the VMM is killed before that is closed.
     """
 
     name: str
@@ -118,6 +120,7 @@ class RestorePlan:
     files: SnapshotFiles
     ports: tuple[PublishedPort, ...] = ()
     cables: tuple[Cable, ...] = ()
+    namespace: Namespace | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,11 @@ class Vm(Protocol):
     @property
     def disk(self) -> Disk | None:
         """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
+        ...
+
+    @property
+    def namespace(self) -> Namespace | None:
+        """Return the namespace that its plan had."""
         ...
 
     def channel(self) -> socket.socket:
@@ -248,15 +256,19 @@ class Vm(Protocol):
 class Engine(Protocol):
     """A way to run VMs. `networks` are those its clones can have, the first one where nobody says another.
 
-    `spare_nics` is how many private networks a clone can be on.
+    An engine that `joins_namespaces` runs its VMMs in those that the plans have; another is given descriptors.
     """
 
     networks: tuple[NetworkMode, ...]
-    spare_nics: int
+    joins_namespaces: bool
 
     @property
     def name(self) -> str:
         """Return the engine's name as `--fcvm-engine` takes it."""
+        ...
+
+    def private_networks(self, mode: NetworkMode) -> int:
+        """Return how many private networks a clone can be on, beside a network of this mode."""
         ...
 
     def probe(self, smoke: GuestFiles) -> EngineReport:

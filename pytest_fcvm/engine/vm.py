@@ -12,6 +12,7 @@ from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.model.net import Namespace
 
 __all__ = ["VmProcess"]
 
@@ -22,10 +23,15 @@ class VmProcess:
     """The process of a VM. `tell_death(name, how, console=…, log=…)` makes the error of whoever needed it."""
 
     def __init__(
-        self, name: str, launched: Launched, tell_death: Callable[..., FcvmError], disk: Disk | None = None
+        self,
+        name: str,
+        launched: Launched,
+        tell_death: Callable[..., FcvmError],
+        disk: Disk | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
         self._name, self._launched, self._child = name, launched, launched.child
-        self._tell_death, self._disk = tell_death, disk
+        self._tell_death, self._disk, self._namespace = tell_death, disk, namespace
         self._killed = False
 
     @property
@@ -52,6 +58,11 @@ class VmProcess:
     def disk(self) -> Disk | None:
         """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
         return self._disk
+
+    @property
+    def namespace(self) -> Namespace | None:
+        """Return the namespace that its plan had."""
+        return self._namespace
 
     def kill(self) -> None:
         """Kill the VMM with SIGKILL and return at once; idempotent."""

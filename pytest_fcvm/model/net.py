@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Cable", "Endpoint", "Proto", "PublishedPort"]
+__all__ = ["Cable", "Endpoint", "Namespace", "Proto", "PublishedPort"]
 
 
 class Proto(StrEnum):
@@ -28,13 +29,32 @@ class Endpoint(NamedTuple):
 class Cable:
     """A clone's end of a private network: a datagram socket for Ethernet frames, and who the clone is on it.
 
+    There is no `end` where the VM's card has a wire of its own.
     `addresses` (IPv4 and IPv6) have a prefix length, `hosts` are lines of /etc/hosts for all names on the network.
     """
 
-    end: socket.socket
+    end: socket.socket | None
     mac: str
     addresses: tuple[str, ...]
     hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Namespace:
+    """A network namespace of one VM. Its descriptors are its own, and are closed by `close`.
+
+    `net` is the namespace, `user` the user namespace that has rights over it, where it takes one. Its VMM runs in it
+    and opens the taps `cards` by name; or it gets the first card's, `tap`. `wires` carry the frames of the other cards.
+    `connect(port, kind)` returns a socket connected to a port of the guest (`kind` as socket.socket takes it).
+    """
+
+    net: int
+    user: int | None
+    cards: tuple[str, ...]
+    tap: int | None
+    wires: tuple[socket.socket, ...]
+    connect: Callable[[int, int], socket.socket]
+    close: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -222,17 +223,28 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
 
 
 def parse_network(text: str | NetworkSpec) -> NetworkSpec:
-    """Read `auto`, `user` or `relay`, the first two with `,egress` behind it or not."""
+    """Read `MODE[,egress][,allow=TARGET]...[,proxy]`; TARGET is an IPv4 network, an address, or a name."""
     if isinstance(text, NetworkSpec):
         return text
-    mode, _, extra = text.partition(",")
-    if mode not in list(NetworkMode) or extra not in ("", "egress"):
+    mode, *words = text.split(",")
+    allow = tuple(word.removeprefix("allow=") for word in words if word.startswith("allow="))
+    flags = {word for word in words if not word.startswith("allow=")}
+    if mode not in list(NetworkMode) or not flags <= {"egress", "proxy"} or not all(map(_is_target, allow)):
         raise UsageProblem(
-            f"unknown network {text!r}", hint="auto, user or relay; auto,egress lets the guest reach outside"
+            f"unknown network {text!r}",
+            hint=f"{', '.join(NetworkMode)}; rootless,egress lets the guest reach outside, rootless,allow=10.0.0.0/8 a "
+            "network, an address or a name alone; with ,proxy it gets pytest's proxy variables",
         )
-    if extra and mode == NetworkMode.RELAY:
+    egress = "egress" in flags or bool(allow)
+    if egress and mode == NetworkMode.RELAY:
         raise UsageProblem("the network relay has no way out", hint="use user,egress, or auto,egress")
-    return NetworkSpec(mode=NetworkMode(mode), egress=extra == "egress")
+    return NetworkSpec(mode=NetworkMode(mode), egress=egress, allow=allow, proxy="proxy" in flags)
+
+
+def _is_target(text: str) -> bool:
+    with suppress(ValueError):
+        return bool(ipaddress.IPv4Network(text))
+    return re.fullmatch(r"(?=.*[a-z])[a-z0-9-]+(\.[a-z0-9-]+)*", text.lower()) is not None
 
 
 def parse_ready(text: str | ReadySpec) -> ReadySpec:

@@ -61,39 +61,59 @@ class ReadySpec:
 
 
 class NetworkMode(StrEnum):
-    """How a clone is joined to the host: by what its engine does best, slirp in the VMM, or the agent."""
+    """How a clone is joined to the host.
+
+    By what its engine does best, by slirp in the VMM, by the agent; or by a card in a network namespace of its own,
+    whose way out is slirp4netns, without rights, or a bridge of the host's, which takes root.
+    """
 
     AUTO = "auto"
     USER = "user"
     RELAY = "relay"
+    ROOTLESS = "rootless"
+    BRIDGE = "bridge"
 
     @property
     def leads_outside(self) -> bool:
         """Say whether the guest can be let out through it."""
-        return self is NetworkMode.USER
+        return self is not NetworkMode.RELAY
+
+    @property
+    def is_enclosed(self) -> bool:
+        """Say whether the VM has a network namespace of its own."""
+        return self in (NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """A clone's network. Without `egress` the guest reaches nothing outside itself."""
+    """A clone's network. Without `egress` the guest reaches nothing outside itself.
+
+    `allow` are networks, addresses and names: with any, the guest connects to nothing else. With `proxy` the workload
+    gets the variables that tell programs of a proxy (`https_proxy` and the like), as pytest has them.
+    """
 
     mode: NetworkMode = NetworkMode.AUTO
     egress: bool = False
+    allow: tuple[str, ...] = ()
+    proxy: bool = False
 
     def finalize(self, offered: Sequence[NetworkMode], engine: str) -> NetworkSpec:
         """Return what it comes to on an engine that offers these, the first by preference. Raise UsageProblem."""
-        fit = [mode for mode in offered if mode.leads_outside or not self.egress]
+        fit = [
+            mode for mode in offered if (mode.leads_outside or not self.egress) and (mode.is_enclosed or not self.allow)
+        ]
         if self.mode is NetworkMode.AUTO and fit:
             return replace(self, mode=fit[0])
         if self.mode in fit:
             return self
         raise UsageProblem(
             f"the engine {engine} has no network {str(self)!r}",
-            hint=f"it has {', '.join(offered)}; --fcvm-engine qemu has user,egress",
+            hint=f"it has {', '.join(offered)}; relay has no way out, and user none that can be narrowed with allow",
         )
 
     def __str__(self) -> str:
-        return f"{self.mode},egress" if self.egress else str(self.mode)
+        allowed = (f"allow={target}" for target in self.allow)
+        return ",".join((str(self.mode), *["egress"] * self.egress, *allowed, *["proxy"] * self.proxy))
 
 
 class Clock(StrEnum):

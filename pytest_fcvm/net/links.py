@@ -57,7 +57,13 @@ class Links:
 
     def join(self, client: socket.socket, guest: ByteStream) -> None:
         """Copy both ways until both have ended, on this thread and one more; closes both ends."""
-        link = _Link(client, guest, self._make_thread)
+        try:
+            link = _Link(client, guest, self._make_thread)
+        except OSError:  # no descriptor is left
+            reset(client)
+            guest.reset()
+            guest.close()
+            return
         with self._lock:
             self._links.add(link)
             if self._over:

@@ -20,11 +20,12 @@ from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.model.guest import ProcessSpec
-from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.net import Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MappedPath, Prepare
 from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.addresses import base_config
+from pytest_fcvm.snapshot.enclosed import Enclose, enclosed_base, no_enclosure
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.ports import open_ports
 
@@ -50,7 +51,7 @@ def snapshot_files(folder: Path, parts: Ingredients, *, of_clone: bool = False) 
     )
 
 
-def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, Any]:
+def build_snapshot(parts: Ingredients, folder: Path, phase: Phase, enclose: Enclose = no_enclosure) -> dict[str, Any]:
     """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
 
     Raise WorkloadExited, GuestTimeout, EngineError, or GuestError for what a prepare function raised; the base is gone
@@ -58,7 +59,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
     """
     started = monotonic()
     timings: dict[str, float] = {}
-    with _booted(parts, folder, phase) as machine:
+    with enclosed_base(parts, enclose) as namespace, _booted(parts, folder, phase, namespace) as machine:
         timings["boot_ms"] = _elapsed_ms(started)
         ports = open_ports(machine, None)
         base = _as_clone(parts, machine)
@@ -91,11 +92,13 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase) -> dict[str, 
 
 
 @contextmanager
-def _booted(parts: Ingredients, folder: Path, phase: Phase) -> Iterator[Machine]:
+def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace | None) -> Iterator[Machine]:
     disk = folder / _DISK if parts.shape.disk_mib else None
     if disk:
         make_image(disk, parts.shape.disk_mib)
-    plan = BootPlan(name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY, disk=disk)
+    plan = BootPlan(
+        name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY, disk=disk, namespace=namespace
+    )
     timeline = Timeline(monotonic())
     phase("booting the kernel")
     try:

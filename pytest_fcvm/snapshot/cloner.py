@@ -14,11 +14,12 @@ from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import Cable, PublishedPort
+from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.enclosed import Enclose, no_enclosure, prepare_enclosed
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.pool import Pooled
 from pytest_fcvm.snapshot.ports import open_host_ports, open_ports
@@ -36,16 +37,28 @@ Room = AbstractContextManager[object]
 class Cloner:
     """Makes machines of one snapshot. Whatever does not come to life leaves nothing."""
 
-    def __init__(self, entry: Entry, parts: Ingredients) -> None:
-        self._entry, self._parts = entry, parts
-        self._spares = Spares(parts.engine.prepare, self._plan("spare", parts.spec.publish))
+    def __init__(self, entry: Entry, parts: Ingredients, enclose: Enclose = no_enclosure) -> None:
+        self._entry, self._parts, self._enclose = entry, parts, enclose
+        self._spares = Spares(self._prepare, self._plan("spare", parts.spec.publish))
 
     def close(self) -> None:
         """Give back what is kept ready for the next machine; running ones go on."""
         self._spares.close()
 
+    def enclose(self) -> Namespace | None:
+        """Return a namespace for a machine whose VMM is to join it, the caller's to close until the machine stands."""
+        engine = self._parts.engine
+        if not (engine.joins_namespaces and self._parts.network.mode.is_enclosed):
+            return None
+        return self._enclose(engine.joins_namespaces, self._parts.network)
+
     def bring_up(
-        self, name: str, ports: tuple[PublishedPort, ...], room: Room, cables: tuple[Cable, ...] = ()
+        self,
+        name: str,
+        ports: tuple[PublishedPort, ...],
+        room: Room,
+        cables: tuple[Cable, ...] = (),
+        namespace: Namespace | None = None,
     ) -> Machine:
         """Return a machine that answers on the client's path. It gives the room back when it ends.
 
@@ -56,15 +69,15 @@ class Cloner:
             ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held:
             held.enter_context(room)
-            vm = self._spares.take(self._plan(name, ports, cables))
+            vm = self._spares.take(self._plan(name, ports, cables, namespace))
             timeline.mark("spawn", monotonic())
-            path = None if self._parts.is_relayed else self._open_client_path(vm)
+            path = self._open_client_path(vm) if self._parts.is_slirps else None
             machine = self._meet(vm, name, cables, timeline)
             machine.also_close([held.pop_all().close])
         try:
             with descriptors_told(name):
                 open_host_ports(machine, self._parts.spec.host_ports)
-                open_ports(machine, None if self._parts.is_relayed else machine.vm, ports)
+                open_ports(machine, machine.vm if self._parts.is_slirps else None, ports)
                 path = path or self._open_client_path(machine.publisher)
                 if path:
                     path.prove(machine.pause_for_exit, _ANSWER_S)
@@ -129,13 +142,23 @@ class Cloner:
         finally:
             target.close_clients()
 
-    def _plan(self, name: str, ports: tuple[PublishedPort, ...], cables: tuple[Cable, ...] = ()) -> RestorePlan:
+    def _prepare(self, plan: RestorePlan) -> Vm:
+        return prepare_enclosed(self._parts, plan, self._enclose)
+
+    def _plan(
+        self,
+        name: str,
+        ports: tuple[PublishedPort, ...],
+        cables: tuple[Cable, ...] = (),
+        namespace: Namespace | None = None,
+    ) -> RestorePlan:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts, of_clone=self._entry.facts.get("of_clone", False)),
-            ports=() if self._parts.is_relayed else self._with_probed_ports(ports),
+            ports=self._with_probed_ports(ports) if self._parts.is_slirps else (),
             cables=cables,
+            namespace=namespace,
         )
 
     def _open_client_path(self, publisher: Publisher) -> ClientPath | None:

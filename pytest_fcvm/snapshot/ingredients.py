@@ -56,6 +56,11 @@ class Ingredients:
         return self.network.mode is NetworkMode.RELAY
 
     @property
+    def is_slirps(self) -> bool:
+        """Say whether the ports of clones go through their VMMs."""
+        return self.network.mode is NetworkMode.USER
+
+    @property
     def shape(self) -> MachineShape:
         """Return what base and clones must have in common."""
         spec = self.spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from pytest_fcvm.clone.machine import Machine, Publisher
 from pytest_fcvm.host.threads import ServiceThread
@@ -10,6 +11,7 @@ from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.net.host_ports import HostPorts
 from pytest_fcvm.net.relay import Relay
 from pytest_fcvm.snapshot.addresses import HOST_ADDRESS
+from pytest_fcvm.snapshot.enclosed import connect, connect_datagrams
 
 __all__ = ["Ports", "open_host_ports", "open_ports"]
 
@@ -19,13 +21,17 @@ _CALL_S = 60.0
 class Ports:
     """The ports of a machine on the host.
 
-    Without a network of the VMM they all go through the agent. With one those of UDP do, because QEMU's drops what a
-    guest sends that may reach nothing outside, answers as well; and those at IPv6 addresses, at which it cannot listen.
+    In a network namespace they go to the guest's card. Without a network of the VMM they all go through the agent. With
+    one those of UDP do, because QEMU's drops what a guest sends that may reach nothing outside, answers as well; and
+    those at IPv6 addresses, at which it cannot listen.
     """
 
     def __init__(self, machine: Machine, network: Publisher | None) -> None:
-        agent = machine.agent
+        agent, namespace = machine.agent, machine.vm.namespace
         self._network = network
+        if namespace:
+            self._relay = Relay(partial(connect, namespace), partial(connect_datagrams, namespace), ServiceThread)
+            return
         self._relay = Relay(
             lambda port: agent.connect(port, timeout_s=_CALL_S),
             lambda port: agent.connect_datagrams(port, timeout_s=_CALL_S),

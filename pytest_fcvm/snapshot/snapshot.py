@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from pytest_fcvm.snapshot.addresses import hosts_of
 from pytest_fcvm.snapshot.build import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.snapshot.copies import as_copied, copy_machine
+from pytest_fcvm.snapshot.enclosed import Enclose, no_enclosure
 from pytest_fcvm.snapshot.ingredients import Ingredients
 from pytest_fcvm.snapshot.kept import read_ingredients, write_ingredients
 from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
@@ -47,8 +49,8 @@ def _no_scratch() -> AbstractContextManager[Path]:
 class Segment(Protocol):
     """What a clone needs of a private network."""
 
-    def plug(self, name: str) -> Cable:
-        """Return a cable for a clone of that name."""
+    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:
+        """Return a cable for a clone of that name; `wire` carries its card's frames already, where it is one."""
         ...
 
     def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
@@ -70,7 +72,8 @@ class Workshop:
     `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_ahead(mem_mib)` does for
     a clone that no test has asked for, and raises NoRoomAhead instead of waiting. `ahead` is how many of those are kept
     per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `scratch()` gives a folder
-    for a snapshot that does not outlive the process. `born` and `failed` are told of every clone.
+    for a snapshot that does not outlive the process. `enclose(joined)` makes a network namespace for a VM. `born` and
+    `failed` are told of every clone.
     """
 
     admit: Admit
@@ -78,6 +81,7 @@ class Workshop:
     ahead: int | None = 0
     makers: int = 1
     scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
+    enclose: Enclose = no_enclosure
     born: Callable[[Clone], None] = field(default=lambda _clone: None)
     failed: Callable[[MachineSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
@@ -93,7 +97,7 @@ class Snapshot:
         self.spec = parts.spec
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
-        self._cloner = Cloner(entry, parts)
+        self._cloner = Cloner(entry, parts, workshop.enclose)
         self._pool = Pool(self._make_ahead, Depth(workshop.ahead), workshop.makers) if self._can_pool() else None
         self._owned = ExitStack()
 
@@ -223,22 +227,31 @@ class Snapshot:
         return _VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE
 
     def _check_networks(self, networks: Sequence[Segment]) -> None:
-        engine = self._parts.engine
-        if len(networks) > engine.spare_nics:
+        engine, mode = self._parts.engine, self._parts.network.mode
+        most = engine.private_networks(mode)
+        if len(networks) > most:
+            enclosed = next((other for other in engine.networks if engine.private_networks(other)), None)
+            other = f"--fcvm-network {enclosed}, or " if enclosed else ""
             raise UsageProblem(
-                f"a clone on {engine.name} can be on {engine.spare_nics or 'no'} private networks, not {len(networks)}",
-                hint="use --fcvm-engine qemu" if not engine.spare_nics else "join it to fewer",
+                f"a clone on {engine.name}, network {mode}, can be on {most or 'no'} private networks, "
+                f"not {len(networks)}",
+                hint="join it to fewer" if most else f"use {other}--fcvm-engine qemu",
             )
 
     def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> Machine:
         with descriptors_told(name), ExitStack() as plugged, ExitStack() as passed_on:
             cables = []
-            for network in networks:
-                cables.append(network.plug(name))
+            namespace = self._cloner.enclose() if networks else None
+            if namespace:
+                plugged.callback(namespace.close)
+            for number, network in enumerate(networks):
+                wire = namespace.wires[number] if namespace and namespace.wires else None
+                cables.append(network.plug(name, wire))
                 plugged.callback(network.unplug, name)
-                passed_on.enter_context(cables[-1].end)
+                if cables[-1].end:
+                    passed_on.enter_context(cables[-1].end)
             room = self._workshop.admit(self._charge_mib)
-            machine = self._cloner.bring_up(name, ports, room, tuple(cables))
+            machine = self._cloner.bring_up(name, ports, room, tuple(cables), namespace)
             machine.also_close([plugged.pop_all().close])
         known = [cable.hosts for cable in cables]
         for number, network in enumerate(networks):

@@ -9,6 +9,7 @@ may not be opened. tests/firecracker compares it with the real one, request by r
 
 from __future__ import annotations
 
+import fcntl
 import http.server
 import itertools
 import json
@@ -16,6 +17,7 @@ import os
 import re
 import socket
 import socketserver
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 _ELF_HEADER = 64
+_IFNAMSIZ, _TUNSETIFF, _TAP_FLAGS = 16, 0x400454CA, 0x5002  # a tap without packet information, with virtio's headers
 MAGIC, AGENT_PORT = "fake device state", 1024
 _UNSUPPORTED = "The requested operation is not supported {} starting the microVM."
 _PREFIX = "Load snapshot error: Failed to restore from snapshot: "
@@ -47,6 +50,14 @@ _FIELDS = {
     ),
     "/entropy": ("rate_limiter",),
     "/machine-config": ("vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"),
+    "/network-interfaces": (
+        "iface_id",
+        "host_dev_name",
+        "guest_mac",
+        "mtu",
+        "rx_rate_limiter",
+        "tx_rate_limiter",
+    ),
     "/serial": ("serial_out_path", "rate_limiter"),
     "/snapshot/create": ("snapshot_type", "snapshot_path", "mem_file_path"),
     "/snapshot/load": (
@@ -81,6 +92,7 @@ class Machine:
         self.state = "Not started"
         self.config: dict[str, Any] = {"machine-config": {"vcpu_count": 1, "mem_size_mib": 128}, "drives": {}}
         self.console = sys.stdout
+        self._taps: list[int] = []
         self._deaf = self._must_reset = False
         self._ports = itertools.count(1 << 30)
 
@@ -121,6 +133,16 @@ class Machine:
                 "Drive config error: Unable to create the virtio block device: Virtio backend error: Error "
                 f"manipulating the backing file: No such file or directory (os error 2) {body['path_on_host']}"
             )
+
+    def put_network_interface(self, body: Mapping[str, Any]) -> None:
+        self._before_start()
+        name = body["host_dev_name"]
+        try:
+            self._taps.append(_open_tap(name))
+        except OSError as error:
+            failed = "Network config error: Could not create the network device"
+            raise Refusal(f"{failed}: {_tap_refusal(name, error)}") from None
+        self.config.setdefault("network-interfaces", {})[body["iface_id"]] = dict(body)
 
     def put_vsock(self, body: Mapping[str, Any]) -> None:
         self._before_start()
@@ -217,6 +239,16 @@ class Machine:
                     f"directory (os error 2) {drive['path_on_host']}",
                     fatal=True,
                 )
+        for interface in self.config.get("network-interfaces", {}).values():
+            name = interface["host_dev_name"]
+            try:
+                self._taps.append(_open_tap(name))
+            except OSError as error:
+                raise Refusal(
+                    f"{_PREFIX}Failed to build microVM from snapshot: Failed to restore devices: Error restoring MMIO "
+                    f"devices: Net: Failed to create a network device: {_tap_refusal(name, error)}",
+                    fatal=True,
+                ) from None
         if body.get("resume_vm"):
             self._run()
         else:
@@ -278,6 +310,28 @@ class Machine:
         print(text, file=self.console, flush=True)
 
 
+def _open_tap(name: str) -> int:
+    """Open a tap device as the real one does, by name; it is made where that is allowed. Raise OSError."""
+    if len(name) >= _IFNAMSIZ:
+        raise OSError(0, "Invalid interface name")
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TAP_FLAGS))
+    except OSError:
+        os.close(tap)
+        raise
+    return tap
+
+
+def _tap_refusal(name: str, error: OSError) -> str:
+    if not error.errno:
+        return f"Open tap device failed: {error.strerror}"
+    return (
+        f"Open tap device failed: Error while creating ifreq structure: {error.strerror} (os error {error.errno}). "
+        f"Invalid TUN/TAP Backend provided by {name}. Check our documentation on setting up the network devices."
+    )
+
+
 def _compact(body: Mapping[str, Any]) -> str:
     return json.dumps(body, separators=(",", ":"))
 
@@ -298,6 +352,7 @@ def _routes(machine: Machine) -> dict[tuple[str, str], Callable[..., Any]]:
         ("PUT", "/drives"): machine.put_drive,
         ("PUT", "/entropy"): machine.put_entropy,
         ("PUT", "/machine-config"): machine.put_machine_config,
+        ("PUT", "/network-interfaces"): machine.put_network_interface,
         ("PUT", "/serial"): machine.put_serial,
         ("PUT", "/snapshot/create"): machine.create_snapshot,
         ("PUT", "/snapshot/load"): machine.load_snapshot,
@@ -342,7 +397,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             _leave(1)
 
     def _call(self, data: bytes) -> Any:
-        path = "/drives" if self.path.startswith("/drives/") else self.path
+        path = re.sub("^(/drives|/network-interfaces)/.*", r"\1", self.path)
         route = self.routes.get((self.command, path))
         if route is None:
             raise Refusal(f"Invalid request method and/or path: {self.command} {self.path.lstrip('/')}.")

@@ -38,7 +38,7 @@ class FakeVm:
         self.console_path.write_bytes(b"[    0.000000] Linux version 6.1\n")
         self.published: dict[tuple[Proto, int], Endpoint] = {}
         self.calls: list[str] = []
-        self.disk = None
+        self.disk = self.namespace = None
         self.exit: VmExit | None = None
         self._refuser: Service | None = None
         self._ended = threading.Event()
@@ -136,12 +136,15 @@ class FakeEngine:
     def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._folder, self._agents = "fake", folder, agents
         self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
-        self.spare_nics = 2
+        self.joins_namespaces, self.spare_nics = False, 2
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
         self.spoil: Callable[[FakeVm], None] = lambda _vm: None
         self._numbers = itertools.count()
+
+    def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002
+        return self.spare_nics
 
     def probe(self, smoke: GuestFiles) -> EngineReport:  # noqa: ARG002
         return self.report

@@ -28,7 +28,7 @@ PREPARE_S, RUN_S = 1200.0, 3600.0
 LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
 _PACKAGES = (
     "python3 kmod procps iproute2 util-linux e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
-    "qemu-system-x86 busybox-static linux-image-cloud-amd64"
+    "qemu-system-x86 busybox-static linux-image-cloud-amd64 nftables slirp4netns"
 )
 _NOT_NEEDED = ("pip", "pip-*", "setuptools*", "mypy*", "ruff*", "ziglang*", "__editable__*", "*.pth", "__pycache__")
 _ENVIRONMENT = {
@@ -91,7 +91,7 @@ def host(
     payload = _gather_rest(tmp_path_factory.mktemp("payload"), firecracker)
 
     def prepare(base: Clone) -> None:
-        base.succeed("modprobe kvm-amd && mkdir -p /work")
+        base.succeed("modprobe -a kvm-amd tun && mkdir -p /work")
         base.copy_in(payload, "/work")
         base.copy_in(project, "/work/")
         base.succeed(f"cd /work/project && ln -s /work/images .demo && {_WARM_UP}", timeout=PREPARE_S)

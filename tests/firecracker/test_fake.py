@@ -35,6 +35,10 @@ def _load(state: str = "state", memory: str = "memory") -> Step:
     return ("PUT", "/snapshot/load", {"snapshot_path": state, "mem_backend": backend, "resume_vm": True})
 
 
+def _card(name: str) -> Step:
+    return ("PUT", "/network-interfaces/eth0", {"iface_id": "eth0", "host_dev_name": name})
+
+
 class Program:
     """A running Firecracker, real or not."""
 
@@ -163,6 +167,8 @@ def test_it_says_who_it_is(pair: Pair) -> None:
         [("PUT", "/snapshot/load", {"foo": 1})],
         [MACHINE, SERIAL, ("PUT", "/drives/d", DRIVE), ("PUT", "/entropy", {})],
         [("PUT", "/vsock", {"guest_cid": 3, "uds_path": "agent.sock"})],
+        [_card("a-name-that-is-too-long")],
+        [_card("lo")],
     ],
 )
 def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> None:

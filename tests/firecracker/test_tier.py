@@ -18,6 +18,7 @@ TESTS = (
     "test_fork.py",
     "test_keep.py",
     "test_ports.py",
+    "test_enclosed.py",
     "test_wishes.py",
     "test_volume.py",
     "test_runs.py",
@@ -29,7 +30,7 @@ TESTS = (
 OF_OTHER_PROCESSES = ("test_runs.py", "test_shell.py", "test_keep.py")
 
 PYTEST = "-m pytest -p no:cacheprovider -v"
-Run = Callable[[str], str]
+Run = Callable[..., str]
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
         with capfd.disabled():
             print(text, end="", flush=True)
 
-    def run(arguments: str) -> str:
+    def run(arguments: str, more: str = "") -> str:
         settings = "FCVM_ENGINE=firecracker FCVM_TEST_FIRECRACKER=/work/bin/firecracker"
-        code = host.run(f"{settings} python3 {arguments}", tell)
+        code = host.run(f"{settings} {more} python3 {arguments}", tell)
         assert code == 0, "".join(seen)[-20000:]
         return "".join(seen)
 
@@ -56,6 +57,11 @@ def test_vm_tests_pass_on_firecracker(run: Run, tests: str) -> None:
     output = run(f"{PYTEST} tests/vm/{tests}")
     # Where each test has a pytest or a command of its own, it is they that name the engine, to the test.
     assert "fcvm: engine firecracker/kvm" in output or tests in OF_OTHER_PROCESSES, output[-20000:]
+
+
+def test_clones_of_both_engines_on_one_network(run: Run) -> None:
+    output = run(f"{PYTEST} tests/vm/test_network.py", "FCVM_NETWORK=rootless")
+    assert "fcvm: engine firecracker/kvm" in output, output[-20000:]
 
 
 def test_the_stand_in_of_unit_tests_is_true_to_the_real_one(run: Run) -> None:

@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm import Clone, CloneFactory, FcvmError, GroupFactory, MachineSpec, Network, UsageProblem
+from pytest_fcvm.errors import EngineError
+from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
-from pytest_fcvm.model.parse import parse_ready
+from pytest_fcvm.model.parse import parse_network, parse_ready
+from pytest_fcvm.options import Options
 
 pytestmark = pytest.mark.skipif(
-    os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="private networks need the engine qemu"
+    os.environ.get("FCVM_ENGINE", "").startswith("firecracker") and "FCVM_NETWORK" not in os.environ,
+    reason="on Firecracker private networks take FCVM_NETWORK=rootless",
 )
 WAIT_S = 60.0
 GET = """
@@ -90,6 +94,10 @@ def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
 def test_a_card_notices_that_its_cable_is_out(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
     assert one.read_text("/sys/class/net/eth1/carrier") == "1\n"
+    if one.engine == "firecracker":
+        with pytest.raises(EngineError, match="Firecracker cannot plug a cable of VM one in or out"):
+            fcvm_network.link_down("one")
+        return
     with fcvm_network.link_down("one"):
         assert one.read_text("/sys/class/net/eth1/carrier") == "0\n"
         assert two.read_text("/sys/class/net/eth1/carrier") == "1\n"
@@ -106,6 +114,25 @@ def test_frames_out_of_order_are_put_in_order_by_tcp(fcvm_clone_factory: CloneFa
     digest = one.succeed(f"perl -e '{get}' two | tail -c 300000 | sha256sum")
     assert digest == two.succeed("sha256sum < /var/www/html/file")
     assert fcvm_network.counters()["two", "one"].reordered > 10
+
+
+@pytest.mark.skipif(not os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="it takes both engines")
+def test_machines_of_both_engines_are_on_one_network(
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_spec: MachineSpec, tmp_path: Path
+) -> None:
+    one = fcvm_clone_factory(name="one", network=fcvm_network)
+    harness = Harness(Options(engine="qemu/tcg"), shared_dir=tmp_path, announce=print)
+    try:
+        snapshot = harness.snapshot(fcvm_spec.merged({"network": parse_network("auto")}), "both engines")
+        with snapshot.clone(name="two", networks=[fcvm_network]) as two:
+            assert (one.engine, two.engine) == ("firecracker", "qemu")
+            for here, there in ((one, two), (two, one)):
+                there.succeed("head -c 1000000 /dev/zero > /var/www/html/large")
+                assert reaches(here, there.name)
+                got = here.succeed(["perl", "-e", GET.replace("GET /", "GET /large"), there.name])
+                assert len(got.stdout_bytes) > 1_000_000
+    finally:
+        harness.close()
 
 
 def test_networks_know_nothing_of_each_other_and_a_machine_may_be_on_two(

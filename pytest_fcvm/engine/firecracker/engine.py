@@ -13,8 +13,11 @@ from pytest_fcvm.engine.firecracker.installation import Installation, find_firec
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
     DISK_FD,
+    NET_FD,
+    USER_FD,
     boot_calls,
     drive_links,
+    enter_command,
     key_arguments,
     load_calls,
 )
@@ -25,7 +28,9 @@ from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError
+from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
+from pytest_fcvm.net.router import CARDS
 
 __all__ = ["FirecrackerEngine"]
 
@@ -39,8 +44,8 @@ class FirecrackerEngine:
     `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
     """
 
-    networks: tuple[NetworkMode, ...] = (NetworkMode.RELAY,)
-    spare_nics = 0  # its cards are tap devices, which take rights
+    networks: tuple[NetworkMode, ...] = (NetworkMode.RELAY, NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
+    joins_namespaces = True  # it opens its cards, which are tap devices, by name
 
     def __init__(
         self,
@@ -59,6 +64,10 @@ class FirecrackerEngine:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "firecracker"
 
+    def private_networks(self, mode: NetworkMode) -> int:
+        """Return how many private networks a clone can be on; its cards are in a namespace."""
+        return len(CARDS) - 1 if mode.is_enclosed else 0
+
     def probe(self, smoke: GuestFiles) -> EngineReport:
         """Say whether Firecracker works here: it does when `smoke` has booted under it. Cached on disk.
 
@@ -71,7 +80,7 @@ class FirecrackerEngine:
 
     def boot(self, plan: BootPlan) -> FirecrackerVm:
         """Start a base. Raise EngineError or HostError with Firecracker's own words."""
-        launched = self._launch(plan.name, drive_links(plan.files.rootfs, plan.disk))
+        launched = self._launch(plan.name, drive_links(plan.files.rootfs, plan.disk), namespace=plan.namespace)
         calls = boot_calls(plan.shape, plan.files.vmlinux(), plan.files.initramfs)
         vm = FirecrackerVm(plan.name, launched, self._ready().version, calls, memory=plan.memory)
         try:
@@ -94,20 +103,39 @@ class FirecrackerEngine:
         disk = Disk.copy_of(files.disk) if files.disk else None
         passed = {DISK_FD: disk.descriptor} if disk else {}
         links = drive_links(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if disk else None)
-        launched = self._launch(plan.name, links, passed)
+        launched = self._launch(plan.name, links, passed, plan.namespace)
         calls, mem_mib = load_calls(files), plan.shape.mem_mib
-        return FirecrackerVm(plan.name, launched, version, calls, mem_mib=mem_mib, origin=files.memory, disk=disk)
+        return FirecrackerVm(
+            plan.name,
+            launched,
+            version,
+            calls,
+            mem_mib=mem_mib,
+            origin=files.memory,
+            disk=disk,
+            namespace=plan.namespace,
+        )
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""
         return key_arguments(shape)
 
-    def _launch(self, name: str, links: Mapping[str, Path], files: Mapping[int, int] | None = None) -> Launched:
+    def _launch(
+        self,
+        name: str,
+        links: Mapping[str, Path],
+        files: Mapping[int, int] | None = None,
+        namespace: Namespace | None = None,
+    ) -> Launched:
         directory = self._spawner.make_dir(name)
         for link, target in links.items():
             (directory / link).symlink_to(target)
         argv = [str(self._ready().binary), "--id", name, "--api-sock", API_SOCKET, "--level", "Warning"]
-        return launch(self._spawner, name, argv, wires=(), loose=(), files=files, directory=directory)
+        passed = dict(files or {})
+        if namespace:
+            argv = [*enter_command(namespace), *argv]
+            passed |= {NET_FD: namespace.net} | ({USER_FD: namespace.user} if namespace.user is not None else {})
+        return launch(self._spawner, name, argv, wires=(), loose=(), files=passed, directory=directory)
 
     def _ready(self) -> Installation:
         if self._installation is None:

@@ -14,6 +14,10 @@ from typing import Any
 from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import Call
 from pytest_fcvm.engine.protocol import MachineShape, SnapshotFiles
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.process import find_tool
+from pytest_fcvm.model.net import Namespace
+from pytest_fcvm.net.router import CARDS
 
 __all__ = [
     "AGENT_PORT",
@@ -22,8 +26,11 @@ __all__ = [
     "CONSOLE",
     "DISK_FD",
     "DRIVES",
+    "NET_FD",
+    "USER_FD",
     "boot_calls",
     "drive_links",
+    "enter_command",
     "key_arguments",
     "load_calls",
 ]
@@ -32,6 +39,8 @@ API_SOCKET, AGENT_SOCKET, CONSOLE = "api.sock", "agent.sock", "console.log"
 DRIVES = ("rootfs", "drive1", "drive2")
 AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
 DISK_FD = 3  # a clone's disk has no name of its own
+USER_FD, NET_FD = 4, 5  # the namespaces that it is to be in
+_BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")
 _NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
 _GUEST_CID = 3  # the same in all clones: each has its own socket
 
@@ -61,6 +70,9 @@ def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[R
             api.DRIVE.of(name),
             {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": name == "rootfs"},
         )
+    if shape.network.is_enclosed:
+        for name, mac in zip(CARDS, _BASE_MACS, strict=True):
+            yield api.NETWORK_INTERFACE.of(name), {"iface_id": name, "host_dev_name": name, "guest_mac": mac}
     yield api.VSOCK, {"guest_cid": _GUEST_CID, "uds_path": AGENT_SOCKET}
     yield api.ENTROPY, {}
     yield api.ACTIONS, {"action_type": "InstanceStart"}
@@ -82,6 +94,15 @@ def load_calls(files: SnapshotFiles) -> Iterator[Request]:
 def drive_links(rootfs: Path | None, disk: Path | None) -> dict[str, Path]:
     """Return where each drive's link leads."""
     return dict(zip(DRIVES, (rootfs or _NOTHING, disk or _NOTHING, _NOTHING), strict=True))
+
+
+def enter_command(namespace: Namespace) -> list[str]:
+    """Return the beginning of a command whose program runs in a namespace, its descriptors being USER_FD and NET_FD."""
+    tool = find_tool("nsenter")
+    if tool is None:
+        raise HostError("nsenter is not installed", hint="apt-get install util-linux, or use --fcvm-network relay")
+    user = [f"--user=/proc/self/fd/{USER_FD}"] if namespace.user is not None else []
+    return [str(tool), "--preserve-credentials", *user, f"--net=/proc/self/fd/{NET_FD}", "--"]
 
 
 def key_arguments(shape: MachineShape) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.process import find_tool, run_tool
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
 
 __all__ = ["FirecrackerVm"]
 
@@ -54,8 +54,9 @@ class FirecrackerVm(VmProcess):
         memory: Path | None = None,
         origin: Path | None = None,
         disk: Disk | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
-        super().__init__(name, launched, explain_death, disk)
+        super().__init__(name, launched, explain_death, disk, namespace)
         self._origin = origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(launched.directory / API_SOCKET, version)
@@ -87,7 +88,7 @@ class FirecrackerVm(VmProcess):
         """Raise EngineError: without a network card, ports go through the agent."""
         raise EngineError(
             f"guest port {port.guest_port} of VM {self.name} has no network card to go through",
-            hint="use --fcvm-network relay",
+            hint="use --fcvm-network relay or rootless",
         )
 
     def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:  # noqa: ARG002  the protocol's signature
@@ -95,8 +96,11 @@ class FirecrackerVm(VmProcess):
         return None
 
     def set_link(self, cable: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
-        """Raise EngineError: there are no cables to plug."""
-        raise EngineError(f"VM {self.name} is on no private network: those need --fcvm-engine qemu")
+        """Raise EngineError: Firecracker's cards are always plugged in."""
+        raise EngineError(
+            f"Firecracker cannot plug a cable of VM {self.name} in or out",
+            hint='use impair("NAME", loss=1), or --fcvm-engine qemu',
+        )
 
     def pause(self) -> None:
         """Stop the guest's processors."""

@@ -74,7 +74,7 @@ def base_command(
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,share=on,mem-path={_quote(memory)}"),
         *_console(console_fd),
         *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", boot_arguments(platform)),
-        *_devices(files.rootfs, disk, "user,ipv6=off" if shape.egress else _socket_network(0)),
+        *_devices(files.rootfs, disk, _base_network(shape)),
     ]
 
 
@@ -90,6 +90,8 @@ def clone_command(
     network = f"user,ipv6=off{'' if shape.egress else ',restrict=on'}{forwards}"
     if shape.network is NetworkMode.RELAY:
         network = _socket_network(0)
+    elif shape.network.is_enclosed:
+        network = _TAP_NETWORK
     return [
         str(platform.binary),
         *_machine(platform, shape),
@@ -107,6 +109,13 @@ def key_arguments(platform: Platform, shape: MachineShape) -> tuple[str, ...]:
     files = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=Path("rootfs"))
     disk = Path(f"disk of {shape.disk_mib} MiB") if shape.disk_mib else None
     return tuple(base_command(platform, shape, files, Path("memory"), disk=disk)[1:])
+
+
+def _base_network(shape: MachineShape) -> str:
+    """Return a base's network: one that leads outside only where that is asked for."""
+    if shape.egress:
+        return _TAP_NETWORK if shape.network.is_enclosed else "user,ipv6=off"
+    return _socket_network(0)
 
 
 def forward_rule(port: PublishedPort) -> str:
@@ -170,6 +179,7 @@ def _socket_network(index: int) -> str:
     return f"dgram,local.type=fd,local.str={NIC_FDS[index]}"
 
 
+_TAP_NETWORK = f"tap,fd={NIC_FDS[0]},vhost=off"
 _NOTHING = f"driver=null-co,size={_PLACEHOLDER_BYTES},read-zeroes=on"
 
 

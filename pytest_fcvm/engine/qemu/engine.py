@@ -32,6 +32,7 @@ from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = ["QemuEngine"]
@@ -49,8 +50,13 @@ class QemuEngine:
     `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
     """
 
-    networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
-    spare_nics = len(NIC_FDS) - 1
+    networks: tuple[NetworkMode, ...] = (
+        NetworkMode.USER,
+        NetworkMode.RELAY,
+        NetworkMode.ROOTLESS,
+        NetworkMode.BRIDGE,
+    )
+    joins_namespaces = False
 
     def __init__(
         self,
@@ -69,6 +75,10 @@ class QemuEngine:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "qemu"
 
+    def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002  the protocol's signature
+        """Return how many private networks a clone can be on."""
+        return len(NIC_FDS) - 1
+
     def probe(self, smoke: GuestFiles) -> EngineReport:
         """Say whether QEMU works here and how fast; KVM only when `smoke` has booted under it. Cached on disk.
 
@@ -86,7 +96,9 @@ class QemuEngine:
         with ExitStack() as undo:
             undo.callback(plan.memory.unlink, missing_ok=True)
             argv = base_command(platform, plan.shape, plan.files, plan.memory, disk=plan.disk)
-            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS)
+            launched = launch(
+                self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=_tap_of(plan.namespace)
+            )
             undo.callback(launched.child.kill)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
             vm = QemuVm(plan.name, launched, monitor, launched.sockets[AGENT_FD], version=platform.version)
@@ -106,7 +118,8 @@ class QemuEngine:
         check_memory_file(files.memory, plan.shape.mem_mib)
         argv = clone_command(platform, plan.shape, files, plan.ports)
         with ExitStack() as stack:
-            passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False)}
+            passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False) if cable.end}
+            passed |= _tap_of(plan.namespace)
             disk = Disk.copy_of(files.disk) if files.disk else None
             if disk:
                 passed[DISK_FD] = disk.descriptor
@@ -117,7 +130,7 @@ class QemuEngine:
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
         monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
         agent = launched.sockets[AGENT_FD]
-        forwards = None if plan.shape.network is NetworkMode.RELAY else Forwards(monitor, plan.ports)
+        forwards = Forwards(monitor, plan.ports) if plan.shape.network is NetworkMode.USER else None
         return QemuVm(
             plan.name,
             launched,
@@ -128,6 +141,7 @@ class QemuEngine:
             state=uri,
             memory=files.memory,
             disk=disk,
+            namespace=plan.namespace,
         )
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
@@ -185,6 +199,10 @@ class QemuEngine:
 
     def _smoke(self, installation: Installation, smoke: GuestFiles) -> str:
         return boot_smoke(self._spawner, installation, smoke)
+
+
+def _tap_of(namespace: Namespace | None) -> dict[int, int]:
+    return {NIC_FDS[0]: namespace.tap} if namespace and namespace.tap is not None else {}
 
 
 def _start_monitor(launched: Launched, *commands: _Command) -> Monitor:

@@ -22,7 +22,7 @@ from pytest_fcvm.engine.sparse import unmakable
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
 
 __all__ = ["QemuVm"]
 
@@ -47,8 +47,9 @@ class QemuVm(VmProcess):
         state: str = "",
         memory: Path | None = None,
         disk: Disk | None = None,
+        namespace: Namespace | None = None,
     ) -> None:
-        super().__init__(name, launched, explain_death, disk)
+        super().__init__(name, launched, explain_death, disk, namespace)
         self._monitor, self._agent = monitor, agent
         self._version, self._forwards = version, forwards
         self._memory, self._is_base = memory, not state

@@ -14,7 +14,10 @@ from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
 
 _PUBLISH_HINT = "write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]"
-_NETWORK_HINT = "auto, user or relay; auto,egress lets the guest reach outside"
+_NETWORK_HINT = (
+    "auto, user, relay, rootless, bridge; rootless,egress lets the guest reach outside, rootless,allow=10.0.0.0/8 a "
+    "network, an address or a name alone; with ,proxy it gets pytest's proxy variables"
+)
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 )
@@ -106,6 +109,22 @@ def test_egress_is_asked_for_beside_the_mode() -> None:
     assert str(parse.parse_network("user,egress")) == "user,egress"
 
 
+def test_a_way_out_can_be_narrowed_and_a_proxy_be_told_of() -> None:
+    text = "rootless,egress,allow=10.0.0.0/8,allow=example.org,proxy"
+    network = parse.parse_network("rootless,proxy,allow=10.0.0.0/8,allow=example.org")
+    assert network == NetworkSpec(
+        mode=NetworkMode.ROOTLESS, egress=True, allow=("10.0.0.0/8", "example.org"), proxy=True
+    )
+    assert str(network) == text
+    assert parse.parse_network(text) == network
+
+
+@pytest.mark.parametrize("target", ["", "10.0.0.1/8", "300.1.1.1", "a b", "x;drop", "-", "::1"])
+def test_what_is_allowed_is_a_network_an_address_or_a_name(target: str) -> None:
+    with pytest.raises(UsageProblem, match="unknown network"):
+        parse.parse_network(f"rootless,allow={target}")
+
+
 @pytest.mark.parametrize(
     ("short", "long", "ready"),
     [
@@ -150,7 +169,7 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
     (parse.parse_publish, "x:80", "publish 'x:80': 'x' is not a port", _PUBLISH_HINT),
     (parse.parse_publish, "::1:80:80", "publish '::1:80:80': Expected 4 octets in '::1'", _PUBLISH_HINT),
     (parse.parse_publish, "80/x", "publish '80/x': 'x' is neither tcp nor udp", "[HOSTIP:]HOSTPORT:GUESTPORT/udp"),
-    (parse.parse_network, "bridge", "unknown network 'bridge'", _NETWORK_HINT),
+    (parse.parse_network, "bridges", "unknown network 'bridges'", _NETWORK_HINT),
     (parse.parse_network, "user,all", "unknown network 'user,all'", _NETWORK_HINT),
     (parse.parse_network, "relay,egress", "the network relay has no way out", "use user,egress, or auto,egress"),
     (parse.parse_ready, "soon", "ready 'soon': unknown mode 'soon'", _READY_HINT),

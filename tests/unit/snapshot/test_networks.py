@@ -28,7 +28,7 @@ class Segment:
         self.tell: Callable[[tuple[str, ...]], object] = lambda _lines: None
         self.set_link: Callable[[bool], object] = lambda _up: None
 
-    def plug(self, name: str) -> Cable:
+    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:  # noqa: ARG002
         self.happened.append(f"plug {name}")
         end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         other.close()
@@ -100,7 +100,7 @@ def test_a_clone_that_does_not_come_to_life_is_on_no_network(snapshot: Snapshot,
 
 def test_more_networks_than_an_engine_has_cards_for_are_refused(snapshot: Snapshot, engine: FakeEngine) -> None:
     segments = [Segment(number) for number in range(3)]
-    with pytest.raises(UsageProblem, match="a clone on fake can be on 2 private networks, not 3"):
+    with pytest.raises(UsageProblem, match="a clone on fake, network user, can be on 2 private networks, not 3"):
         snapshot.clone(networks=segments)
     engine.spare_nics = 0
     with pytest.raises(UsageProblem, match="can be on no private networks, not 1") as caught:

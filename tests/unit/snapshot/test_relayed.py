@@ -139,7 +139,7 @@ def test_datagrams_go_through_the_agent_on_every_network(
 def test_an_engine_that_leads_nowhere_outside_says_which_does(start: Callable[..., Clone]) -> None:
     with pytest.raises(UsageProblem, match="fake has no network 'auto,egress'") as caught:
         start(network=NetworkSpec(egress=True))
-    assert "--fcvm-engine qemu" in caught.value.hint
+    assert "relay has no way out" in caught.value.hint
 
 
 def test_where_both_are_offered_the_first_is_taken(make_parts: Callable[..., Ingredients]) -> None:

@@ -1,0 +1,207 @@
+"""Network namespaces for the VMs of this process, made by a program of their own when the first is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.spawner import Child, Spawner
+from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.model.net import Namespace
+from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
+from pytest_fcvm.namespaces.outside import SLIRP_RESOLVER, find_resolver, resolve_allowed, start_slirp
+from pytest_fcvm.net import router
+from pytest_fcvm.net.router import CARDS, CONTROL_FD, GUEST
+
+__all__ = ["Namespaces"]
+
+_ANSWER_S = 30.0
+_CONNECT_S = 60.0
+_DESCRIPTORS = 8
+_HINT = "use --fcvm-network user or relay, which take no rights; `fcvm doctor` says what works"
+_CAUSES = {
+    "/dev/net/tun": "modprobe tun, or give the container --device /dev/net/tun",
+    "unshare": "sysctl kernel.unprivileged_userns_clone=1, or be root",
+    "/proc/self/setgroups": "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or be root",
+    "nftables": "apt-get install nftables",
+    "ip_forward": "sysctl net.ipv4.ip_forward=1",
+}
+
+
+class Namespaces:
+    """Makes network namespaces for VMs. They are gone when this process is. Every method may be called by any thread.
+
+    As an ordinary user it takes a user namespace, in which everything is done.
+    """
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._control: socket.socket | None = None
+        self._user: int | None = None
+        self._log = Path()
+
+    def open(self, network: NetworkSpec, *, joined: bool) -> Namespace:
+        """Make a namespace with the cards of one VM, which it opens by name where it is to be `joined`.
+
+        Raise HostError, with what to do, where none can be had.
+        """
+        reply, (net, *others) = self._ask({"op": "open", "joined": joined, "egress": network.egress})
+        number: int = reply["number"]
+        user = None if self._user is None else os.dup(self._user)
+        wires = tuple(socket.socket(fileno=descriptor) for descriptor in others) if joined else ()
+        tap = None if joined else others[0]
+        helpers: list[Child] = []
+        namespace = Namespace(
+            net=net,
+            user=user,
+            cards=CARDS if joined else (),
+            tap=tap,
+            wires=wires,
+            connect=partial(self._connect, number),
+            close=_once(lambda: self._close(number, [net, user, tap], wires, helpers)),
+        )
+        try:
+            if network.egress:
+                helpers += self._lead_out(number, network, namespace)
+        except BaseException:
+            namespace.close()
+            raise
+        return namespace
+
+    def close(self) -> None:
+        """End the program; namespaces of VMs that still run go with them. Idempotent."""
+        with self._lock:
+            if self._child:
+                self._child.kill()
+            if self._control:
+                self._control.close()
+            if self._user is not None:
+                os.close(self._user)
+            self._child, self._control, self._user = None, None, None
+
+    def _connect(self, number: int, port: int, kind: int) -> socket.socket:
+        _, (descriptor,) = self._ask({"op": "socket", "number": number, "kind": kind})
+        connection = socket.socket(fileno=descriptor)
+        try:
+            connection.settimeout(_CONNECT_S)
+            connection.connect((GUEST, port))
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _lead_out(self, number: int, network: NetworkSpec, namespace: Namespace) -> list[Child]:
+        """Let a namespace reach outside, and return what has to run for it."""
+        resolver, helpers = "", []
+        if network.mode is NetworkMode.BRIDGE:
+            if namespace.user is not None:
+                raise HostError("the network bridge takes root", hint="use --fcvm-network rootless,egress")
+            self._ask({"op": "uplink", "number": number})
+            resolver = find_resolver()
+        else:
+            helpers.append(start_slirp(self._spawner, namespace))
+            resolver = SLIRP_RESOLVER
+        try:
+            allow = resolve_allowed(network.allow)
+            self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow})
+        except BaseException:
+            for helper in helpers:
+                helper.kill()
+            raise
+        return helpers
+
+    def _close(
+        self,
+        number: int,
+        descriptors: list[int | None],
+        wires: tuple[socket.socket, ...],
+        helpers: Sequence[Child],
+    ) -> None:
+        for helper in helpers:
+            helper.kill()
+        with suppress(EngineError, HostError):  # it has gone with the program
+            self._ask({"op": "close", "number": number}, start=False)
+        for wire in wires:
+            wire.close()
+        for descriptor in descriptors:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _ask(self, request: Mapping[str, Any], *, start: bool = True) -> tuple[Any, list[int]]:
+        with self._lock:
+            if self._control is None:
+                if not start:
+                    raise EngineError("the network namespaces are gone")
+                self._start()
+            assert self._control is not None
+            try:
+                self._control.send(json.dumps(request).encode())
+            except OSError:
+                raise self._died() from None
+            return self._hear(self._control)
+
+    def _start(self) -> None:
+        directory = self._spawner.make_dir("namespaces")
+        self._log = directory / "router.log"
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control.settimeout(_ANSWER_S)
+        with ExitStack() as undo, theirs:
+            undo.callback(control.close)
+            child = self._spawner.spawn(
+                [sys.executable, "-I", "-S", str(Path(router.__file__)), *sys.path],
+                name=directory.name,
+                fds={CONTROL_FD: theirs.fileno()},
+                stdout=self._log,
+                cwd=directory,
+                env=None,
+                owned_dir=directory,
+            )
+            undo.callback(child.kill)
+            theirs.close()
+            _, descriptors = self._hear(control)
+            undo.pop_all()
+        self._child, self._control, self._user = child, control, descriptors[0] if descriptors else None
+
+    def _hear(self, control: socket.socket) -> tuple[Any, list[int]]:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(control, 65536, _DESCRIPTORS)
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            raise self._died()
+        said = json.loads(data)
+        if said["error"]:
+            cause = next((hint for what, hint in _CAUSES.items() if said["error"].startswith(what)), "")
+            hint = f"{cause}; or {_HINT}" if cause else _HINT
+            raise HostError(f"no network namespace can be had: {said['error']}", hint=hint)
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
+        return said, descriptors
+
+    def _died(self) -> EngineError:
+        return EngineError("the program of the network namespaces has ended", evidence={"log": read_tail(self._log)})
+
+
+def _once(function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that does something the first time it is called, by whichever thread."""
+    lock, there = threading.Lock(), [function]
+
+    def call() -> None:
+        with lock:
+            todo = there.pop() if there else None
+        if todo:
+            todo()
+
+    return call

@@ -1,0 +1,236 @@
+"""Clones in network namespaces of their own: ports, ways out and none, clones apart, and nothing left of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import Clone, CloneFactory, MachineSpec
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.model.parse import parse_network
+
+ROOT = Path(__file__).parents[2]
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+MODES = ("rootless", "bridge")
+OUTSIDE, OTHER, HOST = "192.0.2.2", "192.0.2.3", "192.0.2.1"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a host of one's own with networks takes root")
+needs_tools = pytest.mark.skipif(
+    any(shutil.which(tool) is None for tool in ("nft", "slirp4netns", "ip")),
+    reason="a way out takes nftables, slirp4netns and iproute2",
+)
+
+# A network namespace is the host of a pytest, another one what is outside; servers say whom they see.
+HOST_SCRIPT = f"""
+set -e
+server='
+import socketserver, sys
+class Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.rfile.readline()
+        self.wfile.write((sys.argv[1] + " sees " + self.client_address[0]).encode())
+socketserver.ThreadingTCPServer(("0.0.0.0", 7000), Handler).serve_forever()'
+echo 1 > /proc/sys/net/ipv4/ip_forward
+ip link set lo up
+ip link add near type veth peer name far
+unshare -n "$1" -c "$server" outside >/dev/null & outside=$!
+while [ "$(readlink /proc/$outside/ns/net)" = "$(readlink /proc/self/ns/net)" ]; do sleep 0.05; done
+ip link set far netns $outside
+ip addr add {HOST}/24 dev near
+ip link set near up
+nsenter -t $outside -n sh -c 'ip link set lo up; ip link set far up; for a in {OUTSIDE} {OTHER}; do
+    ip addr add $a/24 dev far; done'
+"$1" -c "$server" host >/dev/null & host=$!
+trap 'kill $outside $host' EXIT
+set +e
+"$@"
+code=$?
+sleep 1.5
+echo "LEFT $(ip -o link | cut -d: -f2 | tr -d '\\n') ; $(nft list tables)"
+exit $code
+"""
+
+
+def status(clone: Clone) -> int:
+    with OPENER.open(clone.url(80), timeout=60) as answer:
+        return int(answer.status)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ports_lead_to_the_guests_card(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, mode: str) -> None:
+    if mode == "bridge" and os.geteuid() != 0:
+        pytest.skip("the network bridge takes root")
+    spec = fcvm_spec.merged({"network": parse_network(mode)})
+    one, other = fcvm_clone_factory(spec), fcvm_clone_factory(spec)
+    assert [status(clone) for clone in (one, other)] == [200, 200]
+    # The guest sees a peer on its own network, and answers a port at which nobody listens by a reset.
+    one.wait_for_log(r'10\.0\.2\.2 - - .*"GET / ', timeout=60)
+    with socket.create_connection(one.endpoint(4999), timeout=60) as connection, pytest.raises(ConnectionError):
+        connection.recv(1)
+
+
+def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec) -> None:
+    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
+    echo = """
+        use IO::Socket::INET;
+        my $s = IO::Socket::INET->new(LocalPort => 5300, Proto => "udp") or die $@;
+        syswrite STDOUT, "up\\n";
+        while (defined(my $from = $s->recv(my $data, 65535))) { $s->send(scalar reverse($data), 0, $from) }
+    """
+    with clone.popen(["/usr/bin/perl", "-e", echo]) as server:
+        assert server.stdout.read1() == b"up\n"
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(60)
+            client.connect(clone.endpoint(5300, "udp"))
+            for data in (b"abc", bytes(range(250)) * 100):
+                client.send(data)
+                assert client.recv(65535) == data[::-1]
+
+
+def test_what_is_outside_is_refused_and_not_waited_for(
+    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec
+) -> None:
+    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
+    tried = clone.exec(["/bin/bash", "-c", f"exec 3<>/dev/tcp/{OUTSIDE}/7000"], timeout=60)
+    assert tried.exit_code == 1
+    assert "No route to host" in tried.stderr
+
+
+def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec) -> None:
+    with pytest.raises(UsageProblem, match="has no network 'user,egress,allow="):
+        fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("user,allow=10.0.0.0/8")}))
+
+
+INNER = f"""
+    import os, subprocess, time
+
+    TRY = "exec 3<>/dev/tcp/%s/7000 && echo >&3 && cat <&3"
+
+    def ask(clone, address):
+        return clone.exec(["/bin/bash", "-c", TRY % address], timeout=60).stdout
+
+    def test_ways(fcvm_clone_factory):
+        one, other = fcvm_clone_factory(), fcvm_clone_factory()
+        mode = os.environ["FCVM_NETWORK"]
+        assert ask(one, "{OTHER}") == "outside sees {HOST}"
+        assert ask(one, "{OUTSIDE}") == ("" if "allow" in mode else "outside sees {HOST}")
+        if "bridge" in mode:
+            assert ask(one, "{HOST}") == ""  # the host's own services take a host_port
+            routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
+            ends = [line.split()[0] for line in routes.splitlines() if line.startswith("10.211.")]
+            answers = [one.exec(["/bin/bash", "-c", f"exec 3<>/dev/tcp/{{end}}/80"]).stderr for end in ends]
+            assert len(answers) >= 2
+            # Its own namespace refuses; at another's one would be refused too, if one came there.
+            assert sum("No route to host" in answer for answer in answers) == len(answers) - 1
+        if os.environ.get("STAY"):
+            print("UP", flush=True)
+            time.sleep(600)
+"""
+
+
+@pytest.fixture
+def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a pytest in a network namespace that is a host with another one outside."""
+    (tmp_path / "test_inner.py").write_text(textwrap.dedent(INNER))
+    (tmp_path / "host.sh").write_text(HOST_SCRIPT)
+    started: list[subprocess.Popen[str]] = []
+
+    def start(network: str, **more: str) -> subprocess.Popen[str]:
+        settings = {
+            "FCVM_NETWORK": network,
+            "FCVM_IMAGE": built_image("nginx"),
+            "FCVM_POOL": "0",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }
+        pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-q", "test_inner.py"]
+        command = ["unshare", "-n", "bash", str(tmp_path / "host.sh"), *pytest_command]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | settings | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@needs_root
+@needs_tools
+@pytest.mark.parametrize("ways", ["egress", f"allow={OTHER}"])
+@pytest.mark.parametrize("mode", MODES)
+def test_clones_reach_outside_as_far_as_they_may_and_not_each_other(
+    on_a_host: Callable[..., subprocess.Popen[str]], mode: str, ways: str
+) -> None:
+    said, _ = on_a_host(f"{mode},{ways}").communicate(timeout=240)
+    assert "1 passed" in said, said
+    assert "LEFT  lo near@if2 ; \n" in said, said
+
+
+@needs_root
+@needs_tools
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_left_of_a_pytest_that_was_killed(
+    on_a_host: Callable[..., subprocess.Popen[str]], mode: str
+) -> None:
+    process = on_a_host(f"{mode},egress", STAY="1")
+    assert process.stdout is not None
+    lines: list[str] = []
+    up = threading.Event()
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.strip().endswith("UP"):
+                up.set()
+        up.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert up.wait(240)
+    assert process.poll() is None, "".join(lines)
+    (victim,) = [pid for pid in _children(process.pid) if "test_inner.py" in _command(pid)]
+    alive = _descendants(victim)
+    assert any("qemu" in _command(pid) or "firecracker" in _command(pid) for pid in alive)
+    os.kill(victim, signal.SIGKILL)
+    reader.join(60)
+    assert "LEFT  lo near@if2 ; \n" in "".join(lines), "".join(lines)
+    assert wait_until(lambda: not [pid for pid in alive if _command(pid)], Deadline(30)), json.dumps(
+        [_command(pid) for pid in alive]
+    )
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def _descendants(pid: int) -> list[int]:
+    return [one for child in _children(pid) for one in (child, *_descendants(child))]
