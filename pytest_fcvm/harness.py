@@ -143,6 +143,12 @@ class Harness:
         with self._lock:
             return Network(self.supervisor, next(self._network_numbers), seed=seed)
 
+    def enclose(self, joined: bool, network: NetworkSpec) -> Namespace:
+        """Return a network namespace for a VM, which joins it or not, the caller's to close. Raise HostError."""
+        with self._lock:
+            namespaces = self._namespaces
+        return namespaces.open(network, joined=joined)
+
     def summary(self) -> dict[str, Any]:
         """Return what is told at the end of a run; made of plain values, so that a worker can send it."""
         return {
@@ -255,10 +261,8 @@ class Harness:
             makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
             scratch=lambda: self.store.shelf("snapshots").scratch(),
             born=self._count_clone,
-            enclose=self._enclose,
+            enclose=self.enclose,
         )
-
-    # -- steps
 
     def _ingredients(self, spec: MachineSpec, who: str) -> Ingredients:
         if spec.network.proxy:
@@ -316,7 +320,7 @@ class Harness:
         started = monotonic()
 
         def make(folder: Path, note: Announce) -> Mapping[str, Any]:
-            return build_snapshot(parts, folder, _both(note, announce), self._enclose)
+            return build_snapshot(parts, folder, _both(note, announce), self.enclose)
 
         entry, built = self._obtain("snapshots", key, make, who, fresh=self._options.rebuild)
         if built:
@@ -364,11 +368,6 @@ class Harness:
             deadline_s=_ADMISSION_S,
             on_wait=lambda: self._drain_pools(self._snapshots),
         )
-
-    def _enclose(self, joined: bool, network: NetworkSpec) -> Namespace:
-        with self._lock:
-            namespaces = self._namespaces
-        return namespaces.open(network, joined=joined)
 
     def _admit_ahead(self, mem_mib: int) -> Ticket:
         return self._admission.admit_ahead(mem_mib, holder=f"pid {os.getpid()}, ahead of its tests")

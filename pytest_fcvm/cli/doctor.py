@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pytest_fcvm.errors import FcvmError
@@ -17,11 +18,13 @@ from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.paths import cache_root, file_system_of, run_root
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.model.parse import parse_network
 from pytest_fcvm.options import Options
 
 __all__ = ["Finding", "examine", "render"]
 
 _ROOMY_BYTES = 2 << 30
+_NETWORKS = ("rootless", "rootless,egress", "bridge,egress")  # the others need nothing of the host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ def examine(cache_dir: str | None) -> list[Finding]:
                 ("lifetimes", lambda: harness.supervisor.isolation, True),
                 ("engine", lambda: str(harness.choice), True),
                 ("KVM", lambda: _kvm(harness), False),
+                *((f"network {text}", partial(_network, harness, text), False) for text in _NETWORKS),
             ]
             return [_try(what, check, needed) for what, check, needed in checks]
         finally:
@@ -122,3 +126,9 @@ def _kvm(harness: Harness) -> str:
             report.reason or "not tried", hint=report.hint or "machines are emulated; nothing has to be done"
         )
     return "boots the guest kernel"
+
+
+def _network(harness: Harness, text: str) -> str:
+    """Make a namespace as a machine of Firecracker's would get it, with all cards."""
+    harness.enclose(True, parse_network(text)).close()  # noqa: FBT003
+    return "a namespace was made" + (", and led outside" if "egress" in text else "")

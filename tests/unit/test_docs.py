@@ -39,6 +39,11 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
+@pytest.fixture(autouse=True)
+def _width_of_generated_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")  # as docs/generate.py sets it, and taken back
+
+
 @pytest.mark.parametrize("name", ["options.md", "hooks.md", "errors.md", "fixtures.md", "protocol.md"])
 def test_a_reference_page_is_what_the_code_says_now(name: str) -> None:
     made = runpy.run_path(str(DOCS / "generate.py"))["pages"]()

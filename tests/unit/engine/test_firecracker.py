@@ -31,7 +31,8 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.model.net import Proto, PublishedPort
-from pytest_fcvm.model.specs import NetworkMode
+from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
+from pytest_fcvm.namespaces import Namespaces
 
 TESTS = Path(__file__).resolve().parents[2]
 FAKE = TESTS / "fakes" / "firecracker.py"
@@ -132,6 +133,42 @@ def talk(vm: FirecrackerVm, line: str) -> str:
         channel.settimeout(WAIT_S)
         channel.sendall(line.encode() + b"\n")
         return channel.recv(100).decode().strip()
+
+
+# -- network namespaces
+
+
+def test_its_vms_run_in_their_namespaces_and_open_the_cards_there(
+    bench: Bench, supervisor: Supervisor, stack: ExitStack
+) -> None:
+    namespaces = Namespaces(supervisor)
+    stack.callback(namespaces.close)
+    network = NetworkSpec(mode=NetworkMode.ROOTLESS)
+    try:
+        first, second = (namespaces.open(network, joined=True) for _ in range(2))
+    except HostError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    stack.callback(first.close)
+    stack.callback(second.close)
+    engine, shape = bench.probed(), replace(SHAPE, network=NetworkMode.ROOTLESS)
+    files = SnapshotFiles(memory=bench.folder / "memory", state=bench.folder / "state", rootfs=bench.folder / "rootfs")
+    plan = BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory, namespace=first)
+    base = _living(engine.boot(plan), stack)
+    assert _namespace_of(base) == os.fstat(first.net).st_ino
+    with pytest.raises(HostError, match="Device or resource busy") as caught:  # the cards are the base's
+        engine.boot(replace(plan, name="other"))
+    assert caught.value.hint == "two VMs asked for one tap device"
+    base.snapshot(files.state)
+    base.kill()
+    clone = _living(engine.restore(RestorePlan(name="clone", shape=shape, files=files, namespace=second)), stack)
+    assert _namespace_of(clone) == os.fstat(second.net).st_ino
+    assert talk(clone, "ping 1") == "pong 1"
+    assert engine.private_networks(NetworkMode.ROOTLESS) == len(second.wires) == 2
+    assert engine.private_networks(NetworkMode.RELAY) == 0
+
+
+def _namespace_of(vm: FirecrackerVm) -> int:
+    return Path(f"/proc/{vm.pid}/ns/net").stat().st_ino
 
 
 # -- probing
