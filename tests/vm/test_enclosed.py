@@ -113,6 +113,17 @@ def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactor
         fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("user,allow=10.0.0.0/8")}))
 
 
+def test_proxies_are_told_to_the_workload_and_to_commands(
+    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://host.fcvm:3128")
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("auto,proxy")}))
+    for environment in (clone.succeed("env").stdout, clone.succeed("tr '\\0' '\\n' < /proc/1/environ").stdout):
+        assert "https_proxy=http://host.fcvm:3128\n" in environment
+        assert "NO_PROXY=example.org\n" in environment
+
+
 INNER = f"""
     import os, subprocess, time
 
