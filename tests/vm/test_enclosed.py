@@ -20,7 +20,7 @@ import pytest
 from pytest_fcvm import Clone, CloneFactory, MachineSpec
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.model.parse import parse_network
+from pytest_fcvm.model.parse import parse_network, parse_ready
 
 ROOT = Path(__file__).parents[2]
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -118,8 +118,9 @@ def test_proxies_are_told_to_the_workload_and_to_commands(
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://host.fcvm:3128")
     monkeypatch.setenv("NO_PROXY", "example.org")
-    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("auto,proxy")}))
-    for environment in (clone.succeed("env").stdout, clone.succeed("tr '\\0' '\\n' < /proc/1/environ").stdout):
+    changes = {"command": ("sh", "-c", "env; echo done; exec sleep infinity"), "ready": parse_ready("log:done")}
+    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("auto,proxy"), **changes}))
+    for environment in (clone.logs(), clone.succeed("env")):
         assert "https_proxy=http://host.fcvm:3128\n" in environment
         assert "NO_PROXY=example.org\n" in environment
 
