@@ -12,18 +12,21 @@ import runpy
 import shutil
 import site
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pytest_fcvm import Clone, MachineSpec, Prepare, SnapshotFactory
-from pytest_fcvm.errors import EngineError
+from pytest_fcvm.errors import EngineError, FcvmError
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ("nginx", "redis", "postgres", "python", "java", "systemd")
 HOST_MEM_MIB, HOST_DISK_MIB, HOST_CPUS = 3072, 10240, 1
+ASKED_EVERY_S, ANSWERS_WITHIN_S = 30.0, 120.0
 PREPARE_S, RUN_S = 1200.0, 3600.0
 LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
 _PACKAGES = (
@@ -76,10 +79,33 @@ class KvmHost:
     def _run_in(self, host: Clone, command: str, out: Callable[[str], object]) -> int:
         host.copy_in(self.project, "/work/")
         shell = ["/bin/bash", "-c", f"cd /work/project && ln -sfn /work/images .demo && {command} 2>&1"]
-        with host.popen(shell) as process:
+        with host.popen(shell) as process, _watched(host):
             while data := process.stdout.read1():
                 out(data.decode("utf-8", "replace"))
             return process.wait(RUN_S).returncode
+
+
+@contextmanager
+def _watched(host: Clone) -> Iterator[None]:
+    """Kill a host that stands still: it loses interrupts, and then nothing in it goes on, nor ends."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(ASKED_EVERY_S):
+            try:
+                host.exec("true", timeout=ANSWERS_WITHIN_S)
+            except FcvmError:
+                if not over.is_set():
+                    host.kill()
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 @pytest.fixture(scope="session")
