@@ -28,10 +28,14 @@ _ANSWER_S = 30.0
 _CONNECT_S = 60.0
 _DESCRIPTORS = 8
 _HINT = "use --fcvm-network user or relay, which take no rights; `fcvm doctor` says what works"
+_USER_NAMESPACES = (
+    "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu) or kernel.unprivileged_userns_clone=1 (Debian), or "
+    "be root"
+)
 _CAUSES = {
     "/dev/net/tun": "modprobe tun, or give the container --device /dev/net/tun",
-    "unshare": "sysctl kernel.unprivileged_userns_clone=1, or be root",
-    "/proc/self/setgroups": "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or be root",
+    "unshare": _USER_NAMESPACES,
+    "/proc/self/setgroups": _USER_NAMESPACES,
     "nftables": "apt-get install nftables",
     "ip_forward": "sysctl net.ipv4.ip_forward=1",
 }
@@ -131,28 +135,26 @@ class Namespaces:
     ) -> None:
         for helper in helpers:
             helper.kill()
-        with suppress(EngineError, HostError):  # it has gone with the program
-            self._ask({"op": "close", "number": number}, start=False)
+        control = self._control
+        if control:
+            with suppress(OSError):  # the program has ended; no answer is waited for by whoever hears of a VM's end
+                control.send(json.dumps({"op": "close", "number": number}).encode())
         for wire in wires:
             wire.close()
         for descriptor in descriptors:
             if descriptor is not None:
                 os.close(descriptor)
 
-    def _ask(self, request: Mapping[str, Any], *, start: bool = True) -> tuple[Any, list[int]]:
+    def _ask(self, request: Mapping[str, Any]) -> tuple[Any, list[int]]:
         with self._lock:
-            if self._control is None:
-                if not start:
-                    raise EngineError("the network namespaces are gone")
-                self._start()
-            assert self._control is not None
+            control = self._control or self._start()
             try:
-                self._control.send(json.dumps(request).encode())
+                control.send(json.dumps(request).encode())
             except OSError:
                 raise self._died() from None
-            return self._hear(self._control)
+            return self._hear(control)
 
-    def _start(self) -> None:
+    def _start(self) -> socket.socket:
         directory = self._spawner.make_dir("namespaces")
         self._log = directory / "router.log"
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -173,6 +175,7 @@ class Namespaces:
             _, descriptors = self._hear(control)
             undo.pop_all()
         self._child, self._control, self._user = child, control, descriptors[0] if descriptors else None
+        return control
 
     def _hear(self, control: socket.socket) -> tuple[Any, list[int]]:
         try:

@@ -1,10 +1,10 @@
 """Network namespaces for VMs, each with the other ends of one VM's cards. A program of its own, one per process.
 
 It is run by path, with the paths of Python's modules as arguments, which it has no other use for than a way out. It
-ends with its control socket (descriptor 3, of sequenced packets); a namespace lasts as long as
-it, or a VM, or a socket that was made in it. It is root in a user namespace of its own where it may not make network
-namespaces without. A request is a JSON object with `op`; its reply is one with `error` ("" when it worked) and `hint`,
-and descriptors. The first packet is its own: whether there is a user namespace, with that namespace's descriptor.
+ends with its control socket (descriptor 3, of sequenced packets); a namespace lasts as long as it, or a VM, or a socket
+that was made in it. It is root in a user namespace of its own where it may not make network namespaces without. A
+request is a JSON object with `op`; its reply, which `close` alone has not, is one with `error` ("" when it worked), and
+descriptors. The first packet is its own: whether there is a user namespace, with that namespace's descriptor.
 
 The first card is a network of the guest and this namespace, which has the gateway's address and routes; without a way
 out it answers that nothing can be reached. The others are private networks, whose frames come and go through packet
@@ -23,6 +23,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -217,9 +218,6 @@ def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, A
         case "socket":
             made = namespaces.socket(request["number"], kind=request["kind"])
             return {}, [made], [made]
-        case "close":
-            namespaces.close(request["number"])
-            return {}, [], []
         case unknown:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), unknown)
 
@@ -253,7 +251,11 @@ def main() -> None:
         data = control.recv(_REQUEST_BYTES)
         if not data:
             return
-        _answer(control, lambda: _obey(namespaces[0], json.loads(data)))  # noqa: B023 - it is called at once
+        request = json.loads(data)
+        if request["op"] == "close":  # nobody waits for it
+            namespaces[0].close(request["number"])
+        else:
+            _answer(control, partial(_obey, namespaces[0], request))
 
 
 if __name__ == "__main__":

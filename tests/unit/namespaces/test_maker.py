@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import EngineError, HostError, UsageProblem
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.model.net import Namespace
@@ -126,8 +127,11 @@ def test_a_closed_one_leaves_no_descriptor_and_no_namespace(namespaces: Namespac
         namespace.close()
         namespace.close()
     assert descriptors() == before
-    held = {inode for process in Path("/proc").glob("[0-9]*") for inode in _namespaces_of(process)}
-    assert not held & numbers
+    assert wait_until(lambda: not numbers & _held(), Deadline(WAIT_S))
+
+
+def _held() -> set[int]:
+    return {inode for process in Path("/proc").glob("[0-9]*") for inode in _namespaces_of(process)}
 
 
 def _namespaces_of(process: Path) -> Iterator[int]:
