@@ -33,6 +33,7 @@ _USER_NAMESPACES = (
     "be root"
 )
 _CAUSES = {
+    "/dev/net/tun: Permission denied": "sudo chmod 666 /dev/net/tun, as udev does",
     "/dev/net/tun": "modprobe tun, or give the container --device /dev/net/tun",
     "unshare": _USER_NAMESPACES,
     "/proc/self/setgroups": _USER_NAMESPACES,

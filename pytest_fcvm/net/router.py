@@ -51,7 +51,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class _Namespaces:
-    """The namespaces that are open, by number. `home` is the one that everybody else is in."""
+    """The namespaces that are open, by number. `home` is where this program is meanwhile."""
 
     def __init__(self) -> None:
         self.home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -136,7 +136,7 @@ def _become_root() -> int | None:
         _call("setns", home, _CLONE_NEWNET)
     except PermissionError:
         user, group = os.geteuid(), os.getegid()
-        _call("unshare", _CLONE_NEWUSER)
+        _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)  # there is no way back to a network of others
         for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
             _write(f"/proc/self/{file}", text)
         return os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)

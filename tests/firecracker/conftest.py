@@ -33,6 +33,8 @@ _PACKAGES = (
     "python3 kmod procps iproute2 util-linux e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
     "qemu-system-x86 busybox-static linux-image-cloud-amd64 nftables slirp4netns"
 )
+# The guest's kernel loads none by itself: what it would run is not in the image.
+_MODULES = "kvm-amd tun veth nf_tables nft_chain_nat nft_nat nft_masq nft_ct nft_reject_ipv4"
 _NOT_NEEDED = ("pip", "pip-*", "setuptools*", "mypy*", "ruff*", "ziglang*", "__editable__*", "*.pth", "__pycache__")
 _ENVIRONMENT = {
     "PYTHONPATH": "/work/site:/work/project",
@@ -117,7 +119,7 @@ def host(
     payload = _gather_rest(tmp_path_factory.mktemp("payload"), firecracker)
 
     def prepare(base: Clone) -> None:
-        base.succeed("modprobe -a kvm-amd tun && mkdir -p /work")
+        base.succeed(f"modprobe -a {_MODULES} && mkdir -p /work")
         base.copy_in(payload, "/work")
         base.copy_in(project, "/work/")
         base.succeed(f"cd /work/project && ln -s /work/images .demo && {_WARM_UP}", timeout=PREPARE_S)

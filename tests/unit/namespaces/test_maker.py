@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -36,13 +36,12 @@ def supervisor() -> Iterator[Supervisor]:
 
 @pytest.fixture
 def namespaces(supervisor: Supervisor) -> Iterator[Namespaces]:
-    namespaces = Namespaces(supervisor)
-    try:
-        namespaces.open(ALONE, joined=False).close()
-    except HostError as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    yield namespaces
-    namespaces.close()
+    with closing(Namespaces(supervisor)) as namespaces:
+        try:
+            namespaces.open(ALONE, joined=False).close()
+        except HostError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield namespaces
 
 
 def run_inside(namespace: Namespace, script: str) -> str:
