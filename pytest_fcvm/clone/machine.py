@@ -96,7 +96,8 @@ class Machine:
                 parts[title] = path.read_bytes()
         shown = {title: tail(data) for title, data in parts.items() if data.strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
-        return {**shown, **notes, "timeline": str(self.timeline)}
+        own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
+        return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 
     def close(self) -> None:
         """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end."""

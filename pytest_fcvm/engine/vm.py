@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class VmProcess:
     def on_exit(self, callback: Callable[[VmExit], None]) -> None:
         """Call back once from a service thread when the VMM has ended, at once if it already has."""
         self._child.on_exit(lambda ended: callback(self._exit_of(ended)))
+
+    def latencies(self) -> Mapping[str, float]:
+        """Return how long the VMM says that its own work took, in ms: it says nothing."""
+        return {}
 
     def explain(self) -> FcvmError:
         """Return why the VMM is dead, with the tails of its console and log; waits up to 2 s for its end."""

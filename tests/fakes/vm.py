@@ -7,7 +7,7 @@ import itertools
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fakes.agent import FakeAgent
@@ -105,6 +105,9 @@ class FakeVm:
             raise EngineError(f"{self.name} did not end")
         assert self.exit is not None
         return self.exit
+
+    def latencies(self) -> Mapping[str, float]:
+        return {}
 
     def explain(self) -> FcvmError:
         if self.exit and self.exit.killed_by_us:

@@ -169,6 +169,7 @@ def test_it_says_who_it_is(pair: Pair) -> None:
         [("PUT", "/vsock", {"guest_cid": 3, "uds_path": "agent.sock"})],
         [_card("a-name-that-is-too-long")],
         [_card("lo")],
+        [("PUT", "/actions", {"action_type": "FlushMetrics"})],
     ],
 )
 def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_fcvm.engine.cpu import read_cpu
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker.installation import Installation, find_firecracker, inspect
+from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
     DISK_FD,
@@ -131,6 +132,7 @@ class FirecrackerEngine:
         for link, target in links.items():
             (directory / link).symlink_to(target)
         argv = [str(self._ready().binary), "--id", name, "--api-sock", API_SOCKET, "--level", "Warning"]
+        argv += ["--metrics-path", METRICS_FILE]
         passed = dict(files or {})
         if namespace:
             argv = [*enter_command(namespace), *argv]

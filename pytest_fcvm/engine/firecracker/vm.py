@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker import api, vsock
 from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
+from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE, read_latencies
 from pytest_fcvm.engine.firecracker.post_mortem import explain_death
 from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
@@ -118,6 +119,13 @@ class FirecrackerVm(VmProcess):
         else:
             self._set_state("Resumed")
         self._stopped = False
+
+    def latencies(self) -> Mapping[str, float]:
+        """Return how long Firecracker says that its own work took, in ms by its names."""
+        if not (self._stopped or self._over.is_set()):
+            with suppress(FcvmError):
+                self._api.send(api.ACTIONS, {"action_type": "FlushMetrics"}, timeout_s=_LAST_WORDS_S)
+        return read_latencies(self._launched.directory / METRICS_FILE)
 
     def snapshot(self, state: Path) -> None:
         """Stop a base and write its device state and its memory, of which untouched pages become holes.

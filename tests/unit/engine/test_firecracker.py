@@ -16,6 +16,7 @@ import pytest
 
 from pytest_fcvm.engine.firecracker import engine as engine_module
 from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
+from pytest_fcvm.engine.firecracker.metrics import read_latencies
 from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
 from pytest_fcvm.engine.protocol import (
     Accelerator,
@@ -133,6 +134,26 @@ def talk(vm: FirecrackerVm, line: str) -> str:
         channel.settimeout(WAIT_S)
         channel.sendall(line.encode() + b"\n")
         return channel.recv(100).decode().strip()
+
+
+# -- metrics
+
+
+def test_it_tells_what_firecracker_says_of_its_own_work(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
+    assert clone.latencies() == {"load_snapshot": 1.25}
+    clone.pause()  # by SIGSTOP: it would not answer
+    assert clone.latencies() == {"load_snapshot": 1.25}
+    clone.kill()
+    clone.wait(WAIT_S)
+    assert clone.latencies() in ({"load_snapshot": 1.25}, {})  # its directory goes with it
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latencies_us": 3}', '{"latencies_us": {"a": "b"}}'])
+def test_metrics_that_are_not_whole_say_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics").write_text(text)
+    assert read_latencies(tmp_path / "metrics") == {}
 
 
 # -- network namespaces
