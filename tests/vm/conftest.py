@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
 import socket
@@ -15,6 +16,7 @@ import pytest
 from pytest_fcvm import MachineSpec, SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import cache_root
+from pytest_fcvm.model.parse import parse_network
 
 _ROOT = Path(__file__).parents[2]
 _TOOLS = ("qemu-system-x86_64", "skopeo", "mksquashfs", "mmdebstrap", "docker-registry")
@@ -104,5 +106,5 @@ def cold_cache(kernels: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def fcvm_spec(image: Callable[[str], str]) -> MachineSpec:
-    """Make nginx the image of every test that does not say otherwise."""
-    return MachineSpec(image=image("nginx"))
+    """Make nginx the image of every test that does not say otherwise, on the network that FCVM_NETWORK names."""
+    return MachineSpec(image=image("nginx"), network=parse_network(os.environ.get("FCVM_NETWORK", "auto")))

@@ -162,9 +162,9 @@ def test_a_machine_that_is_reset_is_on_its_network_again(
 
 
 def test_a_primary_and_two_replicas_lose_and_find_each_other(
-    fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str]
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str], fcvm_spec: MachineSpec
 ) -> None:
-    spec = MachineSpec(image=image("redis"), ready=parse_ready("exec:redis-cli ping"))
+    spec = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
     db = {name: fcvm_clone_factory(spec, name=name, network=fcvm_network) for name in ("primary", "near", "far")}
     for replica in ("near", "far"):
         db[replica].succeed("redis-cli replicaof primary 6379")
@@ -186,7 +186,7 @@ def test_a_primary_and_two_replicas_lose_and_find_each_other(
 def test_machines_of_several_images_start_together(
     fcvm_group: GroupFactory, image: Callable[[str], str], fcvm_spec: MachineSpec
 ) -> None:
-    redis = MachineSpec(image=image("redis"), ready=parse_ready("exec:redis-cli ping"))
+    redis = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
     ready = parse_ready(f"exec:perl -e '{PING}'")  # which is not so in a base, that is alone
     app = fcvm_spec.merged({"ready": ready, "needs": ("cache",)})
     with pytest.raises(UsageProblem, match="'app' needs 'db', which is not there"):
