@@ -185,8 +185,8 @@ class Network:
 
     # -- clones
 
-    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:
-        """Return a cable for a clone; `wire` carries the frames of its card already, where it is one.
+    def plug(self, name: str, wire: int | None = None) -> Cable:
+        """Return a cable for a clone; the descriptor `wire` carries the frames of its card already, where it is one.
 
         Raise UsageProblem for a name that is on the network already.
         """
@@ -194,9 +194,9 @@ class Network:
             if name in self._plugged:
                 raise UsageProblem(f"{name!r} is on this network already", hint="give every clone a name of its own")
             index = self._index(name)
-            end = None if wire else self._attach_pair(name)
-            if wire:
-                self._ask({"op": "attach", "port": name}, wire.fileno())
+            end = None if wire is not None else self._attach_pair(name)
+            if wire is not None:
+                self._ask({"op": "attach", "port": name}, wire)
             self._plugged.add(name)
             mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
             addresses = f"{self.address(name)}/24", f"{self.address6(name)}/64"

@@ -52,7 +52,7 @@ class Namespace:
     user: int | None
     cards: tuple[str, ...]
     tap: int | None
-    wires: tuple[socket.socket, ...]
+    wires: tuple[int, ...]
     connect: Callable[[int, int], socket.socket]
     close: Callable[[], None]
 

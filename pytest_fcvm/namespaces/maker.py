@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -61,26 +61,29 @@ class Namespaces:
 
         Raise HostError, with what to do, where none can be had.
         """
-        reply, (net, *others) = self._ask({"op": "open", "joined": joined, "egress": network.egress})
-        number: int = reply["number"]
-        user = None if self._user is None else os.dup(self._user)
-        wires = tuple(socket.socket(fileno=descriptor) for descriptor in others) if joined else ()
-        tap = None if joined else others[0]
-        helpers: list[Child] = []
-        namespace = Namespace(
-            net=net,
-            user=user,
-            cards=CARDS if joined else (),
-            tap=tap,
-            wires=wires,
-            connect=partial(self._connect, number),
-            close=_once(lambda: self._close(number, [net, user, tap], wires, helpers)),
-        )
+        owned = ExitStack()
+        close = _once(owned.close)
         try:
+            reply, descriptors = self._ask({"op": "open", "joined": joined, "egress": network.egress})
+            for descriptor in descriptors:
+                owned.callback(os.close, descriptor)
+            owned.callback(self._forget, reply["number"])
+            user = None if self._user is None else os.dup(self._user)
+            if user is not None:
+                owned.callback(os.close, user)
+            namespace = Namespace(
+                net=descriptors[0],
+                user=user,
+                cards=CARDS if joined else (),
+                tap=None if joined else descriptors[1],
+                wires=tuple(descriptors[1:]) if joined else (),
+                connect=partial(self._connect, reply["number"]),
+                close=close,
+            )
             if network.egress:
-                helpers += self._lead_out(number, network, namespace)
+                self._lead_out(reply["number"], network, namespace, owned)
         except BaseException:
-            namespace.close()
+            close()
             raise
         return namespace
 
@@ -107,44 +110,25 @@ class Namespaces:
             raise
         return connection
 
-    def _lead_out(self, number: int, network: NetworkSpec, namespace: Namespace) -> list[Child]:
-        """Let a namespace reach outside, and return what has to run for it."""
-        resolver, helpers = "", []
+    def _lead_out(self, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack) -> None:
+        """Let a namespace reach outside; `owned` ends what has to run for it."""
         if network.mode is NetworkMode.BRIDGE:
             if namespace.user is not None:
                 raise HostError("the network bridge takes root", hint="use --fcvm-network rootless,egress")
             self._ask({"op": "uplink", "number": number})
             resolver = find_resolver()
         else:
-            helpers.append(start_slirp(self._spawner, namespace))
+            owned.callback(start_slirp(self._spawner, namespace).kill)
             resolver = SLIRP_RESOLVER
-        try:
-            allow = resolve_allowed(network.allow)
-            self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow})
-        except BaseException:
-            for helper in helpers:
-                helper.kill()
-            raise
-        return helpers
+        allow = resolve_allowed(network.allow)
+        self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow})
 
-    def _close(
-        self,
-        number: int,
-        descriptors: list[int | None],
-        wires: tuple[socket.socket, ...],
-        helpers: Sequence[Child],
-    ) -> None:
-        for helper in helpers:
-            helper.kill()
+    def _forget(self, number: int) -> None:
+        """Let the program close a namespace. Nobody waits for it: those who hear of a VM's end call this."""
         control = self._control
         if control:
-            with suppress(OSError):  # the program has ended; no answer is waited for by whoever hears of a VM's end
+            with suppress(OSError):
                 control.send(json.dumps({"op": "close", "number": number}).encode())
-        for wire in wires:
-            wire.close()
-        for descriptor in descriptors:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def _ask(self, request: Mapping[str, Any]) -> tuple[Any, list[int]]:
         with self._lock:
@@ -180,21 +164,27 @@ class Namespaces:
 
     def _hear(self, control: socket.socket) -> tuple[Any, list[int]]:
         try:
-            data, descriptors, _, _ = socket.recv_fds(control, 65536, _DESCRIPTORS)
+            data, descriptors, flags, _ = socket.recv_fds(control, 65536, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except OSError:
-            data, descriptors = b"", []
+            data, descriptors, flags = b"", [], 0
         if not data:
             raise self._died()
         said = json.loads(data)
+        if flags & socket.MSG_CTRUNC:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if "number" in said:
+                self._forget(said["number"])
+            raise HostError("no file descriptor is left for a network namespace", hint="raise ulimit -n")
         if said["error"]:
             cause = next((hint for what, hint in _CAUSES.items() if said["error"].startswith(what)), "")
             hint = f"{cause}; or {_HINT}" if cause else _HINT
             raise HostError(f"no network namespace can be had: {said['error']}", hint=hint)
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
         return said, descriptors
 
     def _died(self) -> EngineError:
+        if self._child:
+            self._child.kill()  # an answer that came later would be taken for another's
         return EngineError("the program of the network namespaces has ended", evidence={"log": read_tail(self._log)})
 
 

@@ -42,6 +42,10 @@ class Firewall:
             said = self._library.nft_ctx_get_error_buffer(self._context).decode("utf-8", "replace").strip()
             raise OSError(1, said.splitlines()[0] if said else "refused", "nftables")
 
+    def close(self) -> None:
+        """Give the library's memory back; no other method is called then."""
+        self._library.nft_ctx_free(self._context)
+
 
 def rules_inside(card: str, dns: str, resolver: str, allow: Sequence[str]) -> str:
     """Return the rules of a VM's namespace: where its names are resolved, and what its guest may connect to.

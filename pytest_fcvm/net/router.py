@@ -13,6 +13,7 @@ sockets (packet(7)). The structures are those of netdevice(7), rtnetlink's forer
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -33,13 +34,11 @@ __all__ = ["CARDS", "CONTROL_FD", "GUEST", "main"]
 
 CONTROL_FD = 3
 CARDS = ("eth0", "eth1", "eth2")
-UPLINK = "up0"
 GATEWAY, GUEST, DNS = "10.0.2.2", "10.0.2.15", "10.0.2.3"
 
 _REQUEST_BYTES = 65536
 _BUFFER_BYTES = 4 << 20
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
-_PR_SET_DUMPABLE = 4
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_UP = 0x0002, 0x1000, 0x0001
 _SIOCADDRT, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8914, 0x8916, 0x891C
@@ -111,6 +110,8 @@ class _Namespaces:
     @contextmanager
     def inside(self, number: int) -> Iterator[None]:
         """Be in a namespace."""
+        if number not in self._open:  # its VM has ended meanwhile
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "namespace")
         self._enter(self._open[number])
         try:
             yield
@@ -209,8 +210,8 @@ def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, A
         case "filter":
             from pytest_fcvm.net import firewall
 
-            with namespaces.inside(request["number"]):
-                firewall.Firewall().load(firewall.rules_inside(CARDS[0], DNS, request["resolver"], request["allow"]))
+            with namespaces.inside(request["number"]), contextlib.closing(firewall.Firewall()) as rules:
+                rules.load(firewall.rules_inside(CARDS[0], DNS, request["resolver"], request["allow"]))
             return {}, [], []
         case "uplink":
             namespaces.uplink(request["number"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -49,8 +48,8 @@ def _no_scratch() -> AbstractContextManager[Path]:
 class Segment(Protocol):
     """What a clone needs of a private network."""
 
-    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:
-        """Return a cable for a clone of that name; `wire` carries its card's frames already, where it is one."""
+    def plug(self, name: str, wire: int | None = None) -> Cable:
+        """Return a cable for a clone of that name; `wire` is a descriptor that carries its card's frames already."""
         ...
 
     def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:

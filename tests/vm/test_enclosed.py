@@ -164,7 +164,7 @@ def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Cal
             "FCVM_NETWORK": network,
             "FCVM_IMAGE": built_image("nginx"),
             "FCVM_POOL": "0",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-q", "test_inner.py"]
         command = ["unshare", "-n", "bash", str(tmp_path / "host.sh"), *pytest_command]

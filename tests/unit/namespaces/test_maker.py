@@ -67,7 +67,7 @@ def test_a_vmm_that_joins_finds_its_cards_and_frames_come_and_go_through_the_wir
     namespace = namespaces.open(ALONE, joined=True)
     names = run_inside(namespace, "import socket; print(*(name for _, name in socket.if_nameindex()))").split()
     assert names == ["lo", *namespace.cards]
-    first, second = namespace.wires
+    first, second = (socket.socket(fileno=os.dup(wire)) for wire in namespace.wires)
     run_inside(namespace, f"{OPEN_TAP}os.write(tap, {FRAME!r})")
     assert select.select([first], [], [], WAIT_S)[0]
     assert first.recv(2000) == FRAME
@@ -82,6 +82,8 @@ def test_a_vmm_that_joins_finds_its_cards_and_frames_come_and_go_through_the_wir
         done.set()
         reader.join()
         namespace.close()
+        first.close()
+        second.close()
 
 
 def _send_until(wire: socket.socket, frame: bytes, done: threading.Event) -> None:
@@ -146,6 +148,16 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
+
+
+def test_a_connection_into_one_that_is_gone_is_refused_and_others_go_on(namespaces: Namespaces) -> None:
+    gone, other = (namespaces.open(ALONE, joined=False) for _ in range(2))
+    gone.close()
+    with pytest.raises(HostError, match="namespace: No such file"):
+        gone.connect(80, socket.SOCK_STREAM)
+    run_inside(other, "")
+    other.close()
+    namespaces.open(ALONE, joined=False).close()
 
 
 def test_many_are_made_at_once(namespaces: Namespaces) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 import pytest
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.model.net import Namespace
@@ -34,10 +35,11 @@ VMM = textwrap.dedent("""
                 if frame[12:14] == b"\\x88\\xb5":
                     print(frame.hex(), flush=True)
             else:
-                line = sys.stdin.readline()
-                if not line:
+                lines = os.read(0, 65536).split()
+                if not lines:
                     sys.exit()
-                os.write(tap, bytes.fromhex(line))
+                for line in lines:
+                    os.write(tap, bytes.fromhex(line.decode()))
 """)
 
 
@@ -61,10 +63,21 @@ class Vmm:
         assert self.process.stdin
         self.process.stdin.write(f"{frame.hex()}\n".encode())
 
+    @property
+    def heard(self) -> bool:
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
     def hear(self) -> str:
         assert self.process.stdout
         assert select.select([self.process.stdout], [], [], WAIT_S)[0]
         return self.process.stdout.readline().decode().strip()
+
+    def hear_all(self) -> list[str]:
+        """Return what comes until nothing has come for half a second."""
+        frames = [self.hear()]
+        while select.select([self.process.stdout], [], [], 0.5)[0]:
+            frames.append(self.hear())
+        return frames
 
     def close(self) -> None:
         with self.process:
@@ -96,10 +109,11 @@ def test_frames_pass_between_cards_of_namespaces_until_a_partition(stack: ExitSt
         stack.callback(vmms[-1].close)
     one, two = vmms
     frames = [b"\xff" * 6 + bytes([2, 0, 0, 0, 0, number]) + b"\x88\xb5" + bytes([number] * 46) for number in (1, 2, 3)]
-    one.say(frames[0])
-    assert two.hear() == frames[0].hex()
-    two.say(frames[1])
-    assert one.hear() == frames[1].hex()
+    for source, target, frame in ((one, two, frames[0]), (two, one, frames[1])):
+        # The kernel drops what goes to a card that was opened a moment ago.
+        assert wait_until(lambda: source.say(frame) or target.heard, Deadline(WAIT_S), interval_s=0.05)  # noqa: B023
+        assert set(target.hear_all()) == {frame.hex()}
+    before = network.counters()["one", "two"]
     with network.partition({"one"}, {"two"}):
         one.say(frames[0])
         one.say(frames[0])
@@ -107,6 +121,5 @@ def test_frames_pass_between_cards_of_namespaces_until_a_partition(stack: ExitSt
     heard = [two.hear()]
     while heard[-1] != frames[2].hex():  # those of the partition come too if it ended before they were taken
         heard.append(two.hear())
-    counters = network.counters()
-    assert counters["one", "two"].delivered + counters["one", "two"].cut == 4
-    assert counters["two", "one"].delivered == 1
+    after = network.counters()["one", "two"]
+    assert after.delivered + after.cut - before.delivered - before.cut == 3

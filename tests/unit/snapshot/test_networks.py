@@ -28,7 +28,7 @@ class Segment:
         self.tell: Callable[[tuple[str, ...]], object] = lambda _lines: None
         self.set_link: Callable[[bool], object] = lambda _up: None
 
-    def plug(self, name: str, wire: socket.socket | None = None) -> Cable:  # noqa: ARG002
+    def plug(self, name: str, wire: int | None = None) -> Cable:  # noqa: ARG002
         self.happened.append(f"plug {name}")
         end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         other.close()
