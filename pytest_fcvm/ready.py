@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import select
 import socket
@@ -156,6 +157,8 @@ def _refusal(endpoint: Endpoint) -> str:
     try:
         connection = socket.create_connection(endpoint, timeout=_TRY_S)
     except OSError as error:  # the forwarder accepts always: it is the host that says no
+        if error.errno == errno.EMFILE:  # which waiting does not mend
+            raise
         return f"nothing forwards to the guest: {error}"
     with connection:
         try:
