@@ -36,12 +36,24 @@ needs_tools = pytest.mark.skipif(
 HOST_SCRIPT = f"""
 set -e
 server='
-import socketserver, sys
+import socketserver, sys, threading
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
         self.rfile.readline()
         self.wfile.write((sys.argv[1] + " sees " + self.client_address[0]).encode())
+class Names(socketserver.BaseRequestHandler):
+    def handle(self):  # whatever IPv4 address is asked for (RFC 1035, section 4)
+        asked, answer = self.request
+        end = asked.index(bytes(1), 12) + 5
+        found = asked[end - 3] == 1
+        head = asked[:2] + bytes([0x81, 0x80, 0, 1, 0, found, 0, 0, 0, 0]) + asked[12:end]
+        rest = bytes([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 3]) if found else b""
+        answer.sendto(head + rest, self.client_address)
+names = socketserver.ThreadingUDPServer(("0.0.0.0", 53), Names)
+threading.Thread(target=names.serve_forever, daemon=True).start()
 socketserver.ThreadingTCPServer(("0.0.0.0", 7000), Handler).serve_forever()'
+echo "nameserver {OUTSIDE}" > resolv.conf
+mount --bind resolv.conf /etc/resolv.conf
 echo 1 > /proc/sys/net/ipv4/ip_forward
 ip link set lo up
 ip link add near type veth peer name far
@@ -138,6 +150,7 @@ INNER = f"""
         mode = os.environ["FCVM_NETWORK"]
         assert ask(one, "{OTHER}") == "outside sees {HOST}"
         assert ask(one, "{OUTSIDE}") == ("" if "allow" in mode else "outside sees {HOST}")
+        assert one.succeed("getent ahostsv4 some.example").split()[0] == "{OTHER}"
         if "bridge" in mode:
             assert ask(one, "{HOST}") == ""  # the host's own services take a host_port
             routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
@@ -167,7 +180,7 @@ def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Cal
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-q", "test_inner.py"]
-        command = ["unshare", "-n", "bash", str(tmp_path / "host.sh"), *pytest_command]
+        command = ["unshare", "-n", "-m", "bash", str(tmp_path / "host.sh"), *pytest_command]
         process = subprocess.Popen(
             command,
             cwd=tmp_path,
