@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 from pytest_fcvm.errors import FcvmError, GuestTimeout, HostError
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 
-__all__ = ["DatagramPort", "DatagramStream", "listen_error"]
+__all__ = ["DatagramPort", "DatagramStream", "SocketDatagrams", "listen_error"]
 
 _THREAD = "fcvm-relay"
 _LARGEST = 65535
@@ -133,3 +134,30 @@ def listen_error(port: PublishedPort, error: OSError) -> HostError:
         f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
         hint="publish another host port, or 0 for any free one",
     )
+
+
+class SocketDatagrams:
+    """A connected UDP socket as such a stream."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket, self._over = connected, False
+
+    def recv(self, timeout_s: float) -> bytes | None:
+        """Return the next datagram, None after `close`. Raise GuestTimeout when none came, OSError for a refusal."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            raise GuestTimeout("no datagram came")
+        data = self._socket.recv(_LARGEST)
+        return None if not data and self._over else data
+
+    def send(self, data: bytes) -> None:
+        """Send one datagram."""
+        self._socket.send(data)
+
+    def close(self) -> None:
+        """End it and wake whoever waits."""
+        self._over = True
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

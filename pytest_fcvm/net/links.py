@@ -13,7 +13,7 @@ from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError
 
-__all__ = ["ByteStream", "Links", "MakeThread", "reset"]
+__all__ = ["ByteStream", "Links", "MakeThread", "SocketStream", "reset"]
 
 MakeThread = Callable[..., threading.Thread]
 
@@ -46,6 +46,59 @@ class ByteStream(Protocol):
         ...
 
 
+class SocketStream:
+    """A connected socket as such a connection; each direction is used by one thread.
+
+    It takes the socket over, also when it fails for want of a descriptor, by OSError.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._broken = threading.Event()
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # a shutdown would wake as well, but send a FIN
+        except OSError:
+            reset(connection)
+            raise
+
+    def recv(self, size: int) -> bytes:
+        """Return the next bytes, b"" at the peer's half-close. Raise ConnectionError for a reset."""
+        self._wait(select.POLLIN)
+        return self._socket.recv(size)
+
+    def sendall(self, data: bytes) -> None:
+        """Send all bytes, waiting as long as the peer does not read."""
+        view = memoryview(data)
+        while view:
+            self._wait(select.POLLOUT)
+            with suppress(BlockingIOError):  # room for a byte is not room for all
+                view = view[self._socket.send(view, socket.MSG_DONTWAIT) :]
+
+    def shutdown_write(self) -> None:
+        """Half-close: say that no more bytes will come."""
+        self._socket.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Wake whoever waits in another method; `close` sends the reset then. Idempotent."""
+        if not self._broken.is_set():
+            self._broken.set()
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """End the connection, when nobody calls another method any more."""
+        if self._broken.is_set():
+            reset(self._socket)
+        self._socket.close()
+        os.close(self._wake)
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._socket, event)
+        poll.register(self._wake, select.POLLIN)
+        if any(descriptor == self._wake for descriptor, _ in poll.poll()):
+            raise ConnectionAbortedError
+
+
 class Links:
     """The connections of one machine. `make_thread` makes threads."""
 
@@ -60,7 +113,6 @@ class Links:
         try:
             link = _Link(client, guest, self._make_thread)
         except OSError:  # no descriptor is left
-            reset(client)
             guest.reset()
             guest.close()
             return
@@ -85,72 +137,36 @@ class _Link:
     """A client's connection and the guest's end of it. Each half ends by itself; a break of one end resets both."""
 
     def __init__(self, client: socket.socket, guest: ByteStream, make_thread: MakeThread) -> None:
-        self._client, self._guest, self._make_thread = client, guest, make_thread
+        self._client, self._guest, self._make_thread = SocketStream(client), guest, make_thread
         self._broken = threading.Event()
-        self._wake_out, self._wake_in = os.pipe2(os.O_CLOEXEC)  # a shutdown would wake as well, but send a FIN
 
     def copy(self) -> None:
         """Copy both ways until both have ended."""
-        upward = self._make_thread(self._pump_up, name=_THREAD)
+        upward = self._make_thread(self._pump, self._client, self._guest, name=_THREAD)
         upward.start()
-        self._pump_down()
+        self._pump(self._guest, self._client)
         upward.join()
 
     def close(self) -> None:
         """Give both ends back, after `copy`, when nobody calls `reset` any more."""
-        if self._broken.is_set():
-            reset(self._client)
         self._client.close()
         self._guest.close()
-        os.close(self._wake_out)
-        os.close(self._wake_in)
 
     def reset(self) -> None:
         """End both ends by a reset and wake both directions."""
-        if not self._broken.is_set():
-            self._broken.set()
-            os.write(self._wake_in, b"\0")
+        self._broken.set()
+        self._client.reset()
         self._guest.reset()
 
-    def _pump_up(self) -> None:
+    def _pump(self, source: ByteStream, target: ByteStream) -> None:
         try:
-            while data := self._receive():
-                self._guest.sendall(data)
-            self._check_whole()
-            self._guest.shutdown_write()
+            while data := source.recv(_CHUNK):
+                target.sendall(data)
+            if self._broken.is_set():  # what ended was no half-close
+                raise ConnectionAbortedError
+            target.shutdown_write()
         except (OSError, FcvmError):
             self.reset()
-
-    def _pump_down(self) -> None:
-        try:
-            while data := self._guest.recv(_CHUNK):
-                self._send(data)
-            self._check_whole()
-            self._client.shutdown(socket.SHUT_WR)
-        except (OSError, FcvmError):
-            self.reset()
-
-    def _check_whole(self) -> None:
-        if self._broken.is_set():  # what ended was no half-close
-            raise ConnectionAbortedError
-
-    def _receive(self) -> bytes:
-        self._wait(select.POLLIN)
-        return self._client.recv(_CHUNK)
-
-    def _send(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            self._wait(select.POLLOUT)
-            with suppress(BlockingIOError):  # room for a byte is not room for all
-                view = view[self._client.send(view, socket.MSG_DONTWAIT) :]
-
-    def _wait(self, event: int) -> None:
-        poll = select.poll()
-        poll.register(self._client, event)
-        poll.register(self._wake_out, select.POLLIN)
-        if any(descriptor == self._wake_out for descriptor, _ in poll.poll()):
-            raise ConnectionAbortedError
 
 
 def reset(client: socket.socket) -> None:

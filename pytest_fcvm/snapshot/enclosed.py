@@ -11,7 +11,8 @@ from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkSpec
-from pytest_fcvm.net.sockets import CardDatagrams, CardStream
+from pytest_fcvm.net.datagrams import SocketDatagrams
+from pytest_fcvm.net.links import SocketStream
 from pytest_fcvm.snapshot.ingredients import Ingredients
 
 __all__ = ["Enclose", "connect", "connect_datagrams", "enclosed_base", "no_enclosure", "prepare_enclosed"]
@@ -52,11 +53,11 @@ def prepare_enclosed(parts: Ingredients, plan: RestorePlan, enclose: Enclose) ->
     return vm
 
 
-def connect(namespace: Namespace, port: int) -> CardStream:
+def connect(namespace: Namespace, port: int) -> SocketStream:
     """Connect to a TCP port of the guest, through its card. Raise OSError."""
-    return CardStream(namespace.connect(port, socket.SOCK_STREAM))
+    return SocketStream(namespace.connect(port, socket.SOCK_STREAM))
 
 
-def connect_datagrams(namespace: Namespace, port: int) -> CardDatagrams:
+def connect_datagrams(namespace: Namespace, port: int) -> SocketDatagrams:
     """Connect to a UDP port of the guest, through its card. Raise OSError."""
-    return CardDatagrams(namespace.connect(port, socket.SOCK_DGRAM))
+    return SocketDatagrams(namespace.connect(port, socket.SOCK_DGRAM))

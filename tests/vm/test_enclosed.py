@@ -106,7 +106,7 @@ def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.settimeout(60)
             client.connect(clone.endpoint(5300, "udp"))
-            for data in (b"abc", bytes(range(250)) * 100):
+            for data in (b"abc", b"", bytes(range(250)) * 100):
                 client.send(data)
                 assert client.recv(65535) == data[::-1]
 
