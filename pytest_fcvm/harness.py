@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakSet
 
 from pytest_fcvm.clone import Clone
@@ -43,7 +43,6 @@ from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
 
 __all__ = ["Harness"]
 
-T = TypeVar("T")
 Announce = Callable[[str], None]
 _Make = Callable[[Path, Announce], Mapping[str, Any]]
 _Wanted = tuple[str, Hashable]  # the key of a snapshot, and what its clones are to be like
@@ -102,6 +101,8 @@ class Harness:
                     "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
                 )
             parts = self._ingredients(spec, who)
+            if parts.network_note and parts.network_note not in self._notes:
+                self._notes.append(parts.network_note)
             key = snapshot_key(parts, self.store)
             if key not in self._entries:
                 self._entries[key] = self._find_or_build(key, parts, who)
@@ -320,7 +321,11 @@ class Harness:
         started = monotonic()
 
         def make(folder: Path, note: Announce) -> Mapping[str, Any]:
-            return build_snapshot(parts, folder, _both(note, announce), self.enclose)
+            def tell(text: str) -> None:
+                note(text)
+                announce(text)
+
+            return build_snapshot(parts, folder, tell, self.enclose)
 
         entry, built = self._obtain("snapshots", key, make, who, fresh=self._options.rebuild)
         if built:
@@ -333,8 +338,7 @@ class Harness:
 
     def _make_room(self, newest: Entry) -> None:
         """Let snapshots go that were not wanted for longest, once there are more than the cache may hold."""
-        limit = self._options.cache_limit_mib
-        if limit is None:
+        if (limit := self._options.cache_limit_mib) is None:
             return
         with newest.in_use():
             freed = make_room(self.store, limit)
@@ -389,11 +393,3 @@ class Harness:
 
     def _speaker(self, image: str) -> Announce:
         return lambda text: self._announce(f"{image}: {text}")
-
-
-def _both(first: Announce, second: Announce) -> Announce:
-    def tell(text: str) -> None:
-        first(text)
-        second(text)
-
-    return tell

@@ -51,6 +51,14 @@ class Ingredients:
         return replace(self.spec, own_address=False)
 
     @property
+    def network_note(self) -> str:
+        """Say which network `auto` has become, where it is not the engine's first one."""
+        wanted, engine = self.spec.network, self.engine
+        if wanted.mode is not NetworkMode.AUTO or self.network.mode is engine.networks[0]:
+            return ""
+        return f"the network {wanted} is {self.network} on {engine.name}"
+
+    @property
     def is_relayed(self) -> bool:
         """Say whether the ports of clones go through their agents."""
         return self.network.mode is NetworkMode.RELAY

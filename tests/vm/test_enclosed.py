@@ -137,6 +137,19 @@ def test_proxies_are_told_to_the_workload_and_to_commands(
         assert "NO_PROXY=example.org\n" in environment
 
 
+@needs_tools
+def test_a_run_says_which_network_was_taken_where_it_is_not_the_engines_first(
+    pytester: pytest.Pytester, built_image: Callable[[str], str]
+) -> None:
+    pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
+    arguments = [f"--fcvm-image={built_image('nginx')}", "--fcvm-network=auto,allow=10.0.0.0/8"]
+    result = pytester.runpytest_subprocess(*arguments)
+    result.assert_outcomes(passed=1)
+    engine = "firecracker" if os.environ.get("FCVM_ENGINE", "").startswith("firecracker") else "qemu"
+    allowed = "egress,allow=10.0.0.0/8"
+    result.stdout.fnmatch_lines([f"fcvm: the network auto,{allowed} is rootless,{allowed} on {engine}"])
+
+
 INNER = f"""
     import os, subprocess, time
 
