@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,11 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from pytest_fcvm.engine.post_mortem import read_tail
-from pytest_fcvm.engine.spawner import Spawner
+from pytest_fcvm.engine.spawner import Spawner, start_program
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.model.net import Cable
 from pytest_fcvm.net import switch
-from pytest_fcvm.net.switch import CONTROL_FD, Counters, Link
+from pytest_fcvm.net.switch import Counters, Link
 
 __all__ = ["Network"]
 
@@ -58,18 +57,8 @@ class Network:
         self._lock = threading.RLock()
         self._directory = directory = spawner.make_dir(f"network{number}")
         self._log = directory / "switch.log"
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._child, self._control = start_program(spawner, directory, Path(switch.__file__), str(seed))
         self._control.settimeout(_ANSWER_S)
-        with theirs:
-            self._child = spawner.spawn(
-                [sys.executable, "-I", "-S", str(Path(switch.__file__)), str(seed)],
-                name=directory.name,
-                fds={CONTROL_FD: theirs.fileno()},
-                stdout=self._log,
-                cwd=directory,
-                env=None,
-                owned_dir=directory,
-            )
 
     def __enter__(self) -> Self:
         return self

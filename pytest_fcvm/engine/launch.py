@@ -14,8 +14,9 @@ from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.limits import descriptors_told
 
-__all__ = ["Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
+__all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
 
+BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")  # clones change the first
 _PASSED_ON = ("LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
 _REBUILD_HINT = "build the snapshot again: --fcvm-rebuild"
 

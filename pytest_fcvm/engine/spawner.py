@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Child", "ChildExit", "Spawner"]
+__all__ = ["CONTROL_FD", "Child", "ChildExit", "Spawner", "start_program"]
+
+CONTROL_FD = 3  # of a program of ours
 
 
 class ChildExit(Protocol):
@@ -68,3 +73,25 @@ class Spawner(Protocol):
     ) -> Child:
         """Start a process; `fds` maps its descriptor numbers to ours, `stdout` receives stderr as well."""
         ...
+
+
+def start_program(spawner: Spawner, directory: Path, script: Path, *arguments: str) -> tuple[Child, socket.socket]:
+    """Run a Python file of ours, which needs no packages, in a directory that goes with it. Return it and its control.
+
+    The control is a socket of sequenced packets, the program's CONTROL_FD; what it prints is in the directory's
+    `SCRIPT.log`. Raise HostError.
+    """
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ExitStack() as undo, theirs:
+        undo.callback(control.close)
+        child = spawner.spawn(
+            [sys.executable, "-I", "-S", str(script), *arguments],
+            name=directory.name,
+            fds={CONTROL_FD: theirs.fileno()},
+            stdout=directory / f"{script.stem}.log",
+            cwd=directory,
+            env=None,
+            owned_dir=directory,
+        )
+        undo.pop_all()
+    return child, control

@@ -44,13 +44,12 @@ class Namespace:
     """A network namespace of one VM. Its descriptors are its own, and are closed by `close`.
 
     `net` is the namespace, `user` the user namespace that has rights over it, where it takes one. Its VMM runs in it
-    and opens the taps `cards` by name; or it gets the first card's, `tap`. `wires` carry the frames of the other cards.
+    and opens the cards' taps by name; or it gets the first card's, `tap`. `wires` carry the frames of the other cards.
     `connect(port, kind)` returns a socket connected to a port of the guest (`kind` as socket.socket takes it).
     """
 
     net: int
     user: int | None
-    cards: tuple[str, ...]
     tap: int | None
     wires: tuple[int, ...]
     connect: Callable[[int, int], socket.socket]

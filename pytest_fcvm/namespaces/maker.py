@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.engine.post_mortem import read_tail
-from pytest_fcvm.engine.spawner import Child, Spawner
+from pytest_fcvm.engine.spawner import Child, Spawner, start_program
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.namespaces.outside import SLIRP_RESOLVER, find_resolver, resolve_allowed, start_slirp
 from pytest_fcvm.net import router
-from pytest_fcvm.net.router import CARDS, CONTROL_FD, GUEST
+from pytest_fcvm.net.router import GUEST
 
 __all__ = ["Namespaces"]
 
@@ -74,7 +74,6 @@ class Namespaces:
             namespace = Namespace(
                 net=descriptors[0],
                 user=user,
-                cards=CARDS if joined else (),
                 tap=None if joined else descriptors[1],
                 wires=tuple(descriptors[1:]) if joined else (),
                 connect=partial(self._connect, reply["number"]),
@@ -142,21 +141,11 @@ class Namespaces:
     def _start(self) -> socket.socket:
         directory = self._spawner.make_dir("namespaces")
         self._log = directory / "router.log"
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        child, control = start_program(self._spawner, directory, Path(router.__file__), *sys.path)
         control.settimeout(_ANSWER_S)
-        with ExitStack() as undo, theirs:
+        with ExitStack() as undo:
             undo.callback(control.close)
-            child = self._spawner.spawn(
-                [sys.executable, "-I", "-S", str(Path(router.__file__)), *sys.path],
-                name=directory.name,
-                fds={CONTROL_FD: theirs.fileno()},
-                stdout=self._log,
-                cwd=directory,
-                env=None,
-                owned_dir=directory,
-            )
             undo.callback(child.kill)
-            theirs.close()
             _, descriptors = self._hear(control)
             undo.pop_all()
         self._child, self._control, self._user = child, control, descriptors[0] if descriptors else None

@@ -61,11 +61,10 @@ class _Namespaces:
     def open(self, *, joined: bool, egress: bool) -> tuple[dict[str, Any], list[int]]:
         """Make one. With `joined` its VMM opens all cards by name, else it gets the first by descriptor."""
         _call("unshare", _CLONE_NEWNET)
+        self._last += 1  # before anything fails: what is closed then is this one
         sent: list[int] = []
         try:
-            net = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            self._last += 1
-            self._open[self._last] = net
+            net = self._open[self._last] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             _bring_up("lo")
             first = _make_tap(CARDS[0], persistent=joined)
             sent = [net] if first is None else [net, first]

@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import Call
+from pytest_fcvm.engine.launch import BASE_MACS
 from pytest_fcvm.engine.protocol import MachineShape, SnapshotFiles
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.process import find_tool
@@ -40,7 +41,6 @@ DRIVES = ("rootfs", "drive1", "drive2")
 AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
 DISK_FD = 3  # a clone's disk has no name of its own
 USER_FD, NET_FD = 4, 5  # the namespaces that it is to be in
-_BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")
 _NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
 _GUEST_CID = 3  # the same in all clones: each has its own socket
 
@@ -71,7 +71,7 @@ def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[R
             {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": name == "rootfs"},
         )
     if shape.network.is_enclosed:
-        for name, mac in zip(CARDS, _BASE_MACS, strict=True):
+        for name, mac in zip(CARDS, BASE_MACS, strict=True):
             yield api.NETWORK_INTERFACE.of(name), {"iface_id": name, "host_dev_name": name, "guest_mac": mac}
     yield api.VSOCK, {"guest_cid": _GUEST_CID, "uds_path": AGENT_SOCKET}
     yield api.ENTROPY, {}

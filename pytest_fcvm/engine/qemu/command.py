@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_fcvm.engine.launch import BASE_MACS
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.model.net import PublishedPort
@@ -17,7 +18,6 @@ from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
     "AGENT_FD",
-    "BASE_MACS",
     "CONSOLE_FD",
     "DISK_FD",
     "MONITOR_FD",
@@ -38,7 +38,6 @@ DISK_FD = 10
 
 AGENT_PORT = "fcvm.agent"
 USER_NETDEV = "net0"
-BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # The default is 1 GiB of translated code per VM, which a long-lived clone may fill; a flush now and then is cheaper.
