@@ -193,6 +193,7 @@ class Harness:
             cache_dir=self.store.root,
             accelerator=None if options.accel == "auto" else Accelerator(options.accel),
             binaries=named_programs(qemu=options.qemu, firecracker=options.firecracker),
+            jailed=options.jailer,
         )
         smoke = self._guest_files(None)
         try:

@@ -201,6 +201,7 @@ ROWS: tuple[Row, ...] = (
     _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
     _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
     _run("firecracker", "firecracker", _path, "Firecracker to use", metavar="PATH", default="firecracker on PATH"),
+    _run("jailer", "jailer", _plain(parse.parse_bool), "run Firecracker in its jailer: each machine as a user of its own, in a directory of its own; takes root", kind=RowKind.FLAG),
     _run("kernel", "kernel", _kernel, "guest kernel (bzImage), or a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
     _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
     _run("cache-limit", "cache_limit_mib", _plain(parse.parse_limit_mib), "what all snapshots may take; more, and those not wanted for longest go", metavar="SIZE|off", default="20G"),
@@ -227,6 +228,7 @@ class Options:
     unavailable: str = "fail"
     qemu: Path | None = None
     firecracker: Path | None = None
+    jailer: bool = False
     kernel: Path | str | None = None
     cache_dir: Path | None = None
     cache_limit_mib: int | None = 20 << 10

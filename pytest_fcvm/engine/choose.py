@@ -17,13 +17,15 @@ __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 class EngineContext:
     """What an engine is made of. `accelerator` None lets it choose.
 
-    `binaries` are the VMMs by engine; one that is not there is looked for on PATH.
+    `binaries` are the VMMs by engine; one that is not there is looked for on PATH. With `jailed`, only an engine that
+    puts its VMs in jails is taken.
     """
 
     spawner: Spawner
     cache_dir: Path
     accelerator: Accelerator | None = None
     binaries: Mapping[str, Path] = field(default_factory=dict)
+    jailed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,12 @@ def _make_firecracker(context: EngineContext) -> Engine:
     from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
 
     binary = context.binaries.get("firecracker")
-    return FirecrackerEngine(context.spawner, context.cache_dir, binary=binary, accelerator=context.accelerator)
+    return FirecrackerEngine(
+        context.spawner, context.cache_dir, binary=binary, accelerator=context.accelerator, jailed=context.jailed
+    )
 
+
+_JAILED = "firecracker"  # the one that has a jailer
 
 ENGINES: Mapping[str, Callable[[EngineContext], Engine]] = {"firecracker": _make_firecracker, "qemu": _make_qemu}
 """The engines by name, the preferred one first among equally fast ones."""
@@ -101,6 +107,10 @@ def _resolve(wanted: str, context: EngineContext, known: Sequence[str]) -> tuple
         )
     if accelerator in tuple(Accelerator):
         context = replace(context, accelerator=Accelerator(accelerator))
+    if context.jailed and name not in ("auto", _JAILED):
+        raise UsageProblem(f"the engine {name} has no jailer", hint="leave out --fcvm-jailer or --fcvm-engine")
+    if context.jailed:
+        name = _JAILED
     return (known if name == "auto" else [name]), context
 
 

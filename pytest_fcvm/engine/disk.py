@@ -45,21 +45,24 @@ class Disk:
         self._finalizer = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def copy_of(cls, image: Path) -> Disk:
-        """Copy an image into a file without a name beside it. Raise HostError without room."""
+    def copy_of(cls, image: Path, dest: Path | None = None) -> Disk:
+        """Copy an image to `dest`, which is the caller's to remove, else into a file without a name beside the image.
+
+        Raise HostError without room.
+        """
         try:
             source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise unmakable(image, error) from error
         try:
-            copy = _open_nameless(image.parent)
+            copy = _open_new(dest) if dest else _open_nameless(image.parent)
             try:
                 copy_sparse(source, copy)
             except BaseException:
                 os.close(copy)
                 raise
         except OSError as error:
-            raise unmakable(image.parent, error) from error
+            raise unmakable(dest or image.parent, error) from error
         finally:
             os.close(source)
         return cls(copy)
@@ -95,6 +98,10 @@ def _open_nameless(folder: Path) -> int:
         if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
             raise
     path = folder / f"disk-{os.getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = _open_new(path)
     path.unlink()
     return descriptor
+
+
+def _open_new(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

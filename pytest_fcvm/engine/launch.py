@@ -14,7 +14,7 @@ from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.limits import descriptors_told
 
-__all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state"]
+__all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state", "unreadable"]
 
 BASE_MACS = ("52:54:00:fc:00:01", "52:54:00:fc:00:02", "52:54:00:fc:00:03")  # clones change the first
 _PASSED_ON = ("LD_LIBRARY_PATH", "QEMU_MODULE_DIR", "TMPDIR")
@@ -77,6 +77,11 @@ def launch(
     return Launched(child=child, directory=directory, sockets=near)
 
 
+def unreadable(path: Path, error: OSError) -> EngineError:
+    """Return the error of a snapshot's file that is not there, or not ours."""
+    return EngineError(f"{path} cannot be read: {error.strerror}", hint=_REBUILD_HINT)
+
+
 def make_memory_file(path: Path, mem_mib: int) -> None:
     """Make the file of a guest's memory, sparse, mode 0600. Raise HostError, leaving nothing."""
     try:
@@ -97,7 +102,7 @@ def check_memory_file(path: Path, mem_mib: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror}", hint=_REBUILD_HINT) from error
+        raise unreadable(path, error) from error
     if size != mem_mib << 20:
         raise EngineError(f"{path} has {size} bytes and not {mem_mib << 20}", hint=_REBUILD_HINT)
 
@@ -108,7 +113,7 @@ def open_state(path: Path) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror}", hint=_REBUILD_HINT) from error
+        raise unreadable(path, error) from error
     try:
         yield fd
     finally:

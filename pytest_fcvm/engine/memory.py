@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from pytest_fcvm.engine.sparse import copy_sparse, unmakable
 from pytest_fcvm.errors import HostError
 
-__all__ = ["copy_base", "save_private_pages"]
+__all__ = ["save_private_pages"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8  # bytes of a page's entry in pagemap
@@ -32,15 +31,6 @@ class _Mapping:
     start: int
     end: int
     offset: int  # in the file
-
-
-def copy_base(source: Path, dest: Path) -> None:
-    """Make `dest`, with mode 0600, what the snapshot's memory file `source` is. Raise HostError without room."""
-    with ExitStack() as files:
-        try:
-            copy_sparse(_open(files, source, os.O_RDONLY), _open(files, dest, os.O_RDWR | os.O_CREAT | os.O_EXCL))
-        except OSError as error:
-            raise unmakable(dest, error) from error
 
 
 def save_private_pages(pid: int, source: Path, dest: Path) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 
-__all__ = ["NOT_HERE", "copy_sparse", "unmakable"]
+__all__ = ["NOT_HERE", "copy_file", "copy_sparse", "move_file", "unmakable"]
 
 NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 """What a file system says that cannot do a thing."""
@@ -43,6 +43,31 @@ def copy_sparse(source: int, target: int) -> None:
             raise
         end = os.lseek(source, start, os.SEEK_HOLE)
         _copy_range(source, target, start, end)
+
+
+def copy_file(source: Path, dest: Path) -> None:
+    """Make `dest`, which is not there yet, with mode 0600, what the file `source` is. Raise HostError without room."""
+    with ExitStack() as files:
+        try:
+            read = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+            files.callback(os.close, read)
+            written = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            files.callback(os.close, written)
+            copy_sparse(read, written)
+        except OSError as error:
+            raise unmakable(dest, error) from error
+
+
+def move_file(source: Path, dest: Path) -> None:
+    """Move a file, which gets mode 0600, to a place on any file system. Raise HostError without room."""
+    try:
+        source.chmod(0o600)
+        source.rename(dest)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise unmakable(dest, error) from error
+        copy_file(source, dest)
+        source.unlink()
 
 
 def _copy_range(source: int, target: int, start: int, end: int) -> None:

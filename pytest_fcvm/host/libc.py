@@ -1,4 +1,4 @@
-"""The system calls that Python does not have, for the guard and its spawner."""
+"""The system calls that Python does not have."""
 
 from __future__ import annotations
 
@@ -6,19 +6,31 @@ import ctypes
 import os
 
 __all__ = [
+    "CLONE_NEWNS",
     "CLONE_NEWPID",
     "CLONE_NEWUSER",
+    "MS_BIND",
+    "MS_PRIVATE",
+    "MS_REC",
+    "MS_REMOUNT",
     "PR_SET_CHILD_SUBREAPER",
     "PR_SET_NAME",
     "PR_SET_PDEATHSIG",
+    "mount",
     "prctl",
     "unshare",
 ]
 
-CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000  # linux/sched.h
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000  # linux/sched.h
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 0x20, 0x1000, 0x4000, 0x40000  # linux/mount.h
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36  # linux/prctl.h
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(target: str | os.PathLike[str], flags: int, source: str | os.PathLike[str] = "none") -> None:
+    """Bind `source` there, or change what is mounted there, as the MS_* flags say. Raise OSError."""
+    _check(_LIBC.mount(os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(flags), None))
 
 
 def prctl(option: int, value: int | bytes) -> None:

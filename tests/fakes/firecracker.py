@@ -33,6 +33,7 @@ _KVM = (
     "Kvm error: Error creating KVM object: Permission denied (os error 13) Make sure the user launching the "
     "firecracker process is \\\nconfigured on the /dev/kvm file's ACL."
 )
+_OF_THE_JAILER = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
 # The fields of each call that are told apart here, in the order in which the real one lists them.
 _FIELDS = {
     "/actions": ("action_type",),
@@ -441,7 +442,7 @@ def main(version: str, arguments: list[str]) -> int:
         print(f"Firecracker v{version}\n")
         _leave(0)
     given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    unknown = set(given) - {"--id", "--api-sock", "--level", "--metrics-path"}
+    unknown = set(given) - {"--id", "--api-sock", "--level", "--metrics-path", *_OF_THE_JAILER}
     if unknown:
         bare = unknown.pop().lstrip("-")
         print(f'Error: ParseArguments(UnexpectedArgument("{bare}"))', file=sys.stderr)

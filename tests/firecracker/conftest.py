@@ -1,7 +1,8 @@
 """A host with a KVM that works, for a real Firecracker: an emulated one, made with our own QEMU engine.
 
 QEMU emulates AMD's SVM, so that a guest with a distribution's kernel can be a host of KVM. The tests that run in it are
-those of tests/vm, with the engine that is asked for. FCVM_TEST_FIRECRACKER names the Firecracker to test.
+those of tests/vm, with the engine that is asked for. FCVM_TEST_FIRECRACKER names the Firecracker to test; its jailer is
+tested too where it is beside it, and then both must be linked statically, as in a release.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def firecracker() -> Path:
         pytest.skip("FCVM_TEST_FIRECRACKER names no Firecracker to test (make test-firecracker)")
     program = Path(named).resolve()
     assert os.access(program, os.X_OK), f"FCVM_TEST_FIRECRACKER: {program} is not a program"
+    return program
+
+
+@pytest.fixture(scope="session")
+def jailer(firecracker: Path) -> Path:
+    """The jailer to test: the one beside Firecracker."""
+    program = firecracker.with_name("jailer")
+    if not program.exists():
+        pytest.skip(f"there is no jailer beside {firecracker}")
     return program
 
 
@@ -172,6 +182,8 @@ def _gather_rest(folder: Path, firecracker: Path) -> Path:
     shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
     (folder / "bin").mkdir()
     shutil.copy2(firecracker, folder / "bin" / "firecracker")
+    if (jailer := firecracker.with_name("jailer")).exists():
+        shutil.copy2(jailer, folder / "bin" / "jailer")
     return folder
 
 

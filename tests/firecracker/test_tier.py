@@ -27,6 +27,7 @@ TESTS = (
     "test_images.py",
     "test_systemd.py",
 )
+IN_JAIL = ("test_jail.py", "test_clone.py", "test_disk.py", "test_fork.py", "test_enclosed.py", "test_runs.py")
 OF_OTHER_PROCESSES = ("test_runs.py", "test_shell.py", "test_keep.py")
 
 PYTEST = "-m pytest -p no:cacheprovider -v"
@@ -57,6 +58,12 @@ def test_vm_tests_pass_on_firecracker(run: Run, tests: str) -> None:
     output = run(f"{PYTEST} tests/vm/{tests}")
     # Where each test has a pytest or a command of its own, it is they that name the engine, to the test.
     assert "fcvm: engine firecracker/kvm" in output or tests in OF_OTHER_PROCESSES, output[-20000:]
+
+
+@pytest.mark.usefixtures("jailer")
+@pytest.mark.parametrize("tests", IN_JAIL)
+def test_vm_tests_pass_in_the_jailer(run: Run, tests: str) -> None:
+    run(f"{PYTEST} tests/vm/{tests}", "FCVM_JAILER=1")
 
 
 def test_clones_of_both_engines_on_one_network(run: Run) -> None:

@@ -169,6 +169,7 @@ def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
     assert {row.name for row in ROWS if row.kind is RowKind.LIST} == {"env", "publish", "host-port", "map"}
     assert {row.name for row in ROWS if row.kind is RowKind.FLAG} == {
         "own-address",
+        "jailer",
         "require-kvm",
         "rebuild",
         "timings",

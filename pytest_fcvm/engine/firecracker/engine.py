@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import read_cpu
-from pytest_fcvm.engine.disk import Disk
+from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.installation import Installation, find_firecracker, inspect
+from pytest_fcvm.engine.firecracker.jail import Cell, Jailer, find_jailer
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
-    DISK_FD,
+    INITRAMFS,
+    KERNEL,
+    MEMORY,
+    MOUNTS_FD,
     NET_FD,
+    SCRATCH,
+    STATE,
     USER_FD,
     boot_calls,
-    drive_links,
+    drive_inputs,
     enter_command,
     key_arguments,
     load_calls,
@@ -42,7 +49,8 @@ _SMOKE_SHAPE = MachineShape(mem_mib=256, cpus=1)
 class FirecrackerEngine:
     """Firecracker on KVM.
 
-    `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
+    `cache_dir` keeps what was found out about this host; with `jailed` each VM is in a jail. Every method may be called
+    from any thread, `probe` first.
     """
 
     networks: tuple[NetworkMode, ...] = (NetworkMode.RELAY, NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
@@ -55,10 +63,12 @@ class FirecrackerEngine:
         *,
         binary: Path | None = None,
         accelerator: Accelerator | None = None,
+        jailed: bool = False,
     ) -> None:
-        self._spawner, self._binary, self._wanted = spawner, binary, accelerator
+        self._spawner, self._binary, self._wanted, self._jailed = spawner, binary, accelerator, jailed
         self._cache_dir, self._records = cache_dir, cache_dir / "engine"
         self._installation: Installation | None = None
+        self._jailer: Jailer | None = None
 
     @property
     def name(self) -> str:
@@ -81,9 +91,12 @@ class FirecrackerEngine:
 
     def boot(self, plan: BootPlan) -> FirecrackerVm:
         """Start a base. Raise EngineError or HostError with Firecracker's own words."""
-        launched = self._launch(plan.name, drive_links(plan.files.rootfs, plan.disk), namespace=plan.namespace)
-        calls = boot_calls(plan.shape, plan.files.vmlinux(), plan.files.initramfs)
-        vm = FirecrackerVm(plan.name, launched, self._ready().version, calls, memory=plan.memory)
+        kernel = {KERNEL: plan.files.vmlinux(), INITRAMFS: plan.files.initramfs}
+        with self._new_home(plan.name) as home:
+            home.put({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
+            launched = self._launch(plan.name, home, plan.namespace)
+        calls = boot_calls(plan.shape)
+        vm = FirecrackerVm(plan.name, home, launched, self._ready().version, calls, memory=plan.memory)
         try:
             vm.start()
         except BaseException:
@@ -101,17 +114,19 @@ class FirecrackerEngine:
         """Spawn a clone's Firecracker and return at once. It opens its API and then waits for `FirecrackerVm.start`."""
         files, version = plan.files, self._ready().version
         check_memory_file(files.memory, plan.shape.mem_mib)
-        disk = Disk.copy_of(files.disk) if files.disk else None
-        passed = {DISK_FD: disk.descriptor} if disk else {}
-        links = drive_links(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if disk else None)
-        launched = self._launch(plan.name, links, passed, plan.namespace)
-        calls, mem_mib = load_calls(files), plan.shape.mem_mib
+        inputs = {STATE: files.state, MEMORY: files.memory, **drive_inputs(files.rootfs, None)}
+        with self._new_home(plan.name) as home:
+            if disk := home.put_disk(files.disk) if files.disk else None:
+                del inputs[SCRATCH]
+            home.put(inputs)
+            launched = self._launch(plan.name, home, plan.namespace)
         return FirecrackerVm(
             plan.name,
+            home,
             launched,
             version,
-            calls,
-            mem_mib=mem_mib,
+            load_calls(),
+            mem_mib=plan.shape.mem_mib,
             origin=files.memory,
             disk=disk,
             namespace=plan.namespace,
@@ -121,23 +136,28 @@ class FirecrackerEngine:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""
         return key_arguments(shape)
 
-    def _launch(
-        self,
-        name: str,
-        links: Mapping[str, Path],
-        files: Mapping[int, int] | None = None,
-        namespace: Namespace | None = None,
-    ) -> Launched:
+    @contextmanager
+    def _new_home(self, name: str) -> Iterator[Home]:
+        """Make a directory for a VM, which is removed again when no VM comes of it."""
         directory = self._spawner.make_dir(name)
-        for link, target in links.items():
-            (directory / link).symlink_to(target)
-        argv = [str(self._ready().binary), "--id", name, "--api-sock", API_SOCKET, "--level", "Warning"]
-        argv += ["--metrics-path", METRICS_FILE]
-        passed = dict(files or {})
+        try:
+            yield Cell(directory, self._jailer) if self._jailer else Home(directory)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+
+    def _launch(self, name: str, home: Home, namespace: Namespace | None) -> Launched:
+        passed = dict(home.descriptors)
         if namespace:
-            argv = [*enter_command(namespace), *argv]
             passed |= {NET_FD: namespace.net} | ({USER_FD: namespace.user} if namespace.user is not None else {})
-        return launch(self._spawner, name, argv, wires=(), loose=(), files=passed, directory=directory)
+        with home.mounts() as mounts:
+            if mounts is not None:
+                passed[MOUNTS_FD] = mounts
+            argv = enter_command(namespace, mounts=mounts is not None)
+            argv += home.command(self._ready().binary, name)
+            argv += ["--api-sock", API_SOCKET, "--level", "Warning", "--metrics-path", METRICS_FILE]
+            directory = home.directory
+            return launch(self._spawner, name, argv, wires=(), loose=(), files=passed, directory=directory)
 
     def _ready(self) -> Installation:
         if self._installation is None:
@@ -157,8 +177,10 @@ class FirecrackerEngine:
         if reason:
             raise HostError(reason, hint=hint)
         self._installation = installation
+        self._jailer = find_jailer(binary, installation.version) if self._jailed else None
+        tried = f"{installation.digest}{' jailed' if self._jailed else ''}"
         records = self._records / "kvm-firecracker.json"
-        fault = recall_or_prove(records, installation.digest, smoke.kernel, lambda: self._smoke(smoke))
+        fault = recall_or_prove(records, tried, smoke.kernel, lambda: self._smoke(smoke))
         if fault:
             self._installation = None
             raise HostError(fault, hint="use --fcvm-engine qemu, which emulates where KVM does not work")

@@ -1,7 +1,6 @@
 """What Firecracker is told: the calls that boot a base, and those that load a clone.
 
-Names of files are relative to the VM's own directory, where they are links: Firecracker keeps them in the device state
-as they were given, and opens them again from each clone's directory.
+Names of files are relative to the VM's own directory (`home.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import Call
 from pytest_fcvm.engine.launch import BASE_MACS
-from pytest_fcvm.engine.protocol import MachineShape, SnapshotFiles
+from pytest_fcvm.engine.protocol import MachineShape
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.model.net import Namespace
@@ -27,20 +26,29 @@ __all__ = [
     "CONSOLE",
     "DISK_FD",
     "DRIVES",
+    "INITRAMFS",
+    "KERNEL",
+    "MEMORY",
+    "MOUNTS_FD",
     "NET_FD",
+    "SCRATCH",
+    "STATE",
     "USER_FD",
+    "Request",
     "boot_calls",
-    "drive_links",
+    "drive_inputs",
     "enter_command",
     "key_arguments",
     "load_calls",
 ]
 
 API_SOCKET, AGENT_SOCKET, CONSOLE = "api.sock", "agent.sock", "console.log"
+KERNEL, INITRAMFS, MEMORY, STATE = "kernel", "initramfs", "memory", "state"
 DRIVES = ("rootfs", "drive1", "drive2")
+SCRATCH = DRIVES[1]
 AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
 DISK_FD = 3  # a clone's disk has no name of its own
-USER_FD, NET_FD = 4, 5  # the namespaces that it is to be in
+USER_FD, NET_FD, MOUNTS_FD = 4, 5, 6  # the namespaces that it is to be in
 _NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
 _GUEST_CID = 3  # the same in all clones: each has its own socket
 
@@ -54,8 +62,8 @@ _BOOT_ARGUMENTS = (
 )
 
 
-def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[Request]:
-    """Yield the calls that make a base and start it. The drives' links must be there."""
+def boot_calls(shape: MachineShape) -> Iterator[Request]:
+    """Yield the calls that make a base and start it."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield (
         api.MACHINE_CONFIG,
@@ -63,7 +71,7 @@ def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[R
     )
     yield (
         api.BOOT_SOURCE,
-        {"kernel_image_path": str(kernel), "initrd_path": str(initramfs), "boot_args": _BOOT_ARGUMENTS},
+        {"kernel_image_path": KERNEL, "initrd_path": INITRAMFS, "boot_args": _BOOT_ARGUMENTS},
     )
     for name in DRIVES:  # in this order they are vda, vdb and vdc
         yield (
@@ -78,34 +86,42 @@ def boot_calls(shape: MachineShape, kernel: Path, initramfs: Path) -> Iterator[R
     yield api.ACTIONS, {"action_type": "InstanceStart"}
 
 
-def load_calls(files: SnapshotFiles) -> Iterator[Request]:
+def load_calls() -> Iterator[Request]:
     """Yield the calls that bring a clone to life."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield (
         api.SNAPSHOT_LOAD,
         {
-            "snapshot_path": str(files.state),
-            "mem_backend": {"backend_type": "File", "backend_path": str(files.memory)},
+            "snapshot_path": STATE,
+            "mem_backend": {"backend_type": "File", "backend_path": MEMORY},
             "resume_vm": True,
         },
     )
 
 
-def drive_links(rootfs: Path | None, disk: Path | None) -> dict[str, Path]:
-    """Return where each drive's link leads."""
-    return dict(zip(DRIVES, (rootfs or _NOTHING, disk or _NOTHING, _NOTHING), strict=True))
+def drive_inputs(rootfs: Path | None, scratch: Path | None) -> dict[str, Path]:
+    """Return the file behind each drive, but for a scratch disk that is put there otherwise."""
+    return dict(zip(DRIVES, (rootfs or _NOTHING, scratch or _NOTHING, _NOTHING), strict=True))
 
 
-def enter_command(namespace: Namespace) -> list[str]:
-    """Return the beginning of a command whose program runs in a namespace, its descriptors being USER_FD and NET_FD."""
+def enter_command(namespace: Namespace | None, *, mounts: bool) -> list[str]:
+    """Return the beginning of a command whose program runs in namespaces that are its USER_FD, NET_FD and MOUNTS_FD.
+
+    Raise HostError where that takes a program that is not there.
+    """
+    flags = [f"--net=/proc/self/fd/{NET_FD}"] if namespace else []
+    if namespace and namespace.user is not None:
+        flags.append(f"--user=/proc/self/fd/{USER_FD}")
+    if mounts:
+        flags.append(f"--mount=/proc/self/fd/{MOUNTS_FD}")
+    if not flags:
+        return []
     tool = find_tool("nsenter")
     if tool is None:
         raise HostError("nsenter is not installed", hint="apt-get install util-linux, or use --fcvm-network relay")
-    user = [f"--user=/proc/self/fd/{USER_FD}"] if namespace.user is not None else []
-    return [str(tool), "--preserve-credentials", *user, f"--net=/proc/self/fd/{NET_FD}", "--"]
+    return [str(tool), "--preserve-credentials", *flags, "--"]
 
 
 def key_arguments(shape: MachineShape) -> tuple[str, ...]:
-    """Return a base's calls with names in place of the paths that differ from host to host."""
-    calls = boot_calls(shape, Path("kernel"), Path("initramfs"))
-    return tuple(f"{call} {json.dumps(body, sort_keys=True)}" for call, body in calls)
+    """Return a base's calls as lines."""
+    return tuple(f"{call} {json.dumps(body, sort_keys=True)}" for call, body in boot_calls(shape))

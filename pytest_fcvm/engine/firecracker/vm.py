@@ -13,14 +13,15 @@ from pathlib import Path
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker import api, vsock
 from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
+from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE, read_latencies
 from pytest_fcvm.engine.firecracker.post_mortem import explain_death
 from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.memory import copy_base
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
+from pytest_fcvm.engine.sparse import copy_file
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
@@ -47,6 +48,7 @@ class FirecrackerVm(VmProcess):
     def __init__(
         self,
         name: str,
+        home: Home,
         launched: Launched,
         version: FirecrackerVersion,
         calls: Iterable[Request],
@@ -58,7 +60,7 @@ class FirecrackerVm(VmProcess):
         namespace: Namespace | None = None,
     ) -> None:
         super().__init__(name, launched, explain_death, disk, namespace)
-        self._origin = origin
+        self._home, self._origin = home, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(launched.directory / API_SOCKET, version)
         self._stopped = False
@@ -136,18 +138,9 @@ class FirecrackerVm(VmProcess):
             raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
         if self._stopped:
             raise EngineError(f"VM {self.name} is paused", hint="resume it first")
-        body = {"snapshot_type": "Full", "snapshot_path": str(state), "mem_file_path": str(self._memory)}
-        try:
-            with self._told():
-                self._api.send(api.VM, {"state": "Paused"})
-                self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
-            for path in (state, self._memory):
-                path.chmod(0o600)
-            _dig_holes(self._memory)
-        except BaseException:
-            state.unlink(missing_ok=True)
-            self._memory.unlink(missing_ok=True)
-            raise
+        with self._writing(state, self._memory):
+            self._set_state("Paused")
+            self._write("Full", state, self._memory)
 
     def save(self, dest: SnapshotFiles) -> None:
         """Write memory, device state and disk of a running clone to new files, and let it go on.
@@ -159,24 +152,42 @@ class FirecrackerVm(VmProcess):
         """
         if self._origin is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
-        _check_room(dest.memory.parent, self._mem_mib)
-        kind = "Full" if _has_swap() else "Diff"
-        body = {"snapshot_type": kind, "snapshot_path": str(dest.state), "mem_file_path": str(dest.memory)}
-        with ExitStack() as undo:
+        place = self._home.place(dest.memory)
+        _check_room(place.parent, self._mem_mib)
+        with self._writing(dest.state, dest.memory), ExitStack() as undo:
             undo.callback(dest.discard)
-            copy_base(self._origin, dest.memory)
+            copy_file(self._origin, place)
+            self._home.admit(place)
             self._set_state("Paused")
             try:
-                with self._told():
-                    self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
+                self._write("Full" if _has_swap() else "Diff", dest.state, dest.memory)
                 if self._disk and dest.disk:
                     self._disk.save(dest.disk)
             finally:
                 self._set_state("Resumed")
-            for path in (dest.state, dest.memory):
-                path.chmod(0o600)
-            _dig_holes(dest.memory)
             undo.pop_all()
+
+    def _write(self, kind: str, state: Path, memory: Path) -> None:
+        body = {
+            "snapshot_type": kind,
+            "snapshot_path": self._home.name(state),
+            "mem_file_path": self._home.name(memory),
+        }
+        with self._told():
+            self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
+
+    @contextmanager
+    def _writing(self, state: Path, memory: Path) -> Iterator[None]:
+        """Bring the files that Firecracker writes in the block to their places; leave none when it fails."""
+        try:
+            yield
+            _dig_holes(self._home.place(memory))
+            for path in (state, memory):
+                self._home.deliver(path)
+        except BaseException:
+            for path in (state, memory):
+                self._home.discard(path)
+            raise
 
     def _set_state(self, state: str) -> None:
         with self._told():

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.memory import copy_base, save_private_pages
+from pytest_fcvm.engine.memory import save_private_pages
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
-from pytest_fcvm.engine.sparse import unmakable
+from pytest_fcvm.engine.sparse import copy_file, unmakable
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
@@ -156,7 +156,7 @@ class QemuVm(VmProcess):
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
         with ExitStack() as undo:
             undo.callback(dest.discard)
-            copy_base(self._memory, dest.memory)
+            copy_file(self._memory, dest.memory)
             self.pause()
             try:
                 save_private_pages(self.pid, self._memory, dest.memory)

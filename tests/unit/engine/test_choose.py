@@ -44,8 +44,8 @@ class Bench:
 
         return make
 
-    def choose(self, wanted: str = "auto", **options: bool) -> Any:
-        context = EngineContext(spawner=None, cache_dir=Path("cache"))  # type: ignore[arg-type]
+    def choose(self, wanted: str = "auto", *, jailed: bool = False, **options: bool) -> Any:
+        context = EngineContext(spawner=None, cache_dir=Path("cache"), jailed=jailed)  # type: ignore[arg-type]
         return choose_engine(wanted, context, SMOKE, engines=self.engines, **options)
 
 
@@ -71,6 +71,17 @@ def test_a_named_engine_is_the_only_one_probed() -> None:
     bench = Bench(firecracker=KVM, qemu=TCG)
     assert bench.choose("qemu").engine.name == "qemu"
     assert bench.probed == ["qemu"]
+
+
+def test_who_wants_a_jail_gets_the_engine_that_has_one_or_none() -> None:
+    bench = Bench(firecracker=KVM, qemu=KVM)
+    assert bench.choose(jailed=True).engine.name == "firecracker"
+    bench = Bench(firecracker=None, qemu=KVM)
+    with pytest.raises(HostError, match=r"no engine works here: firecracker: not there\n"):
+        bench.choose(jailed=True)
+    with pytest.raises(UsageProblem, match="the engine qemu has no jailer"):
+        bench.choose("qemu/kvm", jailed=True)
+    assert bench.probed == ["firecracker"]
 
 
 @pytest.mark.parametrize(("wanted", "accelerator"), [("qemu/tcg", TCG), ("auto/kvm", KVM), ("qemu/auto", None)])

@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,7 +37,7 @@ from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.namespaces import Namespaces
 
 TESTS = Path(__file__).resolve().parents[2]
-FAKE = TESTS / "fakes" / "firecracker.py"
+FAKE, FAKE_JAILER = TESTS / "fakes" / "firecracker.py", TESTS / "fakes" / "jailer.py"
 SHAPE = MachineShape(mem_mib=8, cpus=1, network=NetworkMode.RELAY)
 ELF = b"\x7fELF and a kernel behind it"
 WAIT_S = 20.0
@@ -55,10 +56,10 @@ def supervisor() -> Iterator[Supervisor]:
 
 
 class Bench:
-    """Engines of some version, and what their VMs are made of."""
+    """Engines of some version, `jailed` or not, and what their VMs are made of."""
 
-    def __init__(self, folder: Path, supervisor: Supervisor) -> None:
-        self.folder, self.supervisor = folder, supervisor
+    def __init__(self, folder: Path, supervisor: Supervisor, *, jailed: bool) -> None:
+        self.folder, self.supervisor, self.jailed = folder, supervisor, jailed
         self.kernel = folder / "vmlinux"
         self.kernel.write_bytes(ELF)
         for name in ("bzImage", "initramfs", "rootfs"):
@@ -71,10 +72,17 @@ class Bench:
         )
 
     def engine(self, version: str = "1.16.1", accelerator: Accelerator | None = None) -> FirecrackerEngine:
-        program = self.folder / "firecracker"
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {FAKE} {version} "$@"\n')
-        program.chmod(0o755)
-        return FirecrackerEngine(self.supervisor, self.folder / "cache", binary=program, accelerator=accelerator)
+        for name, fake in (("firecracker", FAKE), ("jailer", FAKE_JAILER)):
+            program = self.folder / name
+            program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake} {version} "$@"\n')
+            program.chmod(0o755)
+        return FirecrackerEngine(
+            self.supervisor,
+            self.folder / "cache",
+            binary=self.folder / "firecracker",
+            accelerator=accelerator,
+            jailed=self.jailed,
+        )
 
     def probe(self, engine: FirecrackerEngine) -> EngineReport:
         return engine.probe(replace(self.guest, rootfs=None))
@@ -117,9 +125,15 @@ def _living(vm: FirecrackerVm, stack: ExitStack) -> FirecrackerVm:
     return vm
 
 
-@pytest.fixture
-def bench(tmp_path: Path, supervisor: Supervisor) -> Bench:
-    return Bench(tmp_path, supervisor)
+@pytest.fixture(params=["free", "jailed"])
+def bench(request: pytest.FixtureRequest, tmp_path: Path, supervisor: Supervisor) -> Bench:
+    return _bench(tmp_path, supervisor, jailed=request.param == "jailed")
+
+
+def _bench(folder: Path, supervisor: Supervisor, *, jailed: bool) -> Bench:
+    if jailed and os.geteuid() != 0:
+        pytest.skip("the jailer takes root")
+    return Bench(folder, supervisor, jailed=jailed)
 
 
 @pytest.fixture
@@ -262,6 +276,85 @@ def test_without_a_probe_nothing_starts(bench: Bench, stack: ExitStack) -> None:
         bench.boot(bench.engine(), stack)
 
 
+# -- the jailer
+
+
+@pytest.fixture
+def jailed(tmp_path: Path, supervisor: Supervisor) -> Bench:
+    return _bench(tmp_path, supervisor, jailed=True)
+
+
+def test_each_vm_in_a_jail_has_a_user_of_its_own_and_what_it_reads_is_not_its(jailed: Bench, stack: ExitStack) -> None:
+    engine = jailed.probed()
+    files = jailed.snapshot(engine, stack)
+    first, second = (jailed.restore(engine, files, stack) for _ in range(2))
+    owners = {vm.console_path.parent.stat().st_uid for vm in (first, second)}
+    assert len(owners) == 2
+    assert all(user >= 1 << 30 for user in owners)
+    for path in (files.memory, files.state):
+        found = path.stat()
+        assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (os.geteuid(), 0o640)
+        assert found.st_gid == first.console_path.parent.stat().st_gid
+    mounted = {line.split()[4] for line in Path(f"/proc/{first.pid}/mountinfo").read_text().splitlines()}
+    assert {Path(path).name for path in mounted} >= {"root", "memory", "state", "rootfs", "drive1", "drive2"}
+    assert str(first.console_path.parent) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_what_a_jailed_base_has_written_is_brought_to_another_file_system(jailed: Bench, stack: ExitStack) -> None:
+    if Path("/dev/shm").stat().st_dev == jailed.supervisor.make_dir("x").stat().st_dev:
+        pytest.skip("run directories are on the file system of /dev/shm")
+    engine = jailed.probed()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        memory, state = Path(folder) / "memory", Path(folder) / "state"
+        base = _living(engine.boot(BootPlan(name="base", shape=SHAPE, files=jailed.guest, memory=memory)), stack)
+        base.snapshot(state)
+        assert {path.name for path in Path(folder).iterdir()} == {"memory", "state"}
+        assert (memory.stat().st_size, memory.stat().st_blocks) == (SHAPE.mem_mib << 20, 0)
+        files = SnapshotFiles(memory=memory, state=state, rootfs=jailed.folder / "rootfs")
+        assert talk(jailed.restore(engine, files, stack), "ping 1") == "pong 1"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("exit 3", "failed with exit code 3"),
+        ("echo Jailer v1.14.4", "is not the jailer of Firecracker 1.16.1: 'Jailer v1.14.4'"),
+    ],
+)
+def test_a_jailer_that_does_not_fit_is_told(jailed: Bench, said: str, words: str) -> None:
+    engine = jailed.engine()
+    (jailed.folder / "jailer").write_text(f"#!/bin/sh\n{said}\n")
+    report = jailed.probe(engine)
+    assert not report.usable
+    assert words in report.reason
+
+
+def test_without_a_jailer_it_is_said_where_one_is_to_be_had(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = jailed.engine()
+    (jailed.folder / "jailer").unlink()
+    monkeypatch.setattr("pytest_fcvm.engine.firecracker.jail.find_tool", lambda _: None)
+    report = jailed.probe(engine)
+    assert "there is no jailer beside" in report.reason
+    assert "fcvm setup firecracker" in report.hint
+
+
+def test_who_is_not_root_has_no_jailer(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    report = jailed.probe(jailed.engine())
+    assert (report.reason, report.hint) == ("the jailer takes root", "run pytest as root, or leave out --fcvm-jailer")
+
+
+def test_a_jail_that_cannot_be_made_is_told_in_the_jailers_words(jailed: Bench, stack: ExitStack) -> None:
+    engine = jailed.probed()
+    (jailed.folder / "jailer").write_text(
+        "#!/bin/sh\necho 'Failed to exec into Firecracker: No such file or directory (os error 2)' >&2\n"
+        "echo 'Error: Exec(Os { code: 2, kind: NotFound })' >&2\nexit 1\n"
+    )
+    with pytest.raises(EngineError, match="VM base was not jailed: Failed to exec into Firecracker: No such") as caught:
+        jailed.boot(engine, stack)
+    assert "linked statically" in caught.value.hint
+
+
 # -- lives
 
 
@@ -325,11 +418,14 @@ def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
     assert clone.disk is not None
-    link = clone.console_path.parent / "drive1"
-    assert str(link.readlink()) == "/proc/self/fd/3"
     os.pwrite(clone.disk.descriptor, b"other", 0)
     assert disk.read_bytes().startswith(b"as in the snapshot")
-    assert Path(f"/proc/{clone.pid}/fd/3").read_bytes().startswith(b"other")
+    drive = clone.console_path.parent / "drive1"
+    if bench.jailed:
+        assert drive.read_bytes().startswith(b"other")
+    else:
+        assert str(drive.readlink()) == "/proc/self/fd/3"
+        assert Path(f"/proc/{clone.pid}/fd/3").read_bytes().startswith(b"other")
 
 
 @pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
@@ -407,7 +503,8 @@ def test_a_port_is_refused_with_what_maps_ports(bench: Bench, stack: ExitStack) 
 
 def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_living_base(bench: Bench, stack: ExitStack) -> None:
     base = bench.boot(bench.probed(), stack)
-    with pytest.raises(EngineError, match="Cannot perform open on the snapshot backing file"):
+    words = "state cannot be made" if bench.jailed else "Cannot perform open on the snapshot backing file"
+    with pytest.raises(FcvmError, match=words):
         base.snapshot(bench.folder / "gone" / "state")
     assert not (bench.folder / "memory").exists()
     base.kill()
@@ -431,9 +528,9 @@ def _spoil(files: SnapshotFiles) -> None:
         (_shorten, "has 4096 bytes and not 8388608"),
         (_lengthen, "has 8392704 bytes and not 8388608"),
         (_spoil, "bitcode error"),
-        (lambda files: files.state.unlink(), "Failed to open snapshot file: No such file or directory"),
+        (lambda files: files.state.unlink(), "Failed to open snapshot file: No such|state cannot be read: No such"),
         (lambda files: files.memory.unlink(), "cannot be read: No such file or directory"),
-        (lambda files: files.rootfs.unlink(), "Error manipulating the backing file: No such file or directory"),
+        (lambda files: files.rootfs.unlink(), "the backing file: No such|rootfs cannot be read: No such"),
     ],
 )
 def test_a_snapshot_that_was_harmed_is_refused_with_the_way_out(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.memory import copy_base, save_private_pages
+from pytest_fcvm.engine.memory import save_private_pages
+from pytest_fcvm.engine.sparse import copy_file
 from pytest_fcvm.errors import HostError
 
 PAGE = mmap.PAGESIZE
@@ -62,7 +63,7 @@ def test_the_copy_is_what_the_process_sees(process: subprocess.Popen[bytes], bas
         expected[number * PAGE : number * PAGE + len(text)] = text
     expected[5 * PAGE : 6 * PAGE] = bytes(PAGE)
     copy = tmp_path / "copy"
-    copy_base(base, copy)
+    copy_file(base, copy)
     save_private_pages(process.pid, base, copy)
     assert copy.read_bytes() == expected
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -72,13 +73,13 @@ def test_the_copy_is_what_the_process_sees(process: subprocess.Popen[bytes], bas
 def test_the_file_is_known_after_it_was_renamed(process: subprocess.Popen[bytes], base: Path, tmp_path: Path) -> None:
     renamed = base.rename(tmp_path / "renamed, with a space")
     copy = tmp_path / "copy"
-    copy_base(renamed, copy)
+    copy_file(renamed, copy)
     save_private_pages(process.pid, renamed, copy)
     assert copy.read_bytes()[7 * PAGE :].startswith(b"alone")
 
 
 def test_a_process_that_does_not_have_the_file_is_told(tmp_path: Path, base: Path) -> None:
-    copy_base(base, tmp_path / "copy")
+    copy_file(base, tmp_path / "copy")
     with pytest.raises(HostError, match="does not have"):
         save_private_pages(os.getpid(), base, tmp_path / "copy")
 
@@ -86,20 +87,20 @@ def test_a_process_that_does_not_have_the_file_is_told(tmp_path: Path, base: Pat
 def test_a_process_that_has_ended_is_told(tmp_path: Path, base: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
-    copy_base(base, tmp_path / "copy")
+    copy_file(base, tmp_path / "copy")
     with pytest.raises(HostError, match="cannot be copied"):
         save_private_pages(child.pid, base, tmp_path / "copy")
 
 
 def test_a_copy_without_room_is_told(base: Path, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot be made"):
-        copy_base(base, tmp_path / "nowhere" / "copy")
+        copy_file(base, tmp_path / "nowhere" / "copy")
 
 
 def test_memory_that_cannot_be_read_whole_is_told(
     process: subprocess.Popen[bytes], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_base(base, tmp_path / "copy")
+    copy_file(base, tmp_path / "copy")
     read = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, size, offset: b"" if size == 2 * PAGE else read(fd, size, offset))
     with pytest.raises(HostError, match="cannot be copied"):

@@ -1,0 +1,56 @@
+"""A program that does as Firecracker's jailer 1.16.1 does, but for the two steps after which no Python can run.
+
+    jailer.py VERSION [the jailer's own arguments]
+
+It keeps the root of the host and the user that it is: what it starts finds itself in the directory that would be its
+root. tests/firecracker runs the same tests with the real one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    version = sys.argv[1]
+    if sys.argv[2:] == ["--version"]:
+        print(f"Jailer v{version}\n")
+        return
+    os.closerange(3, 1 << 16)
+    parser = argparse.ArgumentParser()
+    for name in ("id", "exec-file", "chroot-base-dir", "cgroup-version"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("uid", "gid"):
+        parser.add_argument(f"--{name}", required=True, type=int)
+    given = parser.parse_args(sys.argv[2 : sys.argv.index("--")])
+    if not re.fullmatch(r"[A-Za-z0-9-]{1,64}", given.id):
+        sys.exit(f"Invalid instance ID: Invalid char in instance ID: {given.id}")
+    program = Path(given.exec_file).resolve(strict=True)
+    if "firecracker" not in program.name:
+        sys.exit(f"Invalid filename. The filename of `--exec-file` option must contain firecracker: {program.name}")
+    root = Path(given.chroot_base_dir).resolve(strict=True) / program.name / given.id / "root"
+    root.mkdir(parents=True, exist_ok=True)
+    copy = root / program.name
+    shutil.copyfile(program, copy)
+    copy.chmod(program.stat().st_mode)
+    os.chown(copy, given.uid, given.gid)
+    for folder in ("", "dev", "dev/net", "run"):
+        (root / folder).mkdir(exist_ok=True)
+        (root / folder).chmod(0o700)
+        os.chown(root / folder, given.uid, given.gid)
+    for name, numbers in (("dev/net/tun", (10, 200)), ("dev/kvm", (10, 232)), ("dev/urandom", (1, 9))):
+        os.mknod(root / name, stat.S_IFCHR | 0o600, os.makedev(*numbers))
+        os.chown(root / name, given.uid, given.gid)
+    os.chdir(root)
+    clock = ["--start-time-us", "1", "--start-time-cpu-us", "1", "--parent-cpu-time-us", "1"]
+    arguments = [f"/{program.name}", "--id", given.id, *clock, *sys.argv[sys.argv.index("--") + 1 :]]
+    os.execve(copy, arguments, {})
+
+
+main()
