@@ -272,7 +272,7 @@ class Harness:
         image = self._image(spec.image or "", who)
         health = image.config.healthcheck.test if image.config.healthcheck else ()
         ready = finalize_ready(spec.ready, health, image.config.exposed_ports)
-        return Ingredients(
+        parts = Ingredients(
             spec=spec,
             ready=ReadySpec(mode=ReadyMode.AGENT) if spec.needs else ready,
             ready_joined=ready,
@@ -287,6 +287,8 @@ class Harness:
             report=self.choice.report,
             network=spec.network.finalize(self.choice.engine.networks, self.choice.engine.name),
         )
+        parts.engine.check(parts.shape)
+        return parts
 
     def _image(self, text: str, who: str) -> _Image:
         if text not in self._images:

@@ -132,6 +132,10 @@ def _maps(value: Any, origin: Origin) -> tuple[Any, ...]:
     return tuple(parse.parse_map(item, origin.base) for item in items)
 
 
+def _metadata(value: Any, origin: Origin) -> dict[str, Any]:
+    return parse.parse_metadata(value, origin.base)
+
+
 def _prepare(value: Any, _origin: Origin) -> Prepare | str:
     if isinstance(value, (Prepare, str)) and value:
         return value
@@ -180,11 +184,13 @@ ROWS: tuple[Row, ...] = (
     _machine("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
     _machine("cpus", "cpus", _plain(parse.parse_count), "processors of a machine", metavar="N", default="1"),
     _machine("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
+    _machine("balloon", "balloon", _plain(parse.parse_bool), "let clone.take_memory take memory from machines (Firecracker)", kind=RowKind.FLAG),
     _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
     _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
     _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
+    _machine("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
     _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp), relay (through the agent), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),

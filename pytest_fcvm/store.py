@@ -247,8 +247,8 @@ class Store:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
-    def hidden_digest(self, value: Mapping[str, str]) -> str:
-        """Return an HMAC of values that must not be guessable from a key or a manifest (environment variables)."""
+    def hidden_digest(self, value: Mapping[str, Any]) -> str:
+        """Return an HMAC of values that must not be guessable from a key or a manifest: environment, metadata."""
         return hmac.new(self._secret(), _canonical(dict(value)), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:

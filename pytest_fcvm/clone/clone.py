@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.machine import Machine, waking_identity
@@ -20,7 +20,7 @@ from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
-from pytest_fcvm.model.parse import parse_port
+from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
 from pytest_fcvm.model.results import ExecResult, Timeline
 from pytest_fcvm.model.specs import MachineSpec
 
@@ -247,12 +247,7 @@ class Clone:
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
         machine = self._live()
-        try:
-            pattern = re.compile(regex)
-        except re.error as error:
-            raise UsageProblem(
-                f"{regex!r} is not a regular expression: {error}", hint="escape it by re.escape"
-            ) from error
+        pattern = parse_regex(regex)
         match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None)
         if match is None and machine.ended is not None:
             machine.agent.wait_for_last_words()
@@ -287,6 +282,19 @@ class Clone:
         self._machine.vm.resume()
         self._paused = False
         self._machine.agent.personalise(waking_identity(self.spec.clock), timeout_s=_CALL_S)
+
+    def take_memory(self, size: str | int, timeout: float = 30) -> int:
+        """Take so much memory from the guest in all ("64M"; 0 gives all back), and return how many MiB are taken.
+
+        It gives what it has free, within `timeout` seconds. It takes a spec with a `balloon`.
+        """
+        self._check_has("balloon", self.spec.balloon)
+        return self._live().take_memory(parse_size_mib(size) if size else 0, timeout)
+
+    def set_metadata(self, data: Mapping[str, Any]) -> None:
+        """Replace what the guest reads at http://169.254.169.254, for a spec that has `metadata` to begin with."""
+        self._check_has("metadata", self.spec.metadata is not None)
+        self._live().vm.set_metadata(parse_metadata(data, Path()))
 
     def stop(self, timeout: float = 30) -> ExitStatus:
         """Ask the workload to end, by the signal that its image names, and return how it did. The guest runs on.
@@ -379,6 +387,10 @@ class Clone:
         if self._paused:
             raise GuestError(f"{self.name} is paused", hint="call resume() first")
         return self._machine
+
+    def _check_has(self, what: str, has: bool) -> None:
+        if not has:
+            raise UsageProblem(f"{self.name} has no {what}", hint=f"give its spec {what} to begin with")
 
     def _explain(self, error: FcvmError) -> FcvmError:
         return self._machine.explain(error)

@@ -11,7 +11,7 @@ from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
-from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
 from pytest_fcvm.model.guest import ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -85,6 +85,12 @@ class Machine:
     def listening(self, guest_port: int) -> bool:
         """Ask the guest for a TCP listener on a port that can be reached from outside."""
         return self.agent.listening(guest_port, timeout_s=_CALL_S) is ListenState.OPEN
+
+    def take_memory(self, mib: int, timeout_s: float) -> int:
+        """Take so much of the guest's memory in all, as far as it gives it in time; return what is taken, in MiB."""
+        self.vm.set_balloon(mib)
+        wait_until(lambda: self.vm.balloon_mib() == mib, Deadline(timeout_s))
+        return self.vm.balloon_mib()
 
     def evidence(self) -> dict[str, str]:
         """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import EngineError, FcvmError
@@ -62,7 +62,8 @@ class GuestFiles:
 class MachineShape:
     """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside.
 
-    `network` is one of the engine's own. `disk_mib` is the size of the scratch disk, 0 without one.
+    `network` is one of the engine's own. `disk_mib` is the size of the scratch disk, 0 without one. With `metadata` it
+    has a service that tells the plan's.
     """
 
     mem_mib: int
@@ -70,6 +71,8 @@ class MachineShape:
     network: NetworkMode = NetworkMode.USER
     egress: bool = False
     disk_mib: int = 0
+    balloon: bool = False
+    metadata: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ class BootPlan:
     memory: Path
     disk: Path | None = None
     namespace: Namespace | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,7 @@ class RestorePlan:
     ports: tuple[PublishedPort, ...] = ()
     cables: tuple[Cable, ...] = ()
     namespace: Namespace | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +249,18 @@ class Vm(Protocol):
         """Wait until the VMM process has ended. Raise EngineError at the deadline."""
         ...
 
+    def set_balloon(self, mib: int) -> None:
+        """Ask the guest to give so much of its memory to the balloon in all. Raise EngineError without one."""
+        ...
+
+    def balloon_mib(self) -> int:
+        """Return how much of the guest's memory is in the balloon. Raise EngineError without one."""
+        ...
+
+    def set_metadata(self, data: Mapping[str, Any]) -> None:
+        """Serve this instead of the plan's metadata. Raise EngineError without a service."""
+        ...
+
     def latencies(self) -> Mapping[str, float]:
         """Return how long the VMM says that its own work took, in ms by its name; empty where it says nothing.
 
@@ -272,6 +289,10 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """Return the engine's name as `--fcvm-engine` takes it."""
+        ...
+
+    def check(self, shape: MachineShape) -> None:
+        """Raise UsageProblem, with the way out, for a machine that this engine cannot make."""
         ...
 
     def private_networks(self, mode: NetworkMode) -> int:

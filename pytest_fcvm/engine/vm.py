@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
@@ -79,6 +80,18 @@ class VmProcess:
     def on_exit(self, callback: Callable[[VmExit], None]) -> None:
         """Call back once from a service thread when the VMM has ended, at once if it already has."""
         self._child.on_exit(lambda ended: callback(self._exit_of(ended)))
+
+    def set_balloon(self, mib: int) -> None:  # noqa: ARG002  the protocol's signature
+        """Raise EngineError: a VM has no balloon but where its engine says otherwise."""
+        raise EngineError(f"VM {self.name} has no balloon", hint="ask for one: --fcvm-balloon")
+
+    def balloon_mib(self) -> int:
+        """Raise EngineError: a VM has no balloon but where its engine says otherwise."""
+        raise EngineError(f"VM {self.name} has no balloon", hint="ask for one: --fcvm-balloon")
+
+    def set_metadata(self, data: Mapping[str, Any]) -> None:  # noqa: ARG002  the protocol's signature
+        """Raise EngineError: a VM has no metadata service but where its engine says otherwise."""
+        raise EngineError(f"VM {self.name} serves no metadata", hint="give its spec metadata to begin with")
 
     def latencies(self) -> Mapping[str, float]:
         """Return how long the VMM says that its own work took, in ms: it says nothing."""

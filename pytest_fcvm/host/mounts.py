@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import libc
+from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["open_mounts"]
 
@@ -29,7 +29,7 @@ def open_mounts(binds: Iterable[tuple[Path, Path]]) -> int:
             failed.append(error)
 
     # A thread can have a namespace to itself, and takes it along when it ends.
-    thread = threading.Thread(target=make, name="fcvm-mounts")
+    thread = ServiceThread(make, name="fcvm-mounts")
     thread.start()
     thread.join()
     if failed:

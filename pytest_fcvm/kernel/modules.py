@@ -26,7 +26,7 @@ _REQUIRED = {
 }
 # What a guest has if the kernel has it. dummy holds the address of a guest without a network card, tcp_diag lets the
 # agent reset connections after a restore, ext4 is for scratch disks.
-_WELCOME = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag", "ext4")
+_WELCOME = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag", "ext4", "virtio_balloon")
 _FILE = re.compile(r"(?P<name>.+)\.ko(?:\.(?:xz|zst|gz))?")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _ELF_MAGIC = b"\x7fELF"

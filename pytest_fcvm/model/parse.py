@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pytest_fcvm.errors import UsageProblem
@@ -26,12 +28,14 @@ __all__ = [
     "parse_env",
     "parse_limit_mib",
     "parse_map",
+    "parse_metadata",
     "parse_network",
     "parse_path",
     "parse_pool",
     "parse_port",
     "parse_publish",
     "parse_ready",
+    "parse_regex",
     "parse_signal",
     "parse_size_mib",
 ]
@@ -44,6 +48,7 @@ _LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "rege
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _SIGNAL = re.compile(r"(?P<number>\d{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<more>[+-]\d{1,2})?")
 _LEAST_DISK_MIB = 64
+_MOST_METADATA = 51200  # bytes: --http-api-max-payload-size of Firecracker
 _READY_HINT = (
     "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 )
@@ -222,6 +227,27 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
     return MappedPath(host=path, guest=guest, read_only=text.endswith(":ro"))
 
 
+def parse_metadata(value: Mapping[str, Any] | str | Path, base: Path) -> dict[str, Any]:
+    """Read what a metadata service serves: texts, and mappings of texts to those; or the JSON file that has it."""
+    if not isinstance(value, Mapping):
+        path = parse_path(value, base)
+        try:
+            value = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UsageProblem(f"metadata {str(path)!r}: {error}", hint="name a file with a JSON object") from error
+    if not (isinstance(value, Mapping) and _is_served(value)):
+        raise UsageProblem("metadata holds what cannot be served", hint="use texts, and objects of texts and objects")
+    if (size := len(json.dumps(value))) > _MOST_METADATA:
+        raise UsageProblem(f"metadata of {size} bytes is too much", hint=f"at most {_MOST_METADATA} can be served")
+    return dict(value)
+
+
+def _is_served(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_served(part) for name, part in value.items())
+    return isinstance(value, str)
+
+
 def parse_network(text: str | NetworkSpec) -> NetworkSpec:
     """Read `MODE[,egress][,allow=TARGET]...[,proxy]`; TARGET is an IPv4 network, an address, or a name."""
     if isinstance(text, NetworkSpec):
@@ -245,6 +271,14 @@ def _is_target(text: str) -> bool:
     with suppress(ValueError):
         return bool(ipaddress.IPv4Network(text))
     return re.fullmatch(r"(?=.*[a-z])[a-z0-9-]+(\.[a-z0-9-]+)*", text.lower()) is not None
+
+
+def parse_regex(text: str) -> re.Pattern[str]:
+    """Read a regular expression as Python writes them."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise UsageProblem(f"{text!r} is not a regular expression: {error}", hint="escape it by re.escape") from error
 
 
 def parse_ready(text: str | ReadySpec) -> ReadySpec:

@@ -168,18 +168,21 @@ class MachineSpec:
     before its workload goes on. With `own_address` each clone's ports are at a loopback address of its own, under the
     guest's own numbers. `host_ports` are those of this host's 127.0.0.1 that its programs reach as `host.fcvm`. `needs`
     names those of an `fcvm_group` that must be ready before it: its own condition is then waited for in the clone, and
-    the base is taken as soon as its workload runs.
+    the base is taken as soon as its workload runs. With a `balloon`, memory can be taken from its clones. `metadata` is
+    what its programs read from http://169.254.169.254, as in a cloud.
     """
 
     image: str | None = None
     mem_mib: int = 256
     cpus: int = 1
     disk_mib: int | None = None
+    balloon: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
     publish: tuple[PublishedPort, ...] = ()
     own_address: bool = False
     host_ports: tuple[int, ...] = ()
     map: tuple[MappedPath, ...] = ()
+    metadata: Mapping[str, Any] | None = None
     network: NetworkSpec = NetworkSpec()
     ready: ReadySpec | None = None
     ready_timeout_s: float = 120.0

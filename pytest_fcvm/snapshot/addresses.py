@@ -19,10 +19,11 @@ _ADDRESS, _GATEWAY, _DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"
 _BASE_NAME = "fcvm-base"
 
 
-def base_config(upper_mib: int, egress: bool) -> GuestConfig:
+def base_config(upper_mib: int, egress: bool, metadata: bool) -> GuestConfig:
     """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own.
 
-    `upper_mib` is the size of the writable layer in memory; 0 puts it on the scratch disk.
+    One with metadata has a route by which that is reached. `upper_mib` is the size of the writable layer in memory; 0
+    puts it on the scratch disk.
     """
     return GuestConfig(
         hostname=_BASE_NAME,
@@ -33,7 +34,7 @@ def base_config(upper_mib: int, egress: bool) -> GuestConfig:
         gateway=_GATEWAY,
         dns=(_DNS,) if egress else (),
         hosts=hosts_of(_BASE_NAME),
-        peer_gateway=not egress,
+        peer_gateway=not (egress or metadata),
     )
 
 

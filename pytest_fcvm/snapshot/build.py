@@ -97,7 +97,13 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
     if disk:
         make_image(disk, parts.shape.disk_mib)
     plan = BootPlan(
-        name="base", shape=parts.shape, files=parts.files, memory=folder / _MEMORY, disk=disk, namespace=namespace
+        name="base",
+        shape=parts.shape,
+        files=parts.files,
+        memory=folder / _MEMORY,
+        disk=disk,
+        namespace=namespace,
+        metadata=parts.spec.metadata,
     )
     timeline = Timeline(monotonic())
     phase("booting the kernel")
@@ -110,7 +116,7 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
     machine = Machine(vm, agent, log, vm, timeline)
     try:
         upper_mib = 0 if disk else max(parts.spec.mem_mib // 2, 32)
-        agent.configure(base_config(upper_mib, parts.network.egress), timeout_s=_CALL_S)
+        agent.configure(base_config(upper_mib, parts.network.egress, parts.shape.metadata), timeout_s=_CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:

@@ -159,6 +159,7 @@ class Cloner:
             ports=self._with_probed_ports(ports) if self._parts.is_slirps else (),
             cables=cables,
             namespace=namespace,
+            metadata=self._parts.spec.metadata,
         )
 
     def _open_client_path(self, publisher: Publisher) -> ClientPath | None:

@@ -78,6 +78,8 @@ class Ingredients:
             network=self.network.mode,
             egress=self.network.egress,
             disk_mib=spec.disk_mib or 0,
+            balloon=spec.balloon,
+            metadata=spec.metadata is not None,
         )
 
     @property
@@ -159,6 +161,7 @@ def snapshot_key(parts: Ingredients, store: Store) -> str:
             "user": spec.user,
             "workdir": spec.workdir,
             "env": store.hidden_digest(spec.env),
+            "metadata": store.hidden_digest(spec.metadata) if spec.metadata is not None else None,
             "network": str(parts.network),
             "map": [_map_identity(item) for item in spec.map],
             "ready": _ready_identity(parts.ready),

@@ -37,6 +37,13 @@ _OF_THE_JAILER = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-u
 # The fields of each call that are told apart here, in the order in which the real one lists them.
 _FIELDS = {
     "/actions": ("action_type",),
+    "/balloon": (
+        "amount_mib",
+        "deflate_on_oom",
+        "stats_polling_interval_s",
+        "free_page_hinting",
+        "free_page_reporting",
+    ),
     "/boot-source": ("boot_args", "initrd_path", "kernel_image_path"),
     "/drives": (
         "drive_id",
@@ -51,6 +58,7 @@ _FIELDS = {
     ),
     "/entropy": ("rate_limiter",),
     "/machine-config": ("vcpu_count", "mem_size_mib", "smt", "cpu_template", "track_dirty_pages", "huge_pages"),
+    "/mmds/config": ("version", "network_interfaces", "ipv4_address", "imds_compat"),
     "/network-interfaces": (
         "iface_id",
         "host_dev_name",
@@ -94,6 +102,7 @@ class Machine:
         self.config: dict[str, Any] = {"machine-config": {"vcpu_count": 1, "mem_size_mib": 128}, "drives": {}}
         self.console = sys.stdout
         self._taps: list[int] = []
+        self.metadata: Any = {}
         self.metrics = "/dev/null"
         self.latencies = {"load_snapshot": 0, "pause_vm": 0}
         self._deaf = self._must_reset = False
@@ -154,6 +163,44 @@ class Machine:
     def put_entropy(self, body: Mapping[str, Any]) -> None:
         self._before_start()
         self.config["entropy"] = dict(body)
+
+    def put_balloon(self, body: Mapping[str, Any]) -> None:
+        self._before_start()
+        if body["amount_mib"] > self.config["machine-config"]["mem_size_mib"]:
+            raise Refusal("Balloon config error: Amount of pages requested is too large.")
+        more = {"free_page_hinting": False, "free_page_reporting": False}
+        self.config["balloon"] = {"stats_polling_interval_s": 0, **more, **body}
+
+    def get_balloon(self) -> dict[str, Any]:
+        if "balloon" not in self.config:
+            raise Refusal("Balloon config error: No balloon device found.")
+        found: dict[str, Any] = self.config["balloon"]
+        return found
+
+    def patch_balloon(self, body: Mapping[str, Any]) -> None:
+        self._after_start()
+        self.get_balloon()["amount_mib"] = body["amount_mib"]
+
+    def balloon_statistics(self) -> dict[str, Any]:
+        """Tell of a guest that gives what it is asked for."""
+        self._after_start()
+        size = self.get_balloon()["amount_mib"]
+        return {"target_pages": size << 8, "actual_pages": size << 8, "target_mib": size, "actual_mib": size}
+
+    def put_mmds(self, body: Any) -> None:
+        self.metadata = body
+
+    def put_mmds_config(self, body: Mapping[str, Any]) -> None:
+        self._before_start()
+        failed = "MMMDS config error: The list of network interface IDs"
+        if not body["network_interfaces"]:
+            raise Refusal(f"{failed} that allow forwarding MMDS requests is empty.")
+        if not set(body["network_interfaces"]) <= set(self.config.get("network-interfaces", {})):
+            raise Refusal(
+                f"{failed} provided contains at least one ID that does not correspond to any existing network "
+                "interface."
+            )
+        self.config["mmds-config"] = dict(body)
 
     def put_action(self, body: Mapping[str, Any]) -> None:
         if body["action_type"] == "FlushMetrics":
@@ -356,10 +403,17 @@ def _routes(machine: Machine) -> dict[tuple[str, str], Callable[..., Any]]:
         ("GET", "/version"): lambda: {"firecracker_version": machine.version},
         ("GET", "/vm/config"): lambda: machine.config,
         ("PUT", "/actions"): machine.put_action,
+        ("PUT", "/balloon"): machine.put_balloon,
+        ("GET", "/balloon"): machine.get_balloon,
+        ("PATCH", "/balloon"): machine.patch_balloon,
+        ("GET", "/balloon/statistics"): machine.balloon_statistics,
         ("PUT", "/boot-source"): machine.put_boot_source,
         ("PUT", "/drives"): machine.put_drive,
         ("PUT", "/entropy"): machine.put_entropy,
         ("PUT", "/machine-config"): machine.put_machine_config,
+        ("GET", "/mmds"): lambda: machine.metadata,
+        ("PUT", "/mmds"): machine.put_mmds,
+        ("PUT", "/mmds/config"): machine.put_mmds_config,
         ("PUT", "/network-interfaces"): machine.put_network_interface,
         ("PUT", "/serial"): machine.put_serial,
         ("PUT", "/snapshot/create"): machine.create_snapshot,
@@ -412,7 +466,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             return route()
         body = json.loads(data)
-        for name in body:
+        for name in body if path != "/mmds" else ():
             if name not in _FIELDS[path]:
                 expected = ", ".join(f"`{known}`" for known in _FIELDS[path])
                 column = data.index(name.encode()) + len(name) + 1

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from fakes.agent import FakeAgent
 from fakes.agent_wire import FakeStream
@@ -39,6 +40,7 @@ class FakeVm:
         self.published: dict[tuple[Proto, int], Endpoint] = {}
         self.calls: list[str] = []
         self.disk = self.namespace = None
+        self.balloon, self.metadata = 0, plan.metadata
         self.exit: VmExit | None = None
         self._refuser: Service | None = None
         self._ended = threading.Event()
@@ -106,6 +108,15 @@ class FakeVm:
         assert self.exit is not None
         return self.exit
 
+    def set_balloon(self, mib: int) -> None:
+        self.balloon = min(mib, 100)
+
+    def balloon_mib(self) -> int:
+        return self.balloon
+
+    def set_metadata(self, data: Mapping[str, Any]) -> None:
+        self.metadata = data
+
     def latencies(self) -> Mapping[str, float]:
         return {}
 
@@ -145,6 +156,9 @@ class FakeEngine:
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
         self.spoil: Callable[[FakeVm], None] = lambda _vm: None
         self._numbers = itertools.count()
+
+    def check(self, shape: MachineShape) -> None:
+        pass
 
     def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002
         return self.spare_nics

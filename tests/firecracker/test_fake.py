@@ -27,6 +27,7 @@ MACHINE = ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 128})
 START = ("PUT", "/actions", {"action_type": "InstanceStart"})
 CREATE = ("PUT", "/snapshot/create", {"snapshot_type": "Full", "snapshot_path": "state", "mem_file_path": "memory"})
 SERIAL = ("PUT", "/serial", {"serial_out_path": "console.log"})
+BALLOON = {"amount_mib": 0, "deflate_on_oom": False, "stats_polling_interval_s": 3600}
 DRIVE = {"drive_id": "d", "path_on_host": "drive", "is_root_device": False, "is_read_only": True}
 
 
@@ -170,6 +171,11 @@ def test_it_says_who_it_is(pair: Pair) -> None:
         [_card("a-name-that-is-too-long")],
         [_card("lo")],
         [("PUT", "/actions", {"action_type": "FlushMetrics"})],
+        [("GET", "/balloon", None), ("GET", "/balloon/statistics", None), ("PATCH", "/balloon", {"amount_mib": 3})],
+        [("PUT", "/balloon", BALLOON), ("GET", "/balloon", None)],
+        [MACHINE, ("PUT", "/balloon", {**BALLOON, "amount_mib": 129})],
+        [("GET", "/mmds", None), ("PUT", "/mmds", {"a": {"b": "c"}}), ("GET", "/mmds", None)],
+        [("PUT", "/mmds/config", {"network_interfaces": []}), ("PUT", "/mmds/config", {"network_interfaces": ["a"]})],
     ],
 )
 def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> None:

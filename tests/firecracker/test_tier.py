@@ -20,6 +20,7 @@ TESTS = (
     "test_ports.py",
     "test_enclosed.py",
     "test_wishes.py",
+    "test_cloud.py",
     "test_volume.py",
     "test_runs.py",
     "test_shell.py",

@@ -6,7 +6,11 @@ import pytest
 
 _WRONG = {
     "size": ('mem="lots"', "@pytest.mark.fcvm(mem=…): 'lots' is not a size of at least 1 MiB", "write 512, 512M or 2G"),
-    "field": ('memory="1G"', "@pytest.mark.fcvm has no argument 'memory'", "arguments: image, mem, cpus, disk, env"),
+    "field": (
+        'memory="1G"',
+        "@pytest.mark.fcvm has no argument 'memory'",
+        "arguments: image, mem, cpus, disk, balloon",
+    ),
     "order": ('"nginx"', "@pytest.mark.fcvm takes named arguments only", 'write fcvm(image="nginx:latest")'),
     "path": (
         'map="gone:/x"',

@@ -168,6 +168,7 @@ def test_a_bare_function_prepares_like_a_wrapped_one() -> None:
 def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
     assert {row.name for row in ROWS if row.kind is RowKind.LIST} == {"env", "publish", "host-port", "map"}
     assert {row.name for row in ROWS if row.kind is RowKind.FLAG} == {
+        "balloon",
         "own-address",
         "jailer",
         "require-kvm",

@@ -35,7 +35,7 @@ from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
 from pytest_fcvm.engine.spawner import Spawner
-from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError
+from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 from pytest_fcvm.net.router import CARDS
@@ -75,6 +75,14 @@ class FirecrackerEngine:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "firecracker"
 
+    def check(self, shape: MachineShape) -> None:
+        """Raise UsageProblem for metadata without the network card that serves it."""
+        if shape.metadata and not shape.network.is_enclosed:
+            raise UsageProblem(
+                f"metadata is served by a network card, and the network {shape.network} has none here",
+                hint="use --fcvm-network rootless, or bridge",
+            )
+
     def private_networks(self, mode: NetworkMode) -> int:
         """Return how many private networks a clone can be on; its cards are in a namespace."""
         return len(CARDS) - 1 if mode.is_enclosed else 0
@@ -95,7 +103,7 @@ class FirecrackerEngine:
         with self._new_home(plan.name) as home:
             home.put({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
             launched = self._launch(plan.name, home, plan.namespace)
-        calls = boot_calls(plan.shape)
+        calls = boot_calls(plan.shape, plan.metadata)
         vm = FirecrackerVm(plan.name, home, launched, self._ready().version, calls, memory=plan.memory)
         try:
             vm.start()
@@ -125,7 +133,7 @@ class FirecrackerEngine:
             home,
             launched,
             version,
-            load_calls(),
+            load_calls(plan.metadata),
             mem_mib=plan.shape.mem_mib,
             origin=files.memory,
             disk=disk,

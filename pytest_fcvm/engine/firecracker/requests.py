@@ -50,6 +50,8 @@ AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
 DISK_FD = 3  # a clone's disk has no name of its own
 USER_FD, NET_FD, MOUNTS_FD = 4, 5, 6  # the namespaces that it is to be in
 _NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
+_METADATA_ADDRESS = "169.254.169.254"  # where clouds have it
+_BALLOON_STATISTICS_S = 3600  # none are told by a balloon without; what it holds is always the latest
 _GUEST_CID = 3  # the same in all clones: each has its own socket
 
 Request = tuple[Call, Mapping[str, Any]]
@@ -62,7 +64,7 @@ _BOOT_ARGUMENTS = (
 )
 
 
-def boot_calls(shape: MachineShape) -> Iterator[Request]:
+def boot_calls(shape: MachineShape, metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
     """Yield the calls that make a base and start it."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield (
@@ -81,14 +83,23 @@ def boot_calls(shape: MachineShape) -> Iterator[Request]:
     if shape.network.is_enclosed:
         for name, mac in zip(CARDS, BASE_MACS, strict=True):
             yield api.NETWORK_INTERFACE.of(name), {"iface_id": name, "host_dev_name": name, "guest_mac": mac}
+    if shape.metadata:  # V1 answers those with a token and those without
+        yield api.MMDS_CONFIG, {"version": "V1", "network_interfaces": [CARDS[0]], "ipv4_address": _METADATA_ADDRESS}
+        yield from _metadata_calls(metadata)
+    if shape.balloon:
+        yield (
+            api.BALLOON,
+            {"amount_mib": 0, "deflate_on_oom": False, "stats_polling_interval_s": _BALLOON_STATISTICS_S},
+        )
     yield api.VSOCK, {"guest_cid": _GUEST_CID, "uds_path": AGENT_SOCKET}
     yield api.ENTROPY, {}
     yield api.ACTIONS, {"action_type": "InstanceStart"}
 
 
-def load_calls() -> Iterator[Request]:
+def load_calls(metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
     """Yield the calls that bring a clone to life."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
+    yield from _metadata_calls(metadata)
     yield (
         api.SNAPSHOT_LOAD,
         {
@@ -97,6 +108,11 @@ def load_calls() -> Iterator[Request]:
             "resume_vm": True,
         },
     )
+
+
+def _metadata_calls(metadata: Mapping[str, Any] | None) -> Iterator[Request]:
+    if metadata is not None:
+        yield api.MMDS, metadata
 
 
 def drive_inputs(rootfs: Path | None, scratch: Path | None) -> dict[str, Path]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker import api, vsock
@@ -121,6 +122,21 @@ class FirecrackerVm(VmProcess):
         else:
             self._set_state("Resumed")
         self._stopped = False
+
+    def set_balloon(self, mib: int) -> None:
+        """Ask the guest to give so much of its memory to the balloon in all. Raise EngineError without one."""
+        with self._told():
+            self._api.send(api.BALLOON_RESIZE, {"amount_mib": mib})
+
+    def balloon_mib(self) -> int:
+        """Return how much of the guest's memory is in the balloon. Raise EngineError without one."""
+        with self._told():
+            return int(self._api.send(api.BALLOON_STATISTICS)["actual_mib"])
+
+    def set_metadata(self, data: Mapping[str, Any]) -> None:
+        """Serve this instead of the plan's metadata."""
+        with self._told():
+            self._api.send(api.MMDS, data)
 
     def latencies(self) -> Mapping[str, float]:
         """Return how long Firecracker says that its own work took, in ms by its names."""

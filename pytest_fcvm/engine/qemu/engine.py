@@ -31,7 +31,7 @@ from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.spawner import Spawner
-from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 
@@ -74,6 +74,21 @@ class QemuEngine:
     def name(self) -> str:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "qemu"
+
+    def check(self, shape: MachineShape) -> None:
+        """Raise UsageProblem for what QEMU's machines do not have.
+
+        Its balloon would give pages back by punching holes into the memory file that all clones share.
+        """
+        if shape.balloon:
+            raise UsageProblem(
+                "the engine qemu has no balloon", hint="use --fcvm-engine firecracker, or less --fcvm-mem"
+            )
+        if shape.metadata:
+            raise UsageProblem(
+                "the engine qemu serves no metadata",
+                hint="use --fcvm-engine firecracker, or a server of your own with --fcvm-host-port",
+            )
 
     def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002  the protocol's signature
         """Return how many private networks a clone can be on."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.engine.choose import EngineContext, choose_engine
-from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles
+from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles, MachineShape
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.errors import HostError, UsageProblem
 
@@ -112,6 +112,15 @@ def test_a_required_kvm_is_not_replaced_by_emulation() -> None:
         Bench(qemu=TCG).choose(require_kvm=True)
     assert "--fcvm-require-kvm" in caught.value.hint
     assert Bench(qemu=KVM).choose(require_kvm=True).report.accelerator is KVM
+
+
+@pytest.mark.parametrize("wish", [{"balloon": True}, {"metadata": True}])
+def test_qemu_says_what_its_machines_do_not_have(tmp_path: Path, wish: dict[str, bool]) -> None:
+    engine = QemuEngine(None, tmp_path)  # type: ignore[arg-type]
+    engine.check(MachineShape(mem_mib=64, cpus=1))
+    with pytest.raises(UsageProblem, match=r"the engine qemu (has no balloon|serves no metadata)") as caught:
+        engine.check(MachineShape(mem_mib=64, cpus=1, **wish))
+    assert "--fcvm-engine firecracker" in caught.value.hint
 
 
 def refused(tmp_path: Path, binary: Path, accelerator: Accelerator | None = TCG) -> EngineReport:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker import engine as engine_module
 from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
 from pytest_fcvm.engine.firecracker.metrics import read_latencies
+from pytest_fcvm.engine.firecracker.requests import boot_calls
 from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
 from pytest_fcvm.engine.protocol import (
     Accelerator,
@@ -28,7 +30,7 @@ from pytest_fcvm.engine.protocol import (
     RestorePlan,
     SnapshotFiles,
 )
-from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
@@ -274,6 +276,41 @@ def test_a_program_that_is_not_firecracker_is_told(bench: Bench, tmp_path: Path)
 def test_without_a_probe_nothing_starts(bench: Bench, stack: ExitStack) -> None:
     with pytest.raises(EngineError, match="was not probed"):
         bench.boot(bench.engine(), stack)
+
+
+# -- a balloon, and metadata
+
+
+def test_a_balloon_and_metadata_are_what_a_shape_asks_for(bench: Bench, stack: ExitStack) -> None:
+    engine, shape = bench.probed(), replace(SHAPE, balloon=True)
+    files = SnapshotFiles(memory=bench.folder / "memory", state=bench.folder / "state", rootfs=bench.folder / "rootfs")
+    base = _living(engine.boot(BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory)), stack)
+    base.snapshot(files.state)
+    base.kill()
+    clone = _living(engine.restore(RestorePlan(name="clone", shape=shape, files=files, metadata={"a": "b"})), stack)
+    assert clone.balloon_mib() == 0
+    clone.set_balloon(3)
+    assert clone.balloon_mib() == 3
+    assert clone._api.send(api.MMDS_READ) == {"a": "b"}
+    clone.set_metadata({"c": "d"})
+    assert clone._api.send(api.MMDS_READ) == {"c": "d"}
+    assert engine.base_arguments(shape) != engine.base_arguments(SHAPE)
+
+
+def test_metadata_takes_a_card_which_the_relay_has_not(bench: Bench) -> None:
+    engine = bench.engine()
+    engine.check(replace(SHAPE, metadata=True, network=NetworkMode.ROOTLESS, balloon=True))
+    with pytest.raises(UsageProblem, match="metadata is served by a network card, and the network relay has none"):
+        engine.check(replace(SHAPE, metadata=True))
+
+
+def test_the_card_that_is_the_guests_own_serves_metadata_from_the_boot_on() -> None:
+    shape = replace(SHAPE, metadata=True, network=NetworkMode.ROOTLESS)
+    calls = [(str(call), body) for call, body in boot_calls(shape, {"a": "b"})]
+    names = [name for name, _ in calls]
+    assert names.index("PUT /network-interfaces/eth0") < names.index("PUT /mmds/config") < names.index("PUT /actions")
+    assert dict(calls)["PUT /mmds/config"]["network_interfaces"] == ["eth0"]
+    assert dict(calls)["PUT /mmds"] == {"a": "b"}
 
 
 # -- the jailer

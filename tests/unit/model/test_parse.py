@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,33 @@ def test_a_duration_is_seconds_unless_it_says_otherwise(text: str | float, secon
 )
 def test_yes_and_no_have_the_usual_spellings(text: str | bool, value: bool) -> None:
     assert parse.parse_bool(text) is value
+
+
+def test_metadata_are_texts_in_objects_given_or_in_a_file(tmp_path: Path) -> None:
+    data = {"latest": {"meta-data": {"instance-id": "i-1"}, "user-data": "#!/bin/sh"}}
+    (tmp_path / "file.json").write_text(json.dumps(data))
+    assert parse.parse_metadata(data, tmp_path) == parse.parse_metadata("file.json", tmp_path) == data
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, "metadata holds what cannot be served"),
+        ({"a": {"b": ["c"]}}, "metadata holds what cannot be served"),
+        ({1: "a"}, "metadata holds what cannot be served"),
+        ({"a": "x" * 51200}, "metadata of 51209 bytes is too much"),
+        ("gone.json", "No such file or directory"),
+        ("list.json", "metadata holds what cannot be served"),
+        ("broken.json", "Expecting value"),
+    ],
+)
+def test_metadata_that_cannot_be_served_are_refused(value: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("]")
+    with pytest.raises(UsageProblem) as caught:
+        parse.parse_metadata(value, tmp_path)
+    assert message in caught.value.message
+    assert caught.value.hint
 
 
 def test_a_command_is_split_as_a_shell_splits_it_and_a_list_is_taken_as_it_is() -> None:

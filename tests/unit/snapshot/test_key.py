@@ -38,6 +38,8 @@ def _some_function(_base: object) -> None:
         {"mem_mib": 512},
         {"cpus": 2},
         {"env": {"TOKEN": "x"}},
+        {"metadata": {"a": "b"}},
+        {"metadata": {}},
         {"command": ("other",)},
         {"user": "root"},
         {"workdir": "/w"},
@@ -79,8 +81,9 @@ def test_the_order_of_an_environment_is_not_in_the_key(make_parts: _Make, store:
 
 def test_an_environments_values_cannot_be_guessed_from_a_key(make_parts: _Make, store: Store, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    parts = make_parts(env={"PASSWORD": "tiger-lily"})
-    assert snapshot_key(parts, store) != snapshot_key(parts, Store(tmp_path / "other"))
+    for fields in ({"env": {"PASSWORD": "tiger-lily"}}, {"metadata": {"password": {"is": "tiger-lily"}}}):
+        parts = make_parts(**fields)
+        assert snapshot_key(parts, store) != snapshot_key(parts, Store(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("change", ["content", "mode", "name", "link"])

@@ -180,6 +180,8 @@ def test_several_are_made_at_once_where_there_are_processors_for_it(
     held, go_on = threading.Semaphore(0), threading.Event()
 
     def hold(_vm: FakeVm) -> None:
+        if threading.current_thread().name == "fcvm-spare":
+            raise EngineError("without a spare, a clone's VMM is the pool's own to make")
         if threading.current_thread().name == "fcvm-pool":
             held.release()
             go_on.wait(10)

@@ -1,0 +1,70 @@
+"""What Firecracker's machines have and QEMU's do not: metadata as in a cloud, and a balloon."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm import CloneFactory, Snapshot
+from pytest_fcvm.errors import UsageProblem
+
+METADATA = {"latest": {"meta-data": {"instance-id": "i-fcvm", "tags": {"stage": "test"}}}}
+# The image of these tests has no curl: what it has is bash.
+GET = """
+exec 3<>/dev/tcp/169.254.169.254/80
+printf 'GET %s HTTP/1.0\\r\\nAccept: {accept}\\r\\n\\r\\n' '{path}' >&3
+timeout 20 cat <&3
+"""
+
+
+def _get(path: str, accept: str = "text/plain") -> list[str]:
+    return ["bash", "-c", GET.format(path=path, accept=accept)]
+
+
+def _on_firecracker(snapshot: Snapshot) -> bool:
+    return snapshot.engine == "firecracker"
+
+
+def test_programs_read_metadata_as_in_a_cloud_and_it_can_change(
+    fcvm_snapshot: Snapshot, fcvm_clone_factory: CloneFactory, tmp_path: Path
+) -> None:
+    (tmp_path / "metadata.json").write_text(json.dumps(METADATA))
+    if not _on_firecracker(fcvm_snapshot):
+        with pytest.raises(UsageProblem, match="the engine qemu serves no metadata") as caught:
+            fcvm_clone_factory(metadata=METADATA, network="rootless")
+        assert "--fcvm-host-port" in caught.value.hint
+        return
+    first = fcvm_clone_factory(metadata=METADATA, network="rootless")
+    second = fcvm_clone_factory(metadata=tmp_path / "metadata.json", network="rootless")
+    assert first.succeed(_get("/latest/meta-data/instance-id")).endswith("\r\n\r\ni-fcvm")
+    first.set_metadata({"latest": {"meta-data": {"instance-id": "i-other"}}})
+    assert first.succeed(_get("/latest/meta-data/instance-id")).endswith("\r\n\r\ni-other")
+    said = second.succeed(_get("/latest/meta-data/tags", "application/json"))
+    assert json.loads(said.rpartition("\r\n\r\n")[2]) == {"stage": "test"}
+
+
+def test_memory_is_taken_and_given_back(fcvm_snapshot: Snapshot, fcvm_clone_factory: CloneFactory) -> None:
+    if not _on_firecracker(fcvm_snapshot):
+        with pytest.raises(UsageProblem, match="the engine qemu has no balloon"):
+            fcvm_clone_factory(balloon=True)
+        return
+    clone = fcvm_clone_factory(balloon=True)
+    before = _available_mib(clone.read_text("/proc/meminfo"))
+    assert clone.take_memory("64M") == 64
+    assert _available_mib(clone.read_text("/proc/meminfo")) < before - 50
+    assert clone.take_memory(0) == 0
+    assert _available_mib(clone.read_text("/proc/meminfo")) > before - 20
+
+
+def test_without_a_balloon_or_metadata_none_is_promised(fcvm_clone_factory: CloneFactory) -> None:
+    clone = fcvm_clone_factory()
+    with pytest.raises(UsageProblem, match="has no balloon"):
+        clone.take_memory("1M")
+    with pytest.raises(UsageProblem, match="has no metadata"):
+        clone.set_metadata({})
+
+
+def _available_mib(meminfo: str) -> int:
+    return int(meminfo.split("MemAvailable:")[1].split()[0]) >> 10
