@@ -3,7 +3,7 @@
     jailer.py VERSION [the jailer's own arguments]
 
 It keeps the root of the host and the user that it is: what it starts finds itself in the directory that would be its
-root. tests/firecracker runs the same tests with the real one.
+root. tests/firecracker compares it with the real one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,13 @@ def main() -> None:
         (root / folder).mkdir(exist_ok=True)
         (root / folder).chmod(0o700)
         os.chown(root / folder, given.uid, given.gid)
-    for name, numbers in (("dev/net/tun", (10, 200)), ("dev/kvm", (10, 232)), ("dev/urandom", (1, 9))):
+    devices = {"dev/net/tun": (10, 200), "dev/kvm": (10, 232), "dev/urandom": (1, 9)}
+    if (faults := Path("/dev/userfaultfd")).exists():
+        devices["dev/userfaultfd"] = (10, os.minor(faults.stat().st_rdev))
+    for name, numbers in devices.items():
         os.mknod(root / name, stat.S_IFCHR | 0o600, os.makedev(*numbers))
         os.chown(root / name, given.uid, given.gid)
+    (root / f"{program.name}.pid").write_text(str(os.getpid()))
     os.chdir(root)
     clock = ["--start-time-us", "1", "--start-time-cpu-us", "1", "--parent-cpu-time-us", "1"]
     arguments = [f"/{program.name}", "--id", given.id, *clock, *sys.argv[sys.argv.index("--") + 1 :]]

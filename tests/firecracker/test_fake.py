@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.kernel.sources import resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 
-FAKE = Path(__file__).resolve().parents[1] / "fakes" / "firecracker.py"
+FAKE, FAKE_JAILER = (Path(__file__).resolve().parents[1] / "fakes" / name for name in ("firecracker.py", "jailer.py"))
 WAIT_S = 60.0
 
 Step = tuple[str, str, Any]
@@ -180,6 +182,34 @@ def test_it_says_who_it_is(pair: Pair) -> None:
 )
 def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> None:
     pair.ask(*steps)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the jailer takes root")
+def test_the_stand_in_of_the_jailer_furnishes_the_same_root(firecracker: Path, jailer: Path, tmp_path: Path) -> None:
+    version = re.search(r"v([\d.]+)", subprocess.check_output([jailer, "--version"], text=True))[1]  # type: ignore[index]
+    program = tmp_path / "firecracker"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {FAKE} {version} "$@"\n')
+    program.chmod(firecracker.stat().st_mode & 0o777)
+    commands = {"real": [jailer, firecracker], "fake": [sys.executable, "-I", "-S", FAKE_JAILER, version, program]}
+    found = {}
+    for name, (*command, started) in commands.items():
+        base = tmp_path / name
+        base.mkdir()
+        options = ["--id", "a-1", "--uid", "1073741900", "--gid", "1073741824", "--cgroup-version", "2"]
+        more = ["--exec-file", started, "--chroot-base-dir", base, "--", "--api-sock", "api.sock"]
+        root = base / "firecracker" / "a-1" / "root"
+        with subprocess.Popen([*command, *options, *more], stdin=subprocess.DEVNULL) as process:
+            assert wait_until((root / "api.sock").exists, Deadline(WAIT_S))
+            found[name] = {path.relative_to(root): _rights(path) for path in (root, *root.rglob("*"))}
+            process.kill()
+    sockets = [rights.pop(Path("api.sock"))[0] for rights in found.values()]  # the stand-in is no other user
+    assert sockets[0] == sockets[1]
+    assert found["fake"] == found["real"]
+
+
+def _rights(path: Path) -> tuple[str, int, int, int]:
+    status = path.stat()
+    return stat.filemode(status.st_mode), status.st_uid, status.st_gid, status.st_rdev
 
 
 @pytest.mark.parametrize("state", ["gone", "text", "empty"])

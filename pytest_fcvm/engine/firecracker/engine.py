@@ -184,8 +184,8 @@ class FirecrackerEngine:
         reason, hint = explain_missing_device()
         if reason:
             raise HostError(reason, hint=hint)
-        self._installation = installation
         self._jailer = find_jailer(binary, installation.version) if self._jailed else None
+        self._installation = installation
         tried = f"{installation.digest}{' jailed' if self._jailed else ''}"
         records = self._records / "kvm-firecracker.json"
         fault = recall_or_prove(records, tried, smoke.kernel, lambda: self._smoke(smoke))
