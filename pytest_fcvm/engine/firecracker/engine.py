@@ -13,6 +13,7 @@ from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.installation import Installation, find_firecracker, inspect
 from pytest_fcvm.engine.firecracker.jail import Cell, Jailer, find_jailer
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE
+from pytest_fcvm.engine.firecracker.post_mortem import NotJailed
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
     INITRAMFS,
@@ -43,6 +44,8 @@ from pytest_fcvm.net.router import CARDS
 __all__ = ["FirecrackerEngine"]
 
 _INSTALL_HINT = "where KVM works: fcvm setup firecracker, or name one with --fcvm-firecracker PATH"
+_EMULATE_HINT = "use --fcvm-engine qemu, which emulates where KVM does not work"
+_NO_JAIL_HINT = "leave out --fcvm-jailer, and QEMU emulates where KVM does not work"
 _SMOKE_SHAPE = MachineShape(mem_mib=256, cpus=1)
 
 
@@ -191,7 +194,7 @@ class FirecrackerEngine:
         fault = recall_or_prove(records, tried, smoke.kernel, lambda: self._smoke(smoke))
         if fault:
             self._installation = None
-            raise HostError(fault, hint="use --fcvm-engine qemu, which emulates where KVM does not work")
+            raise HostError(fault, hint=_NO_JAIL_HINT if self._jailed else _EMULATE_HINT)
         cpu = read_cpu()
         return EngineReport(
             engine=self.name,
@@ -218,6 +221,8 @@ class FirecrackerEngine:
                 stack.enter_context(vm.channel())
             except GuestTimeout as error:
                 raise SmokeTimeout(f"/dev/kvm cannot boot a kernel: {error.message}") from None
+            except NotJailed:
+                raise
             except FcvmError as error:
                 return f"/dev/kvm cannot boot a kernel: {error.message}"
         return ""

@@ -10,7 +10,7 @@ from pytest_fcvm.engine.post_mortem import Speech, read_tail
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import EngineError, FcvmError
 
-__all__ = ["explain_death"]
+__all__ = ["NotJailed", "explain_death"]
 
 _SPEECH = Speech(
     vmm="Firecracker",
@@ -31,13 +31,17 @@ _CODES = {
 }
 
 
+class NotJailed(EngineError):
+    """The jailer ended before Firecracker began."""
+
+
 def explain_death(name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
     """Return the error of whoever needed a VM that has ended; `how` is None when its end was not seen."""
     error = post_mortem.explain_death(_SPEECH, name, how, console=console, log=log)
     if how is not None and how.code == 1 and (said := _OF_THE_JAILER.match(read_tail(log))):
         static = said["words"].startswith(_NOT_STATIC)
         hint = "use a Firecracker that is linked statically, as in its releases" if static else _JAIL_HINT
-        return EngineError(f"VM {name} was not jailed: {said['words']}", hint=hint, evidence=error.evidence)
+        return NotJailed(f"VM {name} was not jailed: {said['words']}", hint=hint, evidence=error.evidence)
     if how is not None and how.code in _CODES:
         reason, hint = _CODES[how.code]
         return EngineError(f"{error.message} ({reason})", hint=hint or error.hint, evidence=error.evidence)

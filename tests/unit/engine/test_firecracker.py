@@ -248,7 +248,7 @@ def test_a_host_on_which_no_kernel_boots_is_told_in_firecrackers_words(bench: Be
     report = bench.probe(bench.engine())
     assert report.reason.startswith("/dev/kvm cannot boot a kernel: Firecracker refused PUT /actions: ")
     assert "Permission denied" in report.reason
-    assert "--fcvm-engine qemu" in report.hint
+    assert ("leave out --fcvm-jailer" if bench.jailed else "--fcvm-engine qemu") in report.hint
 
 
 def test_what_fails_before_the_boot_is_not_remembered_as_a_fault_of_kvm(bench: Bench) -> None:
@@ -390,6 +390,24 @@ def test_a_jail_that_cannot_be_made_is_told_in_the_jailers_words(jailed: Bench, 
     with pytest.raises(EngineError, match="VM base was not jailed: Failed to exec into Firecracker: No such") as caught:
         jailed.boot(engine, stack)
     assert "linked statically" in caught.value.hint
+
+
+def test_a_jail_that_cannot_be_made_is_no_fault_of_kvm(jailed: Bench) -> None:
+    engine = jailed.engine()
+    script = jailed.folder / "jailer"
+    works = script.read_text()
+    script.write_text(
+        f"{works.splitlines()[0]}\n[ $1 = --version ] && exec {works.split('exec ')[1]}"
+        "echo 'Failed to create /dev/kvm via mknod inside the jail: Operation not permitted' >&2\n"
+        "echo 'Error: MknodDev(Os)' >&2\nexit 1\n"
+    )
+    report = jailed.probe(engine)
+    assert report.reason == (
+        "VM smoke was not jailed: Failed to create /dev/kvm via mknod inside the jail: Operation not permitted"
+    )
+    assert "CAP_MKNOD" in report.hint
+    script.write_text(works)
+    assert jailed.probe(engine).usable
 
 
 # -- lives
