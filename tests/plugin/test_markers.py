@@ -138,3 +138,11 @@ def test_snapshot(fcvm_snapshot_factory):
     )
     seen = [(one["image"], one["mem"], one["env"]) for one in project.watch("--fcvm-image=x")]
     assert seen == [("marker", 1024, {"A": "1", "B": "2"}), ("own", 512, {}), ("snapshot", 256, {})]
+
+
+def test_a_mode_is_no_private_network_and_is_told_where_it_belongs(project) -> None:
+    project.write(test_a_py='def test_a(fcvm_clone_factory):\n    fcvm_clone_factory(network="rootless")\n')
+    result = project.run("--fcvm-image=x")
+    result.stdout.fnmatch_lines(
+        ["*'rootless' is no private network, as fcvm_network makes them", "*@pytest.mark.fcvm(network='rootless')*"]
+    )
