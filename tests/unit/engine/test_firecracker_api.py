@@ -18,12 +18,12 @@ from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import CALLS, Api, Call, NoAnswer
 from pytest_fcvm.engine.firecracker.requests import boot_calls, load_calls
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
-from pytest_fcvm.engine.protocol import MachineShape, SnapshotFiles
+from pytest_fcvm.engine.protocol import MachineShape
 from pytest_fcvm.errors import EngineError, HostError, UsageProblem
+from pytest_fcvm.model.specs import NetworkMode
 
 _FOLDER = os.environ.get("FCVM_TEST_OPENAPI", "")
 _FILES = sorted(Path(_FOLDER).glob("firecracker-*.openapi.yaml")) if _FOLDER else []
-_NOWHERE = Path("/nowhere")
 
 NEW = FirecrackerVersion(1, 16, 1)
 
@@ -77,8 +77,8 @@ def test_what_boots_and_loads_a_machine_has_only_fields_that_are_published_and_a
     published: tuple[FirecrackerVersion, dict[str, Any]],
 ) -> None:
     _, description = published
-    files = SnapshotFiles(memory=_NOWHERE, state=_NOWHERE, rootfs=_NOWHERE)
-    for call, body in (*boot_calls(MachineShape(mem_mib=8, cpus=1), _NOWHERE, _NOWHERE), *load_calls(files)):
+    shape = MachineShape(mem_mib=8, cpus=1, network=NetworkMode.ROOTLESS, balloon=True, metadata=True)
+    for call, body in (*boot_calls(shape, {}), *load_calls({})):
         schema = _schema(description, call)
         assert set(body) <= set(schema.get("properties", ())), call
         assert set(schema.get("required", ())) <= set(body), call
