@@ -173,10 +173,11 @@ class Cloner:
         try:
             with descriptors_told(name):
                 log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+                identity = self._identity(name, cables)  # it takes a descriptor: one that fails must hold no channel
                 agent = start_session(
                     vm.channel(),
                     bytes.fromhex(self._entry.facts["secret"]),
-                    identity=self._identity(name, cables),
+                    identity=identity,
                     cables=cables,
                     log_sink=log.append,
                     timeout_s=_RESTORE_S,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -189,6 +190,23 @@ def test_a_clone_that_dies_before_it_answers_leaves_nothing_and_says_why(
     assert caught.value.evidence["VMM log"] == "qemu: cannot load the state"
     assert (room.taken, room.failed) == ([], [caught.value])
     assert all(vm.exit is not None for vm in engine.vms)
+
+
+def test_a_clone_that_cannot_be_given_an_identity_holds_no_channel(
+    snapshot: Snapshot, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels: list[FakeVm] = []
+    channel = FakeVm.channel
+    monkeypatch.setattr(FakeVm, "channel", lambda vm: channels.append(vm) or channel(vm))
+
+    def refuse() -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("pytest_fcvm.clone.machine.real_time_ns", refuse)
+    with pytest.raises(HostError, match="no file descriptor is left for web-1"):
+        snapshot.clone(name="web-1")
+    assert not channels
+    assert engine.vms[-1].exit is not None
 
 
 def test_a_reset_clone_has_a_new_identity(snapshot: Snapshot, start: Callable[..., Clone], room: Room) -> None:
