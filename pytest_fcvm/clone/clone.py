@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
@@ -18,6 +17,7 @@ from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
@@ -71,9 +71,7 @@ class Clone:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -260,7 +258,7 @@ class Clone:
 
     def console(self) -> str:
         """Return the serial console of the guest's kernel."""
-        return self._live().vm.console_path.read_text("utf-8", "replace")
+        return read_regular(self._live().vm.console_path).decode("utf-8", "replace")
 
     def metrics(self) -> dict[str, float | int | str]:
         """Return the guest's own figures; each name ends in its unit."""

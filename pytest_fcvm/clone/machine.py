@@ -12,6 +12,7 @@ from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.model.guest import ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -99,7 +100,7 @@ class Machine:
             parts["workload log"] = self.log.end()
         for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
             with suppress(OSError):
-                parts[title] = path.read_bytes()
+                parts[title] = read_regular(path)
         shown = {title: tail(data) for title, data in parts.items() if data.strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
         own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.host.files import open_regular
 
 __all__ = ["Speech", "explain_death", "read_tail", "tell_end"]
 
@@ -41,9 +42,9 @@ def explain_death(speech: Speech, name: str, how: VmExit | None, *, console: Pat
 
 
 def read_tail(path: Path) -> str:
-    """Return the end of a text file, "" when there is none."""
+    """Return the end of a text file, "" when there is none, or a link in its place."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
             return file.read().decode("utf-8", "replace")
     except OSError:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
+import stat
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.files import open_regular
 
 __all__ = ["NOT_HERE", "copy_file", "copy_sparse", "move_file", "unmakable"]
 
@@ -49,20 +52,27 @@ def copy_file(source: Path, dest: Path) -> None:
     """Make `dest`, which is not there yet, with mode 0600, what the file `source` is. Raise HostError without room."""
     with ExitStack() as files:
         try:
-            read = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            files.callback(os.close, read)
+            read = files.enter_context(open_regular(source))
             written = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             files.callback(os.close, written)
-            copy_sparse(read, written)
+            copy_sparse(read.fileno(), written)
         except OSError as error:
             raise unmakable(dest, error) from error
 
 
 def move_file(source: Path, dest: Path) -> None:
-    """Move a file, which gets mode 0600, to a place on any file system. Raise HostError without room."""
+    """Move a file to a place on any file system, where it is ours, with mode 0600.
+
+    Raise HostError without room, or when it is no regular file.
+    """
     try:
-        source.chmod(0o600)
         source.rename(dest)
+        mode = dest.lstat().st_mode  # looked at where nobody else can put another in its place
+        if not stat.S_ISREG(mode):
+            (shutil.rmtree if stat.S_ISDIR(mode) else os.unlink)(dest)
+            raise OSError(errno.EINVAL, "not a regular file")
+        os.chown(dest, os.geteuid(), os.getegid())
+        dest.chmod(0o600)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise unmakable(dest, error) from error

@@ -19,6 +19,7 @@ from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
+from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -161,7 +162,7 @@ def abandon(vm: Vm, log: WorkloadLog | None, error: FcvmError) -> FcvmError:
     """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
     for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
         with suppress(OSError):
-            error.evidence.setdefault(title, tail(path.read_bytes()))
+            error.evidence.setdefault(title, tail(read_regular(path)))
     vm.kill()
     vm.wait(_CALL_S)
     if log:

@@ -172,7 +172,7 @@ class Cloner:
         log: WorkloadLog | None = None
         try:
             with descriptors_told(name):
-                log = WorkloadLog(vm.console_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+                log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
                 identity = self._identity(name, cables)  # it takes a descriptor: one that fails must hold no channel
                 agent = start_session(
                     vm.channel(),

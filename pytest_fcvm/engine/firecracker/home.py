@@ -20,13 +20,13 @@ class Home:
     """The home of a Firecracker in no jail: links lead to what it reads, and it writes files where they belong."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory = self.root = directory  # what is in `root` is Firecracker's
         self.descriptors: dict[int, int] = {}  # that it must be passed, by its numbers
 
     def put(self, inputs: Mapping[str, Path], *, changed: tuple[str, ...] = ()) -> None:  # noqa: ARG002  a cell's right
         """Let it find files under names of ours, and write to those that are `changed`."""
         for name, path in inputs.items():
-            (self.directory / name).symlink_to(path)
+            (self.root / name).symlink_to(path)
 
     def put_disk(self, image: Path) -> Disk:
         """Let it find a private copy of a scratch disk's image. Raise HostError without room."""

@@ -1,7 +1,11 @@
 """Firecracker in its jailer (its docs/jailer.md): as a user of its own, with nothing of the host but what it is given.
 
-The jailer makes BASE/PROGRAM/ID/root its root. A mount namespace of the VM's own puts the VM's directory there, and the
-files that it reads into that. So nothing is copied but the program, and nothing is left to clean up but the directory.
+The jailer makes BASE/PROGRAM/ID/root its root. A mount namespace of the VM's own puts a folder of the VM's directory
+there, and the files that it reads into that. So nothing is copied but the program, and nothing is left to clean up but
+the directory.
+
+What is in that folder is the jailed program's to replace at any time: nothing of ours is written there once it runs, no
+link is followed, and what it has written is looked at where it cannot reach.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ class Cell(Home):
 
     def __init__(self, directory: Path, jailer: Jailer) -> None:
         super().__init__(directory)
+        self.root = directory / "cell"
+        self.root.mkdir(mode=0o700)
         self._jailer, self._user = jailer, _next_user()
         self._id = re.sub(r"[^A-Za-z0-9-]", "-", directory.name)
         self._base = directory / "jail"
@@ -54,12 +60,12 @@ class Cell(Home):
         """Let it find files under names of ours, and write to those that are `changed`."""
         for name, path in inputs.items():
             _open_to_cells(path, writes=name in changed)
-            (self.directory / name).touch()
+            (self.root / name).touch()
             self._inputs[name] = path
 
     def put_disk(self, image: Path) -> Disk:
         """Let it find a private copy of a scratch disk's image. Raise HostError without room."""
-        place = self.directory / SCRATCH
+        place = self.root / SCRATCH
         disk = Disk.copy_of(image, place)
         self.admit(place)
         return disk
@@ -70,7 +76,7 @@ class Cell(Home):
         root = self._base / self._jailer.firecracker.name / self._id / "root"
         root.mkdir(parents=True)
         places = ((path, root / name) for name, path in self._inputs.items())
-        descriptor = open_mounts([(self.directory, root), *places])
+        descriptor = open_mounts([(self.root, root), *places])
         try:
             yield descriptor
         finally:
@@ -84,7 +90,7 @@ class Cell(Home):
 
     def place(self, dest: Path) -> Path:
         """Return where it is to write what will be `dest`."""
-        return self.directory / f"new-{dest.name}"
+        return self.root / f"new-{dest.name}"
 
     def name(self, dest: Path) -> str:
         """Return what it calls that place."""
@@ -92,11 +98,10 @@ class Cell(Home):
 
     def admit(self, path: Path) -> None:
         """Let it write to a file of ours in such a place."""
-        os.chown(path, self._user, _GROUP)
+        os.chown(path, self._user, _GROUP, follow_symlinks=False)
 
     def deliver(self, dest: Path) -> None:
         """Bring what it has written to its place, with mode 0600. Raise HostError without room."""
-        os.chown(self.place(dest), os.geteuid(), os.getegid())
         move_file(self.place(dest), dest)
 
     def discard(self, dest: Path) -> None:

@@ -6,6 +6,8 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_fcvm.host.files import read_regular
+
 __all__ = ["METRICS_FILE", "read_latencies"]
 
 METRICS_FILE = "metrics.json"
@@ -17,6 +19,6 @@ def read_latencies(path: Path) -> dict[str, float]:
     Nothing for a file that is not there, or not whole.
     """
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        newest = json.loads(path.read_text().splitlines()[-1])
+        newest = json.loads(read_regular(path).splitlines()[-1])
         return {name: took / 1000 for name, took in newest["latencies_us"].items() if took}
     return {}

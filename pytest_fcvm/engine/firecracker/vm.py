@@ -17,7 +17,7 @@ from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
 from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE, read_latencies
 from pytest_fcvm.engine.firecracker.post_mortem import explain_death
-from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, Request
+from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, CONSOLE, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_tail
@@ -63,15 +63,20 @@ class FirecrackerVm(VmProcess):
         super().__init__(name, launched, explain_death, disk, namespace)
         self._home, self._origin = home, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
-        self._api = Api(launched.directory / API_SOCKET, version)
+        self._api = Api(home.root / API_SOCKET, version)
         self._stopped = False
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._child.on_exit(self._close)
 
+    @property
+    def console_path(self) -> Path:
+        """Return the file that receives the guest's serial console."""
+        return self._home.root / CONSOLE
+
     def channel(self) -> socket.socket:
         """Return a connection to the agent, the caller's to close; wait until the guest takes one."""
-        path = self._launched.directory / AGENT_SOCKET
+        path = self._home.root / AGENT_SOCKET
         with self._told():
             return vsock.connect(path, AGENT_PORT, Deadline(_ANSWER_S), self._check_alive)
 
@@ -143,7 +148,7 @@ class FirecrackerVm(VmProcess):
         if not (self._stopped or self._over.is_set()):
             with suppress(FcvmError):
                 self._api.send(api.ACTIONS, {"action_type": "FlushMetrics"}, timeout_s=_LAST_WORDS_S)
-        return read_latencies(self._launched.directory / METRICS_FILE)
+        return read_latencies(self._home.root / METRICS_FILE)
 
     def snapshot(self, state: Path) -> None:
         """Stop a base and write its device state and its memory, of which untouched pages become holes.
@@ -211,7 +216,7 @@ class FirecrackerVm(VmProcess):
 
     def _wait_for_api(self) -> None:
         """Wait until Firecracker listens. It binds and listens in two steps: no event on the file would tell."""
-        path = self._launched.directory / API_SOCKET
+        path = self._home.root / API_SOCKET
 
         def listens() -> bool:
             self._check_alive()

@@ -351,6 +351,24 @@ def test_what_a_jailed_base_has_written_is_brought_to_another_file_system(jailed
         assert talk(jailed.restore(engine, files, stack), "ping 1") == "pong 1"
 
 
+def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jailed: Bench, stack: ExitStack) -> None:
+    engine = jailed.probed()
+    clone = jailed.restore(engine, jailed.snapshot(engine, stack), stack)
+    secret, cell = jailed.folder / "secret", clone.console_path.parent
+    secret.write_text('{"latencies_us": {"secret": 1000}}')
+    for name in ("console.log", "metrics.json"):
+        (cell / name).unlink(missing_ok=True)
+        (cell / name).symlink_to(secret)
+    clone.pause()  # its metrics are not asked for
+    assert clone.latencies() == {}
+    clone.resume()
+    os.kill(clone.pid, signal.SIGKILL)
+    clone.wait(WAIT_S)
+    assert clone.explain().evidence["console"] == ""
+    assert cell.parent.stat().st_uid == os.geteuid() != cell.stat().st_uid
+    assert clone.vmm_log_path.parent == cell.parent
+
+
 @pytest.mark.parametrize(
     ("said", "words"),
     [
