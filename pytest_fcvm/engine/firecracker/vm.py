@@ -175,17 +175,18 @@ class FirecrackerVm(VmProcess):
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
         place = self._home.place(dest.memory)
         _check_room(place.parent, self._mem_mib)
-        with self._writing(dest.state, dest.memory), ExitStack() as undo:
+        with ExitStack() as undo:
             undo.callback(dest.discard)
-            copy_file(self._origin, place)
-            self._home.admit(place)
-            self._set_state("Paused")
-            try:
-                self._write("Full" if _has_swap() else "Diff", dest.state, dest.memory)
-                if self._disk and dest.disk:
-                    self._disk.save(dest.disk)
-            finally:
-                self._set_state("Resumed")
+            with self._writing(dest.state, dest.memory):
+                copy_file(self._origin, place)
+                self._home.admit(place)
+                self._set_state("Paused")
+                try:
+                    self._write("Full" if _has_swap() else "Diff", dest.state, dest.memory)
+                    if self._disk and dest.disk:
+                        self._disk.save(dest.disk)
+                finally:
+                    self._set_state("Resumed")
             undo.pop_all()
 
     def _write(self, kind: str, state: Path, memory: Path) -> None:

@@ -552,6 +552,25 @@ def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
     assert talk(clone, "ping 1") == "pong 1"
 
 
+def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
+    bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = bench.folder / "disk"
+    disk.write_bytes(b"\0" * 4096)
+    engine = bench.probed()
+    clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
+
+    def refuse(*_: object) -> None:
+        raise HostError("no room")
+
+    monkeypatch.setattr(type(clone._home), "deliver", refuse)
+    copy = bench.copy()
+    with pytest.raises(HostError, match="no room"):
+        clone.save(copy)
+    assert not list(copy.memory.parent.iterdir())
+    assert talk(clone, "ping 1") == "pong 1"
+
+
 # -- refusals
 
 
