@@ -11,9 +11,8 @@ from pathlib import Path
 from pytest_fcvm.engine.cpu import read_cpu
 from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.installation import Installation, find_firecracker, inspect
-from pytest_fcvm.engine.firecracker.jail import Cell, Jailer, find_jailer
+from pytest_fcvm.engine.firecracker.jail import Cell, Jailer, NotJailed, find_jailer
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE
-from pytest_fcvm.engine.firecracker.post_mortem import NotJailed
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
     INITRAMFS,

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
+from pytest_fcvm.engine.firecracker.post_mortem import explain_death
 from pytest_fcvm.engine.firecracker.requests import DISK_FD, SCRATCH
+from pytest_fcvm.engine.protocol import VmExit
+from pytest_fcvm.errors import FcvmError
 
 __all__ = ["Home"]
 
@@ -43,6 +46,10 @@ class Home:
     def command(self, firecracker: Path, name: str) -> list[str]:
         """Return the beginning of a command whose program is Firecracker here."""
         return [str(firecracker), "--id", name]
+
+    def explain_death(self, name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
+        """Return the error of whoever needed a VM that has ended here; `how` is None when its end was not seen."""
+        return explain_death(name, how, console=console, log=log)
 
     def place(self, dest: Path) -> Path:
         """Return where it is to write what will be `dest`."""

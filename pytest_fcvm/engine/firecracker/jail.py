@@ -23,17 +23,27 @@ from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.requests import SCRATCH
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import unreadable
+from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.sparse import move_file
-from pytest_fcvm.errors import HostError
+from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.mounts import open_mounts
 from pytest_fcvm.host.process import find_tool, run_tool
 
-__all__ = ["Cell", "Jailer", "find_jailer"]
+__all__ = ["Cell", "Jailer", "NotJailed", "find_jailer"]
 
 _PROGRAM = "jailer"
 _TIMEOUT_S = 30.0
 _GROUP = 1 << 30  # of all cells: it reads what they share. No system gives ids of that size to anybody
 _serials = itertools.count()
+# The jailer ends with a line for people and one for Rust's; it runs before Firecracker can say anything.
+_LAST_WORDS = re.compile(r"\A(?P<words>[A-Z].*)\nError: ")
+_HINT = "in a container the jailer takes CAP_SYS_ADMIN and CAP_MKNOD; or leave out --fcvm-jailer"
+_NOT_STATIC = "Failed to exec into Firecracker: No such file"
+
+
+class NotJailed(EngineError):
+    """The jailer ended before Firecracker began."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +97,16 @@ class Cell(Home):
         argv = [str(self._jailer.binary), "--id", self._id, "--exec-file", str(self._jailer.firecracker)]
         argv += ["--uid", str(self._user), "--gid", str(_GROUP), "--cgroup-version", "2"]
         return [*argv, "--chroot-base-dir", str(self._base), "--"]
+
+    def explain_death(self, name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
+        """Return the error of whoever needed a VM that has ended here, NotJailed when it was the jailer that ended."""
+        error = super().explain_death(name, how, console=console, log=log)
+        said = _LAST_WORDS.match(read_tail(log)) if how is not None and how.code == 1 else None
+        if said is None:
+            return error
+        static = said["words"].startswith(_NOT_STATIC)
+        hint = "use a Firecracker that is linked statically, as in its releases" if static else _HINT
+        return NotJailed(f"VM {name} was not jailed: {said['words']}", hint=hint, evidence=error.evidence)
 
     def place(self, dest: Path) -> Path:
         """Return where it is to write what will be `dest`."""

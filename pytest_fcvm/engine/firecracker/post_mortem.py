@@ -6,21 +6,17 @@ import re
 from pathlib import Path
 
 from pytest_fcvm.engine import post_mortem
-from pytest_fcvm.engine.post_mortem import Speech, read_tail
+from pytest_fcvm.engine.post_mortem import Speech
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import EngineError, FcvmError
 
-__all__ = ["NotJailed", "explain_death"]
+__all__ = ["explain_death"]
 
 _SPEECH = Speech(
     vmm="Firecracker",
     prefix=re.compile(r"^\S+ \[[^\]]*\] (?:\[[^\]]*\] )?"),  # "2026-11-27T10:00:00.000000000 [name:main] "
     bad_state=re.compile(r"Failed to restore|Loading snapshot failed|BuildMicroVmError\(Restore"),
 )
-# The jailer ends with a line for people and one for Rust's; it runs before Firecracker can say anything.
-_OF_THE_JAILER = re.compile(r"\A(?P<words>[A-Z].*)\nError: ")
-_JAIL_HINT = "in a container the jailer takes CAP_SYS_ADMIN and CAP_MKNOD; or leave out --fcvm-jailer"
-_NOT_STATIC = "Failed to exec into Firecracker: No such file"
 # FcExitCode in src/vmm/src/lib.rs
 _CODES = {
     148: ("a system call that its filter forbids (seccomp)", "please report it to Firecracker"),
@@ -31,17 +27,9 @@ _CODES = {
 }
 
 
-class NotJailed(EngineError):
-    """The jailer ended before Firecracker began."""
-
-
 def explain_death(name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
     """Return the error of whoever needed a VM that has ended; `how` is None when its end was not seen."""
     error = post_mortem.explain_death(_SPEECH, name, how, console=console, log=log)
-    if how is not None and how.code == 1 and (said := _OF_THE_JAILER.match(read_tail(log))):
-        static = said["words"].startswith(_NOT_STATIC)
-        hint = "use a Firecracker that is linked statically, as in its releases" if static else _JAIL_HINT
-        return NotJailed(f"VM {name} was not jailed: {said['words']}", hint=hint, evidence=error.evidence)
     if how is not None and how.code in _CODES:
         reason, hint = _CODES[how.code]
         return EngineError(f"{error.message} ({reason})", hint=hint or error.hint, evidence=error.evidence)

@@ -16,7 +16,6 @@ from pytest_fcvm.engine.firecracker import api, vsock
 from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
 from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE, read_latencies
-from pytest_fcvm.engine.firecracker.post_mortem import explain_death
 from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, CONSOLE, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
@@ -60,7 +59,7 @@ class FirecrackerVm(VmProcess):
         disk: Disk | None = None,
         namespace: Namespace | None = None,
     ) -> None:
-        super().__init__(name, launched, explain_death, disk, namespace)
+        super().__init__(name, launched, home.explain_death, disk, namespace)
         self._home, self._origin = home, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(home.root / API_SOCKET, version)
