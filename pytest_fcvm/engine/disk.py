@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse, unmakable
 from pytest_fcvm.errors import GuestError
+from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.process import resolve_tool, run_tool
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]
@@ -55,7 +56,7 @@ class Disk:
         except OSError as error:
             raise unmakable(image, error) from error
         try:
-            copy = _open_new(dest) if dest else _open_nameless(image.parent)
+            copy = create_private(dest) if dest else _open_nameless(image.parent)
             try:
                 copy_sparse(source, copy)
             except BaseException:
@@ -98,10 +99,6 @@ def _open_nameless(folder: Path) -> int:
         if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
             raise
     path = folder / f"disk-{os.getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
-    descriptor = _open_new(path)
+    descriptor = create_private(path)
     path.unlink()
     return descriptor
-
-
-def _open_new(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

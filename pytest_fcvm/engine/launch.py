@@ -12,6 +12,7 @@ from pathlib import Path
 from pytest_fcvm.engine.sparse import unmakable
 from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError
+from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.limits import descriptors_told
 
 __all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state", "unreadable"]
@@ -85,7 +86,7 @@ def unreadable(path: Path, error: OSError) -> EngineError:
 def make_memory_file(path: Path, mem_mib: int) -> None:
     """Make the file of a guest's memory, sparse, mode 0600. Raise HostError, leaving nothing."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = create_private(path)
     except OSError as error:
         raise unmakable(path, error) from error
     try:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.files import open_regular
+from pytest_fcvm.host.files import create_private, open_regular
 
 __all__ = ["NOT_HERE", "copy_file", "copy_sparse", "move_file", "unmakable"]
 
@@ -53,7 +53,7 @@ def copy_file(source: Path, dest: Path) -> None:
     with ExitStack() as files:
         try:
             read = files.enter_context(open_regular(source))
-            written = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            written = create_private(dest)
             files.callback(os.close, written)
             copy_sparse(read.fileno(), written)
         except OSError as error:

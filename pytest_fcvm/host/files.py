@@ -1,4 +1,4 @@
-"""Files in places where a program writes that is not trusted."""
+"""Files of our own, and files in places where a program writes that is not trusted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_regular"]
+__all__ = ["create_private", "open_regular", "read_regular"]
+
+
+def create_private(path: Path) -> int:
+    """Make a file, which is not there yet, for us alone. Return its descriptor, to read and write. Raise OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from pytest_fcvm.host.files import create_private
+
 __all__ = ["Holder", "Ledger", "Totals", "open_ledger"]
 
 _NAME = re.compile(r"(\d+)-[0-9a-f]{8}")
@@ -143,7 +145,7 @@ class Ledger:
 
     def _write(self) -> None:
         if self._file < 0:
-            self._file = os.open(self._folder / self._name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = create_private(self._folder / self._name)
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         own = self._own()
         head = b"%010d %010d %010d\n" % (own.clones, own.mem_mib, own.waiting_again)

@@ -22,6 +22,7 @@ from pytest_fcvm.engine.sparse import copy_file, unmakable
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
+from pytest_fcvm.host.files import create_private
 from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
 
 __all__ = ["QemuVm"]
@@ -208,7 +209,7 @@ def _migration_ended(event: Event) -> bool:
 @contextmanager
 def _new_file(path: Path) -> Iterator[int]:
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = create_private(path)
     except OSError as error:
         raise unmakable(path, error) from error
     try:
