@@ -175,10 +175,12 @@ def _gather_project(folder: Path) -> Path:
 
 def _gather_rest(folder: Path, firecracker: Path) -> Path:
     """Put into a folder what does not change with every change of the project: libraries, Firecracker, images."""
+    packages = Path(next(path for path in site.getsitepackages() if path.startswith(sys.prefix)))
+    if not (packages / "pytest_fcvm_kernel_x86_64/bzImage").exists():
+        pytest.fail("the emulated host cannot download a kernel for its guests: run `make kernel`, which installs one")
     build = runpy.run_path(str(ROOT / "examples/images/build.py"))["build"]
     for name in IMAGES:
         shutil.copytree(build(name, ROOT / ".demo"), folder / "images" / name)
-    packages = next(path for path in site.getsitepackages() if path.startswith(sys.prefix))
     shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
     (folder / "bin").mkdir()
     shutil.copy2(firecracker, folder / "bin" / "firecracker")
