@@ -13,6 +13,8 @@ from typing import Any
 
 __all__ = ["ServiceThread"]
 
+_ALL = signal.valid_signals()
+
 
 class ServiceThread(threading.Thread):
     """A daemon thread with all signals blocked."""
@@ -22,7 +24,7 @@ class ServiceThread(threading.Thread):
 
     def start(self) -> None:
         """Start it. Raise RuntimeError when there can be no more threads."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # it begins with its maker's mask
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)  # it begins with its maker's mask
         try:
             super().start()
         finally:

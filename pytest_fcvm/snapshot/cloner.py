@@ -16,6 +16,7 @@ from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.model.specs import ReadyMode
 from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
@@ -163,10 +164,10 @@ class Cloner:
         )
 
     def _open_client_path(self, publisher: Publisher) -> ClientPath | None:
-        number = self._entry.facts["client_port"]
-        if number is None:
-            return None
-        return ClientPath(publisher.publish, self._parts.ready, number)
+        number, parts = self._entry.facts["client_port"], self._parts
+        if number is None or (parts.is_relayed and parts.ready.mode is not ReadyMode.HTTP):
+            return None  # a relayed port leads through the agent, which has answered
+        return ClientPath(publisher.publish, parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
         log: WorkloadLog | None = None

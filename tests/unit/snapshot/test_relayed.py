@@ -18,7 +18,7 @@ from pytest_fcvm.errors import GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import Proto, PublishedPort
-from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
+from pytest_fcvm.model.specs import NetworkMode, NetworkSpec, ReadyMode, ReadySpec
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
 from pytest_fcvm.store import Entry
 
@@ -115,7 +115,11 @@ def test_a_clone_that_is_deaf_on_its_port_is_told(
     monkeypatch.setattr("pytest_fcvm.snapshot.cloner._ANSWER_S", 0.2)
     monkeypatch.setattr("pytest_fcvm.ready._TRY_S", 0.1)
     with pytest.raises(GuestTimeout, match="the clone's port does not answer"):
-        start()
+        start(ready=ReadySpec(mode=ReadyMode.HTTP, port=80, text="/"))
+
+
+def test_an_agent_that_answers_is_proof_enough(start: Callable[..., Clone]) -> None:
+    assert StreamKind.CONNECT not in [kind for kind, _ in _agent_of(start()).executed]
 
 
 @pytest.mark.parametrize("networks", [(NetworkMode.RELAY,), (NetworkMode.USER,)])
