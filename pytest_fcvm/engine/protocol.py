@@ -194,6 +194,10 @@ class Vm(Protocol):
         """
         ...
 
+    def get_ready(self) -> None:
+        """Let a prepared VM take what it can take before `start`, which does it otherwise. Raise EngineError."""
+        ...
+
     def start(self) -> None:
         """Let a prepared VM load its snapshot and run, and return at once. Others have been started already."""
         ...

@@ -65,6 +65,9 @@ class VmProcess:
         """Return the namespace that its plan had."""
         return self._namespace
 
+    def get_ready(self) -> None:
+        """Return at once: a VM has nothing to take before its start but where its engine says otherwise."""
+
     def kill(self) -> None:
         """Kill the VMM with SIGKILL and return at once; idempotent."""
         self._killed = True

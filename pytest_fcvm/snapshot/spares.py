@@ -60,11 +60,15 @@ class Spares:
         with suppress(FcvmError), descriptors_told("a spare"):  # the clone that needs one will say why
             spare = self._prepare(self._usual)
         with self._lock:
-            self._filling = False
-            if not self._closed:
-                self._spare, spare = spare, None
-        if spare is not None:
+            self._filling, closed = False, self._closed
+            self._spare = None if closed else spare
+        if spare is None:
+            return
+        if closed:
             spare.kill()
+            return
+        with suppress(FcvmError):  # whoever has taken it already waits for this, and is told
+            spare.get_ready()
 
 
 def _started(vm: Vm) -> Vm:

@@ -56,6 +56,9 @@ class FakeVm:
             guest.close()
         return host
 
+    def get_ready(self) -> None:
+        self.calls.append("get_ready")
+
     def start(self) -> None:
         self.calls.append("start")
 

@@ -143,7 +143,7 @@ class Api:
         self._version = version
         self._one_at_a_time = threading.Lock()  # and no answer is cut off by `close`
         transport = transport or httpx.HTTPTransport(
-            uds=str(socket), verify=_unused_tls(), limits=httpx.Limits(max_connections=1)
+            uds=str(socket), verify=_unused_tls(), limits=httpx.Limits(max_connections=1, keepalive_expiry=None)
         )
         self._client = httpx.Client(transport=transport, base_url=_BASE_URL, timeout=_TIMEOUT_S, trust_env=False)
 

@@ -63,7 +63,7 @@ class FirecrackerVm(VmProcess):
         self._home, self._origin = home, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(home.root / API_SOCKET, version)
-        self._stopped = False
+        self._stopped = self._listens = False
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._child.on_exit(self._close)
@@ -79,15 +79,13 @@ class FirecrackerVm(VmProcess):
         with self._told():
             return vsock.connect(path, AGENT_PORT, Deadline(_ANSWER_S), self._check_alive)
 
+    def get_ready(self) -> None:
+        """Make the calls before the one that brings the guest to life."""
+        self._call(left=1)
+
     def start(self) -> None:
         """Let the guest come to life, and return when it runs; harmless when it does already."""
-        with self._lock:
-            calls, self._calls = self._calls, []
-        if calls:
-            with self._told():
-                self._wait_for_api()
-                for call, body in calls:
-                    self._api.send(call, body)
+        self._call(left=0)
 
     def wait_until_running(self, timeout_s: float) -> None:
         """Return at once: `start` does not return before the guest executes."""
@@ -187,6 +185,16 @@ class FirecrackerVm(VmProcess):
                 finally:
                     self._set_state("Resumed")
             undo.pop_all()
+
+    def _call(self, *, left: int) -> None:
+        """Make the calls that are still to be made, but for so many."""
+        with self._lock, self._told():
+            while len(self._calls) > left:
+                if not self._listens:
+                    self._wait_for_api()
+                    self._listens = True
+                self._api.send(*self._calls[0])
+                del self._calls[0]
 
     def _write(self, kind: str, state: Path, memory: Path) -> None:
         body = {

@@ -462,6 +462,18 @@ def test_a_clone_made_ahead_comes_to_life_when_it_is_started(bench: Bench, stack
     assert talk(clone, "ping 1") == "pong 1"
 
 
+def test_a_clone_made_ahead_takes_what_it_can_before_its_start(bench: Bench, stack: ExitStack) -> None:
+    engine = bench.probed()
+    files = bench.snapshot(engine, stack)
+    clone = _living(engine.prepare(RestorePlan(name="spare", shape=SHAPE, files=files)), stack)
+    assert not clone.console_path.exists()
+    clone.get_ready()
+    assert clone.console_path.exists()
+    clone.start()
+    clone.get_ready()
+    assert talk(clone, "ping 1") == "pong 1"
+
+
 @pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
 def test_a_clone_that_was_paused_hears_again(bench: Bench, stack: ExitStack, version: str) -> None:
     engine = bench.probed(version)

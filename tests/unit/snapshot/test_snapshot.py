@@ -105,6 +105,15 @@ def test_a_clone_runs_answers_and_knows_where_it_comes_from(
     assert repr(snapshot) == "<Snapshot 000000000000 of registry/web:1>"
 
 
+def test_the_vmm_of_the_next_clone_gets_itself_ready_meanwhile(
+    snapshot: Snapshot, start: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    start(snapshot)
+    assert wait_until(lambda: engine.vms[-1].calls == ["get_ready"], Deadline(20))
+    spare = engine.vms[-1]
+    assert start(snapshot)._machine.vm is spare
+
+
 def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
     snapshot: Snapshot, start: Callable[..., Clone]
 ) -> None:
