@@ -67,6 +67,11 @@ def test_vm_tests_pass_in_the_jailer(run: Run, tests: str) -> None:
     run(f"{PYTEST} tests/vm/{tests}", "FCVM_JAILER=1")
 
 
+def test_auto_takes_it_where_a_kernel_boots(run: Run) -> None:
+    output = run(f"{PYTEST} tests/vm/test_clone.py -k answers_at_once", "FCVM_ENGINE=auto")
+    assert "fcvm: engine firecracker/kvm" in output, output[-20000:]
+
+
 def test_clones_of_both_engines_on_one_network(run: Run) -> None:
     output = run(f"{PYTEST} tests/vm/test_network.py", "FCVM_NETWORK=rootless")
     assert "fcvm: engine firecracker/kvm" in output, output[-20000:]
