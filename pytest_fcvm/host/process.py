@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 
 __all__ = ["ToolFailed", "condense", "ends_with_us", "find_tool", "resolve_tool", "run_tool"]
+
+_UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
 
 
 class ToolFailed(HostError):
@@ -37,11 +40,13 @@ def resolve_tool(name: str, *, package: str) -> Path:
 def ends_with_us() -> list[str | Path]:
     """Return what to put before a command line so that the kernel kills the program when the calling thread dies.
 
-    `setpriv` (util-linux) executes the program in its own place, so its process id is the program's. Nothing is put
-    there where it is missing.
+    `setpriv` (util-linux) executes the program in its own place, so its process id is the program's; a shell between
+    them does not begin for a process that died before the kernel was told. Nothing is put there without `setpriv`.
     """
     setpriv = find_tool("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+    if setpriv is None:
+        return []
+    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(os.getpid())]
 
 
 def run_tool(

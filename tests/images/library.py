@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.process import resolve_tool, run_tool
+from pytest_fcvm.host.process import ends_with_us, resolve_tool, run_tool
 
 __all__ = ["build_image", "podman_limits", "push", "start_registry"]
 
@@ -66,8 +66,7 @@ def start_registry(folder: Path) -> Iterator[str]:
         "version: 0.1\nlog: {level: info, accesslog: {disabled: true}}\nhttp: {addr: '127.0.0.1:0'}\n"
         f"storage: {{filesystem: {{rootdirectory: '{folder / 'data'}'}}}}\n"
     )
-    command: list[str | Path] = [resolve_tool("setpriv", package="util-linux"), "--pdeathsig", "KILL"]
-    command += [resolve_tool("docker-registry", package="docker-registry"), "serve", config]
+    command = [*ends_with_us(), resolve_tool("docker-registry", package="docker-registry"), "serve", config]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
