@@ -132,6 +132,8 @@ class Guest:
             command[place] = str(theirs.fileno())
             options = {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:exitcode=99", "LC_ALL": "C"}
             environment = {**os.environ, **options}
+            # What nohup, or a shell's background job, ignores would be ignored by the guest's programs too.
+            command = ["env", "--default-signal", *command]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=file, env=environment)
         self.client = None
 

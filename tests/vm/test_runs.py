@@ -31,7 +31,8 @@ def run(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Path
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, name: str = "nginx", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--fcvm-image={image(name)}"]
+        command = ["env", "--default-signal"]  # a shell's background job ignores Ctrl-C, and hands that down
+        command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--fcvm-image={image(name)}"]
         command += [f"--fcvm-cache-dir={cold_cache}", *arguments]
         process = subprocess.Popen(
             command,
