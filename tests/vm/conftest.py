@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
-import socket
 import subprocess
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pytest_fcvm import MachineSpec, SnapshotFactory
-from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.model.parse import parse_network
 
@@ -41,30 +38,9 @@ def built_image() -> Callable[[str], str]:
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a registry on loopback and return its host:port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("registry")
-    config = folder / "config.yml"
-    config.write_text(
-        f"version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {folder}}}}}\n"
-        f"http: {{addr: '127.0.0.1:{port}'}}\n"
-    )
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(["docker-registry", "serve", config], stdout=log, stderr=log)
-    try:
-        assert wait_until(lambda: _answers(f"http://127.0.0.1:{port}/v2/"), Deadline(30)), (folder / "log").read_text()
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
+    library = runpy.run_path(str(_ROOT / "tests/images/library.py"))
+    with library["start_registry"](tmp_path_factory.mktemp("registry")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
