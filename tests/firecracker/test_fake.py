@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import socket
 import stat
 import subprocess
@@ -188,7 +189,8 @@ def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> No
 def test_the_stand_in_of_the_jailer_furnishes_the_same_root(firecracker: Path, jailer: Path, tmp_path: Path) -> None:
     version = re.search(r"v([\d.]+)", subprocess.check_output([jailer, "--version"], text=True))[1]  # type: ignore[index]
     program = tmp_path / "firecracker"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {FAKE} {version} "$@"\n')
+    command = shlex.join([sys.executable, "-I", "-S", str(FAKE), version])
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     program.chmod(firecracker.stat().st_mode & 0o777)
     commands = {"real": [jailer, firecracker], "fake": [sys.executable, "-I", "-S", FAKE_JAILER, version, program]}
     found = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 
 import pytest
 
@@ -46,6 +48,14 @@ def _only_ours(modules: set[str]) -> set[str]:
     return {name for name in modules if name.partition(".")[0] == "pytest_fcvm"}
 
 
+def _lines_of_ours(project, *arguments: str) -> list[str]:
+    """Run pytest and return what the plugin printed. Paths may hold any word, and pytest itself lists its plugins."""
+    lines = project.run(*arguments).outlines
+    for path in (sys.executable, sys.prefix, os.path.realpath(sys.prefix), str(project.path), tempfile.gettempdir()):
+        lines = [line.replace(path, "") for line in lines]
+    return [line for line in lines if "fcvm" in line and not line.startswith("plugins: ")]
+
+
 @pytest.fixture
 def idle(project):
     """A project without a machine."""
@@ -81,14 +91,13 @@ def test_workers_import_no_more_and_their_controller_the_shared_folder(idle) -> 
 
 @pytest.mark.parametrize("arguments", [(), ("-v",), ("-q",), ("-n2",)])
 def test_a_run_without_an_option_of_ours_says_nothing_of_us(arguments: tuple[str, ...], idle) -> None:
-    lines = [line for line in idle.run(*arguments).outlines if "fcvm" in line and not line.startswith("plugins: ")]
-    assert lines == []
+    assert _lines_of_ours(idle, *arguments) == []
 
 
 def test_with_an_option_the_header_shows_the_image_and_nothing_is_summed_up(idle) -> None:
-    lines = [line for line in idle.run("--fcvm-image=nginx").outlines if "fcvm" in line and "plugins: " not in line]
+    lines = _lines_of_ours(idle, "--fcvm-image=nginx")
     assert lines == ["fcvm: image nginx, engine auto (probed when the first test asks)"]
-    lines = [line for line in idle.run("--fcvm-engine=qemu").outlines if "fcvm" in line and "plugins: " not in line]
+    lines = _lines_of_ours(idle, "--fcvm-engine=qemu")
     assert lines == ["fcvm: image not set, engine qemu (probed when the first test asks)"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -317,8 +318,9 @@ def test_a_full_disk_is_a_host_error_that_names_the_place_and_leaves_other_entri
     place = tmp_path / "small"
     place.mkdir()
     unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = f'mount -t tmpfs -o size=1m none {place} && exec {sys.executable} -c "$0" {place}'
-    if subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs none {place}"], capture_output=True).returncode:
+    at, python = shlex.quote(str(place)), shlex.quote(sys.executable)
+    mount = f'mount -t tmpfs -o size=1m none {at} && exec {python} -c "$0" {at}'
+    if subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs none {at}"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a tmpfs in a namespace of their own")
     done = subprocess.run([*unshare, "sh", "-c", mount, _FULL_DISK], capture_output=True, text=True, timeout=60)
     full, left, digest = done.stdout.splitlines() or [done.stderr, "", ""]

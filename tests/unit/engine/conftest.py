@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import stat
@@ -213,12 +214,12 @@ def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
         program = tmp_path / "qemu-system-x86_64"
         program.write_text(
             f"""#!/bin/sh
-            echo "$*" >> {tmp_path}/asked
+            echo "$*" >> {shlex.quote(str(tmp_path / "asked"))}
             case "$1" in
               --version) echo "QEMU emulator version {version} (Debian 1:7.2+dfsg-7)" ;;
               -machine) echo "Supported machines are:"; printf '%s  a machine\\n' {machines} ;;
               -accel) echo "Accelerators supported in QEMU binary:"; printf '%s\\n' {accelerators} ;;
-              -L) echo {folder} ;;
+              -L) echo {shlex.quote(str(folder))} ;;
             esac
             """
         )

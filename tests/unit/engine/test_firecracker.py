@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import stat
@@ -76,7 +77,8 @@ class Bench:
     def engine(self, version: str = "1.16.1", accelerator: Accelerator | None = None) -> FirecrackerEngine:
         for name, fake in (("firecracker", FAKE), ("jailer", FAKE_JAILER)):
             program = self.folder / name
-            program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {fake} {version} "$@"\n')
+            command = shlex.join([sys.executable, "-I", "-S", str(fake), version])
+            program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             program.chmod(0o755)
         return FirecrackerEngine(
             self.supervisor,

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -356,7 +357,7 @@ def test_skopeo_ends_when_its_caller_is_killed(tmp_path):
     os.mkfifo(fifo)
     shim = tmp_path / "bin" / "skopeo"
     shim.parent.mkdir()
-    shim.write_text(f"#!/bin/sh\nexec 3>{fifo}\necho started >&3\nexec sleep 1000\n")
+    shim.write_text(f"#!/bin/sh\nexec 3>{shlex.quote(str(fifo))}\necho started >&3\nexec sleep 1000\n")
     shim.chmod(0o755)
     code = (
         "from pathlib import Path\n"

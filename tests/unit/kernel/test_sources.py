@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -196,7 +197,8 @@ def test_no_sweeper_takes_a_download_under_way(
 ) -> None:
     sweep = "import sys, pathlib; from pytest_fcvm.host.janitor import sweep_temporary"
     sweep += "; print(sweep_temporary(pathlib.Path(sys.argv[1])))"
-    debian.during_download(f"'{sys.executable}' -c '{sweep}' '{kernels_dir}' > '{tmp_path / 'swept'}'")
+    command = shlex.join([sys.executable, "-c", sweep, str(kernels_dir)])
+    debian.during_download(f"{command} > {shlex.quote(str(tmp_path / 'swept'))}")
     with Shelf(path=kernels_dir).locked("kernel", "test", print):
         resolve()
     assert (tmp_path / "swept").read_text() == "[]\n"
