@@ -10,10 +10,6 @@ KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-uti
 TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
 	nftables slirp4netns
 
-# On a shared machine, a test with a deadline may miss it once; a rerun is printed.
-RERUNS := --reruns 2 --reruns-delay 1
-STOCK_TESTS := tests/vm/test_clone.py tests/vm/test_engine.py tests/vm/test_freeze.py tests/vm/test_pool.py
-
 .PHONY: demo test test-firecracker setup-demo setup-test lint docs bench soak agent kernel fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
@@ -22,11 +18,8 @@ demo: setup-demo ## a pytest suite against clones of a real nginx
 test-firecracker: setup-test kernel ## the VM tier on a real Firecracker, named by FCVM_TEST_FIRECRACKER, in an emulated host of KVM
 	$(BIN)/python -m pytest --fcvm-kernel stock --fcvm-pool 0 tests/firecracker
 
-test: setup-test lint kernel ## every tier that this machine can run; the VM tier on our own kernel, a part of it on the stock one
-	$(BIN)/python guest_image/build --arch $(shell uname -m)
-	$(BIN)/python -m pytest $(RERUNS) tests
-	FCVM_KERNEL=stock $(BIN)/python -m pytest $(RERUNS) $(STOCK_TESTS)
-	$(BIN)/python tests/packaging.py
+test: setup-test ## every tier that this machine can run, then a summary; the VM tier on our own kernel, a part of it on the stock one
+	$(BIN)/python tests/tiers.py
 
 lint:
 	$(BIN)/ruff check .
@@ -77,4 +70,4 @@ packages:
 	elif [ -z "$$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ]; then $(SUDO) apt-get update -qq; fi
 
 clean:
-	rm -rf $(VENV) build dist .demo
+	rm -rf $(VENV) .venv-oldest build dist .demo
