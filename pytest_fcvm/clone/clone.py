@@ -357,11 +357,12 @@ class Clone:
 
     def close(self) -> None:
         """End the clone and what was copied of it; idempotent. Nothing of it is left."""
-        self._copies.close()
-        self.close_clients()
-        self._machine.close()
-        if self._machine.vm.disk is not None:
-            self._machine.vm.disk.close()
+        with ExitStack() as last:
+            if self._machine.vm.disk is not None:
+                last.callback(self._machine.vm.disk.close)
+            last.callback(self._machine.close)
+            last.callback(self.close_clients)
+            self._copies.close()
 
     def close_clients(self) -> None:
         """Close the HTTP clients that were given out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,12 @@ class Launched:
         """Return the file of what the VMM prints."""
         return self.directory / "vmm.log"
 
+    def discard(self) -> None:
+        """Kill the VMM and close our ends: nobody will speak to it. Idempotent."""
+        self.child.kill()
+        for wire in self.sockets.values():
+            wire.close()
+
 
 def launch(
     spawner: Spawner,
@@ -55,8 +62,10 @@ def launch(
 
     It runs in `directory`, else in a new one, which goes when the VMM has ended and was killed by us. Raise HostError.
     """
-    directory = directory or spawner.make_dir(name)
     with descriptors_told(name), ExitStack() as far_ends, ExitStack() as near_ends:
+        if directory is None:
+            directory = spawner.make_dir(name)
+            near_ends.callback(shutil.rmtree, directory, ignore_errors=True)
         near: dict[int, socket.socket] = {}
         far: dict[int, int] = {}
         for fd in wires:

@@ -6,18 +6,37 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.protocol import VmExit
+from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.model.net import Namespace
 
-__all__ = ["VmProcess"]
+__all__ = ["VmProcess", "discard", "started"]
 
 _LAST_WORDS_S = 2.0  # from the end of a socket to the end of the process
+
+_AnyVm = TypeVar("_AnyVm", bound=Vm)
+
+
+def started(vm: _AnyVm) -> _AnyVm:
+    """Let a prepared VM come to life and return it; nothing of it is left when it does not."""
+    try:
+        vm.start()
+    except BaseException:
+        discard(vm)
+        raise
+    return vm
+
+
+def discard(vm: Vm) -> None:
+    """Kill a VM and give back its disk."""
+    vm.kill()
+    if vm.disk:
+        vm.disk.close()
 
 
 class VmProcess:

@@ -14,12 +14,13 @@ __all__ = ["descriptors_told"]
 
 @contextmanager
 def descriptors_told(what: str) -> Iterator[None]:
-    """Raise HostError where `what` failed because no file descriptor was left, in this process or on the host."""
+    """Raise HostError where `what` failed by an OSError, with the limit where no file descriptor was left."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
+            where = f" ({error.filename})" if error.filename else ""
+            raise HostError(f"{what} failed: {error.strerror or error}{where}", hint="see `fcvm doctor`") from error
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise HostError(
             f"no file descriptor is left for {what}: {error.strerror}",

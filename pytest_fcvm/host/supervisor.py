@@ -158,6 +158,11 @@ class Supervisor:
                 return
             self._closed = True
             thread = self._thread
+        with ExitStack() as last:
+            last.callback(self._drop_descriptors)
+            self._end_guard(thread)
+
+    def _end_guard(self, thread: threading.Thread | None) -> None:
         with suppress(OSError):  # shut, not closed: a forked child may hold copies
             self._control.shutdown(socket.SHUT_RDWR)
         if not _wait_readable(self._guard, _CLOSE_S):
@@ -167,7 +172,6 @@ class Supervisor:
             os.waitpid(self.guard_pid, os.WNOHANG)
         if thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSE_S)
-        self._drop_descriptors()
 
     def _drop_descriptors(self) -> None:
         self._control.close()

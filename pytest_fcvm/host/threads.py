@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["ServiceThread"]
+from pytest_fcvm.host.clock import Deadline
+
+__all__ = ["Crew", "ServiceThread"]
 
 _ALL = signal.valid_signals()
 
@@ -29,3 +31,27 @@ class ServiceThread(threading.Thread):
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Crew:
+    """Service threads that one owner has started, for it to wait for at its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: list[ServiceThread] = []
+
+    def start(self, target: Callable[..., object], *, name: str) -> None:
+        """Start one more. Raise RuntimeError when there can be no more threads."""
+        thread = ServiceThread(target, name=name)
+        with self._lock:
+            thread.start()
+            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until all have ended, at most so long; never for the caller itself."""
+        deadline = Deadline(timeout_s)
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(deadline.remaining())

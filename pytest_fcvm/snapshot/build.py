@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,8 @@ from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -52,6 +54,7 @@ def snapshot_files(folder: Path, parts: Ingredients, *, of_clone: bool = False) 
     )
 
 
+@descriptors_told("the build of a snapshot")
 def build_snapshot(parts: Ingredients, folder: Path, phase: Phase, enclose: Enclose = no_enclosure) -> dict[str, Any]:
     """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
 
@@ -121,9 +124,11 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
         timeline.mark("configure", monotonic())
         yield machine
     finally:
-        vm.kill()
-        vm.wait(_CALL_S)  # its channel stays untouched until it is gone: a stopped VMM still writes guest memory
-        machine.close()
+        try:
+            vm.kill()
+            vm.wait(_CALL_S)  # its channel stays untouched until it is gone: a stopped VMM still writes guest memory
+        finally:
+            machine.close()
 
 
 class _BootHangs(EngineError):
@@ -132,41 +137,60 @@ class _BootHangs(EngineError):
 
 def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path) -> tuple[Vm, Agent, WorkloadLog]:
     plan.memory.unlink(missing_ok=True)
-    vm = parts.engine.boot(plan)
-    log = WorkloadLog(folder / BASE_LOG)
     hangs = threading.Event()
-    watch = threading.Timer(_SILENT_S, _kill_if_silent, (vm, hangs))
-    watch.daemon = True
-    watch.start()
-    try:
-        agent = start_session(
-            vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S, explain=vm.explain
-        )
-    except FcvmError as error:
-        abandon(vm, log, error)
-        if hangs.is_set():
-            raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
-        raise error from None
-    finally:
-        watch.cancel()
+    with ExitStack() as undo:
+        vm = parts.engine.boot(plan)
+        undo.callback(vm.kill)
+        log = WorkloadLog(folder / BASE_LOG)
+        undo.callback(log.close)
+        try:
+            with _watched(vm, hangs):
+                agent = start_session(
+                    vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S, explain=vm.explain
+                )
+        except FcvmError as error:
+            abandon(vm, error)
+            if hangs.is_set():
+                raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
+            raise error from None
+        undo.pop_all()
     return vm, agent, log
 
 
+@contextmanager
+def _watched(vm: Vm, hangs: threading.Event) -> Iterator[None]:
+    """Kill a VM whose console stays empty meanwhile, and say so by `hangs`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        if not over.wait(_SILENT_S):
+            _kill_if_silent(vm, hangs)
+
+    thread = ServiceThread(watch, name="fcvm-boot")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
-    if not vm.console_path.exists() or vm.console_path.stat().st_size == 0:
-        hangs.set()
-        vm.kill()
+    with suppress(FileNotFoundError):
+        if vm.console_path.stat().st_size:
+            return
+    hangs.set()
+    vm.kill()
 
 
-def abandon(vm: Vm, log: WorkloadLog | None, error: FcvmError) -> FcvmError:
+def abandon(vm: Vm, error: FcvmError) -> FcvmError:
     """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
     for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
         with suppress(OSError):
             error.evidence.setdefault(title, tail(read_regular(path)))
     vm.kill()
-    vm.wait(_CALL_S)
-    if log:
-        log.close()
+    with suppress(EngineError):  # the error that was first is the one to tell
+        vm.wait(_CALL_S)
     return error
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.machine import Machine, Publisher, waking_identity
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
-from pytest_fcvm.errors import FcvmError, GuestError
+from pytest_fcvm.engine.vm import discard
+from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
@@ -41,10 +43,21 @@ class Cloner:
     def __init__(self, entry: Entry, parts: Ingredients, enclose: Enclose = no_enclosure) -> None:
         self._entry, self._parts, self._enclose = entry, parts, enclose
         self._spares = Spares(self._prepare, self._plan("spare", parts.spec.publish))
+        self._lock = threading.Lock()
+        self._ahead: set[Vm] = set()  # of machines that are being made ahead
+        self._interrupted = False
 
     def close(self) -> None:
         """Give back what is kept ready for the next machine; running ones go on."""
         self._spares.close()
+
+    def interrupt(self) -> None:
+        """Kill the VMs that are being made ahead, so that their makers end; none will be made any more."""
+        with self._lock:
+            self._interrupted = True
+            ahead = list(self._ahead)
+        for vm in ahead:
+            vm.kill()
 
     def enclose(self) -> Namespace | None:
         """Return a namespace for a machine whose VMM is to join it, the caller's to close until the machine stands."""
@@ -60,50 +73,73 @@ class Cloner:
         room: Room,
         cables: tuple[Cable, ...] = (),
         namespace: Namespace | None = None,
+        watched: Callable[[Vm], object] = lambda _vm: None,
     ) -> Machine:
         """Return a machine that answers on the client's path. It gives the room back when it ends.
 
-        Raise HostError, EngineError or GuestError.
+        `watched` is told of its VM as soon as there is one. Raise HostError, EngineError or GuestError.
         """
         timeline = Timeline(monotonic())
         if self._parts.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
             ports = tuple(port for port in ports if port.host_port)
-        with ExitStack() as held:
+        with ExitStack() as held, ExitStack() as undo:
             held.enter_context(room)
             vm = self._spares.take(self._plan(name, ports, cables, namespace))
+            undo.callback(discard, vm)
+            watched(vm)
             timeline.mark("spawn", monotonic())
             path = self._open_client_path(vm) if self._parts.is_slirps else None
             machine = self._meet(vm, name, cables, timeline)
+            undo.pop_all()
             machine.also_close([held.pop_all().close])
         try:
             with descriptors_told(name):
-                open_host_ports(machine, self._parts.spec.host_ports)
-                open_ports(machine, machine.vm if self._parts.is_slirps else None, ports)
-                path = path or self._open_client_path(machine.publisher)
-                if path:
-                    path.prove(machine.pause_for_exit, _ANSWER_S)
-        except FcvmError as error:
-            machine.explain(error)
-            machine.close()
+                self._open(machine, ports, path)
+        except BaseException as error:
+            if isinstance(error, FcvmError):
+                machine.explain(error)
+            _discard(machine)
             raise
         timeline.mark("ready", monotonic())
         self._spares.refill()  # not sooner: on few processors it would take the machine's own
         return machine
 
+    def _open(self, machine: Machine, ports: tuple[PublishedPort, ...], path: ClientPath | None) -> None:
+        """Give a machine its ports, and wait until it answers on the client's path."""
+        open_host_ports(machine, self._parts.spec.host_ports)
+        open_ports(machine, machine.vm if self._parts.is_slirps else None, ports)
+        path = path or self._open_client_path(machine.publisher)
+        if path:
+            path.prove(machine.pause_for_exit, _ANSWER_S)
+
     def bring_up_ahead(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
         """Return a machine that is warm, frozen and stopped; as it is, as soon as a test is waiting for it."""
-        machine = self.bring_up(name, self._parts.spec.publish, room)
+        with ExitStack() as watched:
+            watch = lambda vm: watched.enter_context(self._interruptible(vm))  # noqa: E731
+            machine = self.bring_up(name, self._parts.spec.publish, room, watched=watch)
+            try:
+                if not is_wanted():
+                    self._warm_up(machine)
+                if not is_wanted():
+                    machine.agent.freeze(timeout_s=_ANSWER_S)
+                    machine.vm.pause()
+                    return Pooled(machine=machine, name=name, asleep=True)
+            except BaseException:
+                _discard(machine)
+                raise
+            return Pooled(machine=machine, name=name, asleep=False)
+
+    @contextmanager
+    def _interruptible(self, vm: Vm) -> Iterator[None]:
+        with self._lock:
+            if self._interrupted:
+                raise EngineError(f"VM {vm.name} is not wanted any more")
+            self._ahead.add(vm)
         try:
-            if not is_wanted():
-                self._warm_up(machine)
-            if not is_wanted():
-                machine.agent.freeze(timeout_s=_ANSWER_S)
-                machine.vm.pause()
-                return Pooled(machine=machine, name=name, asleep=True)
-        except FcvmError:
-            machine.close()
-            raise
-        return Pooled(machine=machine, name=name, asleep=False)
+            yield
+        finally:
+            with self._lock:
+                self._ahead.discard(vm)
 
     def wake(self, pooled: Pooled, since: float) -> Machine:
         """Let a machine that was made ahead go on, at the host's time of day, and return it.
@@ -117,8 +153,8 @@ class Cloner:
             if pooled.asleep:
                 machine.vm.resume()
                 machine.agent.personalise(waking_identity(self._parts.spec.clock), timeout_s=_ANSWER_S)
-        except FcvmError:
-            machine.close()
+        except BaseException:
+            _discard(machine)
             raise
         machine.timeline.mark("wake", monotonic())
         return machine
@@ -170,24 +206,28 @@ class Cloner:
         return ClientPath(publisher.publish, parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
-        log: WorkloadLog | None = None
-        try:
-            with descriptors_told(name):
-                log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
-                identity = self._identity(name, cables)  # it takes a descriptor: one that fails must hold no channel
-                agent = start_session(
-                    vm.channel(),
-                    bytes.fromhex(self._entry.facts["secret"]),
-                    identity=identity,
-                    cables=cables,
-                    log_sink=log.append,
-                    timeout_s=_RESTORE_S,
-                    explain=vm.explain,
-                )
-        except FcvmError as error:
-            raise abandon(vm, log, error) from None
-        timeline.mark("agent", monotonic())
-        return Machine(vm, agent, log, vm, timeline)
+        with ExitStack() as undo:
+            try:
+                with descriptors_told(name):
+                    log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
+                    undo.callback(log.close)
+                    identity = self._identity(name, cables)  # it takes a descriptor: one that fails holds no channel
+                    agent = start_session(
+                        vm.channel(),
+                        bytes.fromhex(self._entry.facts["secret"]),
+                        identity=identity,
+                        cables=cables,
+                        log_sink=log.append,
+                        timeout_s=_RESTORE_S,
+                        explain=vm.explain,
+                    )
+                    undo.callback(agent.close)
+            except FcvmError as error:
+                raise abandon(vm, error) from None
+            timeline.mark("agent", monotonic())
+            machine = Machine(vm, agent, log, vm, timeline)
+            undo.pop_all()
+            return machine
 
     def _identity(self, name: str, cables: tuple[Cable, ...]) -> Identity:
         parts = self._parts
@@ -203,6 +243,12 @@ class Cloner:
             return ports
         mapped = {port.guest_port for port in ports}
         return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
+
+
+def _discard(machine: Machine) -> None:
+    """Close a machine whose maker failed: that failure is the one to tell."""
+    with suppress(FcvmError):
+        machine.close()
 
 
 def _hosts_on(cables: tuple[Cable, ...]) -> list[str]:

@@ -17,13 +17,14 @@ from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, wait_on
-from pytest_fcvm.host.threads import ServiceThread
+from pytest_fcvm.host.threads import Crew
 
 __all__ = ["Depth", "Pool", "Pooled"]
 
 _MOST = 4  # clones ahead of one snapshot's tests, where the number adapts
 _IDLE_TAKES = 16
 _MAKE_S = 120.0
+_CLOSE_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +64,19 @@ class Pool:
 
     `make` brings up a clone; it asks the function it gets whether a test is waiting, and then leaves out what only
     saves later time. It raises FcvmError when there is no room or the clone does not come to life: the pool then stays
-    as it is until the next clone is taken, and who needs one starts it and is told the reason.
+    as it is until the next clone is taken, and who needs one starts it and is told the reason. `interrupt` makes every
+    `make` that is under way end soon.
     """
 
-    def __init__(self, make: Callable[[Callable[[], bool]], Pooled], depth: Depth, makers: int = 1) -> None:
-        self._make, self._depth, self._makers = make, depth, makers
+    def __init__(
+        self,
+        make: Callable[[Callable[[], bool]], Pooled],
+        depth: Depth,
+        makers: int = 1,
+        interrupt: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._make, self._depth, self._makers, self._interrupt = make, depth, makers, interrupt
+        self._threads = Crew()
         self._changed = threading.Condition()
         self._ready: deque[Pooled] = deque()
         self._closed = False
@@ -97,8 +106,14 @@ class Pool:
             missing = self._depth.wanted - len(self._ready) - self._making
             starting = 0 if self._closed else max(0, min(missing, self._makers - self._making))
             self._making += starting
-        for _ in range(starting):
-            ServiceThread(self._fill, name="fcvm-pool").start()
+        try:
+            while starting:
+                self._threads.start(self._fill, name="fcvm-pool")
+                starting -= 1
+        except RuntimeError:  # no more threads: the next test starts its clone itself
+            with self._changed:
+                self._making -= starting
+                self._changed.notify_all()
 
     def drain(self) -> None:
         """Give back what is there: somebody else needs the room."""
@@ -108,10 +123,12 @@ class Pool:
             _discard(pooled.machine)
 
     def close(self) -> None:
-        """Give everything back; no other clone will follow."""
+        """Give everything back and wait for the makers; no other clone will follow."""
         with self._changed:
             self._closed = True
         self.drain()
+        self._interrupt()
+        self._threads.join(_CLOSE_S)
 
     def _pop(self) -> Pooled | None:
         while self._ready:

@@ -97,7 +97,7 @@ class Snapshot:
         self.facts: Mapping[str, Any] = entry.facts
         self._entry, self._parts, self._workshop = entry, parts, workshop
         self._cloner = Cloner(entry, parts, workshop.enclose)
-        self._pool = Pool(self._make_ahead, Depth(workshop.ahead), workshop.makers) if self._can_pool() else None
+        self._pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
 
     def __enter__(self) -> Self:
@@ -159,9 +159,13 @@ class Snapshot:
         except FcvmError as error:
             self._workshop.failed(spec, error)
             raise
-        if self._pool:
-            self._pool.refill()
-        self._workshop.born(clone)
+        try:
+            if self._pool:
+                self._pool.refill()
+            self._workshop.born(clone)
+        except BaseException:
+            clone.close()
+            raise
         return clone
 
     def prove(self, clone: Clone) -> None:
@@ -194,14 +198,19 @@ class Snapshot:
 
         There are no further clones of a snapshot of a running clone: its files are gone.
         """
-        if self._pool:
-            self._pool.close()
-        self._cloner.close()
-        self._owned.close()
+        with ExitStack() as last:
+            last.callback(self._owned.close)
+            last.callback(self._cloner.close)
+            if self._pool:
+                self._pool.close()
 
     def _can_pool(self) -> bool:
         """Say whether clones can be made ahead: one that held a fixed host port would be in the way of those in use."""
         return self._workshop.ahead != 0 and all(port.host_port == 0 for port in self.spec.publish)
+
+    def _make_pool(self) -> Pool:
+        shop = self._workshop
+        return Pool(self._make_ahead, Depth(shop.ahead), shop.makers, self._cloner.interrupt)
 
     def _invent_name(self) -> str:
         stem = self._name or (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
@@ -209,7 +218,7 @@ class Snapshot:
 
     def _copy(self, machine: Machine, name: str) -> Snapshot:
         """Return a snapshot of what a machine of this one has become, which lasts until it is closed."""
-        with ExitStack() as owned:
+        with descriptors_told(f"a copy of {machine.vm.name}"), ExitStack() as owned:
             folder = owned.enter_context(self._workshop.scratch())
             facts = copy_machine(machine, self._parts, self.facts, folder)
             copied = Snapshot(
@@ -252,6 +261,14 @@ class Snapshot:
             room = self._workshop.admit(self._charge_mib)
             machine = self._cloner.bring_up(name, ports, room, tuple(cables), namespace)
             machine.also_close([plugged.pop_all().close])
+            try:
+                self._join(machine, name, cables, networks)
+            except BaseException:
+                machine.close()
+                raise
+        return machine
+
+    def _join(self, machine: Machine, name: str, cables: Sequence[Cable], networks: Sequence[Segment]) -> None:
         known = [cable.hosts for cable in cables]
         for number, network in enumerate(networks):
             network.joined(
@@ -259,7 +276,6 @@ class Snapshot:
                 partial(_tell_names, machine, hosts_of(name, self.spec.host_ports), known, number),
                 partial(machine.vm.set_link, number),
             )
-        return machine
 
     def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:
         with descriptors_told("a clone made ahead"):
@@ -270,7 +286,7 @@ class Snapshot:
         """Return a machine that was made ahead, awake, and its name; two times None where there is none."""
         asked = monotonic()
         while self._pool and (pooled := self._pool.take()):
-            with suppress(FcvmError):
+            with suppress(FcvmError), descriptors_told(pooled.name):
                 return self._cloner.wake(pooled, asked), pooled.name
             self._pool.lost += 1  # it died as it woke
         return None, None

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
+from pytest_fcvm.engine.vm import discard, started
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.threads import ServiceThread
+from pytest_fcvm.host.threads import Crew
 
 __all__ = ["Spares"]
+
+_CLOSE_S = 10.0
 
 
 class Spares:
@@ -28,6 +31,7 @@ class Spares:
         self._lock = threading.Lock()
         self._spare: Vm | None = None
         self._filling = self._closed = False
+        self._threads = Crew()
 
     def take(self, plan: RestorePlan) -> Vm:
         """Return a started VM for a plan: the spare where it fits and lives, else a new one."""
@@ -36,8 +40,8 @@ class Spares:
                 spare, self._spare = self._spare, None
             if spare is not None:
                 with suppress(FcvmError):  # it died while it waited
-                    return _started(spare)
-        return _started(self._prepare(plan))
+                    return started(spare)
+        return started(self._prepare(plan))
 
     def refill(self) -> None:
         """Let a thread of its own prepare the next spare, unless there is one."""
@@ -45,36 +49,31 @@ class Spares:
             if not self._useful or self._closed or self._filling or self._spare is not None:
                 return
             self._filling = True
-        ServiceThread(self._fill, name="fcvm-spare").start()
+        with suppress(RuntimeError):  # no more threads: the next clone does without
+            self._threads.start(self._fill, name="fcvm-spare")
+            return
+        with self._lock:
+            self._filling = False
 
     def close(self) -> None:
-        """End the spare; no other will follow."""
+        """End the spare and wait for the thread that prepares one; no other will follow."""
         with self._lock:
             self._closed = True
             spare, self._spare = self._spare, None
         if spare is not None:
-            spare.kill()
+            discard(spare)
+        self._threads.join(_CLOSE_S)
 
     def _fill(self) -> None:
-        spare: Vm | None = None
         with suppress(FcvmError), descriptors_told("a spare"):  # the clone that needs one will say why
-            spare = self._prepare(self._usual)
-        with self._lock:
-            self._filling, closed = False, self._closed
-            self._spare = None if closed else spare
-        if spare is None:
-            return
-        if closed:
-            spare.kill()
-            return
-        with suppress(FcvmError):  # whoever has taken it already waits for this, and is told
-            spare.get_ready()
-
-
-def _started(vm: Vm) -> Vm:
-    try:
-        vm.start()
-    except BaseException:
-        vm.kill()
-        raise
-    return vm
+            spare: Vm | None = None
+            try:
+                spare = self._prepare(self._usual)
+            finally:
+                with self._lock:
+                    self._filling, closed = False, self._closed
+                    self._spare = None if closed else spare
+                if closed and spare is not None:
+                    discard(spare)
+            if not closed:
+                spare.get_ready()  # whoever has taken it already waits for this, and is told

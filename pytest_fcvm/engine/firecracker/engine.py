@@ -35,6 +35,7 @@ from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
 from pytest_fcvm.engine.spawner import Spawner
+from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
@@ -105,42 +106,44 @@ class FirecrackerEngine:
         with self._new_home(plan.name) as home:
             home.put({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
             launched = self._launch(plan.name, home, plan.namespace)
-        calls = boot_calls(plan.shape, plan.metadata)
-        vm = FirecrackerVm(plan.name, home, launched, self._ready().version, calls, memory=plan.memory)
-        try:
+        with ExitStack() as undo:
+            undo.callback(launched.discard)
+            calls = boot_calls(plan.shape, plan.metadata)
+            vm = FirecrackerVm(plan.name, home, launched, self._ready().version, calls, memory=plan.memory)
             vm.start()
-        except BaseException:
-            vm.kill()
-            raise
+            undo.pop_all()
         return vm
 
     def restore(self, plan: RestorePlan) -> FirecrackerVm:
         """Start a clone, and return when it runs."""
-        vm = self.prepare(plan)
-        vm.start()
-        return vm
+        return started(self.prepare(plan))
 
     def prepare(self, plan: RestorePlan) -> FirecrackerVm:
         """Spawn a clone's Firecracker and return at once. It opens its API and then waits for `FirecrackerVm.start`."""
         files, version = plan.files, self._ready().version
         check_memory_file(files.memory, plan.shape.mem_mib)
         inputs = {STATE: files.state, MEMORY: files.memory, **drive_inputs(files.rootfs, None)}
-        with self._new_home(plan.name) as home:
-            if disk := home.put_disk(files.disk) if files.disk else None:
-                del inputs[SCRATCH]
-            home.put(inputs)
-            launched = self._launch(plan.name, home, plan.namespace)
-        return FirecrackerVm(
-            plan.name,
-            home,
-            launched,
-            version,
-            load_calls(plan.metadata),
-            mem_mib=plan.shape.mem_mib,
-            origin=files.memory,
-            disk=disk,
-            namespace=plan.namespace,
-        )
+        with ExitStack() as undo:
+            with self._new_home(plan.name) as home:
+                if disk := home.put_disk(files.disk) if files.disk else None:
+                    undo.callback(disk.close)
+                    del inputs[SCRATCH]
+                home.put(inputs)
+                launched = self._launch(plan.name, home, plan.namespace)
+            undo.callback(launched.discard)
+            vm = FirecrackerVm(
+                plan.name,
+                home,
+                launched,
+                version,
+                load_calls(plan.metadata),
+                mem_mib=plan.shape.mem_mib,
+                origin=files.memory,
+                disk=disk,
+                namespace=plan.namespace,
+            )
+            undo.pop_all()
+        return vm
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""

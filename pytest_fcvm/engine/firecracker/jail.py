@@ -77,7 +77,11 @@ class Cell(Home):
         """Let it find a private copy of a scratch disk's image. Raise HostError without room."""
         place = self.root / SCRATCH
         disk = Disk.copy_of(image, place)
-        self.admit(place)
+        try:
+            self.admit(place)
+        except BaseException:
+            disk.close()
+            raise
         return disk
 
     @contextmanager

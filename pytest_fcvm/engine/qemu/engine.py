@@ -31,6 +31,7 @@ from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.spawner import Spawner
+from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
@@ -114,7 +115,7 @@ class QemuEngine:
             launched = launch(
                 self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=_tap_of(plan.namespace)
             )
-            undo.callback(launched.child.kill)
+            undo.callback(launched.discard)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
             vm = QemuVm(plan.name, launched, monitor, launched.sockets[AGENT_FD], version=platform.version)
             vm.settle(_START_TIMEOUT_S)
@@ -123,41 +124,41 @@ class QemuEngine:
 
     def restore(self, plan: RestorePlan) -> QemuVm:
         """Start a clone and return as soon as its process is spawned; `wait_until_running` tells how it went."""
-        vm = self.prepare(plan)
-        vm.start()
-        return vm
+        return started(self.prepare(plan))
 
     def prepare(self, plan: RestorePlan) -> QemuVm:
         """Spawn a clone's QEMU, which starts up meanwhile and waits for `QemuVm.start`."""
         platform, files = self._ready(), plan.files
         check_memory_file(files.memory, plan.shape.mem_mib)
         argv = clone_command(platform, plan.shape, files, plan.ports)
-        with ExitStack() as stack:
+        with ExitStack() as undo, ExitStack() as lent:
             passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False) if cable.end}
             passed |= _tap_of(plan.namespace)
             disk = Disk.copy_of(files.disk) if files.disk else None
             if disk:
+                undo.callback(disk.close)
                 passed[DISK_FD] = disk.descriptor
             uri = f"file:{files.state}"
             if not platform.version.takes_state_by_path:
-                passed[STATE_FD] = stack.enter_context(open_state(files.state))
+                passed[STATE_FD] = lent.enter_context(open_state(files.state))
                 uri = f"fd:{STATE_FD}"
             launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
-        monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
-        agent = launched.sockets[AGENT_FD]
-        forwards = Forwards(monitor, plan.ports) if plan.shape.network is NetworkMode.USER else None
-        return QemuVm(
-            plan.name,
-            launched,
-            monitor,
-            agent,
-            version=platform.version,
-            forwards=forwards,
-            state=uri,
-            memory=files.memory,
-            disk=disk,
-            namespace=plan.namespace,
-        )
+            undo.callback(launched.discard)
+            monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
+            vm = QemuVm(
+                plan.name,
+                launched,
+                monitor,
+                launched.sockets[AGENT_FD],
+                version=platform.version,
+                forwards=Forwards(monitor, plan.ports) if plan.shape.network is NetworkMode.USER else None,
+                state=uri,
+                memory=files.memory,
+                disk=disk,
+                namespace=plan.namespace,
+            )
+            undo.pop_all()
+            return vm
 
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
