@@ -21,7 +21,9 @@ __all__ = [
     "OPTIONS",
     "RECORDINGS",
     "REPORTER",
+    "RUNNING",
     "TIMER",
+    "WORKER_SPEC",
     "RunReporter",
     "pytest_fcvm_clone_created",
     "pytest_fcvm_clone_failed",
@@ -46,6 +48,8 @@ HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
 REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
 CLONES: pytest.StashKey[list[Clone]] = pytest.StashKey()
 RECORDINGS: pytest.StashKey[list[Path]] = pytest.StashKey()
+RUNNING: pytest.StashKey[pytest.Item | None] = pytest.StashKey()
+WORKER_SPEC: pytest.StashKey[MachineSpec] = pytest.StashKey()
 TIMER: pytest.StashKey[tuple[pytest.Item, Any] | None] = pytest.StashKey()
 
 

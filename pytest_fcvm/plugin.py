@@ -12,7 +12,7 @@ import pytest
 from pytest_fcvm import fixtures, hookspecs, reporting
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.fixtures import marks
-from pytest_fcvm.hookspecs import OPTIONS, REPORTER, TIMER
+from pytest_fcvm.hookspecs import OPTIONS, REPORTER, RUNNING, TIMER
 from pytest_fcvm.options import ROWS, Options, Origin, RowKind, build_options, environment_layer, read_layer
 
 __all__: list[str] = []
@@ -107,6 +107,32 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     report = yield
     marks.check_collected(report)
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Give a clone to tests that another hook has marked, whenever it did."""
+    yield
+    for item in items:
+        marks.complete_item(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Remember the test that runs, for fixtures that outlive it."""
+    item.config.stash[RUNNING] = item
+    try:
+        return (yield)
+    finally:
+        item.config.stash[RUNNING] = None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    """Tell a wrong marker that came late, and a worker's clone that is of another directory's `fcvm_spec`."""
+    marks.check_late(item)
+    yield
+    fixtures.check_worker_clone(item)
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)

@@ -145,13 +145,21 @@ def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:
 def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str, str]) -> dict[str, str]:
     """Read `NAME=value` items; a bare `NAME` takes its value from `host_env`. A mapping is taken as it is."""
     pairs = items.items() if isinstance(items, Mapping) else (_env_pair(item, host_env) for item in items)
-    env = {str(name): str(value) for name, value in pairs}
+    env = {str(name): _env_value(name, value) for name, value in pairs}
     for name, value in env.items():
         if not _ENV_NAME.fullmatch(name):
             raise UsageProblem(f"{name!r} is not an environment variable's name", hint="write NAME=value")
         if "\0" in value:
             raise UsageProblem(f"the value of {name} has a NUL byte", hint="pass binary data as a file, with map")
     return env
+
+
+def _env_value(name: object, value: object) -> str:
+    if not isinstance(value, (str, int, float, os.PathLike)):
+        raise UsageProblem(
+            f"the value of {name} is {value!r} and not a text", hint='write a string; "" for an empty one'
+        )
+    return str(value)
 
 
 def _env_pair(item: str, host_env: Mapping[str, str]) -> tuple[str, str]:

@@ -146,3 +146,78 @@ def test_a_mode_is_no_private_network_and_is_told_where_it_belongs(project) -> N
     result.stdout.fnmatch_lines(
         ["*'rootless' is no private network, as fcvm_network makes them", "*@pytest.mark.fcvm(network='rootless')*"]
     )
+
+
+_LATE = """
+import pytest
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "web" in item.name:
+            item.add_marker(pytest.mark.fcvm(image="late"))
+        if "typo" in item.name:
+            item.add_marker(pytest.mark.fcvm(imgae="late"))
+"""
+
+
+def test_a_marker_that_a_hook_adds_counts_as_any_other(project) -> None:
+    project.write(conftest_py=_LATE, test_a_py="def test_web(): pass\ndef test_web_clone(fcvm_clone): pass\n")
+    seen = [(one["test"], one["image"]) for one in project.watch()]
+    assert seen == [("test_a.py::test_web", "late"), ("test_a.py::test_web_clone", "late")]
+
+
+@pytest.mark.parametrize("more", [(), ("-n2",)])
+def test_a_wrong_marker_that_a_hook_adds_is_told(more: tuple[str, ...], project) -> None:
+    project.write(conftest_py=_LATE, test_a_py="def test_typo(): pass\n")
+    result = project.run(*more)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*test_a.py::test_typo: @pytest.mark.fcvm has no argument 'imgae'"])
+
+
+def test_a_group_counts_as_machines_and_takes_the_marker(project) -> None:
+    project.write(
+        test_a_py="import pytest\ndef test_plain(): pass\n"
+        'def test_group(fcvm_group): fcvm_group({"a": {"image": "x"}})\n'
+        '@pytest.mark.fcvm(mem="128M")\ndef test_marked(fcvm_group): fcvm_group({"a": {"image": "x"}})\n'
+    )
+    seen = [(one["test"], one["image"], one["mem"]) for one in project.watch("-m", "fcvm")]
+    assert seen == [("test_a.py::test_group", "x", 256), ("test_a.py::test_marked", "x", 128)]
+
+
+_OVERRIDE = """
+import pytest
+
+@pytest.fixture(scope="session")
+def fcvm_spec(fcvm_spec):
+    return fcvm_spec.merged({"image": "%s"})
+"""
+
+
+def test_a_snapshot_factory_takes_the_spec_of_the_test_that_calls_it(project) -> None:
+    test = "def test_%s(fcvm_snapshot_factory): fcvm_snapshot_factory()\n"
+    project.write(a__conftest_py=_OVERRIDE % "one", b__conftest_py=_OVERRIDE % "two")
+    project.write(a__test_a_py=test % "a", b__test_b_py=test % "b")
+    assert [one["image"] for one in project.watch()] == ["one", "two"]
+
+
+def test_a_worker_clone_of_another_directorys_spec_is_an_error(project) -> None:
+    test = "def test_%s(fcvm_worker_clone): pass\n"
+    project.write(a__conftest_py=_OVERRIDE % "one", b__conftest_py=_OVERRIDE % "two")
+    project.write(a__test_a_py=test % "a", a__test_a2_py=test % "a2", b__test_b_py=test % "b")
+    project.write(
+        conftest_py="from pytest_fcvm import fixtures\n"
+        "class Clone:\n    def close(self): pass\n"
+        "fixtures._find_snapshot = lambda *_: None\nfixtures._start_clone = lambda *_: Clone()\n"
+    )
+    result = project.run()
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*b/test_b.py::test_b: fcvm_worker_clone is one clone*(image one, here two)*"])
+
+
+@pytest.mark.parametrize("value", ["None", "['a']", "b'a'", "{}"])
+def test_a_variable_that_is_no_text_is_told(value: str, project) -> None:
+    project.write(test_a_py=f"import pytest\n@pytest.mark.fcvm(env={{'A': {value}}})\ndef test_a(): pass\n")
+    result = project.run("--collect-only")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["test_a.py::test_a: @pytest.mark.fcvm(env=…): the value of A is *"])
