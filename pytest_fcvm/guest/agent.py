@@ -330,7 +330,11 @@ def start_session(
     Hello, private networks, identity and the log's stream go in one write, so that a clone costs one round trip. The
     session owns the socket, and has closed it when this raises.
     """
-    agent = Agent(Session(sock, secret, explain=explain))
+    try:
+        agent = Agent(Session(sock, secret, explain=explain))
+    except BaseException:
+        sock.close()
+        raise
     try:
         agent._log = _open_session(agent.session, identity, cables, log_sink, Deadline(timeout_s))
     except BaseException:
