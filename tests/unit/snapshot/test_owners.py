@@ -1,4 +1,4 @@
-"""Whatever fails at whatever step, nothing is left: each kind of call of a run that succeeds is made to fail in turn."""
+"""Whatever fails at whatever step, nothing is left: each kind of call of a run is made to fail in turn."""
 
 from __future__ import annotations
 
