@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["Failures", "plain_message"]
 
@@ -44,7 +44,7 @@ class Failures:
         try:
             return make()
         except FcvmError as error:
-            fresh = self._folder / f"{name}.{os.getpid()}"
+            fresh = self._folder / f"{name}.{getpid()}"
             fresh.write_bytes(pickle.dumps(error))
             fresh.replace(self._record(name))
             raise

@@ -22,6 +22,7 @@ from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.janitor import sweep, sweep_temporary
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.image.config import ImageConfig
@@ -73,12 +74,12 @@ class Harness:
         self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock = threading.RLock()
-        self._owner = os.getpid()
+        self._owner = getpid()
         self._entries: dict[str, Entry] = {}
         self._snapshots: dict[_Wanted, Snapshot] = {}
         self._network_numbers = itertools.count(1)
         self._images: dict[str, _Image] = {}
-        self._no_engine = ""
+        self._no_engine = self._who = ""
         self._notes: list[str] = []
         self._timings: list[str] = []
         self._built = self._reused = self._clones = self._kept = 0
@@ -86,7 +87,7 @@ class Harness:
 
     def close(self) -> None:
         """Kill what still runs and remove this process's run directory. Does nothing in a forked child."""
-        if os.getpid() == self._owner:
+        if getpid() == self._owner:
             self._resources.close()
 
     def snapshot(self, spec: MachineSpec, who: str) -> Snapshot:
@@ -96,6 +97,7 @@ class Harness:
         later call raises it at once.
         """
         with self._lock:
+            self._who = who
             if spec.image is None:
                 raise UsageProblem(
                     "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
@@ -370,14 +372,14 @@ class Harness:
         """Wait for room in the host's memory. Who already has a machine goes first, or two could wait for ever."""
         return self._admission.admit(
             mem_mib,
-            holder=f"pid {os.getpid()}",
+            holder=self._who,
             first=all(clone.closed for clone in self._live),
             deadline_s=_ADMISSION_S,
             on_wait=lambda: self._drain_pools(self._snapshots),
         )
 
     def _admit_ahead(self, mem_mib: int) -> Ticket:
-        return self._admission.admit_ahead(mem_mib, holder=f"pid {os.getpid()}, ahead of its tests")
+        return self._admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self._who}")
 
     def _keep_few_pools(self, wanted: _Wanted) -> None:
         """Give back the clones ahead of tests that seem to be over: only the snapshots asked for last keep theirs."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
 
@@ -172,7 +173,7 @@ class Shelf:
         """Yield a folder that is gone after the block, and by the next start where the process was killed in it."""
         key = f"copy-{secrets.token_hex(8)}"
         with self.locked(key, "a copy", lambda _text: None):
-            folder = self.path / f"{key}.tmp-{os.getpid()}"
+            folder = self.path / f"{key}.tmp-{getpid()}"
             try:
                 folder.mkdir(mode=0o700)
                 yield folder
@@ -188,7 +189,7 @@ class Shelf:
         """
         self._check_replaceable(key)
         self._sweep_key(key)
-        folder = self.path / f"{key}.tmp-{os.getpid()}"
+        folder = self.path / f"{key}.tmp-{getpid()}"
         try:
             folder.mkdir(mode=0o700)
             facts = dict(make(folder))
@@ -256,7 +257,7 @@ class Store:
         with suppress(FileNotFoundError):
             return path.read_bytes()
         with suppress(FileExistsError):
-            fresh = self.root / f"secret.{os.getpid()}.{secrets.token_hex(4)}"
+            fresh = self.root / f"secret.{getpid()}.{secrets.token_hex(4)}"
             fresh.touch(mode=0o600)
             fresh.write_bytes(secrets.token_bytes(32))
             try:
@@ -346,7 +347,7 @@ def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh = path.with_name(f"{path.name}.{getpid()}")
     try:
         fresh.touch(mode=0o600)
         fresh.write_text(text)
@@ -380,7 +381,7 @@ def _raise_if_full(error: BaseException, folder: Path) -> None:
 
 def _write_builder(path: Path, who: str, phase: str) -> None:
     with suppress(OSError):
-        _replace(path, json.dumps({"pid": os.getpid(), "who": who, "phase": phase}))
+        _replace(path, json.dumps({"pid": getpid(), "who": who, "phase": phase}))
 
 
 def _read_builder(path: Path) -> str:

@@ -272,3 +272,14 @@ def public_functions(
 
 def decorator_name(decorator: ast.expr) -> str:
     return str(getattr(decorator, "attr", getattr(decorator, "id", "")))
+
+
+def test_nobody_asks_for_our_pid_by_a_name_that_tests_replace() -> None:
+    programs = {f"{PACKAGE}.host.guard", f"{PACKAGE}.host.spawner"}  # of processes where no test runs
+    assert not [
+        module.at(node.lineno)
+        for module in load()
+        if module.name not in programs
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.getpid", "time.clock_gettime")
+    ]

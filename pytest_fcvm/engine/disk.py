@@ -14,6 +14,7 @@ from pathlib import Path
 from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse, unmakable
 from pytest_fcvm.errors import GuestError
 from pytest_fcvm.host.files import create_private
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.host.process import resolve_tool, run_tool
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]
@@ -98,7 +99,7 @@ def _open_nameless(folder: Path) -> int:
     except OSError as error:
         if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
             raise
-    path = folder / f"disk-{os.getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
+    path = folder / f"disk-{getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
     descriptor = create_private(path)
     path.unlink()
     return descriptor

@@ -14,7 +14,6 @@ on some of them and wait for each other longer than they must. What is left of t
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.ledger import Holder, Ledger, Totals, open_ledger
 from pytest_fcvm.host.memory import HostMemory
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["Admission", "NoRoomAhead", "Ticket"]
 
@@ -33,6 +33,7 @@ _FOLDER = "admission"
 _CAPACITY = "capacity"
 _RESERVE_MIB = 256
 _NAMED = 3
+_OWN_S = 10.0  # for clones of this process to end that are ending already
 _RETRY_S = 0.001  # the first retry is for a lock that is held for 0.2 ms; memory comes back without an event
 _LONGEST_RETRY_S = 0.05
 
@@ -54,11 +55,11 @@ class Ticket:
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release = release
-        self._owner = os.getpid()
+        self._owner = getpid()
 
     def release(self) -> None:
         """Give the memory back; idempotent."""
-        if os.getpid() == self._owner:
+        if getpid() == self._owner:
             self._release()
 
     def __enter__(self) -> Self:
@@ -92,7 +93,8 @@ class Admission:
 
         holder: the test's id, for the messages others get. first: the test holds no clone yet. on_wait: called once
         before a wait, to give back what can be spared.
-        Raise HostError when the clone can never fit, and at the deadline, naming who holds the memory.
+        Raise HostError when the clone can never fit, after seconds where all that `max_clones` lets in are this
+        process's own, and at the deadline, naming who holds the memory.
         """
         total = self._memory.total_mib()
         if mem_mib > total:
@@ -105,7 +107,8 @@ class Admission:
         number = self._try(ledger, request)
         if not number:
             on_wait()
-            number = self._wait(ledger, request, deadline_s)
+            alone = self._max_clones is not None and ledger.own_clones() >= self._max_clones
+            number = self._wait(ledger, request, min(deadline_s, _OWN_S) if alone else deadline_s)
         return Ticket(lambda: self._give_back(ledger, number))
 
     def admit_ahead(self, mem_mib: int, *, holder: str) -> Ticket:
@@ -185,6 +188,11 @@ class Admission:
         holders = wait_until(lambda: _list_holders(ledger), Deadline(1.0), interval_s=_RETRY_S) or []
         named = ", ".join(map(str, holders[:_NAMED])) or "nobody of ours"
         more = f" and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
+        if self._max_clones is not None and ledger.own_clones() >= self._max_clones:
+            return HostError(
+                f"this process holds all {self._max_clones} clones of --fcvm-max-clones itself; held by {named}{more}",
+                hint="raise --fcvm-max-clones, or end a clone before the next one is started",
+            )
         limit = f", at most {self._max_clones} clones" if self._max_clones is not None else ""
         return HostError(
             f"no room for a clone of {request.mem_mib} MiB within {deadline_s:g} s "

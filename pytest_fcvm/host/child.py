@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["Child", "ChildExit"]
 
@@ -36,7 +37,7 @@ class Child:
         self.pid = 0
         self.pidfd = -1
         self._end = end
-        self._owner = os.getpid()
+        self._owner = getpid()
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._exit: ChildExit | None = None
@@ -52,7 +53,7 @@ class Child:
 
         What ended by itself keeps its directory until then, so that its last words can be read.
         """
-        if os.getpid() == self._owner:
+        if getpid() == self._owner:
             self.send_signal(signal.SIGKILL)
             self._end()
 

@@ -24,6 +24,7 @@ from itertools import count
 from pathlib import Path
 
 from pytest_fcvm.host.files import create_private
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["Holder", "Ledger", "Totals", "open_ledger"]
 
@@ -65,7 +66,7 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
-        self.owner = os.getpid()
+        self.owner = getpid()
         self._folder = folder
         self._mutex = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._threads = threading.RLock()
@@ -96,6 +97,10 @@ class Ledger:
             clones, mem_mib, again = (int(part) for part in (os.read(file, _HEAD_BYTES).split() or (0, 0, 0)))
             result += Totals(clones=clones, mem_mib=mem_mib, waiting_again=again)
         return result
+
+    def own_clones(self) -> int:
+        """Return how many clones this process holds."""
+        return len(self._lines)
 
     def holders(self) -> list[Holder]:
         """Return who holds what. The lock must be held."""
@@ -180,7 +185,7 @@ def open_ledger(folder: Path) -> Ledger:
     """Return this process's ledger in a folder; a forked child gets one of its own. Raise OSError."""
     with _opening:
         known = _ledgers.get(folder)
-        if known is None or known.owner != os.getpid():
+        if known is None or known.owner != getpid():
             known = _ledgers[folder] = Ledger(folder)
         return known
 

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from pytest_fcvm.errors import FcvmError, HostError
+from pytest_fcvm.host.own import getpid
 
 __all__ = [
     "LOCK_NAME",
@@ -113,7 +114,7 @@ class RunDir:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
-        self._owner = os.getpid()
+        self._owner = getpid()
         self._lock = -1
         self._path: Path | None = None
 
@@ -132,7 +133,7 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() == self._owner and self._path is not None:
+        if getpid() == self._owner and self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
         lock, self._lock = self._lock, -1
         if lock >= 0:

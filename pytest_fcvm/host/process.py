@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.own import getpid
 
 __all__ = ["ToolFailed", "condense", "ends_with_us", "find_tool", "resolve_tool", "run_tool"]
 
@@ -46,7 +46,7 @@ def ends_with_us() -> list[str | Path]:
     setpriv = find_tool("setpriv")
     if setpriv is None:
         return []
-    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(os.getpid())]
+    return [setpriv, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _UNLESS_ORPHANED, str(getpid())]
 
 
 def run_tool(

@@ -23,6 +23,7 @@ from typing import Self
 from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host import wire
 from pytest_fcvm.host.child import Child, ChildExit
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.host.paths import make_child_dir
 from pytest_fcvm.host.threads import ServiceThread
 
@@ -56,7 +57,7 @@ class Supervisor:
         self.guard_pid = guard
         self._guard = os.pidfd_open(guard)
         self._control, self._events, self._log = control, events, log
-        self._owner = os.getpid()
+        self._owner = getpid()
         self._isolation = ""
         self._asking = threading.Lock()  # one request and its answer at a time
         self._table = threading.Lock()
@@ -81,7 +82,7 @@ class Supervisor:
                 events, far_events = _socket_pair(undo, passed)
                 log = os.open(run_dir / _LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 undo.callback(os.close, log)
-                pytest = os.pidfd_open(os.getpid())
+                pytest = os.pidfd_open(getpid())
                 passed.callback(os.close, pytest)
                 ends = {wire.CONTROL: far_control.fileno(), wire.EVENTS: far_events.fileno(), wire.PYTEST: pytest}
                 guard = _exec_guard(run_dir, ends | {1: log, 2: log}, namespaces)
@@ -150,7 +151,7 @@ class Supervisor:
 
     def close(self) -> None:
         """Kill every process, remove the run directory and wait for both; idempotent."""
-        if os.getpid() != self._owner:
+        if getpid() != self._owner:
             self._drop_descriptors()
             return
         with self._table:
@@ -195,7 +196,7 @@ class Supervisor:
         return child
 
     def _ask(self, number: int, child: Child, request: tuple[object, ...], descriptors: Sequence[int]) -> None:
-        if os.getpid() != self._owner:
+        if getpid() != self._owner:
             raise UsageProblem("a forked child of pytest cannot start VMs", hint="start them before the fork")
         with self._table:  # held over the request, so that no end is reported of what is not in the table yet
             if self._closed:

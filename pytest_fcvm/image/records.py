@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
@@ -54,7 +54,7 @@ def save_record(folder: Path, reference: ImageReference, arch: str, record: Reco
         "config": record.config.to_json(),
     }
     path = _path(folder, reference, arch)
-    fresh = path.with_name(f"{path.stem}.tmp-{os.getpid()}")
+    fresh = path.with_name(f"{path.stem}.tmp-{getpid()}")
     try:
         fresh.touch(mode=0o600)
         fresh.write_text(json.dumps(data, indent=1, sort_keys=True))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
@@ -41,7 +41,7 @@ class PulledImage:
 
     def __init__(self, reference: ImageReference, images_dir: Path, arch: str, progress: Progress) -> None:
         self.reference, self.arch = reference, arch
-        self.folder = images_dir / f"{canonical_digest({'image': reference.text})}.tmp-{os.getpid()}"
+        self.folder = images_dir / f"{canonical_digest({'image': reference.text})}.tmp-{getpid()}"
         self.digest, self.config = "", ImageConfig(architecture=arch)
         self._progress = progress
         self._layers: tuple[LayerBlob, ...] | None = None

@@ -28,6 +28,7 @@ from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.sparse import move_file
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.mounts import open_mounts
+from pytest_fcvm.host.own import getpid
 from pytest_fcvm.host.process import find_tool, run_tool
 
 __all__ = ["Cell", "Jailer", "NotJailed", "find_jailer"]
@@ -160,7 +161,7 @@ def find_jailer(firecracker: Path, version: FirecrackerVersion) -> Jailer:
 
 def _next_user() -> int:
     """Return a user that is nobody else's: no two processes have an id at once, and none has more than 256 VMs."""
-    return _GROUP | (os.getpid() & 0x3FFFFF) << 8 | next(_serials) & 0xFF
+    return _GROUP | (getpid() & 0x3FFFFF) << 8 | next(_serials) & 0xFF
 
 
 def _open_to_cells(path: Path, *, writes: bool) -> None:

@@ -309,3 +309,17 @@ def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, mac
     spared = gate.admit_ahead(10, holder="ahead")
     gate.admit(10, holder="a test", first=True, deadline_s=1)
     gate.admit(10, holder="another", first=True, deadline_s=5, on_wait=spared.release)
+
+
+def test_a_clone_that_its_own_process_keeps_out_is_told_in_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_fcvm.host.admission._OWN_S", 0.2)
+    monkeypatch.setattr(os, "getpid", lambda: 4242)  # as a test may; the ticket is given back all the same
+    admission = Admission(tmp_path, max_clones=1, memory=HostMemory(machine(4000)))
+    with admission.admit(10, holder="test_a.py::test_two", first=True, deadline_s=1):
+        begun = monotonic()
+        with pytest.raises(HostError, match=r"this process holds all 1 .* itself; held by test_a.py::test_two \(pid"):
+            admission.admit(10, holder="test_a.py::test_two", first=False, deadline_s=60)
+        assert monotonic() - begun < 10
+    admission.admit(10, holder="test_b.py::test_b", first=True, deadline_s=1).release()
