@@ -312,7 +312,7 @@ def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, mac
 
 
 def test_a_clone_that_its_own_process_keeps_out_is_told_in_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_fcvm.host.admission._OWN_S", 0.2)
     monkeypatch.setattr(os, "getpid", lambda: 4242)  # as a test may; the ticket is given back all the same
