@@ -7,6 +7,7 @@ tested too where it is beside it, and then both must be linked statically, as in
 
 from __future__ import annotations
 
+import compileall
 import hashlib
 import os
 import runpy
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -31,7 +33,7 @@ ASKED_EVERY_S, ANSWERS_WITHIN_S = 30.0, 120.0
 PREPARE_S, RUN_S = 1200.0, 3600.0
 LIVES = 4  # QEMU's emulation of SVM loses a host now and then: an interrupt right after #VMEXIT, some minutes in
 _PACKAGES = (
-    "python3 kmod procps iproute2 util-linux e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
+    "python3 kmod procps iproute2 util-linux mount e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
     "qemu-system-x86 busybox-static linux-image-cloud-amd64 nftables slirp4netns"
 )
 # The guest's kernel loads none by itself: what it would run is not in the image.
@@ -42,7 +44,6 @@ _ENVIRONMENT = {
     "PATH": "/work/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "XDG_CACHE_HOME": "/var/cache",
-    "PYTHONDONTWRITEBYTECODE": "1",
 }
 # Proves KVM, and leaves in the cache what every run needs: the guest's kernel and nginx.
 _WARM_UP = "FCVM_ENGINE=firecracker python3 -m pytest -p no:cacheprovider tests/vm/test_clone.py -k answers_at_once"
@@ -170,6 +171,7 @@ def _gather_project(folder: Path) -> Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
+    _compile(folder)
     return folder
 
 
@@ -182,11 +184,28 @@ def _gather_rest(folder: Path, firecracker: Path) -> Path:
     for name in IMAGES:
         shutil.copytree(build(name, ROOT / ".demo"), folder / "images" / name)
     shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
+    _compile(folder / "site")
     (folder / "bin").mkdir()
     shutil.copy2(firecracker, folder / "bin" / "firecracker")
     if (jailer := firecracker.with_name("jailer")).exists():
         shutil.copy2(jailer, folder / "bin" / "jailer")
     return folder
+
+
+def _compile(folder: Path) -> None:
+    """Compile Python here, where it takes seconds: an emulated host would do it again in every pytest.
+
+    A host whose Python is another one compiles by itself. The bytecode holds whatever time a copy of its source has.
+    """
+    modes = PycInvalidationMode
+    compileall.compile_dir(
+        folder,
+        quiet=2,
+        stripdir=folder,
+        prependdir=f"/work/{folder.name}",
+        force=True,
+        invalidation_mode=modes.UNCHECKED_HASH,
+    )
 
 
 def _digest(folder: Path) -> str:

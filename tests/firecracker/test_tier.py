@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.firecracker.conftest import KvmHost
+from tests.firecracker.conftest import ROOT, KvmHost
 
 TESTS = (
     "test_clone.py",
@@ -28,6 +28,8 @@ TESTS = (
     "test_images.py",
     "test_systemd.py",
 )
+# QEMU's own, and those that a test below runs by themselves.
+ELSEWHERE = ("test_engine.py", "test_jail.py", "test_network.py")
 IN_JAIL = ("test_jail.py", "test_clone.py", "test_disk.py", "test_fork.py", "test_enclosed.py", "test_runs.py")
 OF_OTHER_PROCESSES = ("test_runs.py", "test_shell.py", "test_keep.py")
 
@@ -52,6 +54,10 @@ def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
         return "".join(seen)
 
     return run
+
+
+def test_no_file_of_the_vm_tier_is_forgotten() -> None:
+    assert sorted((*TESTS, *ELSEWHERE)) == sorted(path.name for path in (ROOT / "tests/vm").glob("test_*.py"))
 
 
 @pytest.mark.parametrize("tests", TESTS)
