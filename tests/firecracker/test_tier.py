@@ -48,7 +48,7 @@ def run(host: KvmHost, capfd: pytest.CaptureFixture[str]) -> Run:
             print(text, end="", flush=True)
 
     def run(arguments: str, more: str = "") -> str:
-        settings = "FCVM_ENGINE=firecracker FCVM_TEST_FIRECRACKER=/work/bin/firecracker"
+        settings = "FCVM_ENGINE=firecracker FCVM_TEST_FIRECRACKER=/work/bin/firecracker FCVM_TEST_PATIENCE=5"
         code = host.run(f"{settings} {more} python3 {arguments}", tell)
         assert code == 0, "".join(seen)[-20000:]
         return "".join(seen)

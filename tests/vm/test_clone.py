@@ -12,6 +12,7 @@ import pytest
 
 from pytest_fcvm import Clone, CommandFailed, GuestError, GuestTimeout, Snapshot, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns, wait_until
+from tests.patience import PATIENCE
 
 
 def listens(port: int) -> bool:
@@ -99,7 +100,7 @@ def test_a_running_command_streams_and_takes_signals(fcvm_clone: Clone) -> None:
         assert process.stdout.readline() == b"ready\n"
         process.signal(signal.SIGUSR1)
         assert process.stdout.readline() == b"got it\n"
-        assert process.wait(30).code == 5
+        assert process.wait(30 * PATIENCE).code == 5
 
 
 def test_files_go_in_and_out(fcvm_clone: Clone, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_killed_clone_says_so(fcvm_snapshot: Snapshot) -> None:
     clone.kill()
     with pytest.raises(GuestError, match="closed"):
         clone.exec("true")
-    assert wait_until(lambda: not listens(port), Deadline(10))
+    assert wait_until(lambda: not listens(port), Deadline(10 * PATIENCE))
 
 
 def test_a_reset_clone_keeps_its_ports_and_loses_its_state(fcvm_worker_clone: Clone) -> None:

@@ -21,6 +21,7 @@ from pytest_fcvm import Clone, CloneFactory, MachineSpec
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.parse import parse_network, parse_ready
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -220,7 +221,7 @@ def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Cal
 def test_clones_reach_outside_as_far_as_they_may_and_not_each_other(
     on_a_host: Callable[..., subprocess.Popen[str]], mode: str, ways: str
 ) -> None:
-    said, _ = on_a_host(f"{mode},{ways}").communicate(timeout=240)
+    said, _ = on_a_host(f"{mode},{ways}").communicate(timeout=240 * PATIENCE)
     assert "1 passed" in said, said
     assert "LEFT  lo near@if2 ; \n" in said, said
 
@@ -245,7 +246,7 @@ def test_nothing_is_left_of_a_pytest_that_was_killed(
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert up.wait(240)
+    assert up.wait(240 * PATIENCE)
     assert process.poll() is None, "".join(lines)
     (victim,) = [pid for pid in _children(process.pid) if "test_inner.py" in _command(pid)]
     alive = _descendants(victim)
@@ -253,7 +254,7 @@ def test_nothing_is_left_of_a_pytest_that_was_killed(
     os.kill(victim, signal.SIGKILL)
     reader.join(60)
     assert "LEFT  lo near@if2 ; \n" in "".join(lines), "".join(lines)
-    assert wait_until(lambda: not [pid for pid in alive if _command(pid)], Deadline(30)), json.dumps(
+    assert wait_until(lambda: not [pid for pid in alive if _command(pid)], Deadline(30 * PATIENCE)), json.dumps(
         [_command(pid) for pid in alive]
     )
 

@@ -25,6 +25,7 @@ from pytest_fcvm import (
     WorkloadExited,
 )
 from pytest_fcvm.host.clock import monotonic
+from tests.patience import PATIENCE
 
 
 def test_an_image_that_does_not_exist(fcvm_snapshot_factory: SnapshotFactory, registry: str) -> None:
@@ -74,7 +75,7 @@ def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> Non
         os.kill(fcvm_clone._machine.vm.pid, signal.SIGKILL)
         started = monotonic()
         with pytest.raises(EngineError, match=r"ended: somebody killed \w+ \(SIGKILL\)"):
-            process.wait(60)
+            process.wait(60 * PATIENCE)
         assert monotonic() - started < 10
     with pytest.raises(EngineError, match=r"ended: somebody killed \w+ \(SIGKILL\)"):
         fcvm_clone.exec("true")

@@ -14,6 +14,7 @@ import pytest
 
 from pytest_fcvm import Clone, CloneFactory, FcvmError, Prepare, UsageProblem
 from pytest_fcvm.host.paths import cache_root
+from tests.patience import PATIENCE
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"
 # A server whose state is in its memory alone: it counts the connections that it has had.
@@ -93,8 +94,8 @@ def test_a_command_is_attached_to_again_in_a_fork(fcvm_clone: Clone) -> None:
     attached = fork.attach(process.pid)
     assert attached.stdout.readline() == b"input ended\n"
     fork.succeed("echo > /tmp/go")
-    assert attached.communicate(timeout_s=60) == (b"", b"told\n")
-    assert attached.wait(60).code == 5
+    assert attached.communicate(timeout_s=60 * PATIENCE) == (b"", b"told\n")
+    assert attached.wait(60 * PATIENCE).code == 5
     with pytest.raises(FcvmError, match="process id"):
         fork.attach(process.pid)
 

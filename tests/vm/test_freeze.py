@@ -8,6 +8,7 @@ import pytest
 
 from pytest_fcvm import Snapshot
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from tests.patience import PATIENCE
 
 # Prints as fast as it can: what the kernel gives as random, the time of day, and who it believes to be.
 SCRIPT = (
@@ -25,7 +26,7 @@ def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snap
     started = real_time_ns() // 10**9  # clones may be made ahead, but none before this
     for _ in range(8):
         with fcvm_snapshot.clone() as clone:
-            assert wait_until(lambda clone=clone: clone.logs().count(f" {clone.name} ") > 3, Deadline(60))
+            assert wait_until(lambda clone=clone: clone.logs().count(f" {clone.name} ") > 3, Deadline(60 * PATIENCE))
             own = clone.logs()[len(fcvm_snapshot.logs()) :]
             # One line was begun before the snapshot and may carry the base's values; every later one must not.
             lines = [match.groups() for match in TICK.finditer(own)]

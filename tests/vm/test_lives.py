@@ -14,8 +14,9 @@ import pytest
 
 from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, wait_until
+from tests.patience import PATIENCE
 
-WAIT_S = 60.0
+WAIT_S = 60.0 * PATIENCE
 # Answers every datagram and every connection on a port by what it was sent, and by who sent it.
 UDP_ECHO = """
 use IO::Socket::INET;

@@ -17,12 +17,13 @@ from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.parse import parse_network, parse_ready
 from pytest_fcvm.options import Options
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FCVM_ENGINE", "").startswith("firecracker") and "FCVM_NETWORK" not in os.environ,
     reason="on Firecracker private networks take FCVM_NETWORK=rootless",
 )
-WAIT_S = 60.0
+WAIT_S = 60.0 * PATIENCE
 GET = """
 use IO::Socket::IP;
 my $server = IO::Socket::IP->new(PeerAddr => $ARGV[0], PeerPort => 80, Timeout => 3) or die "no way: $@";
@@ -242,4 +243,4 @@ def test_a_switch_ends_with_a_run_that_is_killed(
         assert Path(f"/proc/{pid}").exists()
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), Deadline(10))
+    assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), Deadline(10 * PATIENCE))

@@ -11,8 +11,9 @@ import pytest
 
 from pytest_fcvm import Clone, Snapshot
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from tests.patience import PATIENCE
 
-_AHEAD_S = 60
+_AHEAD_S = 60 * PATIENCE
 
 
 def _came_from_the_pool(clone: Clone) -> bool:
@@ -59,7 +60,7 @@ def test_a_clone_that_dies_in_the_pool_costs_no_test(fcvm_snapshot: Snapshot) ->
         os.kill(_wait_for_one_asleep(fcvm_snapshot), signal.SIGKILL)
         pool = fcvm_snapshot._pool
         assert pool is not None
-        assert wait_until(lambda: pool._ready[0].machine.ended is not None, Deadline(10))
+        assert wait_until(lambda: pool._ready[0].machine.ended is not None, Deadline(10 * PATIENCE))
         with fcvm_snapshot.clone() as clone:
             assert clone.succeed("echo alive") == "alive\n"
         assert fcvm_snapshot.lost == lost + 1

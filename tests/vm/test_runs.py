@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from tests.patience import PATIENCE
 
 Run = Callable[..., subprocess.Popen[str]]
 
@@ -56,7 +57,7 @@ def run(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Path
 
 
 def ends(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(timeout=600 * PATIENCE)
     return process.returncode, output
 
 
@@ -201,7 +202,7 @@ def test_nothing_is_left_after_sigkill(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     died = monotonic()
-    gone = wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(10))
+    gone = wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(10 * PATIENCE))
     assert gone, processes_of(cold_cache, own_runtime)
     assert monotonic() - died < 5  # 1 s on an idle machine
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
@@ -226,5 +227,5 @@ def test_ctrl_c_leaves_nothing(run: Run, pytester: pytest.Pytester, cold_cache: 
         if "in the test" in line:
             break
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(60) == 2
-    assert wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(5))
+    assert process.wait(60 * PATIENCE) == 2
+    assert wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(5 * PATIENCE))

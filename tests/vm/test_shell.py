@@ -15,8 +15,9 @@ from contextlib import contextmanager
 import pytest
 
 from pytest_fcvm.host.clock import Deadline, wait_until
+from tests.patience import PATIENCE
 
-_START_S = 120
+_START_S = 120 * PATIENCE
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_shell_on_a_terminal_is_typed_on_resized_interrupted_and_ends_with_its
         screen.type("stty size\r")
         screen.wait_for(r"40 120\r\n")
         screen.type("exit 9\r")
-        assert process.wait(60) == 9
+        assert process.wait(60 * PATIENCE) == 9
         assert termios.tcgetattr(program) == before
 
 
@@ -89,8 +90,8 @@ def test_the_terminal_is_as_it_was_after_any_death(command: list[str], number: i
         screen.wait_for(r"in the guest\r\n")
         assert termios.tcgetattr(program) != before
         process.send_signal(number)
-        process.wait(60)
-        assert wait_until(lambda: termios.tcgetattr(program) == before, Deadline(10))
+        process.wait(60 * PATIENCE)
+        assert wait_until(lambda: termios.tcgetattr(program) == before, Deadline(10 * PATIENCE))
 
 
 def test_a_command_on_pipes_has_our_input_output_errors_and_code(command: list[str]) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pytest_fcvm import Clone
+from tests.patience import PATIENCE
 
 
 def test_a_command_may_print_200_mb(fcvm_clone: Clone) -> None:
@@ -18,7 +19,7 @@ def test_a_command_may_print_200_mb(fcvm_clone: Clone) -> None:
         while chunk := process.stdout.read(1 << 20):
             total += len(chunk)
         assert total == 200_000_000
-        assert process.wait(60).code == 0
+        assert process.wait(60 * PATIENCE).code == 0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1 << 20  # KiB
 
 
