@@ -2,6 +2,7 @@
 
 FcvmError
 ├── UsageProblem   the person who wrote the command, the marker or the test
+│   └── UnresolvedSetting   a setting names what is not here (yet)
 ├── HostError      the machine: KVM, rights, disk, memory, a missing tool
 │   └── EngineUnavailable   no engine works here
 ├── ImageError     the OCI image or its registry
@@ -29,6 +30,7 @@ __all__ = [
     "GuestTimeout",
     "HostError",
     "ImageError",
+    "UnresolvedSetting",
     "UsageProblem",
     "WorkloadExited",
 ]
@@ -69,6 +71,10 @@ def _rebuild(
 
 class UsageProblem(FcvmError):
     """A wrong option, marker argument or call; becomes `pytest.UsageError` in the plugin, exit 2 in the command."""
+
+
+class UnresolvedSetting(UsageProblem):
+    """A sound setting that names what is not here, or not yet: a variable, a file, a home directory."""
 
 
 class HostError(FcvmError):

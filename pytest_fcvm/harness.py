@@ -96,6 +96,7 @@ class Harness:
         `who` (a test's id) is shown to those who wait for the build. A failure is remembered for the whole run: every
         later call raises it at once.
         """
+        self._options.check_resolved()
         with self._lock:
             self._who = who
             if spec.image is None:

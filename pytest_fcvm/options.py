@@ -246,12 +246,21 @@ class Options:
     keep: str = "off"
     timings: bool = False
     given: frozenset[str] = frozenset()
+    unresolved: Mapping[str, UsageProblem] = field(default_factory=dict)
+
+    def check_resolved(self) -> None:
+        """Raise UsageProblem where a setting names what is not here. The first clone asks; a run without one need not."""
+        for problem in self.unresolved.values():
+            raise UsageProblem(problem.message, hint=problem.hint)
 
 
-def read_layer(raw: Mapping[str, Any], origin: Origin, spelling: Callable[[Row], str]) -> dict[str, Any]:
+def read_layer(
+    raw: Mapping[str, Any], origin: Origin, spelling: Callable[[Row], str], *, defer: type[UsageProblem] | None = None
+) -> dict[str, Any]:
     """Parse one source's settings, keyed by marker name, into values keyed by field.
 
-    Raise UsageProblem that names the setting in the source's own spelling.
+    Raise UsageProblem that names the setting in the source's own spelling; one of the kind `defer` is put in the
+    value's place, for `Options.check_resolved` to raise.
     """
     layer = {}
     for name, value in raw.items():
@@ -259,9 +268,15 @@ def read_layer(raw: Mapping[str, Any], origin: Origin, spelling: Callable[[Row],
         try:
             layer[row.field] = row.parser(value, origin)
         except UsageProblem as error:
-            raise UsageProblem(f"{spelling(row)}: {error.message}", hint=error.hint) from error
+            problem = type(error)(f"{spelling(row)}: {error.message}", hint=error.hint)
+            if defer is None or not isinstance(error, defer):
+                raise problem from error
+            layer[row.field] = problem
         except (TypeError, ValueError, AttributeError) as error:
-            raise UsageProblem(f"{spelling(row)}: {value!r} is of the wrong kind", hint=row.help) from error
+            problem = UsageProblem(f"{spelling(row)}: {value!r} is of the wrong kind", hint=row.help)
+            if defer is not UsageProblem:
+                raise problem from error
+            layer[row.field] = problem
     return layer
 
 
@@ -279,11 +294,16 @@ def build_options(layers: Sequence[Mapping[str, Any]]) -> Options:
     """Lay parsed layers over the defaults, the last one on top."""
     spec, run = MachineSpec(), {}
     machine_fields = {row.field for row in ROWS if row.of_machine}
-    for layer in layers:
+    unresolved: dict[str, UsageProblem] = {}
+    for raw in layers:
+        layer = {name: value for name, value in raw.items() if not isinstance(value, UsageProblem)}
+        for name in layer.keys() - {"env"}:  # the nearest layer wins; variables of all layers are taken together
+            unresolved.pop(name, None)
+        unresolved.update({name: value for name, value in raw.items() if isinstance(value, UsageProblem)})
         spec = spec.merged({name: value for name, value in layer.items() if name in machine_fields})
         run.update({name: value for name, value in layer.items() if name not in machine_fields})
     given = frozenset(name for layer in layers for name in layer)
-    return Options(spec=spec, given=given, **run)
+    return Options(spec=spec, given=given, unresolved=unresolved, **run)
 
 
 def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) -> dict[str, Any]:

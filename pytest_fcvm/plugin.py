@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pytest_fcvm import fixtures, hookspecs, reporting
-from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
 from pytest_fcvm.fixtures import marks
 from pytest_fcvm.hookspecs import OPTIONS, REPORTER, RUNNING, TIMER
-from pytest_fcvm.options import ROWS, Options, Origin, RowKind, build_options, environment_layer, read_layer
+from pytest_fcvm.options import ROWS, Options, Origin, Row, RowKind, build_options, environment_layer, read_layer
 
 __all__: list[str] = []
 
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         elif row.choices:
             how = {"action": "store", "choices": row.choices}
         group.addoption(row.flag, dest=f"fcvm_{row.marker}", default=None, help=text.replace("%", "%%"), **how)
-        parser.addini(f"fcvm_{row.marker}", row.help, type=row.kind.value, default=None)
+        parser.addini(_ini_key(row), row.help, type=row.kind.value, default=None)
 
 
 def _import_as_we_are(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -71,24 +71,46 @@ def _read_options(config: pytest.Config) -> Options:
     ini_base = config.inipath.parent if config.inipath else config.rootpath
     invoked = Path(config.invocation_params.dir)
     environment = dict(os.environ)
+    defer = UsageProblem if _asks_for_help(config) else UnresolvedSetting
+
+    def read(raw: dict[str, Any], base: Path, spelling: Callable[[Row], str]) -> dict[str, Any]:
+        return read_layer(raw, Origin(base=base, environment=environment), spelling, defer=defer)
+
     return build_options(
         [
-            read_layer(
-                _ini_layer(config), Origin(base=ini_base, environment=environment), lambda row: f"fcvm_{row.marker}"
-            ),
-            read_layer(
-                environment_layer(environment), Origin(base=invoked, environment=environment), lambda row: row.variable
-            ),
-            read_layer(
-                _command_line_layer(config), Origin(base=invoked, environment=environment), lambda row: row.flag
-            ),
+            read(_ini_layer(config), ini_base, _ini_key),
+            read(environment_layer(environment), invoked, lambda row: row.variable),
+            read(_command_line_layer(config), invoked, lambda row: row.flag),
         ]
     )
 
 
+def _asks_for_help(config: pytest.Config) -> bool:
+    """Say whether pytest only tells of itself, which no setting may keep it from."""
+    words = ("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
+    return any(config.getoption(word, None) for word in words)
+
+
+def _ini_key(row: Row) -> str:
+    return f"fcvm_{row.marker}"
+
+
 def _ini_layer(config: pytest.Config) -> dict[str, Any]:
-    values = {row.marker: config.getini(f"fcvm_{row.marker}") for row in ROWS}
+    values = {}
+    for row in ROWS:
+        try:
+            values[row.marker] = config.getini(_ini_key(row))
+        except (TypeError, ValueError, pytest.UsageError) as error:  # UsageError since pytest 9.2
+            if not _asks_for_help(config):
+                raise _not_of_its_type(row, error) from error
     return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+
+def _not_of_its_type(row: Row, error: Exception) -> UsageProblem:
+    """Say which key pytest itself refused: a wrong truth value, or a typed value of `[tool.pytest]` for a string."""
+    key = _ini_key(row)
+    forms = {RowKind.VALUE: f'{key} = "…"', RowKind.LIST: f'{key} = ["…"]', RowKind.FLAG: f"{key} = true, or false"}
+    return UsageProblem(f"{key}: {error}", hint=f"write {forms[row.kind]}")
 
 
 def _command_line_layer(config: pytest.Config) -> dict[str, Any]:

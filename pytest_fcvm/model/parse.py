@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
 from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import Clock, MappedPath, NetworkMode, NetworkSpec, ReadyMode, ReadySpec
 
@@ -114,11 +114,11 @@ def parse_pool(text: str | int) -> int | None:
 
 
 def parse_bool(text: str | bool) -> bool:
-    """Read 1/0, true/false, yes/no, on/off."""
+    """Read 1/0, true/false, yes/no, on/off, t/f, y/n, in any case: the words that pytest takes in its ini file."""
     word = str(text).strip().lower()
-    if word in ("1", "true", "yes", "on"):
+    if word in ("1", "true", "t", "yes", "y", "on"):
         return True
-    if word in ("0", "false", "no", "off", ""):
+    if word in ("0", "false", "f", "no", "n", "off", ""):
         return False
     raise UsageProblem(f"{text!r} is neither yes nor no", hint="write true or false")
 
@@ -167,7 +167,9 @@ def _env_pair(item: str, host_env: Mapping[str, str]) -> tuple[str, str]:
     if equals:
         return name, value
     if name not in host_env:
-        raise UsageProblem(f"environment variable {name!r} is not set here", hint=f"export it or write {name}=value")
+        raise UnresolvedSetting(
+            f"environment variable {name!r} is not set here", hint=f"export it or write {name}=value"
+        )
     return name, host_env[name]
 
 
@@ -218,7 +220,7 @@ def parse_path(text: str | Path, base: Path) -> Path:
     try:
         return Path(os.path.normpath(base / Path(text).expanduser()))
     except RuntimeError as error:  # what pathlib says of ~nobody
-        raise UsageProblem(f"{str(text)!r}: {error}", hint="write the path in full") from error
+        raise UnresolvedSetting(f"{str(text)!r}: {error}", hint="write the path in full") from error
 
 
 def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
@@ -231,7 +233,7 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
         raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint="write HOST:/GUEST[:ro]")
     path = parse_path(host, base)
     if not path.exists():
-        raise UsageProblem(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
+        raise UnresolvedSetting(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
     return MappedPath(host=path, guest=guest, read_only=text.endswith(":ro"))
 
 
@@ -241,7 +243,11 @@ def parse_metadata(value: Mapping[str, Any] | str | Path, base: Path) -> dict[st
         path = parse_path(value, base)
         try:
             value = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UnresolvedSetting(
+                f"metadata {str(path)!r}: {error}", hint="name a file with a JSON object"
+            ) from error
+        except ValueError as error:
             raise UsageProblem(f"metadata {str(path)!r}: {error}", hint="name a file with a JSON object") from error
     if not (isinstance(value, Mapping) and _is_served(value)):
         raise UsageProblem("metadata holds what cannot be served", hint="use texts, and objects of texts and objects")

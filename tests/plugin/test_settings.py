@@ -135,3 +135,20 @@ def test_a_choice_is_checked_by_the_command_line_itself(project) -> None:
     result = project.run("--fcvm-engine=bochs")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--fcvm-engine: invalid choice: 'bochs'*"])
+
+
+@pytest.mark.parametrize("line", ["fcvm_timings = maybe", "fcvm_cpus = none"])
+def test_a_wrong_setting_of_the_ini_file_is_named_and_keeps_nobody_from_help(project, line: str) -> None:
+    project.write(pytest_ini=f"[pytest]\n{line}\n", test_a_py="def test_a(): pass\n")
+    told = project.run("-q")
+    assert told.ret == 4
+    assert line.partition(" ")[0] in "\n".join([*told.outlines, *told.errlines])
+    for words in (["--help"], ["--version"], ["--markers"], ["--fixtures"]):
+        assert project.run(*words).ret == 0, words
+
+
+@pytest.mark.parametrize("line", ["fcvm_env = NOT_SET_HERE", "fcvm_map = gone:/srv", "fcvm_cache_dir = ~no-user/x"])
+def test_a_setting_that_names_what_is_not_here_ends_no_run_without_a_clone(project, line: str) -> None:
+    project.write(pytest_ini=f"[pytest]\n{line}\n", test_a_py="def test_a(): pass\n" + _ONE)
+    for words in (["--help"], ["--co", "-q"], ["-q", "-m", "not fcvm"]):
+        assert project.run(*words).ret == 0, words

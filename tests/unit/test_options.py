@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
 from pytest_fcvm.model.specs import MachineSpec, Prepare
 from pytest_fcvm.options import (
     ROWS,
@@ -41,6 +41,7 @@ def test_every_field_of_a_machine_and_of_the_run_has_its_row() -> None:
     assert {row.field for row in ROWS if not row.of_machine} == {item.name for item in fields(Options)} - {
         "spec",
         "given",
+        "unresolved",
     }
 
 
@@ -175,3 +176,18 @@ def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
         "rebuild",
         "timings",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("env", "NOT_SET"), ("map", "gone:/srv"), ("metadata", "gone.json"), ("cache_dir", "~nobody-there/x")],
+)
+def test_what_is_not_here_is_told_when_it_is_asked_for_and_a_nearer_setting_mends_it(name: str, value: str) -> None:
+    origin = Origin(base=Path("/base"), environment={})
+    far = read_layer({name: value}, origin, lambda row: f"fcvm_{row.marker}", defer=UnresolvedSetting)
+    with pytest.raises(UsageProblem, match=f"fcvm_{name}: "):
+        build_options([far]).check_resolved()
+    if name == "cache_dir":
+        build_options([far, {"cache_dir": Path("/near")}]).check_resolved()
+    with pytest.raises(UsageProblem):
+        read_layer({"cpus": "none"}, origin, lambda row: row.flag, defer=UnresolvedSetting)
