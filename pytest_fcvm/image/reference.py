@@ -83,10 +83,14 @@ class ImageReference:
         """Return the same repository's image with this manifest digest; itself when it is not in a registry."""
         if not self.kind.is_remote:
             return self
-        repository = _TAG.sub("", self.name.partition("@")[0])
         return ImageReference(
-            text=self.text, kind=self.kind, skopeo=f"docker://{repository}@{digest}", registry=self.registry
+            text=self.text, kind=self.kind, skopeo=f"docker://{self.repository}@{digest}", registry=self.registry
         )
+
+    @property
+    def repository(self) -> str:
+        """Return the name without tag and digest, which is what lists tags."""
+        return _TAG.sub("", self.name.partition("@")[0])
 
 
 _WITH_PATH = (ImageKind.OCI, ImageKind.OCI_ARCHIVE, ImageKind.DOCKER_ARCHIVE, ImageKind.DIR)
@@ -103,6 +107,7 @@ _NAME = re.compile(
     re.ASCII,
 )
 _REGISTRY = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA-F:]+\])(?::\d{1,5})?")
+_REGISTRY_NAME = re.compile(rf"(?:{_REGISTRY.pattern}/)?{_NAME.pattern}", re.ASCII)
 _FORMS = (
     "write nginx:latest, registry:5000/name:tag, oci:PATH:TAG, docker-archive:PATH, containers-storage:NAME, "
     "rootfs.tar or ./folder"
@@ -126,6 +131,9 @@ def parse_reference(text: str, *, base: Path) -> ImageReference:
 def _refuse_hostile(text: str) -> None:
     if not text.strip():
         raise UsageProblem("the image's name is empty", hint=_FORMS)
+    meant = text.strip().removeprefix("http://").removeprefix("https://")
+    if meant != text and _REGISTRY_NAME.fullmatch(meant):
+        raise UsageProblem(f"{text!r} is not an image's name", hint=f"write {meant}")
     if text.startswith("-") or text != text.strip() or _CONTROL.search(text):
         raise UsageProblem(f"{_shown(text)!r} is not an image's name", hint=_FORMS)
 

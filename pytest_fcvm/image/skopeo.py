@@ -22,8 +22,8 @@ _USERINFO = re.compile(r"(?<=://)[^/@\s\"]+@")
 _SECRET_QUERY = re.compile(r"(?i)\b(token|password|secret|signature|sig)=[^&\s\"]+")
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 
-_AUTH = "skopeo login {registry} (or podman login, docker login) with an account that may read it"
-_SPELLING = "check the spelling of name and tag; skopeo list-tags docker://{repository} shows what is there"
+_AUTH = "skopeo login {tls}{registry} (or podman login, docker login) with an account that may read it"
+_SPELLING = "check the spelling of name and tag; skopeo list-tags {tls}docker://{repository} shows what is there"
 _UNREACHABLE = (
     "the registry {registry} cannot be reached from here: check network, proxy and mirrors, or name a local image as "
     "docker-archive:FILE or containers-storage:NAME"
@@ -110,10 +110,10 @@ def _tls(reference: ImageReference, option: str) -> list[str]:
 
 def _image_error(error: ToolFailed, reference: ImageReference, arch: str) -> ImageError:
     reason = _reason(error)
-    repository = reference.name.partition("@")[0]
-    words = {"registry": reference.registry or "the registry", "arch": arch, "repository": repository}
+    words = {"registry": reference.registry or "the registry", "arch": arch, "repository": reference.repository}
+    words["tls"] = "".join(f"{option} " for option in _tls(reference, "--tls-verify=false"))
     hints = (hint.format(**words) for pattern, hint in _HINTS if re.search(pattern, reason, re.IGNORECASE))
-    hint = next(hints, "skopeo inspect " + str(reference.skopeo) + " shows more")
+    hint = next(hints, f"skopeo inspect {words['tls']}{reference.skopeo} shows more")
     if local := _find_locally(reference):
         hint = f"this machine has it: {local}. Else {hint}"
     return ImageError(

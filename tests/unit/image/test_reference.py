@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,15 @@ def test_the_same_repository_can_be_named_by_digest(tmp_path):
 def test_a_reference_cannot_be_changed(tmp_path):
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse_reference("nginx", base=tmp_path).text = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("typed", [f"{_MEANT} ", f" {_MEANT}", f"http://{_MEANT}", f"{_MEANT}\n"])
+def test_what_is_plainly_meant_is_named(typed: str) -> None:
+    with pytest.raises(UsageProblem) as caught:
+        parse_reference(typed, base=Path("/"))
+    assert caught.value.hint == f"write {_MEANT}"
+
+
+@pytest.mark.parametrize("version", ["", ":7", "@sha256:" + "0" * 64])
+def test_a_repository_has_neither_tag_nor_digest(version: str) -> None:
+    assert parse_reference(f"127.0.0.1:5000/a/b{version}", base=Path("/")).repository == "127.0.0.1:5000/a/b"
