@@ -47,6 +47,7 @@ class FcvmError(Exception):
         self.message = message
         self.hint = hint
         self.evidence = dict(evidence or {})
+        self.clone = ""  # whose evidence it is, where that is known
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message

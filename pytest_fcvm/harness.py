@@ -66,11 +66,12 @@ class Harness:
     """Everything one process needs to make machines, put together when it is first needed, taken apart by `close`.
 
     `shared_dir` is a folder that all processes of the run share: failures are remembered there. `announce` shows a
-    person a line of progress.
+    person a line of progress. `born` is told of every clone.
     """
 
     def __init__(self, options: Options, *, shared_dir: Path, announce: Announce) -> None:
         self._options, self._shared, self._announce = options, shared_dir, announce
+        self.born: Callable[[Clone], object] = lambda _clone: None
         self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock = threading.RLock()
@@ -78,11 +79,12 @@ class Harness:
         self._entries: dict[str, Entry] = {}
         self._snapshots: dict[_Wanted, Snapshot] = {}
         self._network_numbers = itertools.count(1)
-        self._images: dict[str, _Image] = {}
         self._no_engine = self._who = ""
+        self._images: dict[str, _Image] = {}
         self._notes: list[str] = []
         self._timings: list[str] = []
-        self._built = self._reused = self._clones = self._kept = 0
+        self._built = self._reused = self._clones = 0
+        self._kept: set[str] = set()
         self._live: WeakSet[Clone] = WeakSet()
 
     def close(self) -> None:
@@ -132,7 +134,7 @@ class Harness:
                 return {**facts, "about": {**facts["about"], "test": test, "clone": clone.name}}
 
             shelf.build(key, make)
-            self._kept += 1
+            self._kept.add(key)
 
     def replay(self, entry: Entry) -> Snapshot:
         """Return a kept clone as a snapshot. Raise HostError when it cannot run here any more."""
@@ -155,20 +157,20 @@ class Harness:
 
     def summary(self) -> dict[str, Any]:
         """Return what is told at the end of a run; made of plain values, so that a worker can send it."""
+        faults = [snapshot.fault for snapshot in self._snapshots.values()]
         return {
             "engine": str(self.choice) if "choice" in self.__dict__ else self._no_engine,
             "built": self._built,
             "reused": self._reused,
             "clones": self._clones,
-            "kept": self._kept,
+            "kept": len(self._kept),
             "replaced": sum(snapshot.lost for snapshot in self._snapshots.values()),
-            "notes": [*self._notes, *self._pool_faults()],
+            "notes": [
+                *self._notes,
+                *(f"a clone could not be made ahead: {fault.message}" for fault in faults if fault),
+            ],
             "timings": self._timings,
         }
-
-    def _pool_faults(self) -> Iterable[str]:
-        faults = (snapshot.fault for snapshot in self._snapshots.values())
-        return (f"a clone could not be made ahead: {fault.message}" for fault in faults if fault)
 
     # -- parts, each made when first needed
 
@@ -394,6 +396,7 @@ class Harness:
     def _count_clone(self, clone: Clone) -> None:
         self._clones += 1
         self._live.add(clone)
+        self.born(clone)
         if self._options.timings:
             self._timings.append(f"{clone.name}: {clone.timeline}")
 

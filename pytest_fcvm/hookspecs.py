@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pytest_fcvm.options import Options
 
 __all__ = [
-    "CLONES",
     "HARNESS",
     "OPTIONS",
     "RECORDINGS",
@@ -42,11 +41,14 @@ class RunReporter(Protocol):
         """Show a line of progress."""
         ...
 
+    def meet(self, clone: Clone) -> None:
+        """Learn of every clone of this process."""
+        ...
+
 
 OPTIONS: pytest.StashKey[Options] = pytest.StashKey()
 HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
 REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
-CLONES: pytest.StashKey[list[Clone]] = pytest.StashKey()
 RECORDINGS: pytest.StashKey[list[Path]] = pytest.StashKey()
 RUNNING: pytest.StashKey[pytest.Item | None] = pytest.StashKey()
 WORKER_SPEC: pytest.StashKey[MachineSpec] = pytest.StashKey()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
+from pytest_fcvm.artifacts import directory_of, write_artifacts
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.hookspecs import CLONES, HARNESS, OPTIONS, RECORDINGS
+from pytest_fcvm.hookspecs import HARNESS, OPTIONS, RECORDINGS
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -25,12 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Reporter"]
 
+T = TypeVar("T")
+
 _PACKAGE = Path(__file__).parent
 _PROGRESS = "progress"
 _WORKER_KEY = "fcvm_shared_dir"
 _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
 _COUNTED = ("built", "reused", "clones", "replaced", "kept")
+_SHARED = " (shared with other tests)"
 _LONGEST = 16 * 1024  # of a report's section
 
 
@@ -42,20 +44,24 @@ class Reporter:
         self._run: RunDir | None = None
         self._counts: list[Mapping[str, Any]] = []
         worker_input: Mapping[str, Any] = getattr(config, "workerinput", {})
-        self._shared: str | None = worker_input.get(_WORKER_KEY)
+        self._shared_dir: str | None = worker_input.get(_WORKER_KEY)
         self._is_worker = bool(worker_input)
+        self._own: list[Clone] = []  # born since the test began
+        self._shared: dict[Clone, int] = {}  # that lived before, and how much each had printed then
+        self._shown = self._saved = self._in_call = False
+        self._lost: list[str] = []
 
     # -- progress
 
     def shared_dir(self) -> Path:
         """Return the folder that all workers of this run share; made when first asked for."""
-        if self._shared is None:
+        if self._shared_dir is None:
             from pytest_fcvm.host.paths import RunDir  # it needs a POSIX system
 
             self._run = RunDir().__enter__()
             self._config.add_cleanup(self._leave_run_dir)
-            self._shared = str(self._run.path)
-        return Path(self._shared)
+            self._shared_dir = str(self._run.path)
+        return Path(self._shared_dir)
 
     def _leave_run_dir(self) -> None:
         if self._run is not None:
@@ -96,7 +102,7 @@ class Reporter:
         """
         if not hasattr(os, "mkfifo"):
             return
-        first = self._shared is None
+        first = self._shared_dir is None
         try:
             node.workerinput[_WORKER_KEY] = str(self.shared_dir())
         except HostError:
@@ -111,7 +117,12 @@ class Reporter:
         # Opened for writing as well, so that it has no end between workers; the thread ends with the process.
         pipe = os.open(self.shared_dir() / _PROGRESS, os.O_RDWR | os.O_CLOEXEC)
         with os.fdopen(pipe, "r", encoding="utf-8", errors="replace") as lines:
+            told: set[str] = set()
             for line in lines:
+                text = line.partition(": ")[2]
+                if text in told:  # by another worker, which does or awaits the same
+                    continue
+                told.add(text)
                 self._print(f"fcvm {line.rstrip()}")
 
     @pytest.hookimpl(optionalhook=True)
@@ -124,9 +135,12 @@ class Reporter:
     def pytest_sessionfinish(self) -> None:
         """Hand a worker's counts to the controller, before its machines are given back."""
         harness = self._config.stash.get(HARNESS, None)
-        if harness is None:
+        if harness is None and not self._lost:
             return
-        counts = harness.summary()
+        counts: dict[str, Any] = {**dict.fromkeys(_COUNTED, 0), "engine": "", "notes": [], "timings": []}
+        if harness is not None:
+            counts = harness.summary()
+        counts["notes"] = [*counts["notes"], *dict.fromkeys(self._lost)]
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is None:
             self._counts.append(counts)
@@ -146,7 +160,7 @@ class Reporter:
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Say which engine ran, what was built, and what a person should know."""
-        if not self._counts:
+        if not self._counts or self._config.get_verbosity() < -1:  # as pytest's own last line
             return
         total = {name: sum(int(part[name]) for part in self._counts) for name in _COUNTED}
         engines = sorted({part["engine"] for part in self._counts if part["engine"]}) or ["not probed"]
@@ -164,54 +178,121 @@ class Reporter:
 
     # -- failures
 
+    def meet(self, clone: Clone) -> None:
+        """Learn of every clone of this process, whoever asked for it."""
+        self._own.append(clone)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self) -> None:
+        """Begin a test, or another attempt at it: the clones that live now are shared with tests before it."""
+        living = [clone for clone in (*self._shared, *self._own) if not clone.closed]
+        self._shared = {clone: clone.printed_bytes for clone in living}
+        self._own, self._shown, self._saved = [], False, False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        """Know reports of subtests, which come while the test goes on."""
+        self._in_call = True
+        try:
+            return (yield)
+        finally:
+            self._in_call = False
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add what the machines of a failed test printed, before teardown ends them."""
+        """Add what the clones of a failed test printed, before teardown ends them. It never changes an outcome."""
         error = call.excinfo.value if call.excinfo else None
         if isinstance(error, FcvmError) and call.excinfo:
-            call.excinfo = _for_people(call.excinfo, error)
+            info = call.excinfo
+            call.excinfo = self._spare("the traceback was not cut", lambda: _for_people(info, error)) or info
         report = yield
         if isinstance(error, FcvmError) and report.when == "setup" and report.failed:
             report.longrepr = f"{type(error).__name__}: {error}"
+        before = len(self._lost)
+        self._spare("no evidence was gathered", lambda: self._add_evidence(item, report, error))
         if report.failed:
-            report.sections += _sections_of_error(error)
-        if report.when == "call" or (report.when == "setup" and report.failed):
-            clones = item.stash.get(CLONES, [])
-            if report.failed:
-                report.sections += [section for clone in clones for section in _sections_of_clone(clone)]
-            self._keep_artifacts(item, clones, failed=report.failed)
-            report.sections += self._keep_machines(item, clones, failed=report.failed)
+            report.sections += [("fcvm: not kept", line) for line in dict.fromkeys(self._lost[before:])]
         return report
 
-    def _keep_artifacts(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> None:
-        wish = self._config.stash[OPTIONS].artifacts
-        if wish == "off" or (wish == "failed" and not failed):
+    def _add_evidence(self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None) -> None:
+        clones = self._clones_of(item)
+        told: dict[str, Mapping[str, str]] = {}
+        options = self._config.stash[OPTIONS]
+        if report.failed or options.artifacts == "all":
+            for clone in clones:
+                told[clone.name] = self._spare(f"{clone.name} told nothing", clone.evidence) or {}
+        if report.failed:
+            shown = {} if self._shown and report.when == "teardown" else told
+            report.sections += _sections_of_error(error, told)
+            report.sections += self._sections(clones, shown)
+            self._shown = True
+        if not (report.failed or (report.when == "call" and not self._in_call)):
             return
-        folder = self._config.rootpath / _ARTIFACTS / re.sub(r"[^\w.-]+", "-", item.nodeid).strip("-")[-150:]
-        for clone in clones:
-            for title, text in clone.evidence().items():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{clone.name}.{title.replace(' ', '-')}.txt").write_text(text + "\n", encoding="utf-8")
-        for recording in item.stash.get(RECORDINGS, []):
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(recording, folder)
+        if options.artifacts == "all" or (options.artifacts == "failed" and report.failed):
+            root = self._config.rootpath / _ARTIFACTS
+            recordings = item.stash.get(RECORDINGS, [])
+            self._spare(
+                f"nothing was kept in {root}",
+                lambda: write_artifacts(root / directory_of(item.nodeid), told, recordings),
+            )
+        if not self._saved and (options.keep == "all" or (options.keep == "failed" and report.failed)):
+            self._saved = True
+            living = [(number, clone) for number, clone in enumerate(clones) if not clone.closed]
+            report.sections += [self._keep_machine(item, clone, number) for number, clone in living]
 
-    def _keep_machines(self, item: pytest.Item, clones: list[Clone], *, failed: bool) -> list[tuple[str, str]]:
-        """Save the machines of a test as the options wish, and return how to get at them."""
-        wish = self._config.stash[OPTIONS].keep
-        if wish == "off" or (wish == "failed" and not failed):
-            return []
-        return [self._keep_machine(item, clone, number) for number, clone in enumerate(clones) if not clone.closed]
+    def _clones_of(self, item: pytest.Item) -> list[Clone]:
+        """Return the clones born since the test began, then those of others that it asked for or that printed since."""
+        asked = [id(value) for value in getattr(item, "funcargs", {}).values()]
+        shared = list(self._shared.items())
+        touched = [clone for clone, printed in shared if id(clone) in asked or clone.printed_bytes != printed]
+        return [*self._own, *touched]
+
+    def _sections(self, clones: list[Clone], told: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+        """Return what clones told as sections; a shared clone's may be of tests before, and says so."""
+        return [
+            (
+                f"fcvm {_printable(clone.name)}: {title}{_SHARED if clone in self._shared else ''}",
+                _printable(text),
+            )
+            for clone in clones
+            for title, text in told.get(clone.name, {}).items()
+        ]
 
     def _keep_machine(self, item: pytest.Item, clone: Clone, number: int) -> tuple[str, str]:
+        """Save a clone of a test, and return how to get at it."""
+        before = len(self._lost)
+        self._spare(f"{clone.name} was not kept", lambda: self._config.stash[HARNESS].keep(clone, item.nodeid, number))
         title = f"fcvm {clone.name}: kept"
-        try:
-            self._config.stash[HARNESS].keep(clone, item.nodeid, number)
-        except FcvmError as error:
-            return title, f"not kept: {_printable(error.message)}"
+        if len(self._lost) > before:
+            return title, f"not kept: {self._lost.pop()}"
         return title, f"fcvm replay {shlex.quote(item.nodeid)}    opens a shell in it, as it was"
+
+    def _spare(self, what: str, do: Callable[[], T]) -> T | None:
+        """Return what `do` does. Whatever it raises is a line for the person, and not the test's affair.
+
+        A test may have patched anything that it needs, with something that calls `pytest.fail` or exits.
+        """
+        try:
+            return do()
+        except (KeyboardInterrupt, pytest.exit.Exception):
+            raise
+        except BaseException as error:  # noqa: BLE001
+            self._lost.append(_printable(f"{what}: {_reason(error)}"))
+            return None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FcvmError):
+        return error.message
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001  of a class that we do not know
+        said = ""
+    return f"{type(error).__name__}: {said}".rstrip(": ").partition("\n")[0]
 
 
 def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> pytest.ExceptionInfo[BaseException]:
@@ -232,14 +313,16 @@ def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> 
     return pytest.ExceptionInfo.from_exception(error.with_traceback(trace)) if trace else info
 
 
-def _sections_of_error(error: BaseException | None) -> list[tuple[str, str]]:
+def _sections_of_error(error: BaseException | None, told: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return what an error was given to tell, but what its clone tells as well."""
     if not isinstance(error, FcvmError):
         return []
-    return [(f"fcvm: {title}", _printable(text)) for title, text in error.evidence.items() if text.strip()]
-
-
-def _sections_of_clone(clone: Clone) -> list[tuple[str, str]]:
-    return [(f"fcvm {clone.name}: {title}", text) for title, text in clone.evidence().items()]
+    again = told.get(getattr(error, "clone", ""), {})
+    return [
+        (f"fcvm: {title}", _printable(text))
+        for title, text in error.evidence.items()
+        if text.strip() and title not in again
+    ]
 
 
 def _printable(text: str) -> str:

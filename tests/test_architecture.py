@@ -24,7 +24,7 @@ FLOORS = (
     {"snapshot", "network", "namespaces", "group"},
     {"clone"},
     {"ready", "image", "kernel", "pruning"},
-    {"engine", "guest", "options", "hookspecs", "store", "failures"},
+    {"engine", "guest", "options", "hookspecs", "store", "failures", "artifacts"},
     {"net", "model", "host"},
     {"errors"},
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.machine import Machine, waking_identity
 from pytest_fcvm.clone.own_address import at_address, random_loopback
-from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, UsageProblem
+from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
@@ -149,7 +149,7 @@ class Clone:
             status = process.wait(_CALL_S)
         result = exec_result(cmd, stdout, stderr, status, monotonic() - started)
         if check and result.exit_code:
-            raise self._explain(command_failed(cmd, result, "failed"))
+            raise self._machine.explain(command_failed(cmd, result, "failed"))
         return result
 
     def popen(
@@ -184,7 +184,7 @@ class Clone:
         """Run a command that must not exit with 0 and return its standard output. Raise CommandFailed."""
         result = self.exec(cmd, timeout=timeout)
         if result.exit_code == 0:
-            raise self._explain(command_failed(cmd, result, "succeeded, and must not have"))
+            raise self._machine.explain(command_failed(cmd, result, "succeeded, and must not have"))
         return result.stdout
 
     def wait_until_succeeds(self, cmd: Command, *, timeout: float = 60) -> str:
@@ -199,7 +199,7 @@ class Clone:
                 return result.stdout
             if deadline.expired:
                 said = (result.stderr or result.stdout)[-400:]
-                raise self._explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
+                raise self._machine.explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
             self._live().pause_for_exit(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -253,7 +253,7 @@ class Clone:
         if match is None:
             machine.raise_if_ended()
             self._live()
-            raise self._explain(GuestTimeout(f"no line matched {regex!r} within {timeout:g} s"))
+            raise self._machine.explain(GuestTimeout(f"no line matched {regex!r} within {timeout:g} s"))
         return match
 
     def console(self) -> str:
@@ -263,6 +263,11 @@ class Clone:
     def metrics(self) -> dict[str, float | int | str]:
         """Return the guest's own figures; each name ends in its unit."""
         return self._live().agent.metrics(timeout_s=_CALL_S)
+
+    @property
+    def printed_bytes(self) -> int:
+        """Return how much the workload has printed here; a reset begins anew."""
+        return self._machine.log.size_bytes
 
     def evidence(self) -> dict[str, str]:
         """Return titled tails of log, console and VMM log, and the timeline, for a report."""
@@ -390,9 +395,6 @@ class Clone:
     def _check_has(self, what: str, has: bool) -> None:
         if not has:
             raise UsageProblem(f"{self.name} has no {what}", hint=f"give its spec {what} to begin with")
-
-    def _explain(self, error: FcvmError) -> FcvmError:
-        return self._machine.explain(error)
 
     def _send_tar(self, folder: str, pack: Callable[[Callable[[bytes], object]], None]) -> None:
         with self._live().agent.tar_in(folder, timeout_s=_COPY_S) as sink:

@@ -83,6 +83,11 @@ class WorkloadLog:
             )
             offset += whole
 
+    @property
+    def size_bytes(self) -> int:
+        """Return how much has been printed, without what the base printed."""
+        return self._size
+
     def close(self) -> None:
         """Close the file; later output is dropped."""
         with self._news:

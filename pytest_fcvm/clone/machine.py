@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
@@ -45,6 +46,7 @@ class Machine:
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
         self._closers = ExitStack()
+        self._last_words: dict[str, str] | None = None
         self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
         self.copying = threading.Lock()  # held while it is parked
@@ -79,6 +81,7 @@ class Machine:
 
     def explain(self, error: FcvmError) -> FcvmError:
         """Add the tails of log, console and VMM log to an error and return it."""
+        error.clone = error.clone or self.vm.name
         for title, text in self.evidence().items():
             error.evidence.setdefault(title, text)
         return error
@@ -94,14 +97,19 @@ class Machine:
         return self.vm.balloon_mib()
 
     def evidence(self) -> dict[str, str]:
-        """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB."""
+        """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB.
+
+        Of a closed one it is what there was when it ended.
+        """
+        if self._last_words is not None:
+            return self._last_words
         parts = {"workload log": b"", "console": b"", "VMM log": b""}
         with suppress(OSError, ValueError):
             parts["workload log"] = self.log.end()
         for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
             with suppress(OSError):
                 parts[title] = read_regular(path)
-        shown = {title: tail(data) for title, data in parts.items() if data.strip()}
+        shown = {title: text for title, data in parts.items() if (text := without_expected(tail(data))).strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
         own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
@@ -112,6 +120,8 @@ class Machine:
             if self.closed:
                 return
             self.closed = True
+        with suppress(Exception):  # a test may have patched what it needs, and the VM must end
+            self._last_words = self.evidence()
         with self._closers:
             self._closers.callback(self.log.close)
             self._closers.callback(self.agent.close)
@@ -130,9 +140,15 @@ class Machine:
         self._end(
             WorkloadExited(
                 f"the workload ended with {status}{cause}",
-                hint="read the workload log below, or try another command",
+                hint=self._log_hint(),
             )
         )
+
+    def _log_hint(self) -> str:
+        with suppress(OSError, ValueError):
+            if self.log.end().strip():
+                return "read the workload log below, or try another command"
+        return "it printed nothing: try another command"
 
     def _end(self, error: FcvmError) -> None:
         if self._ended is None:

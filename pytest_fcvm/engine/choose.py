@@ -117,6 +117,7 @@ def _resolve(wanted: str, context: EngineContext, known: Sequence[str]) -> tuple
 def _none_works(reports: Sequence[EngineReport], *, require_kvm: bool) -> EngineUnavailable:
     reasons = "; ".join(f"{report.engine}: {report.reason}" for report in reports)
     hints = [report.hint for report in reports if report.hint]
+    hints.sort(key=lambda hint: "apt-get install" not in hint)  # what helps on any machine comes first
     if require_kvm and any(report.usable for report in reports):
         hint = "; ".join([*hints, "leave out --fcvm-require-kvm to emulate"])
         return EngineUnavailable(f"KVM is required and does not work here: {reasons}", hint=hint)

@@ -1,0 +1,40 @@
+"""The files of `--fcvm-artifacts`: a directory per test, of a name that any file system takes and no other test has."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+__all__ = ["directory_of", "write_artifacts"]
+
+_LONGEST_BYTES = 150  # of a name's readable part; file systems take 255, and some tools put an ending behind it
+
+
+def directory_of(test: str) -> str:
+    """Return a directory name for a test's id: readable, and different for every id, also where case is ignored."""
+    digest = hashlib.sha256(test.encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return f"{_plain_name(test)}-{digest}".lstrip("-.")
+
+
+def write_artifacts(directory: Path, evidence: Mapping[str, Mapping[str, str]], files: Sequence[Path]) -> None:
+    """Write what clones told, by name and title, and copy other files beside it. Raise OSError.
+
+    The directory is made only when there is something to put into it.
+    """
+    for name, sections in evidence.items():
+        for title, text in sections.items():
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / f"{_plain_name(name)}.{_plain_name(title)}.txt"
+            path.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))
+    for file in files:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, directory)
+
+
+def _plain_name(text: str) -> str:
+    """Return the end of a text as a part of a file's name."""
+    plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
+    return plain.encode("utf-8", "ignore")[-_LONGEST_BYTES:].decode("utf-8", "ignore").lstrip("-.")
