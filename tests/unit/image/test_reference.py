@@ -156,6 +156,9 @@ def test_a_reference_cannot_be_changed(tmp_path):
         parse_reference("nginx", base=tmp_path).text = "other"  # type: ignore[misc]
 
 
+_MEANT = "reg:5000/nginx:1"
+
+
 @pytest.mark.parametrize("typed", [f"{_MEANT} ", f" {_MEANT}", f"http://{_MEANT}", f"{_MEANT}\n"])
 def test_what_is_plainly_meant_is_named(typed: str) -> None:
     with pytest.raises(UsageProblem) as caught:
