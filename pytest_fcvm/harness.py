@@ -81,8 +81,7 @@ class Harness:
         self._network_numbers = itertools.count(1)
         self._no_engine = self._who = ""
         self._images: dict[str, _Image] = {}
-        self._notes: list[str] = []
-        self._timings: list[str] = []
+        self._notes, self._timings = list[str](), list[str]()
         self._built = self._reused = self._clones = 0
         self._kept: set[str] = set()
         self._live: WeakSet[Clone] = WeakSet()
@@ -165,10 +164,7 @@ class Harness:
             "clones": self._clones,
             "kept": len(self._kept),
             "replaced": sum(snapshot.lost for snapshot in self._snapshots.values()),
-            "notes": [
-                *self._notes,
-                *(f"a clone could not be made ahead: {fault.message}" for fault in faults if fault),
-            ],
+            "notes": self._notes + [f"a clone could not be made ahead: {fault.message}" for fault in faults if fault],
             "timings": self._timings,
         }
 

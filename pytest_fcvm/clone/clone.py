@@ -35,8 +35,7 @@ StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
 CopyMachine = Callable[[Machine, str], "Snapshot"]
 
 _TERM = "xterm-256color"
-_COPY_S = 600.0  # a whole transfer
-_CALL_S = 30.0  # a short call to the agent; emulated guests under load are slow
+_COPY_S, _CALL_S = 600.0, 30.0  # a whole transfer; a short call to the agent, and emulated guests are slow under load
 
 
 class Clone:
