@@ -14,9 +14,7 @@ from pytest_fcvm.host.files import open_regular
 __all__ = ["Speech", "explain_death", "read_tail", "tell_end", "without_expected"]
 
 _TAIL_BYTES = 16384
-_NO_PCI = re.compile(
-    r"^[^\S\n]*(?:\[ *[\d.]+\] )?PCI: Fatal: No config space access function found\r*(?:\n|\Z)", re.MULTILINE
-)
+_NO_PCI = re.compile(r"^(?:\[ *[\d.]+\] )?PCI: Fatal: No config space access function found\r*(?:\n|\Z)", re.MULTILINE)
 _PANIC = re.compile(r"Kernel panic - not syncing: ([^\r\n]*)")
 
 
