@@ -71,16 +71,19 @@ def _read_options(config: pytest.Config) -> Options:
     ini_base = config.inipath.parent if config.inipath else config.rootpath
     invoked = Path(config.invocation_params.dir)
     environment = dict(os.environ)
-    defer = UsageProblem if _asks_for_help(config) else UnresolvedSetting
+    asks_for_help = _asks_for_help(config)
 
-    def read(raw: dict[str, Any], base: Path, spelling: Callable[[Row], str]) -> dict[str, Any]:
+    def read(
+        raw: dict[str, Any], base: Path, spelling: Callable[[Row], str], later: type[UsageProblem] | None
+    ) -> dict[str, Any]:
+        defer = UsageProblem if asks_for_help else later
         return read_layer(raw, Origin(base=base, environment=environment), spelling, defer=defer)
 
     return build_options(
         [
-            read(_ini_layer(config), ini_base, _ini_key),
-            read(environment_layer(environment), invoked, lambda row: row.variable),
-            read(_command_line_layer(config), invoked, lambda row: row.flag),
+            read(_ini_layer(config), ini_base, _ini_key, UnresolvedSetting),
+            read(environment_layer(environment), invoked, lambda row: row.variable, UnresolvedSetting),
+            read(_command_line_layer(config), invoked, lambda row: row.flag, None),  # typed for this run
         ]
     )
 
