@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from pytest_fcvm.artifacts import directory_of, write_artifacts
 from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.hookspecs import HARNESS, OPTIONS, RECORDINGS
 
@@ -231,6 +230,8 @@ class Reporter:
         if not (report.failed or (report.when == "call" and not self._in_call)):
             return
         if options.artifacts == "all" or (options.artifacts == "failed" and report.failed):
+            from pytest_fcvm.artifacts import directory_of, write_artifacts  # a run without them must not pay for it
+
             root = self._config.rootpath / _ARTIFACTS
             recordings = item.stash.get(RECORDINGS, [])
             self._spare(

@@ -17,7 +17,8 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[1]
 _OLDEST = _ROOT / ".venv-oldest"
 # On a shared machine, a test with a deadline may miss it once; a rerun is printed.
-_PYTEST = (sys.executable, "-m", "pytest", "--reruns", "2", "--reruns-delay", "1")
+_RERUNS = ("--reruns", "2", "--reruns-delay", "1")
+_PYTEST = (sys.executable, "-m", "pytest", *_RERUNS)
 _STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_pool.py")
 _NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"  # built by the suite
 _PIP_INSTALL = ("-m", "pip", "install", "--quiet")
@@ -57,8 +58,9 @@ TIERS = (
                 "--editable",
                 ".[xdist]",
                 "pytest-timeout",
+                "pytest-rerunfailures",
             ),
-            (str(_OLDEST / "bin/python"), "-m", "pytest", "tests/plugin"),
+            (str(_OLDEST / "bin/python"), "-m", "pytest", *_RERUNS, "tests/plugin"),
             (
                 str(_OLDEST / "bin/python"),
                 "-m",

@@ -71,7 +71,8 @@ def test_workers_that_waited_for_a_failed_build_do_not_try_it_again(project, reg
     with output.open("wb") as file:
         run = subprocess.Popen([*command, "-n4", "--fcvm-image", registry.image], cwd=project.path, stdout=file)
     try:
-        assert wait_until(lambda: output.read_text().count("waiting for pid") == 3, Deadline(60)), output.read_text()
+        # One line for all who wait: what other workers have told is not told again.
+        assert wait_until(lambda: output.read_text().count("waiting for pid") == 1, Deadline(60)), output.read_text()
         registry.answer.set()
         run.wait(60)
     finally:
@@ -100,12 +101,7 @@ def test_without_an_engine_every_test_that_asked_fails_with_what_to_install(
     assert {line.removesuffix(f" {_AGAIN}") for line in _errors(result, "EngineUnavailable")} == {
         f"EngineUnavailable: {reason}"
     }
-    assert (
-        sum(
-            line.startswith("hint: ") and line.endswith("; apt-get install qemu-system-x86") for line in result.outlines
-        )
-        == 3
-    )
+    assert sum(line.startswith("hint: apt-get install qemu-system-x86; ") for line in result.outlines) == 3
     assert f"fcvm: engine none ({reason}); snapshots built 0, reused 0; clones 0" in result.outlines
 
 

@@ -23,6 +23,8 @@ _OURS = {
     "pytest_fcvm.fixtures",
     "pytest_fcvm.fixtures.marks",
     "pytest_fcvm.hookspecs",
+    "pytest_fcvm.host",
+    "pytest_fcvm.host.own",
     "pytest_fcvm.model",
     "pytest_fcvm.model.net",
     "pytest_fcvm.model.parse",
@@ -32,7 +34,7 @@ _OURS = {
     "pytest_fcvm.reporting",
 }
 _SHARED_WITH_WORKERS = {
-    "pytest_fcvm.host",
+    "pytest_fcvm.host.clock",
     "pytest_fcvm.host.paths",
     "pytest_fcvm.host.threads",
 }  # for the folder of the run
