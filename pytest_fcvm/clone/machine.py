@@ -109,7 +109,9 @@ class Machine:
         for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
             with suppress(OSError):
                 parts[title] = read_regular(path)
-        shown = {title: text for title, data in parts.items() if (text := without_expected(tail(data))).strip()}
+        tails = {title: tail(data) for title, data in parts.items()}
+        tails["console"] = without_expected(tails["console"])
+        shown = {title: text for title, text in tails.items() if text.strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
         own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
