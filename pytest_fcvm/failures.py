@@ -44,9 +44,10 @@ class Failures:
         try:
             return make()
         except FcvmError as error:
-            fresh = self._folder / f"{name}.{getpid()}"
-            fresh.write_bytes(pickle.dumps(error))
-            fresh.replace(self._record(name))
+            with suppress(OSError):  # no room for it: the next test tries once more
+                fresh = self._folder / f"{name}.{getpid()}"
+                fresh.write_bytes(pickle.dumps(error))
+                fresh.replace(self._record(name))
             raise
 
     def _record(self, name: str) -> Path:

@@ -21,9 +21,11 @@ from pytest_fcvm.failures import Failures, plain_message
 from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.files import leave_mark
 from pytest_fcvm.host.janitor import sweep, sweep_temporary
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.own import getpid
-from pytest_fcvm.host.paths import RunDir, cache_root, run_root
+from pytest_fcvm.host.paths import RunDir, cache_root, run_root, working_dir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.reference import parse_reference
@@ -37,7 +39,7 @@ from pytest_fcvm.model.specs import MachineSpec, NetworkSpec, ReadyMode, ReadySp
 from pytest_fcvm.namespaces import Namespaces
 from pytest_fcvm.network import Network
 from pytest_fcvm.options import Options, named_programs, proxy_variables
-from pytest_fcvm.pruning import make_room
+from pytest_fcvm.pruning import make_room_beside
 from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
 from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
@@ -91,6 +93,7 @@ class Harness:
         if getpid() == self._owner:
             self._resources.close()
 
+    @descriptors_told("the snapshot")
     def snapshot(self, spec: MachineSpec, who: str) -> Snapshot:
         """Return the snapshot of a spec: known to this process, found in the store, built here, or built by another.
 
@@ -119,6 +122,7 @@ class Harness:
             self._keep_few_pools(wanted)
             return self._snapshots[wanted]
 
+    @descriptors_told("a copy of the clone")
     def keep(self, clone: Clone, test: str, number: int = 0) -> None:
         """Save what a clone is now for `replay`, in place of what the test's clone of that number left before.
 
@@ -135,6 +139,7 @@ class Harness:
             shelf.build(key, make)
             self._kept.add(key)
 
+    @descriptors_told("the clone that was kept")
     def replay(self, entry: Entry) -> Snapshot:
         """Return a kept clone as a snapshot. Raise HostError when it cannot run here any more."""
         with self._lock:
@@ -143,6 +148,7 @@ class Harness:
             self._resources.callback(snapshot.close)
             return snapshot
 
+    @descriptors_told("a private network")
     def network(self, *, seed: int = 0) -> Network:
         """Return a new private network, the caller's to close."""
         with self._lock:
@@ -181,6 +187,7 @@ class Harness:
     @cached_property
     def supervisor(self) -> Supervisor:
         """Return the process that starts all others and ends them with us."""
+        self._options.check_resolved()  # networks, and clones that were kept, ask for no snapshot
         sweep(run_root())
         run = self._resources.enter_context(RunDir())
         return self._resources.enter_context(Supervisor.start(run.path))
@@ -262,7 +269,7 @@ class Harness:
             admit_ahead=self._admit_ahead,
             ahead=self._options.pool,
             makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
-            scratch=lambda: self.store.shelf("snapshots").scratch(),
+            scratch=lambda: self.store.shelf("snapshots").scratch(self.supervisor.run_dir),
             born=self._count_clone,
             enclose=self.enclose,
         )
@@ -301,7 +308,7 @@ class Harness:
         return self._images[text]
 
     def _resolve_image(self, text: str, phase: Announce, who: str) -> _Image:
-        reference = parse_reference(text, base=Path.cwd())
+        reference = parse_reference(text, base=working_dir())
         progress = self._speaker(text)
         phase("pulling the image")
         asked = self._shared / f"asked-{canonical_digest({'image': text})}"  # by another worker of this run
@@ -309,7 +316,7 @@ class Harness:
         if pull is PullPolicy.ALWAYS and asked.exists():
             pull = PullPolicy.MISSING
         pulled = resolve_image(reference, images_dir=self.store.folder("images"), pull=pull, progress=progress)
-        asked.touch()
+        leave_mark(asked)
         key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
 
         def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
@@ -335,19 +342,10 @@ class Harness:
         if built:
             self._built += 1
             announce(f"snapshot ready after {monotonic() - started:.1f} s")
-            self._make_room(entry)
+            self._notes += make_room_beside(entry, self.store, self._options.cache_limit_mib)
         else:
             self._reused += 1
         return entry
-
-    def _make_room(self, newest: Entry) -> None:
-        """Let snapshots go that were not wanted for longest, once there are more than the cache may hold."""
-        if (limit := self._options.cache_limit_mib) is None:
-            return
-        with newest.in_use():
-            freed = make_room(self.store, limit)
-        if freed:
-            self._notes.append(f"the cache had grown over --fcvm-cache-limit: {freed >> 20} MiB of it were freed")
 
     def _obtain(self, kind: str, key: str, make: _Make, who: str, *, fresh: bool = False) -> tuple[Entry, bool]:
         """Return an entry and whether it was built here. `fresh` builds it anew, once in a run.
@@ -364,7 +362,7 @@ class Harness:
                 return entry, False
             phase("building")
             entry = self._failures.once(f"{kind}-{key}", lambda: shelf.build(key, lambda folder: make(folder, phase)))
-            renewed.touch()
+            leave_mark(renewed)
             return entry, True
 
     def _admit(self, mem_mib: int) -> Ticket:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pytest_fcvm.host.clock import real_time_ns
 from pytest_fcvm.store import Entry, Shelf, Store
 
-__all__ = ["Bounds", "Outcome", "make_room", "prune", "remove"]
+__all__ = ["Bounds", "Outcome", "make_room", "make_room_beside", "prune", "remove"]
 
 _SNAPSHOTS, _IMAGES = "snapshots", "images"
 _WHO = "making room"
@@ -76,6 +76,15 @@ def make_room(store: Store, max_mib: int) -> int:
     if not _choose(store.shelf(_SNAPSHOTS), bounds, None):
         return 0
     return sum(outcome.size_bytes for outcome in prune(store, bounds))
+
+
+def make_room_beside(newest: Entry, store: Store, max_mib: int | None) -> Sequence[str]:
+    """Let snapshots go that were not wanted for longest, but this one, and return what a person should know of it."""
+    if max_mib is None:
+        return ()
+    with newest.in_use():
+        freed = make_room(store, max_mib)
+    return [f"the cache had grown over --fcvm-cache-limit: {freed >> 20} MiB of it were freed"] if freed else ()
 
 
 def _choose(shelf: Shelf, bounds: Bounds, before_s: float | None) -> Sequence[Entry]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.files import SEALED, replace_file, sync_folder, sync_path
 from pytest_fcvm.host.own import getpid
 
 __all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
@@ -149,7 +150,10 @@ class Shelf:
 
     @contextmanager
     def locked(self, key: str, who: str, waiting: Note) -> Iterator[Note]:
-        """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for."""
+        """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for.
+
+        There is no lock where nothing can be written, and nothing to lock: entries that are there can be used.
+        """
         from filelock import FileLock, Timeout  # 0.07 s to import, and only builds need it
 
         lock = FileLock(self.path / f"{key}.lock", mode=0o600, thread_local=False)
@@ -160,26 +164,37 @@ class Shelf:
                 lock.acquire(timeout=0.5, poll_interval=_POLL_S)
             except Timeout:
                 told = _tell(waiting, _read_builder(state), told)
-        self._held.add(key)
+            except OSError as error:
+                if error.errno not in SEALED:
+                    raise
+                break
+        if lock.is_locked:
+            self._held.add(key)
         try:
             yield lambda phase: _write_builder(state, who, phase)
         finally:
             self._held.discard(key)
-            state.unlink(missing_ok=True)
+            with suppress(OSError):
+                state.unlink()
             lock.release()
 
     @contextmanager
-    def scratch(self) -> Iterator[Path]:
-        """Yield a folder that is gone after the block, and by the next start where the process was killed in it."""
+    def scratch(self, otherwise: Path | None = None) -> Iterator[Path]:
+        """Yield a folder that is gone after the block, and by the next start where the process was killed in it.
+
+        It lies in `otherwise` where nothing can be written here.
+        """
         key = f"copy-{secrets.token_hex(8)}"
         with self.locked(key, "a copy", lambda _text: None):
-            folder = self.path / f"{key}.tmp-{getpid()}"
+            place = self.path if key in self._held or otherwise is None else otherwise
+            folder = place / f"{key}.tmp-{getpid()}"
             try:
                 folder.mkdir(mode=0o700)
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-                (self.path / f"{key}.lock").unlink(missing_ok=True)
+                with suppress(OSError):
+                    (self.path / f"{key}.lock").unlink()
 
     def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
         """Let `make` fill a folder and return the facts, then publish it. The key's lock must be held.
@@ -191,16 +206,16 @@ class Shelf:
         self._sweep_key(key)
         folder = self.path / f"{key}.tmp-{getpid()}"
         try:
-            folder.mkdir(mode=0o700)
+            _make_dir(folder)
             facts = dict(make(folder))
             _write_manifest(folder, key, facts)
-            _sync_folder(folder)
+            sync_folder(folder)
             final = self.path / key
             self._check_replaceable(key)
             if final.exists():
                 shutil.rmtree(self._put_aside(final, ""), ignore_errors=True)
             folder.rename(final)
-            _sync_path(self.path)
+            sync_path(self.path)
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             _raise_if_full(error, folder)
@@ -238,14 +253,14 @@ class Store:
 
     def shelf(self, kind: str) -> Shelf:
         """Return the shelf of a kind (images, kernels, snapshots), made when it is first asked for."""
-        path = self.root / kind
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return Shelf(path=path, note=self._note)
+        return Shelf(path=self.folder(kind), note=self._note)
 
     def folder(self, name: str) -> Path:
         """Return a folder of the store that manages its own content."""
         path = self.root / name
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.is_dir():
+            with suppress(FileExistsError):
+                _make_dir(path)
         return path
 
     def hidden_digest(self, value: Mapping[str, Any]) -> str:
@@ -318,7 +333,7 @@ def _write_manifest(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
 
 def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {**manifest, "seal": _seal(manifest)}
-    _replace(folder / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
+    replace_file(folder / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -346,30 +361,16 @@ def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
     return ""
 
 
-def _replace(path: Path, text: str) -> None:
-    fresh = path.with_name(f"{path.name}.{getpid()}")
+def _make_dir(path: Path) -> None:
     try:
-        fresh.touch(mode=0o600)
-        fresh.write_text(text)
-        fresh.replace(path)
-    except OSError:
-        fresh.unlink(missing_ok=True)
+        path.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        if error.errno in SEALED:
+            raise HostError(
+                f"the cache lacks what this run needs, and cannot take it: {path}: {error.strerror}",
+                hint="make it writable, or name another --fcvm-cache-dir",
+            ) from error
         raise
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
-            _sync_path(path)
-    _sync_path(folder)
 
 
 def _raise_if_full(error: BaseException, folder: Path) -> None:
@@ -381,7 +382,7 @@ def _raise_if_full(error: BaseException, folder: Path) -> None:
 
 def _write_builder(path: Path, who: str, phase: str) -> None:
     with suppress(OSError):
-        _replace(path, json.dumps({"pid": getpid(), "who": who, "phase": phase}))
+        replace_file(path, json.dumps({"pid": getpid(), "who": who, "phase": phase}))
 
 
 def _read_builder(path: Path) -> str:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
+from pytest_fcvm.host.limits import descriptors_told
 
 if TYPE_CHECKING:
     from pytest_fcvm.cli.snapshots import Outcome
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser(full=words[:1]).parse_args(words[:end])
     options.command = words[end + 1 :]
     try:
-        return int(options.run(options))
+        with descriptors_told(f"fcvm {words[0]}"):
+            return int(options.run(options))
     except FcvmError as error:
         print(f"fcvm: {error}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, UsageProblem) else 1

@@ -12,7 +12,6 @@ import tty
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -20,7 +19,7 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.process import GuestProcess, StreamReader
 from pytest_fcvm.harness import Harness
-from pytest_fcvm.host.paths import RunDir
+from pytest_fcvm.host.paths import RunDir, working_dir
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.options import Options, Origin, build_options, environment_layer, read_layer
 
@@ -93,7 +92,7 @@ def restored_terminal(descriptor: int) -> Iterator[None]:
 def read_settings(settings: Mapping[str, Any]) -> Options:
     """Return the options that settings, by the names of markers, and the environment make."""
     environment = dict(os.environ)
-    origin = Origin(base=Path.cwd(), environment=environment)
+    origin = Origin(base=working_dir(), environment=environment)
     options = build_options(
         [
             read_layer(environment_layer(environment), origin, lambda row: row.variable),

@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.host.files import open_regular
+from pytest_fcvm.host.limits import lacks_process, more_processes
 
 __all__ = ["Speech", "explain_death", "read_tail", "tell_end", "without_expected"]
 
@@ -82,6 +83,8 @@ def _tell(speech: Speech, how: VmExit | None, console: str, log: str) -> tuple[s
 
 
 def _hint(speech: Speech, how: VmExit, log: str) -> str:
+    if lacks_process(log):
+        return more_processes()
     if how.signal == signal.SIGKILL:
         return "was the host short of memory? dmesg | grep -i 'killed process'"
     if how.signal == signal.SIGBUS:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.files import SEALED
 
 __all__ = ["Digests", "boot_id", "open_record", "stamp"]
 
@@ -21,25 +22,31 @@ Record = dict[str, object]
 def open_record(path: Path) -> Iterator[Record]:
     """Yield the record in a JSON file, alone among all processes, and write it back if it was changed.
 
-    A file that cannot be read as a record counts as empty: everything in it can be found out again.
+    A file that cannot be read as a record counts as empty, and one that cannot be written stays as it is: everything in
+    it can be found out again.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise HostError(f"{path} cannot be made: {error.strerror}", hint="choose another --fcvm-cache-dir") from error
+        if error.errno not in SEALED:
+            raise HostError(f"{path} cannot be made: {error.strerror}", hint="name another --fcvm-cache-dir") from error
+        lock = -1
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if lock >= 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         record = _read(path)
         before = json.dumps(record, sort_keys=True)
         yield record
         after = json.dumps(record, sort_keys=True)
         if after != before:
             temporary = path.with_suffix(".new")
-            temporary.write_text(after)
-            temporary.replace(path)
+            with suppress(OSError):  # no room for it: it is found out again
+                temporary.write_text(after)
+                temporary.replace(path)
     finally:
-        os.close(lock)
+        if lock >= 0:
+            os.close(lock)
 
 
 def boot_id() -> str:

@@ -5,15 +5,36 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["create_private", "open_regular", "read_regular"]
+from pytest_fcvm.host.own import getpid
+
+__all__ = [
+    "SEALED",
+    "create_private",
+    "leave_mark",
+    "open_regular",
+    "read_regular",
+    "replace_file",
+    "sync_folder",
+    "sync_path",
+]
+
+SEALED = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""The errors of a place that can only be read."""
 
 
 def create_private(path: Path) -> int:
     """Make a file, which is not there yet, for us alone. Return its descriptor, to read and write. Raise OSError."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+
+def leave_mark(path: Path) -> None:
+    """Make an empty file that spares others work. Where there is no room for it, they do the work."""
+    with suppress(OSError):
+        path.touch()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -29,3 +50,33 @@ def read_regular(path: Path) -> bytes:
     """Return what is in a regular file. Raise OSError for what is none, a link too."""
     with open_regular(path) as file:
         return file.read()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file of our own in one step, or leave it as it was. Raise OSError."""
+    fresh = path.with_name(f"{path.name}.{getpid()}")
+    try:
+        fresh.touch(mode=0o600)
+        fresh.write_text(text)
+        fresh.replace(path)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink()
+        raise
+
+
+def sync_path(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Raise OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder and the files in it to the disk. Raise OSError."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            sync_path(path)
+    sync_path(folder)

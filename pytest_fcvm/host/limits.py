@@ -1,28 +1,78 @@
-"""The limits of a process, told as what they are to a person."""
+"""What this host refuses a process, told as what it is to a person."""
 
 from __future__ import annotations
 
 import errno
+import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 
-__all__ = ["descriptors_told"]
+__all__ = ["descriptors_told", "host_error", "lacks_process", "more_processes"]
+
+_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SEALED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_THREAD = "can't start new thread"
+# What Python, C libraries, Go and shells say where the kernel gives them no thread and no process.
+_NO_PROCESS = re.compile(
+    r"can't start new thread|newosproc|failed to create new OS thread|pthread_create|thread_create|[Cc]annot fork|"
+    r"BlockingIOError.*Resource temporarily unavailable"
+)
+_PLACES = "the run directory (XDG_RUNTIME_DIR) and the cache (--fcvm-cache-dir)"
 
 
 @contextmanager
 def descriptors_told(what: str) -> Iterator[None]:
-    """Raise HostError where `what` failed by an OSError, with the limit where no file descriptor was left."""
+    """Raise HostError where `what` failed by an OSError, or because no thread could start; the hint says what lacks."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            where = f" ({error.filename})" if error.filename else ""
-            raise HostError(f"{what} failed: {error.strerror or error}{where}", hint="see `fcvm doctor`") from error
+        raise host_error(what, error) from error
+    except RuntimeError as error:
+        if _NO_THREAD not in str(error):
+            raise
+        raise HostError(f"no thread is left for {what}: {error}", hint=more_processes()) from error
+
+
+def host_error(what: str, error: OSError) -> HostError:
+    """Return what to tell a person of an OSError that ended `what`."""
+    reason = error.strerror or str(error)
+    named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    where = f" ({named})" if named else ""
+    if error.errno in _DESCRIPTORS:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        raise HostError(
-            f"no file descriptor is left for {what}: {error.strerror}",
+        return HostError(
+            f"no file descriptor is left for {what}: {reason}",
             hint=f"raise ulimit -n (it is {soft}, and may be {hard}), or have fewer machines at a time",
-        ) from error
+        )
+    if error.errno in _FULL:
+        place = Path(named).parent if named else _PLACES
+        return HostError(
+            f"no room is left for {what}: {reason}{where}",
+            hint=f"free space or inodes in {place} (df -h, df -i), or name other directories",
+        )
+    if error.errno == errno.EAGAIN:
+        return HostError(f"no process is left for {what}: {reason}{where}", hint=more_processes())
+    if error.errno in _SEALED:
+        return HostError(
+            f"{what} failed: {reason}{where}", hint=f"make it writable; {_PLACES} have to be on ground of your own"
+        )
+    return HostError(f"{what} failed: {reason}{where}", hint="see `fcvm doctor`")
+
+
+def lacks_process(said: str) -> bool:
+    """Say whether a program's last words are that the kernel gave it no thread or process."""
+    return bool(_NO_PROCESS.search(said))
+
+
+def more_processes() -> str:
+    """Return what to do where the kernel gives no more threads and processes."""
+    soft, hard = (
+        "unlimited" if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NPROC)
+    )
+    return f"raise ulimit -u (it is {soft}, and may be {hard}) or the pids limit of the container, or run fewer workers"

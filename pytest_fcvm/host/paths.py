@@ -30,6 +30,7 @@ __all__ = [
     "is_run_id",
     "make_child_dir",
     "run_root",
+    "working_dir",
 ]
 
 PATH_LIMIT = 100
@@ -138,6 +139,14 @@ class RunDir:
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
+
+
+def working_dir() -> Path:
+    """Return the working directory; where it is gone, a path in which nothing lies."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/proc/self/cwd")
 
 
 def is_run_id(name: str) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
 from pytest_fcvm.host.own import getpid
 
 __all__ = ["ToolFailed", "condense", "ends_with_us", "find_tool", "resolve_tool", "run_tool"]
@@ -61,7 +62,8 @@ def run_tool(
     except subprocess.TimeoutExpired as error:
         raise ToolFailed(f"{command[0]} did not end within {timeout_s:.0f} s") from error
     except OSError as error:
-        raise ToolFailed(f"{command[0]} could not be started: {error.strerror}") from error
+        hint = host_error(command[0], error).hint
+        raise ToolFailed(f"{command[0]} could not be started: {error.strerror}", hint=hint) from error
     if done.returncode:
         raise _failure(command[0], done.returncode, done.stderr.decode("utf-8", "replace"))
     return done.stdout.decode("utf-8", "surrogateescape")
@@ -75,6 +77,7 @@ def condense(text: str, limit: int = 300) -> str:
 
 def _failure(program: str, code: int, stderr: str) -> ToolFailed:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    error = ToolFailed(f"{program} {how}: {condense(stderr)}", evidence={program: stderr[-4000:]})
+    hint = more_processes() if lacks_process(stderr) else ""
+    error = ToolFailed(f"{program} {how}: {condense(stderr)}", hint=hint, evidence={program: stderr[-4000:]})
     error.exit_code, error.stderr = code, stderr
     return error

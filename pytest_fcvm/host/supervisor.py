@@ -6,6 +6,7 @@ within a second of pytest's death, however pytest dies; the run directory goes w
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -23,6 +24,7 @@ from typing import Self
 from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host import wire
 from pytest_fcvm.host.child import Child, ChildExit
+from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
 from pytest_fcvm.host.own import getpid
 from pytest_fcvm.host.paths import make_child_dir
 from pytest_fcvm.host.threads import ServiceThread
@@ -88,10 +90,13 @@ class Supervisor:
                 guard = _exec_guard(run_dir, ends | {1: log, 2: log}, namespaces)
                 supervisor = cls(run_dir, control, events, guard, log)
             except OSError as error:
-                raise HostError(
-                    f"the supervisor cannot be started: {error.strerror} ({error.filename or 'no file'})",
-                    hint="Linux 5.4 or newer, room in the run directory and file descriptors are needed (ulimit -n)",
-                ) from error
+                if error.errno == errno.ENOSYS:
+                    raise HostError(
+                        "this kernel is too old for the supervisor", hint="use Linux 5.4 or newer"
+                    ) from error
+                known = host_error("the supervisor", error)
+                message = f"the supervisor cannot be started: {error.strerror} ({error.filename or 'no file'})"
+                raise HostError(message, hint=known.hint) from error
             undo.pop_all()
         return supervisor
 
@@ -243,11 +248,11 @@ class Supervisor:
         return answer, descriptors
 
     def _lost(self) -> HostError:
-        return HostError(
-            "the supervisor has died and all VMs of this process with it",
-            hint="look for the kernel's OOM killer in dmesg, or whoever killed fcvm-guard; then start pytest again",
-            evidence=self._evidence(),
-        )
+        evidence = self._evidence()
+        hint = "look for the kernel's OOM killer in dmesg, or whoever killed fcvm-guard; then start pytest again"
+        if lacks_process("".join(evidence.values())):
+            hint = more_processes()
+        return HostError("the supervisor has died and all VMs of this process with it", hint=hint, evidence=evidence)
 
     def _evidence(self) -> dict[str, str]:
         size = os.fstat(self._log).st_size
@@ -330,9 +335,10 @@ def _resolve_program(argv: Sequence[str | Path]) -> list[str]:
 
 
 def _refusal(name: str, code: int, what: str) -> HostError:
-    hints = {"Too many open files": "raise ulimit -n", "No such file or directory": "install what is missing"}
     reason = os.strerror(code)
-    return HostError(f"{name} cannot be started: {reason} ({what})", hint=hints.get(reason, "see `fcvm doctor`"))
+    known = host_error(name, OSError(code, reason, what))
+    hint = "install what is missing" if code == errno.ENOENT else known.hint
+    return HostError(f"{name} cannot be started: {reason} ({what})", hint=hint)
 
 
 def _visible_pid(pidfd: int) -> int:

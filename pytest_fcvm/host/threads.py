@@ -32,6 +32,11 @@ class ServiceThread(threading.Thread):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, at most so many seconds. One that could not be started has none."""
+        if self.ident is not None:
+            super().join(timeout)
+
 
 class Crew:
     """Service threads that one owner has started, for it to wait for at its end."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import CpuIdentity, read_cpu
@@ -30,6 +32,7 @@ from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
+from pytest_fcvm.engine.sparse import copy_file
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
@@ -70,6 +73,8 @@ class QemuEngine:
         self._spawner, self._binary, self._wanted = spawner, binary, accelerator
         self._records = cache_dir / "engine"
         self._platform: Platform | None = None
+        self._copying = threading.Lock()
+        self._copies: dict[Path, Path] = {}
 
     @property
     def name(self) -> str:
@@ -130,6 +135,8 @@ class QemuEngine:
         """Spawn a clone's QEMU, which starts up meanwhile and waits for `QemuVm.start`."""
         platform, files = self._ready(), plan.files
         check_memory_file(files.memory, plan.shape.mem_mib)
+        if not (platform.version.opens_private_memory_read_only or os.access(files.memory, os.W_OK)):
+            files = replace(files, memory=self._copy_of(files.memory))
         argv = clone_command(platform, plan.shape, files, plan.ports)
         with ExitStack() as undo, ExitStack() as lent:
             passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False) if cable.end}
@@ -163,6 +170,15 @@ class QemuEngine:
     def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
         return key_arguments(self._ready(), shape)
+
+    def _copy_of(self, memory: Path) -> Path:
+        """Return a copy in the run directory of a memory file in a read-only cache, one for all clones of a process."""
+        with self._copying:
+            if memory not in self._copies:
+                copy = self._spawner.make_dir("memory") / memory.name
+                copy_file(memory, copy)
+                self._copies[memory] = copy
+            return self._copies[memory]
 
     def _ready(self) -> Platform:
         if self._platform is None:
