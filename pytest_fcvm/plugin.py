@@ -104,6 +104,8 @@ def _ini_layer(config: pytest.Config) -> dict[str, Any]:
         try:
             values[row.marker] = config.getini(_ini_key(row))
         except (TypeError, ValueError, pytest.UsageError) as error:  # UsageError since pytest 9.2
+            if row.kind is RowKind.FLAG and str(error).endswith("''"):
+                continue  # nothing was written, which is no setting in any other place either
             if not _asks_for_help(config):
                 raise _not_of_its_type(row, error) from error
     return {name: value for name, value in values.items() if value not in (None, "", [])}

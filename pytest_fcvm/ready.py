@@ -14,12 +14,14 @@ from typing import Protocol
 from pytest_fcvm.errors import FcvmError, GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.threads import ServiceThread
+from pytest_fcvm.model.guest import NOTHING_LISTENS
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 
 __all__ = ["PROBE_PORT", "ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
+_STATUS = "HTTP status"
 PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
 _TRY_S = 5.0  # one answer may take this long
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
@@ -174,7 +176,7 @@ def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
     """Return a function that returns "" when ready, else what it saw instead."""
     match ready.mode:
         case ReadyMode.HTTP:
-            return lambda: _http_answer(target.endpoint(ready.port or 80), ready.text)
+            return lambda: _ask_http(target, ready.port or 80, ready.text)
         case ReadyMode.TCP:
             return lambda: _ask_tcp(target, ready.port or 0)
         case ReadyMode.EXEC:
@@ -208,11 +210,20 @@ def _ask_exec(target: ReadyTarget, command: str | Sequence[str]) -> str:
     return "" if result.exit_code == 0 else f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
 
 
+def _ask_http(target: ReadyTarget, port: int, path: str) -> str:
+    """Send the request; where it broke, ask for a listener: slirp resets connections to closed ports."""
+    answer = _http_answer(target.endpoint(port), path)
+    with suppress(GuestTimeout):
+        if answer and not answer.startswith(_STATUS) and not target.listening(port):
+            return NOTHING_LISTENS.format(port=port)
+    return answer
+
+
 def _ask_tcp(target: ReadyTarget, port: int) -> str:
     """Ask for a listener, then connect. A connect alone proves nothing: slirp accepts for closed ports, too."""
     try:
         if not target.listening(port):
-            return "nothing listens there, or on a loopback address alone"
+            return NOTHING_LISTENS.format(port=port)
     except GuestTimeout as error:
         return error.message
     return _tcp_answer(target.endpoint(port), _STANDS_S)
@@ -237,4 +248,4 @@ def _http_answer(endpoint: Endpoint, path: str) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         connection.close()
-    return "" if response.status < 400 else f"HTTP status {response.status}"
+    return "" if response.status < 400 else f"{_STATUS} {response.status}"

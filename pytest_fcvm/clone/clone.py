@@ -118,9 +118,9 @@ class Clone:
 
     def http(self, guest_port: int = 80) -> httpx.Client:
         """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
-        import httpx  # it takes 0.1 s to import, and most tests have a client of their own
+        from pytest_fcvm.clone.http import make_client  # httpx takes 0.1 s, and most tests have clients of their own
 
-        client = httpx.Client(base_url=self.url(guest_port), trust_env=False, timeout=30)
+        client = make_client(self.url(guest_port), lambda: self._live().why_silent(guest_port))
         self._clients.append(client)
         return client
 

@@ -14,7 +14,7 @@ from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
 from pytest_fcvm.host.files import read_regular
-from pytest_fcvm.model.guest import ExitStatus, Identity, ListenState
+from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
@@ -89,6 +89,11 @@ class Machine:
     def listening(self, guest_port: int) -> bool:
         """Ask the guest for a TCP listener on a port that can be reached from outside."""
         return self.agent.listening(guest_port, timeout_s=_CALL_S) is ListenState.OPEN
+
+    def why_silent(self, guest_port: int) -> str:
+        """Say why a TCP port gives no answer, "" where something listens. Raise GuestError when nobody can tell."""
+        self.raise_if_ended()
+        return "" if self.listening(guest_port) else NOTHING_LISTENS.format(port=guest_port)
 
     def take_memory(self, mib: int, timeout_s: float) -> int:
         """Take so much of the guest's memory in all, as far as it gives it in time; return what is taken, in MiB."""

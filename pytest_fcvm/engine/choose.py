@@ -37,11 +37,18 @@ class Choice:
     rejected: tuple[EngineReport, ...] = ()
 
     def __str__(self) -> str:
-        """Say it as the terminal summary does: `qemu/tcg (why it is not KVM; firecracker: why it was not taken)`."""
-        reasons = [self.report.reason] if self.report.reason else []
-        reasons += (f"{other.engine}: {other.reason}" for other in self.rejected if other.reason)
+        """Say it as the terminal summary does: `qemu/tcg (why it is not KVM; firecracker: why it was not taken)`.
+
+        Each reason in short, as it is no fault of this run; `fcvm doctor` says the whole.
+        """
+        reasons = [_in_short(self.report.reason)] if self.report.reason else []
+        reasons += (f"{other.engine}: {_in_short(other.reason)}" for other in self.rejected if other.reason)
         told = "; ".join(reasons)
         return f"{self.report.engine}/{self.report.accelerator}{f' ({told})' if told else ''}"
+
+
+def _in_short(reason: str) -> str:
+    return reason.partition(": ")[0]
 
 
 def _make_qemu(context: EngineContext) -> Engine:

@@ -187,8 +187,7 @@ def _docker(text: str, name: str) -> ImageReference:
         registry, rest = "docker.io", name
     match = _NAME.fullmatch(rest)
     if match is None or not _REGISTRY.fullmatch(registry):
-        lowered = " (a repository's name is lower case)" if rest != rest.lower() else ""
-        raise UsageProblem(f"{_shown(text)!r} is not an image's name{lowered}", hint=_FORMS)
+        raise _not_a_name(text, registry if slash and rest != name else "", rest)
     repository, tag, digest = match["repository"], match["tag"], match["digest"]
     if registry in ("docker.io", "index.docker.io"):
         registry = "docker.io"
@@ -198,6 +197,17 @@ def _docker(text: str, name: str) -> ImageReference:
     return ImageReference(
         text=text, kind=ImageKind.DOCKER, skopeo=f"docker://{registry}/{repository}{version}", registry=registry
     )
+
+
+def _not_a_name(text: str, registry: str, rest: str) -> UsageProblem:
+    """Return the problem, with the name as it should be where capitals are all that is wrong."""
+    path, slash, last = rest.rpartition("/")
+    name, colon, version = last.partition("@" if "@" in last else ":")
+    lowered = f"{path.lower()}{slash}{name.lower()}{colon}{version}"
+    if lowered != rest and _NAME.fullmatch(lowered):
+        hint = f"write {registry}{'/' if registry else ''}{lowered}"
+        return UsageProblem(f"{_shown(text)!r} is not an image's name: a repository's name is lower case", hint=hint)
+    return UsageProblem(f"{_shown(text)!r} is not an image's name", hint=_FORMS)
 
 
 def _absolute(name: str, base: Path) -> Path:

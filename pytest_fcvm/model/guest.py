@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 __all__ = [
+    "NOTHING_LISTENS",
     "ExitStatus",
     "GuestConfig",
     "Identity",
@@ -109,6 +110,9 @@ class WorkloadStatus:
     state: WorkloadState
     exit: ExitStatus | None = None
     oom_kills: int = 0
+
+
+NOTHING_LISTENS = "nothing listens on port {port}, or on a loopback address alone"
 
 
 class ListenState(IntEnum):

@@ -148,6 +148,12 @@ def test_a_wrong_setting_of_the_ini_file_is_named_and_keeps_nobody_from_help(pro
         assert project.run(*words).ret == 0, words
 
 
+def test_an_empty_truth_value_is_no_setting_in_any_place(project) -> None:
+    project.write(pytest_ini="[pytest]\nfcvm_timings =\n", test_a_py="def test_a(): pass\n")
+    for words, environment in (([], {}), ([], {"FCVM_TIMINGS": ""}), (["-o", "fcvm_rebuild="], {}), (["-n2"], {})):
+        assert project.run("-q", *words, **environment).ret == 0, (words, environment)
+
+
 @pytest.mark.parametrize("line", ["fcvm_env = NOT_SET_HERE", "fcvm_map = gone:/srv", "fcvm_cache_dir = ~no-user/x"])
 def test_a_setting_that_names_what_is_not_here_ends_no_run_without_a_clone(project, line: str) -> None:
     project.write(pytest_ini=f"[pytest]\n{line}\n", test_a_py="def test_a(): pass\n" + _ONE)

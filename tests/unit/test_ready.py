@@ -178,8 +178,17 @@ def test_a_port_that_accepts_without_a_listener_in_the_guest_is_not_ready(
 ) -> None:
     serve_tcp(_keep)  # as slirp accepts for every port
     target.listens = False
-    with pytest.raises(GuestTimeout, match="tcp:80: nothing listens there, or on a loopback address alone"):
+    with pytest.raises(GuestTimeout, match="tcp:80: nothing listens on port 80, or on a loopback address alone"):
         wait_until_ready(target, _TCP, _SHORT_S)
+
+
+def test_a_request_to_a_port_without_a_listener_is_told_as_that(
+    target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
+) -> None:
+    serve_tcp(lambda connection: connection.close())  # as slirp does for a closed port
+    target.listens = False
+    with pytest.raises(GuestTimeout, match=r"nothing listens on port 80, or on a loopback address alone\nhint"):
+        wait_until_ready(target, ReadySpec(mode=ReadyMode.HTTP, port=80, text="/"), _SHORT_S)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fakes.agent import FakeAgent
 from fakes.agent_wire import FakeStream
@@ -94,6 +95,19 @@ def test_the_http_client_ignores_proxies_and_ends_with_the_clone(
     assert service.requests[0].startswith(b"GET /path HTTP/1.1")
     clone.close()
     assert client.is_closed
+
+
+def test_the_http_client_says_that_nothing_listens_and_keeps_the_error_of_httpx(
+    clone: Clone, guest: FakeAgent, service: Service
+) -> None:
+    service._answer = None  # resets connections, as slirp does for a closed port
+    guest.listening[80] = 0
+    reason = "nothing listens on port 80, or on a loopback address alone"
+    with pytest.raises(httpx.NetworkError, match=f"^{reason}: .*reset by peer"):
+        clone.http(80).get("/")
+    guest.listening[80] = 1
+    with pytest.raises(httpx.NetworkError, match=r"^.{0,20}Connection reset by peer"):
+        clone.http(80).get("/")
 
 
 # Commands

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm.engine.choose import EngineContext, choose_engine
+from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
 from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles, MachineShape
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.errors import HostError, UsageProblem
@@ -65,6 +65,12 @@ def test_an_engine_that_only_emulates_is_better_than_none_and_says_why() -> None
     choice = Bench(firecracker=None, qemu=TCG).choose()
     assert str(choice) == "qemu/tcg (no kvm; firecracker: not there)"
     assert choice.rejected[0].reason == "not there"
+
+
+def test_the_summary_says_reasons_in_short() -> None:
+    report = EngineReport(engine="qemu", usable=True, accelerator=TCG, reason="/dev/kvm is deaf: SIGABRT: MSR")
+    choice = Choice(engine=None, report=report)  # type: ignore[arg-type]
+    assert str(choice) == "qemu/tcg (/dev/kvm is deaf)"
 
 
 def test_a_named_engine_is_the_only_one_probed() -> None:

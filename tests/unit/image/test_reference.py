@@ -169,3 +169,27 @@ def test_what_is_plainly_meant_is_named(typed: str) -> None:
 @pytest.mark.parametrize("version", ["", ":7", "@sha256:" + "0" * 64])
 def test_a_repository_has_neither_tag_nor_digest(version: str) -> None:
     assert parse_reference(f"127.0.0.1:5000/a/b{version}", base=Path("/")).repository == "127.0.0.1:5000/a/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("Nginx", "nginx"),
+        ("docker://NGINX:Latest", "nginx:Latest"),
+        ("127.0.0.1:5000/Team/App:V1", "127.0.0.1:5000/team/app:V1"),
+        ("[::1]:5000/NGINX", "[::1]:5000/nginx"),
+        ("ghcr.io/Org/App@sha256:" + "0" * 64, "ghcr.io/org/app@sha256:" + "0" * 64),
+    ],
+)
+def test_capitals_in_a_repository_are_told_with_the_name_as_it_should_be(text: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="a repository's name is lower case") as caught:
+        parse_reference(text, base=tmp_path)
+    assert caught.value.hint == f"write {meant}"
+    assert parse_reference(meant, base=tmp_path).skopeo
+
+
+def test_a_registry_at_an_address_of_version_6_is_known_as_local(tmp_path: Path) -> None:
+    reference = parse_reference("[::1]:5000/nginx", base=tmp_path)
+    assert (reference.skopeo, reference.registry) == ("docker://[::1]:5000/nginx:latest", "[::1]:5000")
+    assert reference.is_local_registry
+    assert reference.repository == "[::1]:5000/nginx"

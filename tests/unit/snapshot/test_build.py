@@ -259,7 +259,7 @@ def test_a_service_that_prepare_broke_is_not_snapshotted(
         engine.vms[0].agent.listening[80] = 0
 
     error = _failure(make_parts(prepare=Prepare(stop), ready_timeout_s=0.3), folder, GuestTimeout)
-    assert re.search("nothing listens there", error.message)
+    assert re.search("nothing listens on port", error.message)
 
 
 # Failures
