@@ -23,7 +23,10 @@ _SECRET_QUERY = re.compile(r"(?i)\b(token|password|secret|signature|sig)=[^&\s\"
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 
 _AUTH = "skopeo login {tls}{registry} (or podman login, docker login) with an account that may read it"
-_SPELLING = "check the spelling of name and tag; skopeo list-tags {tls}docker://{repository} shows what is there"
+_SPELLING = (
+    "check the spelling of name and tag; skopeo list-tags {tls}docker://{repository} shows the tags that are there, "
+    "and fails where there is no such name"
+)
 _UNREACHABLE = (
     "the registry {registry} cannot be reached from here: check network, proxy and mirrors, or name a local image as "
     "docker-archive:FILE or containers-storage:NAME"

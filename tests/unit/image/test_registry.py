@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from fakes.images import HandmadeImage, entry, tar_of
 from fakes.registry import HTPASSWD, PASSWORD, USER, running_registry
 
 from pytest_fcvm.errors import ImageError
+from pytest_fcvm.host.process import ToolFailed
 from pytest_fcvm.image import skopeo
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.source import PullPolicy, resolve_image
@@ -157,6 +159,39 @@ def test_a_missing_image_is_an_error_with_the_registrys_reason(tmp_path, registr
     assert "\n" not in caught.value.message
     assert "skopeo list-tags" in caught.value.hint
     assert list((tmp_path / "images").iterdir()) == []
+
+
+def _run_command_of(hint, *more):
+    """Run the command that a hint names, as it is printed."""
+    command = re.search(r"skopeo [a-z-]+(?: --\S+)* \S+", hint)[0].split()
+    return subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_the_command_that_lists_tags_runs_as_it_is_printed(registry, resolve):
+    registry.push("team/thing:1", ONE)
+    for wrong in ("team/thing:2", f"team/thing@sha256:{'0' * 64}"):
+        with pytest.raises(ImageError) as caught:
+            resolve(f"{registry.address}/{wrong}")
+        listed = _run_command_of(caught.value.hint)
+        assert listed.returncode == 0, listed.stderr
+        assert json.loads(listed.stdout)["Tags"] == ["1"]
+
+
+def test_the_command_that_shows_more_runs_as_it_is_printed(registry, tmp_path):
+    reference = parse_reference(registry.push("thing:1", ONE), base=tmp_path)
+    error = skopeo._image_error(ToolFailed("skopeo failed: nobody knows why"), reference, "amd64")
+    shown = _run_command_of(error.hint)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_the_command_that_logs_in_runs_as_it_is_printed(closed, resolve, tmp_path, monkeypatch):
+    reference = closed.push("thing:1", ONE, login=f"{USER}:{PASSWORD}")
+    monkeypatch.setenv("REGISTRY_AUTH_FILE", str(tmp_path / "auth.json"))
+    with pytest.raises(ImageError) as caught:
+        resolve(reference)
+    logged_in = _run_command_of(caught.value.hint, "--username", USER, "--password", PASSWORD)
+    assert logged_in.returncode == 0, logged_in.stderr
+    assert content(resolve(reference)) == [ONE]
 
 
 def test_never_says_how_to_get_an_unknown_image(registry, resolve):
