@@ -101,20 +101,21 @@ class Reporter:
         """
         if not hasattr(os, "mkfifo"):
             return
-        first = self._shared_dir is None
-        try:
-            node.workerinput[_WORKER_KEY] = str(self.shared_dir())
-        except HostError:
-            return
-        if first:
-            os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
-            from pytest_fcvm.host.threads import ServiceThread
+        from pytest_fcvm.host.threads import ServiceThread
 
-            ServiceThread(self._listen, name="fcvm-progress").start()
+        first = self._shared_dir is None
+        with suppress(HostError, OSError, RuntimeError):  # no room, no descriptor, no thread
+            node.workerinput[_WORKER_KEY] = str(self.shared_dir())
+            if first:
+                os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
+                ServiceThread(self._listen, name="fcvm-progress").start()
 
     def _listen(self) -> None:
         # Opened for writing as well, so that it has no end between workers; the thread ends with the process.
-        pipe = os.open(self.shared_dir() / _PROGRESS, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            pipe = os.open(self.shared_dir() / _PROGRESS, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no descriptor is left: nobody is told of progress
+            return
         with os.fdopen(pipe, "r", encoding="utf-8", errors="replace") as lines:
             told: set[str] = set()
             for line in lines:

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
-from pytest_fcvm.host.limits import descriptors_told
 
 if TYPE_CHECKING:
     from pytest_fcvm.cli.snapshots import Outcome
@@ -29,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = words.index("--") if takes_command and "--" in words else len(words)
     options = make_parser(full=words[:1]).parse_args(words[:end])
     options.command = words[end + 1 :]
+    from pytest_fcvm.host.limits import descriptors_told  # help needs none
+
     try:
         with descriptors_told(f"fcvm {words[0]}"):
             return int(options.run(options))
