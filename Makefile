@@ -29,8 +29,9 @@ lint:
 docs: ## the generated reference pages
 	$(BIN)/python docs/generate.py
 
-soak: ## a thousand clones in a row: none deaf, none a double, nothing that grows
+soak: ## a thousand clones in a row: none deaf, none a double, nothing that grows; then 500 short runs, none bad
 	$(BIN)/python benchmarks/endurance.py
+	$(BIN)/python benchmarks/short_runs.py
 
 bench: ## figures for the README, beside podman where it is installed
 	$(BIN)/python benchmarks/run.py
