@@ -67,26 +67,25 @@ class _Image:
 class Harness:
     """Everything one process needs to make machines, put together when it is first needed, taken apart by `close`.
 
-    `shared_dir` is a folder that all processes of the run share: failures are remembered there. `announce` shows a
-    person a line of progress. `born` is told of every clone.
+    `shared_dir` is a directory that all processes of the run share: failures are remembered there. With
+    `owns_shared` it goes with this process, however that ends. `announce` shows a person a line of progress. `born`
+    is told of every clone.
     """
 
-    def __init__(self, options: Options, *, shared_dir: Path, announce: Announce) -> None:
+    def __init__(self, options: Options, *, shared_dir: Path, announce: Announce, owns_shared: bool = False) -> None:
         self._options, self._shared, self._announce = options, shared_dir, announce
         self.born: Callable[[Clone], object] = lambda _clone: None
         self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock = threading.RLock()
-        self._owner = getpid()
-        self._entries: dict[str, Entry] = {}
+        self._owner, self._also_removed = getpid(), shared_dir if owns_shared else None
+        self._entries, self._images = dict[str, Entry](), dict[str, _Image]()
         self._snapshots: dict[_Wanted, Snapshot] = {}
         self._network_numbers = itertools.count(1)
         self._no_engine = self._who = ""
-        self._images: dict[str, _Image] = {}
         self._notes, self._timings = list[str](), list[str]()
         self._built = self._reused = self._clones = 0
-        self._kept: set[str] = set()
-        self._live: WeakSet[Clone] = WeakSet()
+        self._kept, self._live = set[str](), WeakSet[Clone]()
 
     def close(self) -> None:
         """Kill what still runs and remove this process's run directory. Does nothing in a forked child."""
@@ -189,8 +188,11 @@ class Harness:
         """Return the process that starts all others and ends them with us."""
         self._options.check_resolved()  # networks, and clones that were kept, ask for no snapshot
         sweep(run_root())
-        run = self._resources.enter_context(RunDir())
-        return self._resources.enter_context(Supervisor.start(run.path))
+        with ExitStack() as owned:
+            run = owned.enter_context(RunDir())
+            supervisor = owned.enter_context(Supervisor.start(run.path, also_removed=self._also_removed))
+            self._resources.push(owned.pop_all())
+        return supervisor
 
     @cached_property
     def choice(self) -> Choice:
@@ -260,13 +262,14 @@ class Harness:
 
     @cached_property
     def _admission(self) -> Admission:
-        return Admission(run_root(), self._options.max_clones)
+        return self._resources.enter_context(closing(Admission(run_root(), self._options.max_clones)))
 
     @cached_property
     def _workshop(self) -> Workshop:
+        admission = self._admission
         return Workshop(
             admit=self._admit,
-            admit_ahead=self._admit_ahead,
+            admit_ahead=lambda mem_mib: admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self._who}"),
             ahead=self._options.pool,
             makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
             scratch=lambda: self.store.shelf("snapshots").scratch(self.supervisor.run_dir),
@@ -374,9 +377,6 @@ class Harness:
             deadline_s=_ADMISSION_S,
             on_wait=lambda: self._drain_pools(self._snapshots),
         )
-
-    def _admit_ahead(self, mem_mib: int) -> Ticket:
-        return self._admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self._who}")
 
     def _keep_few_pools(self, wanted: _Wanted) -> None:
         """Give back the clones ahead of tests that seem to be over: only the snapshots asked for last keep theirs."""

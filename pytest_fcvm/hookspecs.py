@@ -37,6 +37,11 @@ class RunReporter(Protocol):
         """Return the folder that all workers of this run share."""
         ...
 
+    @property
+    def owns_shared_dir(self) -> bool:
+        """Say whether that is this process's alone, and goes with it."""
+        ...
+
     def announce(self, text: str) -> None:
         """Show a line of progress."""
         ...

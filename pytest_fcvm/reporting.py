@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _PACKAGE = Path(__file__).parent
 _PROGRESS = "progress"
+_END, _END_S = b"\0\n", 5.0  # of the progress: no worker says this
 _WORKER_KEY = "fcvm_shared_dir"
 _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
@@ -61,6 +62,11 @@ class Reporter:
             self._config.add_cleanup(self._leave_run_dir)
             self._shared_dir = str(self._run.path)
         return Path(self._shared_dir)
+
+    @property
+    def owns_shared_dir(self) -> bool:
+        """Say whether the shared directory is this process's alone, and goes with it."""
+        return self._run is not None and not self._config.pluginmanager.hasplugin("dsession")
 
     def _leave_run_dir(self) -> None:
         if self._run is not None:
@@ -101,24 +107,38 @@ class Reporter:
         """
         if not hasattr(os, "mkfifo"):
             return
+        first = self._shared_dir is None
+        try:
+            node.workerinput[_WORKER_KEY] = str(self.shared_dir())
+        except HostError:
+            return
+        if first:
+            with suppress(OSError, RuntimeError, FcvmError):  # no room, descriptor or thread: nobody shows progress
+                self._start_listening(self.shared_dir() / _PROGRESS)
+
+    def _start_listening(self, path: Path) -> None:
         from pytest_fcvm.host.threads import ServiceThread
 
-        first = self._shared_dir is None
-        with suppress(HostError, OSError, RuntimeError):  # no room, no descriptor, no thread
-            node.workerinput[_WORKER_KEY] = str(self.shared_dir())
-            if first:
-                os.mkfifo(self.shared_dir() / _PROGRESS, 0o600)
-                ServiceThread(self._listen, name="fcvm-progress").start()
-
-    def _listen(self) -> None:
-        # Opened for writing as well, so that it has no end between workers; the thread ends with the process.
+        os.mkfifo(path, 0o600)
+        pipe = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for writing as well: it has no end between workers
+        thread = ServiceThread(self._listen, pipe, name="fcvm-progress")
         try:
-            pipe = os.open(self.shared_dir() / _PROGRESS, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # no descriptor is left: nobody is told of progress
-            return
+            thread.start()
+        finally:
+            if thread.ident is None:
+                os.close(pipe)
+
+        def end() -> None:
+            with suppress(OSError):
+                os.write(pipe, _END)
+            thread.join(_END_S)
+
+        self._config.add_cleanup(end)
+
+    def _listen(self, pipe: int) -> None:
         with os.fdopen(pipe, "r", encoding="utf-8", errors="replace") as lines:
             told: set[str] = set()
-            for line in lines:
+            for line in iter(lines.readline, _END.decode()):
                 text = line.partition(": ")[2]
                 if text in told:  # by another worker, which does or awaits the same
                     continue

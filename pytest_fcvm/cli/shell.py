@@ -57,7 +57,7 @@ def shell_harness(options: Options) -> Iterator[Harness]:
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, _leave))
         shared = stack.enter_context(RunDir())  # the next start sweeps what is left of one that was killed
-        harness = Harness(options, shared_dir=shared.path, announce=say)
+        harness = Harness(options, shared_dir=shared.path, owns_shared=True, announce=say)
         stack.callback(harness.close)
         yield harness
 
@@ -149,12 +149,13 @@ def _typed_into(process: GuestProcess) -> Iterator[None]:
     """Pass our stdin on from a thread of its own, which ends with the block."""
     stop, stopping = os.pipe()
     thread = ServiceThread(_copy_in, process, stop, name="fcvm-shell-input")
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
         os.close(stopping)
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
         os.close(stop)
 
 

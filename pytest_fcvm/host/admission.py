@@ -23,7 +23,7 @@ from typing import Self
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.ledger import Holder, Ledger, Totals, open_ledger
+from pytest_fcvm.host.ledger import Holder, Ledger, Totals, close_ledger, open_ledger
 from pytest_fcvm.host.memory import HostMemory
 from pytest_fcvm.host.own import getpid
 
@@ -123,9 +123,13 @@ class Admission:
                 return Ticket(lambda: self._give_back(ledger, number))
         raise NoRoomAhead("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
 
+    def close(self) -> None:
+        """Let go of the ledger: nobody is admitted any more. Idempotent; tickets may be released later."""
+        close_ledger(self._folder, self)
+
     def _open_ledger(self) -> Ledger:
         try:
-            return open_ledger(self._folder)
+            return open_ledger(self._folder, self)
         except OSError as error:
             raise HostError(
                 f"{self._folder} cannot be used: {error.strerror}",

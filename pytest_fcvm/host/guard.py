@@ -88,7 +88,13 @@ def _stand_guard(pid: int, run_dir: bytes, isolation: bytes) -> None:
     os.waitpid(pid, 0)  # in a namespace this returns when all in it are gone
     if isolation == SUBREAPER:
         _end_descendants()
+    try:
+        also = os.readlink(run_dir + b"/" + wire.ALSO_REMOVED)  # noqa: PTH115 - no pathlib here
+    except OSError:  # pytest lives, or has nothing else
+        also = b""
     spawner.remove_tree(run_dir)
+    if also:
+        spawner.remove_tree(also)
 
 
 def _enter_namespace() -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import getpid
 
-__all__ = ["Holder", "Ledger", "Totals", "open_ledger"]
+__all__ = ["Holder", "Ledger", "Totals", "close_ledger", "open_ledger"]
 
 _NAME = re.compile(r"(\d+)-[0-9a-f]{8}")
 _HEAD_BYTES = 33
@@ -75,6 +75,18 @@ class Ledger:
         self._lines: dict[int, tuple[int, bytes]] = {}
         self._waiting_again = 0
         self._numbers = count(1)
+        self.users: set[object] = set()
+
+    def close(self) -> None:
+        """Remove the page and close the files; what is struck out later counts no more. In a forked child, close."""
+        with self._threads:
+            mutex, self._mutex, file, self._file = self._mutex, -1, self._file, -1
+            if file >= 0:
+                if self.owner == getpid():
+                    (self._folder / self._name).unlink(missing_ok=True)
+                os.close(file)
+            if mutex >= 0:
+                os.close(mutex)
 
     @contextmanager
     def try_lock(self) -> Iterator[bool]:
@@ -119,13 +131,17 @@ class Ledger:
             number = next(self._numbers)
             row = json.dumps({"holder": holder, "mem_mib": mem_mib})
             self._lines[number] = (mem_mib, row.encode() + b"\n")
-            self._write()
+            try:
+                self._write()
+            except BaseException:
+                del self._lines[number]  # nobody has its number
+                raise
             return number
 
     def remove(self, number: int) -> None:
         """Strike a clone out. Needs no lock: a reader sees it before or after."""
         with self._threads:
-            if self._lines.pop(number, None) is not None:
+            if self._lines.pop(number, None) is not None and self._file >= 0:
                 self._write()
 
     def wait_again(self, change: int) -> None:
@@ -181,13 +197,29 @@ _ledgers: dict[Path, Ledger] = {}
 _opening = threading.Lock()
 
 
-def open_ledger(folder: Path) -> Ledger:
-    """Return this process's ledger in a folder; a forked child gets one of its own. Raise OSError."""
+def open_ledger(folder: Path, user: object) -> Ledger:
+    """Return this process's ledger in a folder, for a user who calls `close_ledger`. Raise OSError.
+
+    A forked child gets one of its own.
+    """
     with _opening:
         known = _ledgers.get(folder)
         if known is None or known.owner != getpid():
             known = _ledgers[folder] = Ledger(folder)
+        known.users.add(user)
         return known
+
+
+def close_ledger(folder: Path, user: object) -> None:
+    """Close this process's ledger in a folder once nobody uses it any more. Idempotent."""
+    with _opening:
+        known = _ledgers.get(folder)
+        if known is None or user not in known.users:
+            return
+        known.users.discard(user)
+        if not known.users:
+            del _ledgers[folder]
+            known.close()
 
 
 def _is_dead(file: int) -> bool:

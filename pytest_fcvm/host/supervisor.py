@@ -34,6 +34,7 @@ __all__ = ["Child", "ChildExit", "Supervisor"]
 _ANSWER_S = 30.0
 _CLOSE_S = 10.0
 _LOG = "guard.log"
+_ALSO = wire.ALSO_REMOVED.decode()
 _LOG_TAIL = 4000
 # Imported from its folder, so that bytecode is cached (5 ms), but past the packages' own `__init__`, whose imports cost
 # as much again, and without `site` (20 ms).
@@ -70,11 +71,12 @@ class Supervisor:
         self._closed = False
 
     @classmethod
-    def start(cls, run_dir: Path, *, namespaces: bool | None = None) -> Supervisor:
+    def start(cls, run_dir: Path, *, namespaces: bool | None = None, also_removed: Path | None = None) -> Supervisor:
         """Exec the guard and return at once; the first spawn waits for it.
 
-        `run_dir` is removed with all that is in it when the supervisor or pytest ends. `namespaces=False`, or
-        FCVM_NO_NAMESPACES=1 in the environment, makes it do without a PID namespace. Raise HostError.
+        `run_dir` is removed with all that is in it when the supervisor or pytest ends, `also_removed` when pytest does
+        without `close`. `namespaces=False`, or FCVM_NO_NAMESPACES=1 in the environment, makes it do without a PID
+        namespace. Raise HostError.
         """
         if namespaces is None:
             namespaces = os.environ.get("FCVM_NO_NAMESPACES", "") in ("", "0")
@@ -84,10 +86,13 @@ class Supervisor:
                 events, far_events = _socket_pair(undo, passed)
                 log = os.open(run_dir / _LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 undo.callback(os.close, log)
+                if also_removed:
+                    (run_dir / _ALSO).symlink_to(also_removed)
                 pytest = os.pidfd_open(getpid())
                 passed.callback(os.close, pytest)
                 ends = {wire.CONTROL: far_control.fileno(), wire.EVENTS: far_events.fileno(), wire.PYTEST: pytest}
                 guard = _exec_guard(run_dir, ends | {1: log, 2: log}, namespaces)
+                undo.callback(_reap, guard)
                 supervisor = cls(run_dir, control, events, guard, log)
             except OSError as error:
                 if error.errno == errno.ENOSYS:
@@ -169,6 +174,7 @@ class Supervisor:
             self._end_guard(thread)
 
     def _end_guard(self, thread: threading.Thread | None) -> None:
+        (self.run_dir / _ALSO).unlink(missing_ok=True)  # its owner lives, and removes it itself
         with suppress(OSError):  # shut, not closed: a forked child may hold copies
             self._control.shutdown(socket.SHUT_RDWR)
         if not _wait_readable(self._guard, _CLOSE_S):
@@ -215,9 +221,17 @@ class Supervisor:
                     f"{child.name} cannot be started: {error.strerror}", hint="shorten its arguments and environment"
                 ) from error
             if self._thread is None:
-                self._thread = ServiceThread(self._listen, name="fcvm-exits")
-                self._thread.start()
+                self._start_listening()
             self._children[number] = child
+
+    def _start_listening(self) -> None:
+        self._thread = ServiceThread(self._listen, name="fcvm-exits")
+        try:
+            self._thread.start()
+        except BaseException:
+            if self._thread.ident is None:
+                self._thread = None  # the next spawn tries again, and `close` waits for none
+            raise
 
     def _take_answer(self, number: int, name: str) -> tuple[int, int]:
         while True:
@@ -324,6 +338,13 @@ def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> in
     finally:
         for descriptor in set(lifted.values()) - set(given.values()):
             os.close(descriptor)
+
+
+def _reap(guard: int) -> None:
+    """End a guard that nobody will watch."""
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(guard, signal.SIGKILL)
+        os.waitpid(guard, 0)
 
 
 def _resolve_program(argv: Sequence[str | Path]) -> list[str]:

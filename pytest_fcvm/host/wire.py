@@ -18,6 +18,7 @@ from __future__ import annotations
 import _socket
 import fcntl
 import marshal
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
     Message: TypeAlias = tuple[Any, ...]
 
-__all__ = ["CONTROL", "EVENTS", "OP_END", "OP_SPAWN", "PYTEST", "WIRE_LIMIT", "lift", "receive", "send"]
+__all__ = ["ALSO_REMOVED", "CONTROL", "EVENTS", "OP_END", "OP_SPAWN", "PYTEST", "WIRE_LIMIT", "lift", "receive", "send"]
 
 CONTROL, EVENTS, PYTEST = 3, 4, 5  # descriptors of the guard on entry; the last is a pidfd of pytest
+ALSO_REMOVED = b"also-removed"  # a link in the run directory: to what the guard removes beside it
 OP_SPAWN, OP_END = 0, 1
 WIRE_LIMIT = 1 << 20
 
@@ -45,9 +47,15 @@ def lift(plan: Mapping[int, int]) -> dict[int, int]:
     """
     floor = max(plan, default=0) + 1
     moved: dict[int, int] = {}
-    for source in plan.values():
-        if source not in moved:
-            moved[source] = source if source >= floor else fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, floor)
+    try:
+        for source in plan.values():
+            if source not in moved:
+                moved[source] = source if source >= floor else fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, floor)
+    except BaseException:
+        for source, copied in moved.items():
+            if copied != source:
+                os.close(copied)
+        raise
     return {target: moved[source] for target, source in plan.items()}
 
 

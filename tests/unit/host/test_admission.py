@@ -50,7 +50,7 @@ for line in sys.stdin:
             tickets.pop().release()
             time.sleep(600)
     elif question == "hammer":
-        ledger = open_ledger(Path(sys.argv[1]) / "admission")
+        ledger = open_ledger(Path(sys.argv[1]) / "admission", None)
         answer["most"] = 0
         for _ in range(int(rest[0])):
             with admission.admit(1, holder="x", first=True, deadline_s=60):
