@@ -68,27 +68,28 @@ def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Networ
     clones: dict[str, Clone] = {}
     starting: dict[Future[Clone], str] = {}
     with ExitStack() as closers, ThreadPoolExecutor(thread_name_prefix="fcvm-group") as workers, ExitStack() as late:
-        late.callback(_end_those, starting)
+        late.callback(workers.shutdown, wait=False, cancel_futures=True)
         while order.is_active():
             for name in order.get_ready():
-                begin = _starter(snapshots[name], name, network, is_dependent=bool(needs[name]))
+                begin = _starter(snapshots[name], name, network, closers, is_dependent=bool(needs[name]))
                 starting[workers.submit(begin)] = name
             for future in wait(starting, return_when=FIRST_COMPLETED).done:
                 name = starting.pop(future)
-                clones[name] = closers.enter_context(_result(future, name, failed))
+                clones[name] = _result(future, name, failed)
                 order.done(name)
         return Group(network, {name: clones[name] for name in snapshots}, closers.pop_all())
 
 
-def _starter(snapshot: Snapshot, name: str, network: Network, *, is_dependent: bool) -> Callable[[], Clone]:
+def _starter(
+    snapshot: Snapshot, name: str, network: Network, closers: ExitStack, *, is_dependent: bool
+) -> Callable[[], Clone]:
+    """Return a function that starts a clone, which is `closers`' at once: its caller may have given up meanwhile."""
+
     def start() -> Clone:
         clone = snapshot.clone(name=name, networks=[network])
-        try:
-            if is_dependent:
-                snapshot.prove(clone)
-        except BaseException:
-            clone.close()
-            raise
+        closers.callback(clone.close)
+        if is_dependent:
+            snapshot.prove(clone)
         return clone
 
     return start
@@ -101,10 +102,3 @@ def _result(future: Future[Clone], name: str, failed: Failed) -> Clone:
         error.message = f"{name}: {error.message}"
         failed(name, error)
         raise
-
-
-def _end_those(starting: Mapping[Future[Clone], str]) -> None:
-    """End clones that come up when another has failed already."""
-    for future in starting:
-        if not future.cancel() and future.exception() is None:
-            future.result().close()

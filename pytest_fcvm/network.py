@@ -55,9 +55,9 @@ class Network:
         self._cuts: list[tuple[frozenset[str], ...]] = []
         self._impairments: list[tuple[str | None, str | None, Link]] = []
         self._lock = threading.RLock()
-        self._directory = directory = spawner.make_dir(f"network{number}")
-        self._log = directory / "switch.log"
-        self._child, self._control = start_program(spawner, directory, Path(switch.__file__), str(seed))
+        self._requests = itertools.count(1)
+        program = start_program(spawner, f"network{number}", Path(switch.__file__), str(seed))
+        self._child, self._control, self._log = program.child, program.control, program.log
         self._control.settimeout(_ANSWER_S)
 
     def __enter__(self) -> Self:
@@ -163,7 +163,8 @@ class Network:
 
     def record(self) -> Path:
         """Write every frame into a file of the network's own, from now to its end, and return the path."""
-        file = self._directory / f"{self._directory.name}.pcapng"
+        directory = self._log.parent
+        file = directory / f"{directory.name}.pcapng"
         self._ask({"op": "capture", "path": str(file)})
         return file
 
@@ -261,17 +262,23 @@ class Network:
 
     def _ask(self, request: Mapping[str, Any], *descriptors: int) -> Any:
         with self._lock:
+            number = next(self._requests)
             try:
-                socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
-                data = self._control.recv(1 << 20)
+                socket.send_fds(self._control, [json.dumps({**request, "id": number}).encode()], descriptors)
+                said = self._hear()
+                while said and said["id"] != number:  # the answer to a call that was interrupted
+                    said = self._hear()
             except OSError:
-                data = b""
-        if not data:
+                said = None
+        if said is None:
             raise EngineError("the network's switch has ended", evidence={"switch": read_tail(self._log)})
-        said = json.loads(data)
         if said["error"]:
             raise HostError(f"the network's switch: {said['error']}", hint="name a file that can be written")
         return said
+
+    def _hear(self) -> Any:
+        data = self._control.recv(1 << 20)
+        return json.loads(data) if data else None
 
     def _mend(self, groups: tuple[frozenset[str], ...]) -> None:
         with self._lock:

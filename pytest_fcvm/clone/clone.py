@@ -323,14 +323,14 @@ class Clone:
         """
         if self._copy is None:
             raise UsageProblem(f"{self.name} is being prepared for a snapshot of its own", hint="copy its clones")
-        copied = self._copy(self._live(), name)
-        self._copies.callback(copied.close)
-        return copied
+        return self._copies.enter_context(self._copy(self._live(), name))
 
     def fork(self, count: int = 1) -> list[Clone]:
         """Return clones of what this one is now; it goes on, and they end with it at the latest."""
-        copied = self.snapshot()
-        made = [self._copies.enter_context(copied.clone()) for _ in range(count)]
+        with ExitStack() as owned:
+            copied = owned.enter_context(self.snapshot())
+            made = [owned.enter_context(copied.clone()) for _ in range(count)]
+            self._copies.push(owned.pop_all())
         self._forks += made
         return made
 

@@ -127,13 +127,13 @@ class Machine:
             if self.closed:
                 return
             self.closed = True
-        with suppress(Exception):  # a test may have patched what it needs, and the VM must end
-            self._last_words = self.evidence()
         with self._closers:
             self._closers.callback(self.log.close)
             self._closers.callback(self.agent.close)
             self._closers.callback(self.agent.session.abort, EngineError(f"VM {self.vm.name} was killed"))
             self._closers.callback(self.vm.kill)
+            with suppress(Exception):  # a test may have patched what it needs, and the VM must end
+                self._last_words = self.evidence()
 
     def _vm_ended(self, how: VmExit) -> None:
         if how.killed_by_us or self.closed:

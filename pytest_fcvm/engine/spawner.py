@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["CONTROL_FD", "Child", "ChildExit", "Spawner", "start_program"]
+from pytest_fcvm.host.limits import descriptors_told
+
+__all__ = ["CONTROL_FD", "Child", "ChildExit", "Program", "Spawner", "start_program"]
 
 CONTROL_FD = 3  # of a program of ours
 
@@ -75,23 +79,40 @@ class Spawner(Protocol):
         ...
 
 
-def start_program(spawner: Spawner, directory: Path, script: Path, *arguments: str) -> tuple[Child, socket.socket]:
-    """Run a Python file of ours, which needs no packages, in a directory that goes with it. Return it and its control.
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of ours that runs, our end of its control, and the file of what it prints, which goes with it."""
 
-    The control is a socket of sequenced packets, the program's CONTROL_FD; what it prints is in the directory's
-    `SCRIPT.log`. Raise HostError.
+    child: Child
+    control: socket.socket
+    log: Path
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+        self.child.kill()
+        self.control.close()
+
+
+def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) -> Program:
+    """Run a Python file of ours, which needs no packages, in a new directory that goes with it.
+
+    The control is a socket of sequenced packets, the program's CONTROL_FD. Raise HostError; nothing is left then.
     """
-    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ExitStack() as undo, theirs:
+    with descriptors_told(name), ExitStack() as undo:
+        directory = spawner.make_dir(name)
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(control.close)
-        child = spawner.spawn(
-            [sys.executable, "-I", "-S", str(script), *arguments],
-            name=directory.name,
-            fds={CONTROL_FD: theirs.fileno()},
-            stdout=directory / f"{script.stem}.log",
-            cwd=directory,
-            env=None,
-            owned_dir=directory,
-        )
+        log = directory / f"{script.stem}.log"
+        with theirs:
+            child = spawner.spawn(
+                [sys.executable, "-I", "-S", str(script), *arguments],
+                name=directory.name,
+                fds={CONTROL_FD: theirs.fileno()},
+                stdout=log,
+                cwd=directory,
+                env=None,
+                owned_dir=directory,
+            )
         undo.pop_all()
-    return child, control
+    return Program(child=child, control=control, log=log)

@@ -291,11 +291,16 @@ class Agent:
         return self._open(kind, body, what or kind.name.lower()).wait_reply(Deadline(timeout_s))
 
     def _end_input(self, opening: Opening, secret: bytes, way_back: bytes | None, timeout_s: float) -> None:
-        stream = self.session.open_last(opening, secret, way_back)
         try:
+            stream = self.session.open_last(opening, secret, way_back)
             stream.wait_reply(Deadline(timeout_s))
         except GuestTimeout as error:
             self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
+            raise
+        except FcvmError:
+            raise
+        except BaseException:  # by Ctrl-C, or the deadline of the test
+            self.session.abort(GuestError(f"{opening.what} was interrupted", hint="ask for a new clone"))
             raise
 
     def _take_event(self, kind: EventKind, fields: Fields) -> None:

@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -97,7 +98,7 @@ class Session:
         self._way_back: bytes | None = None  # of a session that is to be parked, or is
         self._parked = False
         self._return_id = 0  # of the stream that is to be the first then
-        self._vague = False
+        self._vague = self._closing = False
         self.changed = threading.Condition(self.lock)
         self._thread = ServiceThread(self._run, name="fcvm-session")
 
@@ -157,21 +158,24 @@ class Session:
 
         Raise why the session ended meanwhile.
         """
-        body = encode_fields(opening.fields)
-        self._thread.join()
-        sock.setblocking(False)  # noqa: FBT003  the socket's own signature
-        with self.lock:
-            self._sock.close()
-            self._sock = sock
-            self.raise_reason()
-            assert self._way_back is not None
-            stream = self._new_stream(opening, self._return_id)
-            self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body))
-            self._outbox.flush()
-            self._parked = False
-            self._thread = ServiceThread(self._run, name="fcvm-session")
-            self._thread.start()
-            return stream
+        with ExitStack() as undo:
+            undo.callback(sock.close)
+            body = encode_fields(opening.fields)
+            self._thread.join()
+            sock.setblocking(False)  # noqa: FBT003  the socket's own signature
+            with self.lock:
+                self.raise_reason()
+                self._sock.close()
+                self._sock = sock
+                undo.pop_all()  # `close` has it now
+                assert self._way_back is not None
+                stream = self._new_stream(opening, self._return_id)
+                self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body))
+                self._outbox.flush()
+                self._parked = False
+                self._thread = ServiceThread(self._run, name="fcvm-session")
+                self._start_reading()
+        return stream
 
     def wait_until_welcome(self, deadline: Deadline) -> str:
         """Return the agent's build id once it has answered. Raise GuestTimeout or why the session ended."""
@@ -203,14 +207,12 @@ class Session:
     def close(self) -> None:
         """End the session, its thread and its channel; idempotent. A callback may call it as well."""
         with self.lock:
+            self._closing = True  # when the wait is interrupted, the thread gives back what it still uses
             self._end(GuestError("the session with the agent was closed by the host"))
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self.lock:
-            self._sock.close()
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-            self._wake_fd = -1
+            self._give_back()
 
     def __enter__(self) -> Self:
         return self
@@ -303,11 +305,34 @@ class Session:
         self.changed.notify_all()
         self._wake_reader()
 
+    def _give_back(self) -> None:
+        """Close the channel. The lock is held."""
+        self._sock.close()
+        descriptor, self._wake_fd = self._wake_fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _start_reading(self) -> None:
+        """Start the thread. The lock is held; without a thread, nobody may wait for an answer."""
+        try:
+            self._thread.start()
+        except BaseException:
+            self._end(GuestError("the session with the agent has no thread to read it"))
+            raise
+
     def _wake_reader(self) -> None:
         if self._wake_fd >= 0:
             os.eventfd_write(self._wake_fd, 1)
 
     def _run(self) -> None:
+        try:
+            self._read()
+        finally:
+            with self.lock:
+                if self._closing:
+                    self._give_back()
+
+    def _read(self) -> None:
         vague = False
         try:
             self._read_until_end()

@@ -31,7 +31,13 @@ def open_mounts(binds: Iterable[tuple[Path, Path]]) -> int:
     # A thread can have a namespace to itself, and takes it along when it ends.
     thread = ServiceThread(make, name="fcvm-mounts")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:
+        thread.join()  # it makes some system calls, and waits for nobody
+        for descriptor in made:
+            os.close(descriptor)
+        raise
     if failed:
         raise HostError(
             f"files cannot be mounted: {failed[0].strerror}", hint="it takes root, and in a container CAP_SYS_ADMIN"

@@ -207,9 +207,16 @@ def _claim(root: Path, pick_name: Callable[[], str]) -> tuple[Path, int]:
                 raise HostError(f"{root} is gone", hint="set XDG_RUNTIME_DIR to a directory that stays") from None
             continue
         except OSError as error:
+            with suppress(OSError):
+                path.rmdir()
             raise HostError(f"{path} cannot be made: {error.strerror}", hint="set XDG_RUNTIME_DIR") from error
-        if _holds(lock, path / LOCK_NAME):
-            return path, lock
+        try:
+            if _holds(lock, path / LOCK_NAME):
+                return path, lock
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+            raise
         os.close(lock)
 
 

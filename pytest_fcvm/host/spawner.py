@@ -107,11 +107,13 @@ class Spawner:
         os.chdir(cwd)  # there is no chdir in posix_spawn, and nobody else in this process to mind
         output = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         plan = {0: self._null, 1: output, 2: output} | given
-        lifted = wire.lift(plan)
+        opened = {output}
         try:
+            lifted = wire.lift(plan)
+            opened |= {*lifted.values()} - {*given.values(), self._null}
             return self._start(argv, os.environb if env is None else env, [(lifted[t], t) for t in plan])
         finally:
-            for descriptor in {output, *lifted.values()} - {*given.values(), self._null}:
+            for descriptor in opened:
                 os.close(descriptor)
             os.chdir("/")
 
@@ -159,7 +161,12 @@ def spawn_bound(argv: list[bytes], env: Mapping[bytes, bytes], plan: Sequence[tu
     """Start a program that dies with us, which posix_spawn cannot say. Raise OSError."""
     parent = os.getpid()
     failure, report = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:  # no process is left
+        os.close(failure)
+        os.close(report)
+        raise
     if pid:
         os.close(report)
         code = os.read(failure, 16)

@@ -45,12 +45,14 @@ class Crew:
         self._lock = threading.Lock()
         self._threads: list[ServiceThread] = []
 
-    def start(self, target: Callable[..., object], *, name: str) -> None:
-        """Start one more. Raise RuntimeError when there can be no more threads."""
-        thread = ServiceThread(target, name=name)
+    def start(self, thread: ServiceThread) -> None:
+        """Start one more. Raise RuntimeError when there can be no more threads; it is to be waited for if it runs."""
         with self._lock:
-            thread.start()
-            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+            try:
+                thread.start()
+            finally:
+                running = [other for other in self._threads if other.is_alive()]
+                self._threads = [*running, thread] if thread.ident is not None else running
 
     def join(self, timeout_s: float) -> None:
         """Wait until all have ended, at most so long; never for the caller itself."""

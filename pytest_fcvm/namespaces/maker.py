@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -54,6 +55,8 @@ class Namespaces:
         self._child: Child | None = None
         self._control: socket.socket | None = None
         self._user: int | None = None
+        self._owned = ExitStack()
+        self._requests = itertools.count(1)
         self._log = Path()
 
     def open(self, network: NetworkSpec, *, joined: bool) -> Namespace:
@@ -64,10 +67,7 @@ class Namespaces:
         owned = ExitStack()
         close = _once(owned.close)
         try:
-            reply, descriptors = self._ask({"op": "open", "joined": joined, "egress": network.egress})
-            for descriptor in descriptors:
-                owned.callback(os.close, descriptor)
-            owned.callback(self._forget, reply["number"])
+            reply, descriptors = self._ask({"op": "open", "joined": joined, "egress": network.egress}, owned)
             user = None if self._user is None else os.dup(self._user)
             if user is not None:
                 owned.callback(os.close, user)
@@ -89,24 +89,20 @@ class Namespaces:
     def close(self) -> None:
         """End the program; namespaces of VMs that still run go with them. Idempotent."""
         with self._lock:
-            if self._child:
-                self._child.kill()
-            if self._control:
-                self._control.close()
-            if self._user is not None:
-                os.close(self._user)
             self._child, self._control, self._user = None, None, None
+            self._owned.close()
 
     def _connect(self, number: int, port: int, kind: int) -> socket.socket:
-        _, (descriptor,) = self._ask({"op": "socket", "number": number, "kind": kind})
-        connection = socket.socket(fileno=descriptor)
-        try:
-            connection.settimeout(_CONNECT_S)
-            connection.connect((GUEST, port))
-            connection.settimeout(None)
-        except BaseException:
-            connection.close()
-            raise
+        with ExitStack() as undo:
+            _, (descriptor,) = self._ask({"op": "socket", "number": number, "kind": kind}, undo)
+            connection = socket.socket(fileno=os.dup(descriptor))
+            try:
+                connection.settimeout(_CONNECT_S)
+                connection.connect((GUEST, port))
+                connection.settimeout(None)
+            except BaseException:
+                connection.close()
+                raise
         return connection
 
     def _lead_out(self, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack) -> None:
@@ -114,13 +110,13 @@ class Namespaces:
         if network.mode is NetworkMode.BRIDGE:
             if namespace.user is not None:
                 raise HostError("the network bridge takes root", hint="use --fcvm-network rootless,egress")
-            self._ask({"op": "uplink", "number": number})
+            self._ask({"op": "uplink", "number": number}, owned)
             resolver = find_resolver()
         else:
             owned.callback(start_slirp(self._spawner, namespace).kill)
             resolver = SLIRP_RESOLVER
         allow = resolve_allowed(network.allow)
-        self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow})
+        self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow}, owned)
 
     def _forget(self, number: int) -> None:
         """Let the program close a namespace. Nobody waits for it: those who hear of a VM's end call this."""
@@ -129,52 +125,64 @@ class Namespaces:
             with suppress(OSError):
                 control.send(json.dumps({"op": "close", "number": number}).encode())
 
-    def _ask(self, request: Mapping[str, Any]) -> tuple[Any, list[int]]:
+    def _ask(self, request: Mapping[str, Any], owned: ExitStack) -> tuple[Any, list[int]]:
+        """Return the answer and its descriptors; they and what was made belong to `owned`."""
         with self._lock:
-            control = self._control or self._start()
+            control, number = self._control or self._start(), next(self._requests)
             try:
-                control.send(json.dumps(request).encode())
+                control.send(json.dumps({**request, "id": number}).encode())
             except OSError:
                 raise self._died() from None
-            return self._hear(control)
+            return self._hear(control, number, owned)
 
     def _start(self) -> socket.socket:
-        directory = self._spawner.make_dir("namespaces")
-        self._log = directory / "router.log"
-        child, control = start_program(self._spawner, directory, Path(router.__file__), *sys.path)
-        control.settimeout(_ANSWER_S)
-        with ExitStack() as undo:
-            undo.callback(control.close)
-            undo.callback(child.kill)
-            _, descriptors = self._hear(control)
-            undo.pop_all()
-        self._child, self._control, self._user = child, control, descriptors[0] if descriptors else None
-        return control
+        with ExitStack() as owned:
+            program = start_program(self._spawner, "namespaces", Path(router.__file__), *sys.path)
+            owned.callback(program.close)
+            self._log = program.log
+            program.control.settimeout(_ANSWER_S)
+            _, descriptors = self._hear(program.control, 0, owned)
+            self._child, self._control, self._user = program.child, program.control, next(iter(descriptors), None)
+            self._owned = owned.pop_all()
+        return program.control
 
-    def _hear(self, control: socket.socket) -> tuple[Any, list[int]]:
+    def _hear(self, control: socket.socket, number: int, owned: ExitStack) -> tuple[Any, list[int]]:
+        while True:
+            with ExitStack() as received:
+                said, descriptors, is_whole = self._receive(control, received)
+                if said["id"] == number:  # else it is the answer to a call that was interrupted
+                    _check(said, is_whole=is_whole)
+                    owned.push(received.pop_all())
+                    return said, descriptors
+
+    def _receive(self, control: socket.socket, owned: ExitStack) -> tuple[Any, list[int], bool]:
         try:
             data, descriptors, flags, _ = socket.recv_fds(control, 65536, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             data, descriptors, flags = b"", [], 0
+        for descriptor in descriptors:
+            owned.callback(os.close, descriptor)
         if not data:
             raise self._died()
         said = json.loads(data)
-        if flags & socket.MSG_CTRUNC:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            if "number" in said:
-                self._forget(said["number"])
-            raise HostError("no file descriptor is left for a network namespace", hint="raise ulimit -n")
-        if said["error"]:
-            cause = next((hint for what, hint in _CAUSES.items() if said["error"].startswith(what)), "")
-            hint = f"{cause}; or {_HINT}" if cause else _HINT
-            raise HostError(f"no network namespace can be had: {said['error']}", hint=hint)
-        return said, descriptors
+        if "number" in said:
+            owned.callback(self._forget, said["number"])
+        return said, descriptors, not flags & socket.MSG_CTRUNC
 
     def _died(self) -> EngineError:
         if self._child:
             self._child.kill()  # an answer that came later would be taken for another's
         return EngineError("the program of the network namespaces has ended", evidence={"log": read_tail(self._log)})
+
+
+def _check(said: Mapping[str, Any], *, is_whole: bool) -> None:
+    """Raise HostError for what could not be done, or for descriptors that found no room here."""
+    if not is_whole:
+        raise HostError("no file descriptor is left for a network namespace", hint="raise ulimit -n")
+    if said["error"]:
+        cause = next((hint for what, hint in _CAUSES.items() if said["error"].startswith(what)), "")
+        hint = f"{cause}; or {_HINT}" if cause else _HINT
+        raise HostError(f"no network namespace can be had: {said['error']}", hint=hint)
 
 
 def _once(function: Callable[[], None]) -> Callable[[], None]:

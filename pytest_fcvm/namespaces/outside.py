@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import shutil
 import socket
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import HostError, UsageProblem
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.net.firewall import UPLINK
@@ -35,27 +37,35 @@ def start_slirp(spawner: Spawner, namespace: Namespace) -> Child:
     if namespace.user is not None:  # its rights over the namespace come from there; its sockets are the host's
         enter = [_find("nsenter", "util-linux"), "--preserve-credentials", f"--user=/proc/self/fd/{_USER_FD}", "--"]
         argv, passed[_USER_FD] = [*enter, *argv], namespace.user
-    directory = spawner.make_dir("slirp")
-    log = directory / "slirp.log"
-    ready, theirs = socket.socketpair()
-    with ready:
-        with theirs:
-            child = spawner.spawn(
-                argv,
-                name=directory.name,
-                fds={**passed, _READY_FD: theirs.fileno()},
-                stdout=log,
-                cwd=directory,
-                env=None,
-                owned_dir=directory,
-            )
-        ready.settimeout(_READY_S)
-        with suppress(OSError):
-            if ready.recv(1):
-                return child
-    said = read_tail(log)
-    child.kill()
-    raise HostError("slirp4netns did not start", hint="see what it printed", evidence={"slirp4netns": said})
+    with descriptors_told("slirp4netns"), ExitStack() as undo:
+        directory = spawner.make_dir("slirp")
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        log = directory / "slirp.log"
+        ready, theirs = socket.socketpair()
+        with ready:
+            with theirs:
+                child = spawner.spawn(
+                    argv,
+                    name=directory.name,
+                    fds={**passed, _READY_FD: theirs.fileno()},
+                    stdout=log,
+                    cwd=directory,
+                    env=None,
+                    owned_dir=directory,
+                )
+            undo.callback(child.kill)
+            if not _is_ready(ready):
+                said = {"slirp4netns": read_tail(log)}
+                raise HostError("slirp4netns did not start", hint="see what it printed", evidence=said)
+        undo.pop_all()
+    return child
+
+
+def _is_ready(pipe: socket.socket) -> bool:
+    pipe.settimeout(_READY_S)
+    with suppress(OSError):
+        return bool(pipe.recv(1))
+    return False
 
 
 def _find(name: str, package: str) -> str:

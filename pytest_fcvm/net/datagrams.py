@@ -62,7 +62,11 @@ class DatagramPort:
         self._lock = threading.Lock()
         self._clients: dict[_Address, _Client] = {}
         self._over = False
-        make_thread(self._serve, name=_THREAD).start()
+        try:
+            make_thread(self._serve, name=_THREAD).start()
+        except BaseException:
+            self._socket.close()
+            raise
 
     @property
     def endpoint(self) -> Endpoint:
@@ -88,7 +92,7 @@ class DatagramPort:
 
     def _deliver(self, data: bytes, address: _Address) -> None:
         """Send a client's datagram on. Where the guest cannot take it, it is lost, as on any network."""
-        with suppress(OSError, FcvmError):
+        with suppress(OSError, RuntimeError, FcvmError):  # RuntimeError: there can be no more threads
             client = self._clients.get(address) or self._welcome(address)
             client.was_heard = True
             client.guest.send(data)
@@ -99,7 +103,11 @@ class DatagramPort:
             self._clients[address] = client
             if self._over:
                 client.guest.close()
-        self._make_thread(self._answer, client, name=_THREAD).start()
+        try:
+            self._make_thread(self._answer, client, name=_THREAD).start()
+        except BaseException:
+            self._forget(client)
+            raise
         return client
 
     def _answer(self, client: _Client) -> None:
@@ -107,6 +115,9 @@ class DatagramPort:
         with suppress(OSError, FcvmError):
             while (data := self._next_answer(client)) is not None:
                 self._socket.sendto(data, client.address)
+        self._forget(client)
+
+    def _forget(self, client: _Client) -> None:
         with self._lock:
             self._clients.pop(client.address, None)
         client.guest.close()

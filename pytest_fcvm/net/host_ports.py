@@ -26,8 +26,12 @@ class HostPorts:
         self._links = Links(make_thread)
         self._over = threading.Event()
         self.fault = ""  # why a connection of the guest's was last refused
-        for port in ports:
-            make_thread(self._serve, port, name=_THREAD).start()
+        try:
+            for port in ports:
+                make_thread(self._serve, port, name=_THREAD).start()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Reset all connections; idempotent. The waiting ends with the machine."""
@@ -42,7 +46,19 @@ class HostPorts:
                 if not self._over.is_set():
                     self.fault = f"host port {port} is not to be had in the guest: {error}"
                 return
-            self._make_thread(self._join, guest, port, name=_THREAD).start()
+            if self._over.is_set():
+                guest.reset()
+                guest.close()
+                return
+            try:
+                self._make_thread(self._join, guest, port, name=_THREAD).start()
+            except (RuntimeError, FcvmError) as error:
+                self._refuse(guest, port, error)
+
+    def _refuse(self, guest: ByteStream, port: int, error: Exception) -> None:
+        self.fault = f"a connection of the guest's to host port {port} was reset: {error}"
+        guest.reset()
+        guest.close()
 
     def _join(self, guest: ByteStream, port: int) -> None:
         try:
@@ -50,6 +66,7 @@ class HostPorts:
         except OSError as error:
             self.fault = f"a connection of the guest's to host port {port} was reset: {error.strerror or error}"
             guest.reset()
+            guest.close()
             return
         server.settimeout(None)
         self._links.join(server, guest)

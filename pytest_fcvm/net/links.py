@@ -116,14 +116,18 @@ class Links:
             guest.reset()
             guest.close()
             return
-        with self._lock:
-            self._links.add(link)
-            if self._over:
-                link.reset()
-        link.copy()
-        with self._lock:
-            self._links.discard(link)
-        link.close()
+        try:
+            with self._lock:
+                self._links.add(link)
+                if self._over:
+                    link.reset()
+            link.copy()
+        except (RuntimeError, FcvmError):  # no thread is left for the other way
+            link.reset()
+        finally:
+            with self._lock:
+                self._links.discard(link)
+            link.close()
 
     def close(self) -> None:
         """Reset all connections, also those that are joined later; idempotent."""

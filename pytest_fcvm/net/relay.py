@@ -30,7 +30,11 @@ class _StreamPort:
             raise listen_error(port, error) from error
         self._serve, self._make_thread = serve, make_thread
         self._over = threading.Event()
-        make_thread(self._accept, name=_THREAD).start()
+        try:
+            make_thread(self._accept, name=_THREAD).start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def endpoint(self) -> Endpoint:
@@ -51,7 +55,13 @@ class _StreamPort:
             except OSError:
                 self._over.wait(_PAUSE_S)
             else:
-                self._make_thread(self._serve, client, name=_THREAD).start()
+                self._welcome(client)
+
+    def _welcome(self, client: socket.socket) -> None:
+        try:
+            self._make_thread(self._serve, client, name=_THREAD).start()
+        except (RuntimeError, FcvmError):  # no thread is left for it
+            reset(client)
 
 
 class Relay:

@@ -222,7 +222,9 @@ def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, A
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), unknown)
 
 
-def _answer(control: socket.socket, obey: Callable[[], tuple[dict[str, Any], Sequence[int], Sequence[int]]]) -> None:
+def _answer(
+    control: socket.socket, number: int, obey: Callable[[], tuple[dict[str, Any], Sequence[int], Sequence[int]]]
+) -> None:
     sent: Sequence[int] = ()
     closed: Sequence[int] = ()
     try:
@@ -230,7 +232,7 @@ def _answer(control: socket.socket, obey: Callable[[], tuple[dict[str, Any], Seq
         reply = {"error": "", **said}
     except OSError as error:
         reply = {"error": f"{error.filename or 'a system call'}: {error.strerror}"}
-    socket.send_fds(control, [json.dumps(reply).encode()], sent)
+    socket.send_fds(control, [json.dumps({**reply, "id": number}).encode()], sent)
     for descriptor in closed:
         os.close(descriptor)
 
@@ -246,7 +248,7 @@ def main() -> None:
         found = [] if user is None else [user]
         return {"user": bool(found)}, found, found
 
-    _answer(control, begin)
+    _answer(control, 0, begin)
     while namespaces:
         data = control.recv(_REQUEST_BYTES)
         if not data:
@@ -255,7 +257,7 @@ def main() -> None:
         if request["op"] == "close":  # nobody waits for it
             namespaces[0].close(request["number"])
         else:
-            _answer(control, partial(_obey, namespaces[0], request))
+            _answer(control, request["id"], partial(_obey, namespaces[0], request))
 
 
 if __name__ == "__main__":

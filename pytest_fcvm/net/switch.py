@@ -325,7 +325,8 @@ def _serve(switch: Switch, control: socket.socket) -> bool:
     data, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 1)
     if not data:
         return False
-    control.send(json.dumps(_obey(switch, json.loads(data), descriptors)).encode())
+    request = json.loads(data)
+    control.send(json.dumps({**_obey(switch, request, descriptors), "id": request["id"]}).encode())
     for descriptor in descriptors:
         os.close(descriptor)
     return True

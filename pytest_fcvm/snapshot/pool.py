@@ -17,7 +17,7 @@ from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, wait_on
-from pytest_fcvm.host.threads import Crew
+from pytest_fcvm.host.threads import Crew, ServiceThread
 
 __all__ = ["Depth", "Pool", "Pooled"]
 
@@ -108,9 +108,14 @@ class Pool:
             self._making += starting
         try:
             while starting:
-                self._threads.start(self._fill, name="fcvm-pool")
-                starting -= 1
-        except RuntimeError:  # no more threads: the next test starts its clone itself
+                thread = ServiceThread(self._fill, name="fcvm-pool")
+                try:
+                    self._threads.start(thread)
+                finally:
+                    starting -= thread.ident is not None
+        except (RuntimeError, FcvmError):  # no more threads: the next test starts its clone itself
+            pass
+        finally:
             with self._changed:
                 self._making -= starting
                 self._changed.notify_all()

@@ -14,7 +14,7 @@ from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard, started
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.threads import Crew
+from pytest_fcvm.host.threads import Crew, ServiceThread
 
 __all__ = ["Spares"]
 
@@ -49,11 +49,14 @@ class Spares:
             if not self._useful or self._closed or self._filling or self._spare is not None:
                 return
             self._filling = True
-        with suppress(RuntimeError):  # no more threads: the next clone does without
-            self._threads.start(self._fill, name="fcvm-spare")
-            return
-        with self._lock:
-            self._filling = False
+        thread = ServiceThread(self._fill, name="fcvm-spare")
+        try:
+            with suppress(RuntimeError, FcvmError):  # no more threads: the next clone does without
+                self._threads.start(thread)
+        finally:
+            if thread.ident is None:
+                with self._lock:
+                    self._filling = False
 
     def close(self) -> None:
         """End the spare and wait for the thread that prepares one; no other will follow."""

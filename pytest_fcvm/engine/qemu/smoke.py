@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from contextlib import ExitStack
 
@@ -30,16 +31,16 @@ def boot_smoke(
     Raise SmokeTimeout when nothing happened in time, HostError when QEMU could not be spawned.
     """
     platform = Platform(binary=installation.binary, version=installation.version, accelerator=Accelerator.KVM)
-    directory = spawner.make_dir("smoke")
-    memory = directory / "memory"
-    make_memory_file(memory, _SHAPE.mem_mib)
-    argv = base_command(platform, _SHAPE, files, memory, console_fd=CONSOLE_FD)
-    with ExitStack() as stack:
+    with ExitStack() as stack, ExitStack() as undo:
+        directory = spawner.make_dir("smoke")
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        memory = directory / "memory"
+        make_memory_file(memory, _SHAPE.mem_mib)
+        argv = base_command(platform, _SHAPE, files, memory, console_fd=CONSOLE_FD)
         wires = MONITOR_FD, AGENT_FD, CONSOLE_FD
         launched = launch(spawner, "smoke", argv, wires=wires, loose=NIC_FDS, directory=directory)
-        for wire in launched.sockets.values():
-            stack.enter_context(wire)
-        stack.callback(launched.child.kill)
+        stack.callback(launched.discard)
+        undo.pop_all()  # the directory is the VMM's now
         if _saw_sign(launched.sockets[CONSOLE_FD], timeout_s):
             return ""
         ended = launched.child.wait(_LAST_WORDS_S)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -195,9 +195,9 @@ def test_a_way_out_that_is_not_installed_is_named(namespaces: Namespaces, monkey
 def test_a_system_call_that_is_refused_has_a_hint() -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with near, far:
-        far.send(b'{"error": "/dev/net/tun: No such file or directory"}')
+        far.send(b'{"error": "/dev/net/tun: No such file or directory", "id": 1}')
         with pytest.raises(HostError, match="no network namespace can be had: /dev/net/tun") as caught:
-            Namespaces.__new__(maker.Namespaces)._hear(near)
+            Namespaces.__new__(maker.Namespaces)._hear(near, 1, ExitStack())
     assert caught.value.hint.startswith("modprobe tun")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import statistics
@@ -274,10 +275,14 @@ def program() -> Iterator[Callable[..., Any]]:
     bootstrap = f"import os, runpy, sys; os.dup2({theirs.fileno()}, 3); {run}"
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", bootstrap], pass_fds=[theirs.fileno()])
     theirs.close()
+    numbers = itertools.count(1)
 
-    def ask(request: object, *descriptors: int) -> Any:
-        socket.send_fds(control, [json.dumps(request).encode()], descriptors)
-        return json.loads(control.recv(1 << 20))
+    def ask(request: dict[str, object], *descriptors: int) -> Any:
+        number = next(numbers)
+        socket.send_fds(control, [json.dumps({**request, "id": number}).encode()], descriptors)
+        said = json.loads(control.recv(1 << 20))
+        assert said.pop("id") == number
+        return said
 
     yield ask
     control.close()
