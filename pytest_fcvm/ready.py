@@ -232,7 +232,9 @@ def _ask_tcp(target: ReadyTarget, port: int) -> str:
 def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
     try:
         with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
-            ended = select.select([connection], [], [], stands_s)[0] and not connection.recv(1, socket.MSG_PEEK)
+            poll = select.poll()  # select takes no descriptor from 1024 on
+            poll.register(connection, select.POLLIN)
+            ended = poll.poll(stands_s * 1000) and not connection.recv(1, socket.MSG_PEEK)
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return "the connection was closed" if ended else ""
