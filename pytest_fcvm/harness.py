@@ -24,7 +24,7 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.files import leave_mark
 from pytest_fcvm.host.janitor import sweep, sweep_temporary
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root, working_dir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.image.config import ImageConfig
@@ -99,6 +99,7 @@ class Harness:
         `who` (a test's id) is shown to those who wait for the build. A failure is remembered for the whole run: every
         later call raises it at once.
         """
+        check_owner(self._owner)
         self._options.check_resolved()
         with self._lock:
             self._who = who

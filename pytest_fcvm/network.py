@@ -16,6 +16,7 @@ from typing import Any, Self
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.spawner import Spawner, start_program
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
+from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.net import Cable
 from pytest_fcvm.net import switch
 from pytest_fcvm.net.switch import Counters, Link
@@ -56,6 +57,7 @@ class Network:
         self._impairments: list[tuple[str | None, str | None, Link]] = []
         self._lock = threading.RLock()
         self._requests = itertools.count(1)
+        self.owner = getpid()
         program = start_program(spawner, f"network{number}", Path(switch.__file__), str(seed))
         self._child, self._control, self._log = program.child, program.control, program.log
         self._control.settimeout(_ANSWER_S)
@@ -159,7 +161,8 @@ class Network:
         try:
             yield file
         finally:
-            self._ask({"op": "end capture", "path": str(file)})
+            if getpid() == self.owner:
+                self._ask({"op": "end capture", "path": str(file)})
 
     def record(self) -> Path:
         """Write every frame into a file of the network's own, from now to its end, and return the path."""
@@ -261,6 +264,7 @@ class Network:
         self._ask({"op": "rules", "rules": [*cuts, *worse]})
 
     def _ask(self, request: Mapping[str, Any], *descriptors: int) -> Any:
+        check_owner(self.owner)
         with self._lock:
             number = next(self._requests)
             try:
@@ -297,7 +301,8 @@ class _LinkDown:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._network._set_links(self._names, up=True)
+        if getpid() == self._network.owner:
+            self._network._set_links(self._names, up=True)
 
 
 class _Partition:
@@ -310,4 +315,5 @@ class _Partition:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self._network._mend(self._groups)
+        if getpid() == self._network.owner:
+            self._network._mend(self._groups)

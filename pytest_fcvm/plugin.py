@@ -148,6 +148,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Remember the test that runs, for fixtures that outlive it."""
     item.config.stash[RUNNING] = item
+    reporting.prepare_fork(item)
     try:
         return (yield)
     finally:

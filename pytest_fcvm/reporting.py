@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.hookspecs import HARNESS, OPTIONS, RECORDINGS
+from pytest_fcvm.hookspecs import HARNESS, OPTIONS, RECORDINGS, REPORTER
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_fcvm.clone import Clone
     from pytest_fcvm.host.paths import RunDir
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "prepare_fork"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,13 @@ _ARTIFACTS = "fcvm-artifacts"
 _COUNTED = ("built", "reused", "clones", "replaced", "kept")
 _SHARED = " (shared with other tests)"
 _LONGEST = 16 * 1024  # of a report's section
+
+
+def prepare_fork(item: pytest.Item) -> None:
+    """Make the run's shared folder before pytest-forked forks: a child that ends by `os._exit` would leave its own."""
+    if "fcvm" in item.keywords and (getattr(item.config.option, "forked", None) or item.get_closest_marker("forked")):
+        with suppress(FcvmError):  # told by whoever asks for it
+            item.config.stash[REPORTER].shared_dir()
 
 
 class Reporter:

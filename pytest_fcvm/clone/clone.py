@@ -281,6 +281,7 @@ class Clone:
 
     def resume(self) -> None:
         """Let the guest go on, with the time of day that its spec wants."""
+        self._machine.check_ours()
         self._machine.vm.resume()
         self._paused = False
         self._machine.agent.personalise(waking_identity(self.spec.clock), timeout_s=_CALL_S)
@@ -370,9 +371,8 @@ class Clone:
 
     def close_clients(self) -> None:
         """Close the HTTP clients that were given out."""
-        for client in self._clients:
-            client.close()
-        self._clients.clear()
+        while self._clients:
+            self._clients.pop().close()
 
     # -- what readiness probes need beyond the above
 
@@ -385,6 +385,7 @@ class Clone:
         self._live().pause_for_exit(timeout_s)
 
     def _live(self) -> Machine:
+        self._machine.check_ours()
         if self._machine.closed:
             raise GuestError(f"{self.name} is closed", hint="ask for a new clone")
         if self._paused:

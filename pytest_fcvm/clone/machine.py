@@ -14,6 +14,7 @@ from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
@@ -43,6 +44,7 @@ class Machine:
 
     def __init__(self, vm: Vm, agent: Agent, log: WorkloadLog, publisher: Publisher, timeline: Timeline) -> None:
         self.vm, self.agent, self.log, self.publisher, self.timeline = vm, agent, log, publisher, timeline
+        self._owner = getpid()
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
         self._closers = ExitStack()
@@ -62,6 +64,10 @@ class Machine:
     def also_tell(self, title: str, tell: Callable[[], str]) -> None:
         """Add a section to the evidence, left out where it is empty."""
         self._notes[title] = tell
+
+    def check_ours(self) -> None:
+        """Raise UsageProblem in a process that was forked from the machine's."""
+        check_owner(self._owner)
 
     @property
     def ended(self) -> FcvmError | None:
@@ -122,7 +128,12 @@ class Machine:
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 
     def close(self) -> None:
-        """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end."""
+        """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end.
+
+        Do nothing in a forked process: the VM is its parent's.
+        """
+        if getpid() != self._owner:
+            return
         with self._closing:
             if self.closed:
                 return

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import check_owner, getpid
 
 __all__ = ["Child", "ChildExit"]
 
@@ -64,7 +64,8 @@ class Child:
                 signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self, timeout_s: float) -> ChildExit:
-        """Wait until it has ended. Raise HostError at the deadline."""
+        """Wait until it has ended. Raise HostError at the deadline, UsageProblem in a forked process."""
+        check_owner(self._owner)
         if not self._over.wait(min(timeout_s, threading.TIMEOUT_MAX)) or self._exit is None:
             raise HostError(f"{self.name} (pid {self.pid}) did not end within {timeout_s:g} s")
         return self._exit

@@ -25,7 +25,7 @@ from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host import wire
 from pytest_fcvm.host.child import Child, ChildExit
 from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.host.paths import make_child_dir
 from pytest_fcvm.host.threads import ServiceThread
 
@@ -195,6 +195,7 @@ class Supervisor:
                 os.close(descriptor)
 
     def _start(self, name: str, request: tuple[object, ...], descriptors: Sequence[int]) -> Child:
+        check_owner(self._owner)  # before a lock is taken that may have been held when the process was forked
         number = next(self._numbers)
         child = Child(name, end=lambda: self._tell_end(number))
         try:
@@ -207,8 +208,6 @@ class Supervisor:
         return child
 
     def _ask(self, number: int, child: Child, request: tuple[object, ...], descriptors: Sequence[int]) -> None:
-        if getpid() != self._owner:
-            raise UsageProblem("a forked child of pytest cannot start VMs", hint="start them before the fork")
         with self._table:  # held over the request, so that no end is reported of what is not in the table yet
             if self._closed:
                 raise UsageProblem("the supervisor is closed", hint="no VM can be started after the session's end")

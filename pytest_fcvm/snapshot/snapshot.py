@@ -18,6 +18,7 @@ from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.ready import wait_until_ready
@@ -99,6 +100,7 @@ class Snapshot:
         self._cloner = Cloner(entry, parts, workshop.enclose)
         self._pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
+        self._owner = getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -141,6 +143,7 @@ class Snapshot:
         clone for which none is may have been made ahead. Raise HostError without room for one more, EngineError or
         GuestError when it does not come to life, UsageProblem for more networks than the engine can join it to.
         """
+        check_owner(self._owner)
         self._check_networks(networks)
         spec = self.spec if publish is None else self.spec.merged({"publish": publish})
         if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
@@ -197,7 +200,10 @@ class Snapshot:
         """Give back what is kept ready for the next clone; running clones go on. Idempotent.
 
         There are no further clones of a snapshot of a running clone: its files are gone.
+        In a forked process nothing is done.
         """
+        if getpid() != self._owner:
+            return
         with ExitStack() as last:
             last.callback(self._owned.close)
             last.callback(self._cloner.close)

@@ -174,3 +174,58 @@ with _closing_here() as stack:
         os.waitpid(pid, 0)
 """
     assert project.pytester.run(sys.executable, "-c", script).outlines == ["closed by True"]
+
+
+# As pytest-forked does it, whose releases so far need a pytest before 9.
+_FORKED = """
+import os
+import pytest
+from _pytest.runner import runtestprotocol
+
+def pytest_addoption(parser):
+    parser.addoption("--forked", action="store_true", dest="forked")
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "forked: run in a child")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    if not (item.config.option.forked or item.get_closest_marker("forked")):
+        return None
+    pid = os.fork()
+    if pid == 0:
+        for report in runtestprotocol(item, log=False):
+            os.write(2, f"{report.when} {report.outcome} {report.longrepr}\\n".encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    item.session._setupstate.teardown_exact(nextitem)
+    return True
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("--forked",)])
+def test_a_forked_test_leaves_no_folder(
+    arguments: tuple[str, ...], project, without_engine: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.mktemp("r")
+    project.write(
+        conftest_py=_FORKED,
+        test_a_py="import pytest\n@pytest.mark.forked\ndef test_one(fcvm_clone): pass\n"
+        "@pytest.mark.forked\ndef test_two(fcvm_clone): pass\n",
+    )
+    result = project.run("-s", *arguments, *without_engine, XDG_RUNTIME_DIR=str(run))
+    told = [line for line in result.errlines if line.startswith("setup failed ")]
+    assert len(told) == 2
+    assert "EngineUnavailable" in result.stderr.str()
+    assert [path.name for path in (run / "fcvm").iterdir() if path.name != "admission"] == []
+
+
+def test_a_forked_test_among_others_is_told_by_what_it_is_forked(project, without_engine: tuple[str, ...]) -> None:
+    project.write(
+        conftest_py=_FORKED,
+        test_a_py="import pytest\ndef test_one(fcvm_clone): pass\n"
+        "@pytest.mark.forked\ndef test_two(fcvm_clone): pass\n",
+    )
+    result = project.run("-s", *without_engine)
+    result.stderr.fnmatch_lines(["*a forked process can neither use nor start clones*"])
+    result.stderr.fnmatch_lines(["*@pytest.mark.forked*--forked*"])

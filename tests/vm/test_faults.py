@@ -165,3 +165,52 @@ def test_a_clone_for_which_no_file_descriptor_is_left(fcvm_snapshot: Snapshot) -
     assert "ulimit -n" in caught.value.hint
     with fcvm_snapshot.clone(name="after") as clone:
         clone.succeed("true")
+
+
+def _in_child(step: Callable[[], object]) -> str:
+    """Return what a step raises in a forked process, which ends as a test's own would."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            step()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, told to the parent
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with os.fdopen(read) as told:
+        return told.read()
+
+
+def test_a_forked_process_is_told_at_once_that_clones_are_its_parents(
+    fcvm_clone: Clone, fcvm_snapshot: Snapshot
+) -> None:
+    started = monotonic()
+    steps: list[Callable[[], object]] = [
+        lambda: fcvm_clone.exec(["true"]),
+        fcvm_clone.reset,
+        fcvm_clone.resume,
+        fcvm_clone.fork,
+        fcvm_snapshot.clone,
+    ]
+    for step in steps:
+        told = _in_child(step)
+        assert told.startswith("UsageProblem: a forked process can neither use nor start clones")
+        assert "@pytest.mark.forked" in told
+    assert monotonic() - started < 20 * PATIENCE
+    fcvm_clone.succeed("true")
+
+
+def test_a_forked_process_ends_nothing_of_its_parents(fcvm_clone: Clone, fcvm_snapshot: Snapshot) -> None:
+    def leave_blocks() -> None:
+        with fcvm_snapshot, fcvm_clone:
+            raise SystemExit(3)
+
+    (fork,) = fcvm_clone.fork()
+    assert _in_child(leave_blocks) == "SystemExit: 3"
+    fcvm_clone.succeed("true")
+    fork.succeed("true")
+    with fcvm_snapshot.clone() as other:
+        other.succeed("true")
