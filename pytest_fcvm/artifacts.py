@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from pytest_fcvm.host.own import shutil
 
 __all__ = ["directory_of", "write_artifacts"]
 

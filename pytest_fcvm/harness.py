@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack, closing
@@ -24,7 +23,7 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.files import leave_mark
 from pytest_fcvm.host.janitor import sweep, sweep_temporary
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.own import check_owner, getpid
+from pytest_fcvm.host.own import check_owner, environment, getpid, os
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root, working_dir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.image.config import ImageConfig
@@ -272,7 +271,7 @@ class Harness:
             admit=self._admit,
             admit_ahead=lambda mem_mib: admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self._who}"),
             ahead=self._options.pool,
-            makers=max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))),
+            makers=max(1, len(os.sched_getaffinity(0)) // int(environment().get("PYTEST_XDIST_WORKER_COUNT", "1"))),
             scratch=lambda: self.store.shelf("snapshots").scratch(self.supervisor.run_dir),
             born=self._count_clone,
             enclose=self.enclose,

@@ -17,6 +17,7 @@ from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.spawner import Spawner, start_program
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.own import check_owner, getpid
+from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.model.net import Cable
 from pytest_fcvm.net import switch
 from pytest_fcvm.net.switch import Counters, Link
@@ -218,7 +219,7 @@ class Network:
             self._ask({"op": "detach", "port": name})
 
     def _attach_pair(self, name: str) -> socket.socket:
-        end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        end, port = socket_pair(socket.SOCK_DGRAM)
         try:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
             self._ask({"op": "attach", "port": name}, port.fileno())

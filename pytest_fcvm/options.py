@@ -6,7 +6,6 @@ same and are read by the same parser. Nearer wins: marker, `fcvm_spec`, command 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.model import parse
 from pytest_fcvm.model.specs import MachineSpec, Prepare
 
@@ -46,7 +46,7 @@ class Origin:
     """Where a setting was written: what relative paths start at, where bare `NAME`s of `env` are looked up."""
 
     base: Path
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    environment: Mapping[str, str] = field(default_factory=environment)
 
 
 Parser = Callable[[Any, Origin], Any]
@@ -93,7 +93,7 @@ def _text(value: Any, _origin: Origin) -> str:
 
 
 def _path(value: Any, origin: Origin) -> Path:
-    return parse.parse_path(value, origin.base)
+    return parse.parse_path(expand_home(value) if isinstance(value, str) else value, origin.base)
 
 
 def _kernel(value: Any, origin: Origin) -> Path | str:
@@ -129,11 +129,12 @@ def _ports(value: Any, _origin: Origin) -> tuple[int, ...]:
 
 def _maps(value: Any, origin: Origin) -> tuple[Any, ...]:
     items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(parse.parse_map(item, origin.base) for item in items)
+    at_home = (expand_home(item) if isinstance(item, str) else item for item in items)
+    return tuple(parse.parse_map(item, origin.base) for item in at_home)
 
 
 def _metadata(value: Any, origin: Origin) -> dict[str, Any]:
-    return parse.parse_metadata(value, origin.base)
+    return parse.parse_metadata(expand_home(value) if isinstance(value, str) else value, origin.base)
 
 
 def _prepare(value: Any, _origin: Origin) -> Prepare | str:
@@ -316,9 +317,10 @@ def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) ->
 
 
 def proxy_variables() -> dict[str, str]:
-    """Return the variables that tell programs of a proxy, in either case, as this process has them."""
+    """Return the variables that tell programs of a proxy, in either case, as the session began with them."""
     names = [f"{scheme}_proxy" for scheme in ("http", "https", "ftp", "all", "no")]
-    return {name: os.environ[name] for word in names for name in (word, word.upper()) if name in os.environ}
+    ours = environment()
+    return {name: ours[name] for word in names for name in (word, word.upper()) if name in ours}
 
 
 def named_programs(**options: Path | None) -> dict[str, Path]:

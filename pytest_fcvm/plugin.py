@@ -13,6 +13,7 @@ from pytest_fcvm import fixtures, hookspecs, reporting
 from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
 from pytest_fcvm.fixtures import marks
 from pytest_fcvm.hookspecs import OPTIONS, REPORTER, RUNNING, TIMER
+from pytest_fcvm.host import own
 from pytest_fcvm.options import ROWS, Options, Origin, Row, RowKind, build_options, environment_layer, read_layer
 
 __all__: list[str] = []
@@ -57,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Read all settings once; a wrong one ends the run before it starts."""
     arguments = ", ".join(f"{row.marker}=…" for row in ROWS if row.of_machine)
     config.addinivalue_line("markers", f"fcvm({arguments}): run the test against a fresh microVM made to these wishes")
+    config.add_cleanup(own.take_environment())
     try:
         config.stash[OPTIONS] = _read_options(config)
     except UsageProblem as problem:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError, GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.host.sockets import connect
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import NOTHING_LISTENS
 from pytest_fcvm.model.net import Endpoint, PublishedPort
@@ -157,7 +158,7 @@ class ClientPath:
 
 def _refusal(endpoint: Endpoint) -> str:
     try:
-        connection = socket.create_connection(endpoint, timeout=_TRY_S)
+        connection = connect(endpoint, timeout_s=_TRY_S)
     except OSError as error:  # the forwarder accepts always: it is the host that says no
         if error.errno == errno.EMFILE:  # which waiting does not mend
             raise
@@ -231,7 +232,7 @@ def _ask_tcp(target: ReadyTarget, port: int) -> str:
 
 def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
     try:
-        with socket.create_connection(endpoint, timeout=_TRY_S) as connection:
+        with connect(endpoint, timeout_s=_TRY_S) as connection:
             poll = select.poll()  # select takes no descriptor from 1024 on
             poll.register(connection, select.POLLIN)
             ended = poll.poll(stands_s * 1000) and not connection.recv(1, socket.MSG_PEEK)
@@ -243,6 +244,7 @@ def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
 def _http_answer(endpoint: Endpoint, path: str) -> str:
     connection = http.client.HTTPConnection(*endpoint, timeout=_TRY_S)
     try:
+        connection.sock = connect(endpoint, timeout_s=_TRY_S)
         connection.request("GET", path, headers={"Connection": "close"})
         response = connection.getresponse()
         response.read()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ import pytest
 
 from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.hookspecs import HARNESS, OPTIONS, RECORDINGS, REPORTER
+from pytest_fcvm.host.own import environment, os
 
 if TYPE_CHECKING:
     from _pytest.terminal import TerminalReporter
@@ -88,7 +88,7 @@ class Reporter:
         with suppress(OSError):  # the controller may not listen (quiet run) or be gone
             pipe = os.open(self.shared_dir() / _PROGRESS, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                os.write(pipe, f"{os.environ.get('PYTEST_XDIST_WORKER', '')}: {text}\n".encode())
+                os.write(pipe, f"{environment().get('PYTEST_XDIST_WORKER', '')}: {text}\n".encode())
             finally:
                 os.close(pipe)
 

@@ -11,9 +11,6 @@ import fcntl
 import hashlib
 import hmac
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,7 +19,7 @@ from typing import Any
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import SEALED, replace_file, sync_folder, sync_path
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, os, shutil
 
 __all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
 
@@ -184,7 +181,7 @@ class Shelf:
 
         It lies in `otherwise` where nothing can be written here.
         """
-        key = f"copy-{secrets.token_hex(8)}"
+        key = f"copy-{os.urandom(8).hex()}"
         with self.locked(key, "a copy", lambda _text: None):
             place = self.path if key in self._held or otherwise is None else otherwise
             folder = place / f"{key}.tmp-{getpid()}"
@@ -234,7 +231,7 @@ class Shelf:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _put_aside(self, folder: Path, fault: str) -> Path:
-        aside = self.path / f"{folder.name}.bad-{secrets.token_hex(4)}"
+        aside = self.path / f"{folder.name}.bad-{os.urandom(4).hex()}"
         with suppress(OSError):
             for old in self.path.glob(f"{folder.name}.bad-*"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -272,9 +269,9 @@ class Store:
         with suppress(FileNotFoundError):
             return path.read_bytes()
         with suppress(FileExistsError):
-            fresh = self.root / f"secret.{getpid()}.{secrets.token_hex(4)}"
+            fresh = self.root / f"secret.{getpid()}.{os.urandom(4).hex()}"
             fresh.touch(mode=0o600)
-            fresh.write_bytes(secrets.token_bytes(32))
+            fresh.write_bytes(os.urandom(32))
             try:
                 os.link(fresh, path)
             finally:

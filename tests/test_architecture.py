@@ -29,8 +29,8 @@ FLOORS = (
     {"errors"},
 )
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-# Neighbours that may: the words for ports and endpoints are the model's.
-NEIGHBOURS = {("net", "model")}
+# Neighbours that may: the words for ports and endpoints are the model's, the calls that no test replaces the host's.
+NEIGHBOURS = {("net", "model"), ("net", "host")}
 # Not a floor: the package itself, its version, and the agents' binaries.
 NO_PART = {"", "_version", "agents"}
 

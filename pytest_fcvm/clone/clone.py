@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
@@ -206,7 +206,7 @@ class Clone:
 
     def copy_in(self, source: str | Path, dest: str) -> None:
         """Copy a file or folder of the host to the guest path `dest`, as root; a trailing slash means "into"."""
-        path = Path(os.path.abspath(source))  # noqa: PTH100  "." has a name, and a link keeps its own
+        path = Path(os.path.abspath(source))
         name = path.name if dest.endswith("/") else PurePosixPath(dest).name
         folder = dest.rstrip("/") or "/" if dest.endswith("/") else str(PurePosixPath(dest).parent)
         self._send_tar(folder, lambda send: archive.pack_path(path, name, send))

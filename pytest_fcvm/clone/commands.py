@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pytest_fcvm.errors import CommandFailed, GuestError, UsageProblem
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import ExitStatus, ProcessSpec
 from pytest_fcvm.model.results import ExecResult
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pytest_fcvm.host.clock import Deadline, wait_on
+from pytest_fcvm.host.own import os
 
 __all__ = ["WorkloadLog", "tail"]
 

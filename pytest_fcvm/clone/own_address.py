@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import warnings
 from dataclasses import replace
 
 from pytest_fcvm.host.listening import why_no_listener
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.net import Proto, PublishedPort
 
 __all__ = ["at_address", "random_loopback"]

@@ -7,14 +7,13 @@ that copying is a reflink where that file system has them, and else only what wa
 from __future__ import annotations
 
 import errno
-import os
 import weakref
 from pathlib import Path
 
 from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse, unmakable
 from pytest_fcvm.errors import GuestError
 from pytest_fcvm.host.files import create_private
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import resolve_tool, run_tool
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]

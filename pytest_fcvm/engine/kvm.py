@@ -6,13 +6,13 @@ No ioctl proves it. There are hosts whose /dev/kvm makes VMs and runs single ins
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import read_cpu
 from pytest_fcvm.engine.records import Digests, boot_id, open_record
 from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.own import os
 
 __all__ = ["AGENT_SIGN", "SmokeTimeout", "explain_missing_device", "recall_or_prove"]
 

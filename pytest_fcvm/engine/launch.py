@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +13,8 @@ from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.own import environment, os, shutil
+from pytest_fcvm.host.sockets import Socket, socket_pair
 
 __all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state", "unreadable"]
 
@@ -69,10 +69,10 @@ def launch(
         near: dict[int, socket.socket] = {}
         far: dict[int, int] = {}
         for fd in wires:
-            ours, theirs = socket.socketpair()
+            ours, theirs = socket_pair()
             near[fd] = near_ends.enter_context(ours)
             far[fd] = far_ends.enter_context(theirs).fileno()
-        nowhere = far_ends.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        nowhere = far_ends.enter_context(Socket(socket.AF_UNIX, socket.SOCK_DGRAM))
         far |= dict.fromkeys(loose, nowhere.fileno())
         child = spawner.spawn(
             argv,
@@ -132,5 +132,6 @@ def open_state(path: Path) -> Iterator[int]:
 
 def _environment() -> dict[str, str]:
     """Return the VMM's environment: its words in English, and nothing of the user's that could change what it does."""
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **passed_on}
+    ours = environment()
+    passed_on = {name: ours[name] for name in _PASSED_ON if name in ours}
+    return {"PATH": ours.get("PATH", os.defpath), "LC_ALL": "C", **passed_on}

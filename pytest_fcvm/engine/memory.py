@@ -7,7 +7,6 @@ Documentation/admin-guide/mm/pagemap.rst) marks those that are no longer the fil
 from __future__ import annotations
 
 import errno
-import os
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.own import os
 
 __all__ = ["save_private_pages"]
 

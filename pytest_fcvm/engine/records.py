@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import SEALED
+from pytest_fcvm.host.own import os
 
 __all__ = ["Digests", "boot_id", "open_record", "stamp"]
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
-import shutil
 import stat
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import create_private, open_regular
+from pytest_fcvm.host.own import os, shutil
 
 __all__ = ["NOT_HERE", "copy_file", "copy_sparse", "move_file", "unmakable"]
 

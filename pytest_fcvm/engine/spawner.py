@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.own import shutil
+from pytest_fcvm.host.sockets import socket_pair
 
 __all__ = ["CONTROL_FD", "Child", "ChildExit", "Program", "Spawner", "start_program"]
 
@@ -101,7 +102,7 @@ def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) ->
     with descriptors_told(name), ExitStack() as undo:
         directory = spawner.make_dir(name)
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        control, theirs = socket_pair(socket.SOCK_SEQPACKET)
         undo.callback(control.close)
         log = directory / f"{script.stem}.log"
         with theirs:

@@ -6,13 +6,13 @@ does I/O.
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
 from pytest_fcvm.errors import GuestError, UsageProblem
+from pytest_fcvm.host.own import os
 
 __all__ = [
     "PROTOCOL_BODY_MAX",

@@ -7,7 +7,6 @@ that the session owns from then on. Sessions and secrets are explained in `guest
 from __future__ import annotations
 
 import copy
-import os
 import select
 import socket
 import threading
@@ -33,6 +32,7 @@ from pytest_fcvm.guest.frames import (
 from pytest_fcvm.guest.outbox import Outbox
 from pytest_fcvm.guest.streams import Sink, Stream
 from pytest_fcvm.host.clock import Deadline, wait_on
+from pytest_fcvm.host.own import os
 from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Explain", "OnEvent", "Opening", "Session"]

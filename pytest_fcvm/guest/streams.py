@@ -7,7 +7,6 @@ called from any other thread and waits there until a deadline or the end of the 
 from __future__ import annotations
 
 import errno
-import os
 import struct
 import threading
 from collections import deque
@@ -26,6 +25,7 @@ from pytest_fcvm.guest.frames import (
     encode_frame,
 )
 from pytest_fcvm.host.clock import Deadline, wait_on
+from pytest_fcvm.host.own import os
 
 __all__ = ["CallFailed", "Link", "Sink", "Stream"]
 

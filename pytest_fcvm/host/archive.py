@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Protocol, cast
 
 from pytest_fcvm.errors import GuestError, UsageProblem
+from pytest_fcvm.host.own import os
 
 __all__ = ["pack_path", "pack_text", "unpack_as", "unpack_file"]
 

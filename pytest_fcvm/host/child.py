@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.own import check_owner, getpid
+from pytest_fcvm.host.own import check_owner, getpid, os
 
 __all__ = ["Child", "ChildExit"]
 

@@ -6,11 +6,11 @@ interpreter itself. `Condition.wait_for` reads `time.monotonic` and is therefore
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from time import CLOCK_MONOTONIC, clock_gettime  # names of our own, which no test can replace
 from typing import TypeVar
+
+from pytest_fcvm.host.own import CLOCK_MONOTONIC, clock_gettime, os
 
 __all__ = ["Deadline", "monotonic", "real_time_ns", "wait_on", "wait_until"]
 

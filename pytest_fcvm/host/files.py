@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, os
 
 __all__ = [
     "SEALED",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pytest_fcvm.host.own import os, shutil
 from pytest_fcvm.host.paths import LOCK_NAME, is_run_id
 
 __all__ = ["sweep", "sweep_temporary"]
@@ -50,7 +48,7 @@ def _list(folder: Path) -> list[Path]:
 
 def _bury(entry: Path, lock: Path) -> bool:
     """Rename the directory while its lock is ours, so that one sweeper wins and nobody comes to life in it."""
-    grave = entry.with_name(f"{_DEAD}{secrets.token_hex(4)}")
+    grave = entry.with_name(f"{_DEAD}{os.urandom(4).hex()}")
     with _taken(lock) as taken:
         if not taken:
             return False

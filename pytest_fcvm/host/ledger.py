@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 from pytest_fcvm.host.files import create_private
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, os
 
 __all__ = ["Holder", "Ledger", "Totals", "close_ledger", "open_ledger"]
 
@@ -70,7 +68,7 @@ class Ledger:
         self._folder = folder
         self._mutex = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._threads = threading.RLock()
-        self._name = f"{self.owner}-{secrets.token_hex(4)}"
+        self._name = f"{self.owner}-{os.urandom(4).hex()}"
         self._file = -1
         self._lines: dict[int, tuple[int, bytes]] = {}
         self._waiting_again = 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import socket
 
+from pytest_fcvm.host.sockets import Socket
+
 __all__ = ["why_no_listener"]
 
 
 def why_no_listener(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
     """Return the reason for which nothing can listen at an IPv4 address, "" when it can."""
-    with socket.socket(socket.AF_INET, kind) as probe:
+    with Socket(socket.AF_INET, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import libc
+from pytest_fcvm.host.own import os
 from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["open_mounts"]

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import os
 import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import environment, expand_home, getpid, os, shutil
 
 __all__ = [
     "LOCK_NAME",
@@ -93,7 +90,7 @@ def run_root(tmp: Path = _TMP) -> Path:
 
     Raise HostError when somebody else has put something in its place.
     """
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    given = environment().get("XDG_RUNTIME_DIR", "")
     if given.startswith("/"):
         candidate = Path(given) / "fcvm"
         with suppress(OSError, HostError):
@@ -128,7 +125,7 @@ class RunDir:
 
     def __enter__(self) -> Self:
         root = self._root if self._root is not None else run_root()
-        self._path, self._lock = _claim(root, lambda: secrets.token_hex(4))
+        self._path, self._lock = _claim(root, lambda: os.urandom(4).hex())
         return self
 
     def __exit__(
@@ -171,11 +168,11 @@ def make_child_dir(parent: Path, name: str, serial: int) -> Path:
 
 
 def _default_cache_root() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
+    base = environment().get("XDG_CACHE_HOME", "")
     if base.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
         return Path(base) / "pytest-fcvm"
     try:
-        return Path.home() / ".cache" / "pytest-fcvm"
+        return Path(expand_home("~")).expanduser() / ".cache" / "pytest-fcvm"
     except RuntimeError as error:
         raise HostError(f"there is no home directory: {error}", hint="set HOME or --fcvm-cache-dir") from error
 

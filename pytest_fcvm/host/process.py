@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import environment, find_program, getpid, shutil, subprocess
 
-__all__ = ["ToolFailed", "condense", "ends_with_us", "find_tool", "resolve_tool", "run_tool"]
+__all__ = [
+    "ToolFailed",
+    "condense",
+    "ends_with_us",
+    "find_tool",
+    "killed_at_deadline",
+    "resolve_tool",
+    "run_tool",
+    "start_tool",
+]
 
 _UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
 
@@ -26,7 +36,7 @@ class ToolFailed(HostError):
 
 def find_tool(name: str) -> Path | None:
     """Return the program's path or None, looking in the system's own sbin folders as well."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+    found = find_program(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
     return Path(found) if found else None
 
 
@@ -54,19 +64,63 @@ def run_tool(
     argv: Sequence[str | Path], *, timeout_s: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> str:
     """Run a program to its end and return its stdout. Raise ToolFailed with its last words, also at the deadline."""
+    with (
+        start_tool(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env) as process,
+        killed_at_deadline(process, timeout_s) as late,
+    ):
+        stdout, stderr = process.communicate()
+    if late.is_set():
+        raise ToolFailed(f"{argv[0]} did not end within {timeout_s:.0f} s")
+    if process.returncode:
+        raise _failure(str(argv[0]), process.returncode, stderr.decode("utf-8", "replace"))
+    return stdout.decode("utf-8", "surrogateescape")
+
+
+def start_tool(
+    argv: Sequence[str | Path],
+    *,
+    stdout: IO[bytes] | int,
+    stderr: IO[bytes] | int,
+    stdin: int = subprocess.DEVNULL,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a program in the session's environment, or in `env`. Raise ToolFailed when it cannot be started."""
     command = [str(part) for part in argv]
-    try:
-        done = subprocess.run(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
+    if subprocess.Popen.__module__ != "subprocess":
+        raise ToolFailed(
+            f"{command[0]} could not be started: subprocess.Popen was replaced before pytest began",
+            hint="replace it in tests alone; the snapshot is then built by the system's own",
         )
-    except subprocess.TimeoutExpired as error:
-        raise ToolFailed(f"{command[0]} did not end within {timeout_s:.0f} s") from error
+    try:
+        return subprocess.Popen(
+            command, stdin=stdin, stdout=stdout, stderr=stderr, cwd=cwd, env=dict(env or environment()), bufsize=0
+        )
     except OSError as error:
         hint = host_error(command[0], error).hint
-        raise ToolFailed(f"{command[0]} could not be started: {error.strerror}", hint=hint) from error
-    if done.returncode:
-        raise _failure(command[0], done.returncode, done.stderr.decode("utf-8", "replace"))
-    return done.stdout.decode("utf-8", "surrogateescape")
+        raise ToolFailed(f"{command[0]} could not be started: {error.strerror or error}", hint=hint) from error
+
+
+@contextmanager
+def killed_at_deadline(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[threading.Event]:
+    """Kill the process at the end of the block or at the deadline, which sets the event.
+
+    The deadline is a lock's, which no patched clock moves.
+    """
+    late = threading.Event()
+
+    def kill() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s, kill)
+    timer.daemon = True
+    try:
+        timer.start()
+        yield late
+    finally:
+        timer.cancel()
+        process.kill()
 
 
 def condense(text: str, limit: int = 300) -> str:

@@ -7,9 +7,7 @@ within a second of pytest's death, however pytest dies; the run directory goes w
 from __future__ import annotations
 
 import errno
-import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -25,8 +23,9 @@ from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host import wire
 from pytest_fcvm.host.child import Child, ChildExit
 from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
-from pytest_fcvm.host.own import check_owner, getpid
+from pytest_fcvm.host.own import check_owner, environment, find_program, getpid, os
 from pytest_fcvm.host.paths import make_child_dir
+from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Child", "ChildExit", "Supervisor"]
@@ -79,7 +78,7 @@ class Supervisor:
         namespace. Raise HostError.
         """
         if namespaces is None:
-            namespaces = os.environ.get("FCVM_NO_NAMESPACES", "") in ("", "0")
+            namespaces = environment().get("FCVM_NO_NAMESPACES", "") in ("", "0")
         with ExitStack() as undo, ExitStack() as passed:
             try:
                 control, far_control = _socket_pair(undo, passed)
@@ -305,7 +304,7 @@ class Supervisor:
 
 
 def _socket_pair(undo: ExitStack, passed: ExitStack) -> tuple[socket.socket, socket.socket]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socket_pair(socket.SOCK_SEQPACKET)
     undo.callback(ours.close)
     passed.callback(theirs.close)
     for end in (ours, theirs):  # one packet holds arguments and environment of a spawn
@@ -325,7 +324,7 @@ def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> in
         return os.posix_spawn(
             sys.executable,
             argv,
-            os.environ,
+            environment(),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                 *((os.POSIX_SPAWN_DUP2, source, target) for target, source in lifted.items()),
@@ -348,7 +347,7 @@ def _reap(guard: int) -> None:
 
 def _resolve_program(argv: Sequence[str | Path]) -> list[str]:
     program = str(argv[0])
-    found = program if "/" in program else shutil.which(program)
+    found = program if "/" in program else find_program(program)
     if found is None:
         raise HostError(f"{program} is not installed", hint=f"install {program}, or see `fcvm doctor`")
     return [found, *map(str, argv[1:])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import hashlib
 import lzma
-import subprocess
 import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,7 +14,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from pytest_fcvm.errors import ImageError
-from pytest_fcvm.host.process import condense, resolve_tool
+from pytest_fcvm.host.own import subprocess
+from pytest_fcvm.host.process import condense, resolve_tool, start_tool
 
 __all__ = ["LayerBlob", "spool_layer"]
 
@@ -190,8 +190,8 @@ def _unzstd(path: Path, seen: Callable[[bytes], None]) -> Iterator[bytes]:
     for chunk in _read(path):
         seen(chunk)
     command = [str(resolve_tool("zstd", package="zstd")), "-dcq", "--", str(path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    with start_tool(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:  # whose end closes the pipes first, so that SIGPIPE ends a zstd that nobody listens to
         assert process.stdout is not None
         assert process.stderr is not None

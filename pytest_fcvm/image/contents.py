@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Protocol
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.own import os
 from pytest_fcvm.image.tree import Node, NodeKind, RootTree, broken_layer, split_name
 
 __all__ = ["Contents", "DirectoryContents", "LayerContents", "read_directory"]

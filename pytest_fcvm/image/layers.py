@@ -7,13 +7,13 @@ meet the tree of the layers below; then its members are added.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import ImageError
+from pytest_fcvm.host.own import os
 from pytest_fcvm.image.blobs import LayerBlob, spool_layer
 from pytest_fcvm.image.contents import Contents, LayerContents
 from pytest_fcvm.image.headers import BLOCK, END_OF_ARCHIVE, member_header

@@ -5,12 +5,12 @@ Formats: V7, ustar, GNU (long names, base-256 numbers, sparse), PAX (xattrs as `
 
 from __future__ import annotations
 
-import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, cast
 
+from pytest_fcvm.host.own import os
 from pytest_fcvm.image.tree import Extent, Node, NodeKind, broken_layer, split_name
 
 __all__ = ["Limits", "Member", "read_members"]

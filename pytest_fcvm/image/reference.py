@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host.own import expand_home
 
 __all__ = ["ImageKind", "ImageReference", "parse_reference"]
 
@@ -211,8 +212,7 @@ def _not_a_name(text: str, registry: str, rest: str) -> UsageProblem:
 
 
 def _absolute(name: str, base: Path) -> Path:
-    expanded = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    return Path(base, expanded).absolute()
+    return Path(base, expand_home(name)).absolute()
 
 
 def _shown(text: str) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import struct
-import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -15,7 +12,8 @@ from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.process import condense, ends_with_us, resolve_tool
+from pytest_fcvm.host.own import environment, os, subprocess
+from pytest_fcvm.host.process import condense, ends_with_us, killed_at_deadline, resolve_tool, start_tool
 from pytest_fcvm.image.contents import read_directory
 from pytest_fcvm.image.layers import flatten, write_tree
 from pytest_fcvm.image.reference import ImageKind
@@ -93,14 +91,12 @@ def _squashing(dest: Path) -> Iterator[Write]:
     """Run mksquashfs; yield the function that feeds it. Raise HostError when it fails."""
     tool = resolve_tool("mksquashfs", package="squashfs-tools")
     # It refuses to run with this variable beside -mkfs-time.
-    environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+    variables = {name: value for name, value in environment().items() if name != "SOURCE_DATE_EPOCH"}
     command = [*ends_with_us(), tool, "-", dest, *_OPTIONS]
     with (
-        tempfile.TemporaryFile() as words,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=words, stderr=words, env=environment, bufsize=0
-        ) as process,
-        _killed_at_deadline(process) as late,
+        tempfile.TemporaryFile(dir=dest.parent) as words,
+        start_tool(command, stdin=subprocess.PIPE, stdout=words, stderr=words, env=variables) as process,
+        killed_at_deadline(process, _DEADLINE_S) as late,
     ):
         assert process.stdin is not None
         with suppress(OSError):
@@ -114,25 +110,6 @@ def _squashing(dest: Path) -> Iterator[Write]:
         code = process.wait()
         if code or broken:
             raise _failure(words, code, dest, late=late.is_set())
-
-
-@contextmanager
-def _killed_at_deadline(process: subprocess.Popen[bytes]) -> Iterator[threading.Event]:
-    """Kill the process at the end of the block or at the deadline, which sets the event."""
-    late = threading.Event()
-
-    def kill() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(_DEADLINE_S, kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield late
-    finally:
-        timer.cancel()
-        process.kill()
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

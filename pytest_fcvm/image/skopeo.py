@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.host.paths import run_root
 from pytest_fcvm.host.process import ToolFailed, condense, ends_with_us, find_tool, resolve_tool, run_tool
 from pytest_fcvm.image.reference import ImageKind, ImageReference
@@ -15,7 +15,7 @@ from pytest_fcvm.image.reference import ImageKind, ImageReference
 __all__ = ["ask_docker", "ask_manifest", "copy_image"]
 
 _COPY_S, _ASK_S, _LOCAL_S = 1800.0, 120.0, 20.0
-_POLICIES = (Path("/etc/containers/policy.json"), Path("~/.config/containers/policy.json"))
+_POLICIES = ("/etc/containers/policy.json", "~/.config/containers/policy.json")
 _LOGINS = Path("/run/containers")
 _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 _USERINFO = re.compile(r"(?<=://)[^/@\s\"]+@")
@@ -92,7 +92,7 @@ def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
 
 def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:
     skopeo = resolve_tool("skopeo", package="skopeo")
-    policy = [] if any(path.expanduser().exists() for path in _POLICIES) else ["--insecure-policy"]
+    policy = [] if any(Path(expand_home(path)).exists() for path in _POLICIES) else ["--insecure-policy"]
     return run_tool([*ends_with_us(), skopeo, *policy, *arguments], timeout_s=timeout_s, env=_environment())
 
 
@@ -102,9 +102,9 @@ def _environment(logins: Path = _LOGINS) -> dict[str, str] | None:
     Without a runtime directory (a session of su, a container) it looks for logins in a folder that may be root's alone,
     and fails. It is given a directory of ours then, and goes on to the user's other places for logins.
     """
-    if "XDG_RUNTIME_DIR" in os.environ or not logins.exists() or os.access(logins, os.X_OK):
+    if "XDG_RUNTIME_DIR" in environment() or not logins.exists() or os.access(logins, os.X_OK):
         return None
-    return {**os.environ, "XDG_RUNTIME_DIR": str(run_root())}
+    return {**environment(), "XDG_RUNTIME_DIR": str(run_root())}
 
 
 def _tls(reference: ImageReference, option: str) -> list[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, shutil
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory

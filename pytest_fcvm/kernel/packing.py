@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import lzma
-import subprocess
 import zlib
 from collections.abc import Callable
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.process import condense, resolve_tool
+from pytest_fcvm.host.own import subprocess
+from pytest_fcvm.host.process import condense, killed_at_deadline, resolve_tool, start_tool
 
 __all__ = ["GZIP_MAGIC", "unpack"]
 
@@ -52,13 +52,18 @@ def _xz(data: bytes, what: str) -> bytes:
 def _command(tool: str) -> Callable[[bytes, str], bytes]:
     def run(data: bytes, what: str) -> bytes:
         program = resolve_tool(tool, package=tool)
-        try:
-            done = subprocess.run([program, "-dc"], input=data, capture_output=True, timeout=_TOOL_S, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise _broken(what, f"{tool} did not end within {_TOOL_S:.0f} s") from error
-        if done.returncode:
-            raise _broken(what, condense(done.stderr.decode("utf-8", "replace")))
-        return done.stdout
+        with (
+            start_tool(
+                [program, "-dc"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ) as process,
+            killed_at_deadline(process, _TOOL_S) as late,
+        ):
+            unpacked, stderr = process.communicate(data)
+        if late.is_set():
+            raise _broken(what, f"{tool} did not end within {_TOOL_S:.0f} s")
+        if process.returncode:
+            raise _broken(what, condense(stderr.decode("utf-8", "replace")))
+        return unpacked
 
     return run
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import FcvmError, HostError
+from pytest_fcvm.host.own import environment, os, shutil
 from pytest_fcvm.host.process import ToolFailed, ends_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
@@ -169,7 +168,7 @@ def _choose_packages() -> list[str]:
 def _depends(package: str) -> list[str]:
     with suppress(HostError):  # apt does not know the package
         command = ["apt-cache", "depends", "--important", package]
-        lines = run_tool(command, timeout_s=_APT_S, env={**os.environ, "LC_ALL": "C"}).splitlines()
+        lines = run_tool(command, timeout_s=_APT_S, env={**environment(), "LC_ALL": "C"}).splitlines()
         return [line.partition("Depends:")[2].strip() for line in lines if "Depends:" in line]
     return []
 

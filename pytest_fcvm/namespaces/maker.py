@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import sys
 import threading
@@ -17,6 +16,8 @@ from typing import Any
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.spawner import Child, Spawner, start_program
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sockets import Socket
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.namespaces.outside import SLIRP_RESOLVER, find_resolver, resolve_allowed, start_slirp
@@ -95,7 +96,7 @@ class Namespaces:
     def _connect(self, number: int, port: int, kind: int) -> socket.socket:
         with ExitStack() as undo:
             _, (descriptor,) = self._ask({"op": "socket", "number": number, "kind": kind}, undo)
-            connection = socket.socket(fileno=os.dup(descriptor))
+            connection = Socket(fileno=os.dup(descriptor))
             try:
                 connection.settimeout(_CONNECT_S)
                 connection.connect((GUEST, port))

@@ -14,6 +14,7 @@ from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.process import find_tool
+from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.net.firewall import UPLINK
 
@@ -41,7 +42,7 @@ def start_slirp(spawner: Spawner, namespace: Namespace) -> Child:
         directory = spawner.make_dir("slirp")
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
         log = directory / "slirp.log"
-        ready, theirs = socket.socketpair()
+        ready, theirs = socket_pair()
         with ready:
             with theirs:
                 child = spawner.spawn(

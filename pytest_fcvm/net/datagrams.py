@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import threading
@@ -11,6 +10,8 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from pytest_fcvm.errors import FcvmError, GuestTimeout, HostError
+from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sockets import Socket
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 
 __all__ = ["DatagramPort", "DatagramStream", "SocketDatagrams", "listen_error"]
@@ -53,7 +54,7 @@ class DatagramPort:
         idle_s: float = _IDLE_S,
     ) -> None:
         self._guest_port, self._dial, self._make_thread, self._idle_s = port.guest_port, dial, make_thread, idle_s
-        self._socket = socket.socket(socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket = Socket(socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET, socket.SOCK_DGRAM)
         try:
             self._socket.bind((port.host_ip, port.host_port))
         except OSError as error:

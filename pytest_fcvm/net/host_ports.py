@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterable
 
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.sockets import connect
 from pytest_fcvm.net.links import ByteStream, Links, MakeThread
 
 __all__ = ["HostPorts"]
@@ -62,7 +62,7 @@ class HostPorts:
 
     def _join(self, guest: ByteStream, port: int) -> None:
         try:
-            server = socket.create_connection(("127.0.0.1", port), timeout=_CONNECT_S)
+            server = connect(("127.0.0.1", port), timeout_s=_CONNECT_S)
         except OSError as error:
             self.fault = f"a connection of the guest's to host port {port} was reset: {error.strerror or error}"
             guest.reset()

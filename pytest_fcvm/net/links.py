@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import socket
 import struct
@@ -12,6 +11,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.own import os
 
 __all__ = ["ByteStream", "Links", "MakeThread", "SocketStream", "reset"]
 

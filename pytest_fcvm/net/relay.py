@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 
 from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.host.sockets import listen
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.net.datagrams import DatagramPort, DatagramStream, listen_error
 from pytest_fcvm.net.links import ByteStream, Links, MakeThread, reset
@@ -23,9 +24,8 @@ class _StreamPort:
     """A TCP port: every connection is handed to `serve` on a thread of its own. Raise HostError when it is taken."""
 
     def __init__(self, port: PublishedPort, serve: Callable[[socket.socket], None], make_thread: MakeThread) -> None:
-        family = socket.AF_INET6 if ":" in port.host_ip else socket.AF_INET
         try:
-            self._listener = socket.create_server((port.host_ip, port.host_port), family=family, backlog=128)
+            self._listener = listen((port.host_ip, port.host_port))
         except OSError as error:
             raise listen_error(port, error) from error
         self._serve, self._make_thread = serve, make_thread

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_fcvm.clone.commands import SHELL
 from pytest_fcvm.clone.machine import waking_identity
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import GuestConfig, Identity
 from pytest_fcvm.model.specs import MachineSpec
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
@@ -18,7 +17,7 @@ from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.own import check_owner, getpid
+from pytest_fcvm.host.own import check_owner, getpid, os
 from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.ready import wait_until_ready

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +35,7 @@ from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, Gue
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
+from pytest_fcvm.host.own import os, shutil
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 from pytest_fcvm.net.router import CARDS

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
 from pytest_fcvm.engine.records import Digests, open_record, stamp
 from pytest_fcvm.errors import EngineError
+from pytest_fcvm.host.own import os
 from pytest_fcvm.host.process import find_tool, run_tool
 
 __all__ = ["PROGRAM", "Installation", "find_firecracker", "inspect", "tools_dir"]

@@ -11,7 +11,6 @@ link is followed, and what it has written is looked at where it cannot reach.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.sparse import move_file
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.mounts import open_mounts
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import find_tool, run_tool
 
 __all__ = ["Cell", "Jailer", "NotJailed", "find_jailer"]

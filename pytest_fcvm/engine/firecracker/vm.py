@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import threading
@@ -26,7 +25,9 @@ from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.own import os
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.host.sockets import Socket
 from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
 
 __all__ = ["FirecrackerVm"]
@@ -275,7 +276,7 @@ def _has_swap() -> bool:
 
 
 def _accepts(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
+    with Socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
         probe.connect(str(path))
         return True
     return False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pytest_fcvm.errors import GuestTimeout
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.sockets import Socket
 
 __all__ = ["connect"]
 
@@ -38,7 +39,7 @@ def connect(path: Path, port: int, deadline: Deadline, check_alive: Callable[[],
 
 
 def _connect_once(path: Path, port: int) -> socket.socket | None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(_ANSWER_S)
         connection.connect(str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -36,6 +35,7 @@ from pytest_fcvm.engine.sparse import copy_file
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 

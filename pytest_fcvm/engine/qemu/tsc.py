@@ -6,7 +6,6 @@ boot, and kept from boot to boot as long as it is the same but for jitter.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pytest_fcvm.engine.cpu import CpuIdentity
 from pytest_fcvm.engine.records import boot_id, open_record
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.own import CLOCK_MONOTONIC_RAW, clock_gettime_ns
 
 __all__ = ["measure_tsc_khz", "stable_tsc_khz"]
 
@@ -69,9 +69,9 @@ def _sample(read_counter: Callable[[], int]) -> tuple[int, int]:
     """Return counter and clock at one moment: of ten tries the one that took the shortest."""
     best: tuple[int, int, int] | None = None
     for _ in range(10):
-        before = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+        before = clock_gettime_ns(CLOCK_MONOTONIC_RAW)
         ticks = read_counter()
-        after = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
+        after = clock_gettime_ns(CLOCK_MONOTONIC_RAW)
         if best is None or after - before < best[0]:
             best = after - before, ticks, (before + after) // 2
     assert best is not None

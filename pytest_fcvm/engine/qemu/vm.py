@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
+from pytest_fcvm.host.own import os
 from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
 
 __all__ = ["QemuVm"]

@@ -32,6 +32,7 @@ from pytest_fcvm.engine.protocol import (
     SnapshotFiles,
 )
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
+from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
@@ -396,7 +397,7 @@ def test_without_a_jailer_it_is_said_where_one_is_to_be_had(jailed: Bench, monke
 
 
 def test_who_is_not_root_has_no_jailer(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(own.os, "geteuid", lambda: 1000)
     report = jailed.probe(jailed.engine())
     assert (report.reason, report.hint) == ("the jailer takes root", "run pytest as root, or leave out --fcvm-jailer")
 
@@ -559,7 +560,7 @@ def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
     copy = bench.copy()
-    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)))
+    monkeypatch.setattr(own.os, "statvfs", lambda _: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)))
     with pytest.raises(HostError, match="no room in"):
         clone.save(copy)
     assert not list(copy.memory.parent.iterdir())

@@ -14,6 +14,7 @@ import pytest
 from pytest_fcvm.engine.memory import save_private_pages
 from pytest_fcvm.engine.sparse import copy_file
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host import own
 
 PAGE = mmap.PAGESIZE
 PAGES = 4096
@@ -102,6 +103,6 @@ def test_memory_that_cannot_be_read_whole_is_told(
 ) -> None:
     copy_file(base, tmp_path / "copy")
     read = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: b"" if size == 2 * PAGE else read(fd, size, offset))
+    monkeypatch.setattr(own.os, "pread", lambda fd, size, offset: b"" if size == 2 * PAGE else read(fd, size, offset))
     with pytest.raises(HostError, match="cannot be copied"):
         save_private_pages(process.pid, base, tmp_path / "copy")

@@ -28,6 +28,7 @@ from pytest_fcvm.guest.frames import (
     new_secret,
 )
 from pytest_fcvm.guest.session import Opening, Session
+from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.guest import Identity, ProcessSpec
 
@@ -257,7 +258,7 @@ def test_a_session_for_which_no_descriptor_is_left_has_closed_its_socket(
     def eventfd(*_: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr(os, "eventfd", eventfd)
+    monkeypatch.setattr(own.os, "eventfd", eventfd)
     with pytest.raises(OSError, match="Too many open files"):
         start_session(ours, b"s" * 16)
     assert ours.fileno() == -1

@@ -16,6 +16,7 @@ import pytest
 from fakes.images import compressed, directory, entry, sha256, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host import own
 from pytest_fcvm.image import members
 from pytest_fcvm.image.blobs import LayerBlob, spool_layer
 from pytest_fcvm.image.layers import flatten
@@ -115,7 +116,7 @@ def test_a_bomb_in_zstd_stops_at_the_limit_and_leaves_no_process(tmp_path):
 
 @needs_zstd
 def test_without_zstd_the_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda *_args, **_kw: None)
+    monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError) as caught:
         spooled(tmp_path, compressed(TAR, "zstd"))
     assert caught.value.hint == "apt-get install zstd"

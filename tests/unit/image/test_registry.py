@@ -16,6 +16,7 @@ from fakes.images import HandmadeImage, entry, tar_of
 from fakes.registry import HTPASSWD, PASSWORD, USER, running_registry
 
 from pytest_fcvm.errors import ImageError
+from pytest_fcvm.host import own
 from pytest_fcvm.host.process import ToolFailed
 from pytest_fcvm.image import skopeo
 from pytest_fcvm.image.reference import parse_reference
@@ -264,7 +265,7 @@ def test_a_folder_of_logins_that_is_roots_alone_is_left_out(tmp_path: Path, monk
     assert skopeo._environment(tmp_path / "gone") is None
     assert skopeo._environment(tmp_path) is None
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    monkeypatch.setattr(own.os, "access", lambda path, mode: path != tmp_path and access(path, mode))
     changed = skopeo._environment(tmp_path)
     assert changed is not None
     assert Path(changed["XDG_RUNTIME_DIR"]).stat().st_uid == os.getuid()

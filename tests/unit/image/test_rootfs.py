@@ -15,6 +15,7 @@ import pytest
 from fakes.images import HandmadeImage, directory, entry, hardlink, symlink, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host import own
 from pytest_fcvm.image import rootfs
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.rootfs import build_rootfs
@@ -190,8 +191,8 @@ def test_in_a_directory_the_callers_files_become_roots_and_others_stay(tmp_path,
     for name, owner in (("mine", 1234), ("other", 77)):
         (root / name).touch()
         os.chown(root / name, owner, owner)
-    monkeypatch.setattr(os, "geteuid", lambda: 1234)
-    monkeypatch.setattr(os, "getegid", lambda: 1234)
+    monkeypatch.setattr(own.os, "geteuid", lambda: 1234)
+    monkeypatch.setattr(own.os, "getegid", lambda: 1234)
     found = listing(build("./tree"))
     assert found["/mine"][1] == "0/0"
     assert found["/other"][1] == "77/77"
@@ -250,7 +251,7 @@ def test_a_full_disk_under_the_decompressed_layers_is_an_error_of_the_host(tmp_p
 
 def test_without_mksquashfs_the_package_is_named(tmp_path, build, monkeypatch):
     (tmp_path / "fs.tar").write_bytes(tar_of(entry("a")))
-    monkeypatch.setattr(shutil, "which", lambda *_args, **_kw: None)
+    monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError) as caught:
         build("fs.tar")
     assert caught.value.hint == "apt-get install squashfs-tools"

@@ -18,6 +18,7 @@ import pytest
 from fakes.images import HandmadeImage, entry, sha256, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host import own
 from pytest_fcvm.host.janitor import sweep_temporary
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.source import PulledImage, PullPolicy, resolve_image
@@ -260,7 +261,7 @@ def test_a_damaged_blob_is_an_error_of_the_image_and_leaves_nothing(tmp_path, re
 
 def test_without_skopeo_the_package_is_named(tmp_path, resolve, monkeypatch):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
-    monkeypatch.setattr(shutil, "which", lambda *_args, **_kw: None)
+    monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError, match="skopeo is not installed") as caught:
         resolve("dir:d")
     assert caught.value.hint == "apt-get install skopeo"

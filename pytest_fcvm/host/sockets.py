@@ -1,0 +1,75 @@
+"""Sockets of our own, whatever a test has put in the place of `socket.socket` and its methods.
+
+pytest-socket and mocks do so to keep tests from the network. Between pytest and its own clones there is none: all of
+these are Unix sockets, or on loopback.
+"""
+
+from __future__ import annotations
+
+import _socket
+import socket
+from typing import Any
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host import own
+
+__all__ = ["Socket", "check_allowed", "connect", "listen", "socket_pair"]
+
+_BLOCKER = "pytest_socket"
+
+
+class Socket(own.Socket):
+    """A socket that connects and accepts by the system's own calls."""
+
+    connect = _socket.socket.connect
+
+    def accept(self) -> tuple[Socket, Any]:
+        """Wait for a connection; return its socket and the address of its other end."""
+        descriptor, address = self._accept()  # type: ignore[attr-defined]
+        return Socket(self.family, self.type, self.proto, fileno=descriptor), address
+
+
+def check_allowed() -> None:
+    """Raise HostError where pytest-socket refuses even Unix sockets to the test that runs."""
+    if socket.socket.__module__ != _BLOCKER:
+        return
+    try:
+        socket.socket(socket.AF_UNIX).close()
+    except RuntimeError as error:
+        raise HostError(
+            "pytest-socket refuses this test all sockets, and pytest speaks to clones over Unix sockets",
+            hint="add --allow-unix-socket to --disable-socket, or mark the test with @pytest.mark.enable_socket",
+        ) from error
+
+
+def socket_pair(kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[Socket, Socket]:
+    """Return two connected Unix sockets. Raise OSError."""
+    one, other = _socket.socketpair(socket.AF_UNIX, kind)
+    return Socket(fileno=one.detach()), Socket(fileno=other.detach())
+
+
+def connect(address: tuple[str, int], *, timeout_s: float) -> Socket:
+    """Return a TCP connection to an IP address and port. Raise OSError."""
+    connection = Socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(address)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def listen(address: tuple[str, int]) -> Socket:
+    """Return a TCP socket that listens at an IP address and port. Raise OSError."""
+    listener = Socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family is socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as socket.create_server does
+        listener.bind(address)
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
