@@ -229,3 +229,45 @@ def test_a_forked_test_among_others_is_told_by_what_it_is_forked(project, withou
     result = project.run("-s", *without_engine)
     result.stderr.fnmatch_lines(["*a forked process can neither use nor start clones*"])
     result.stderr.fnmatch_lines(["*@pytest.mark.forked*--forked*"])
+
+
+def test_without_unix_sockets_the_option_to_add_is_named(
+    project, without_engine: tuple[str, ...], needs: Callable[[str], None]
+) -> None:
+    needs("pytest_socket")
+    project.write(test_a_py=_TWO)
+    result = project.run("--disable-socket", *without_engine)
+    assert result.parseoutcomes() == {"errors": 2}
+    result.stdout.fnmatch_lines(["HostError: *pytest-socket*", "hint: add --allow-unix-socket*"])
+
+
+def test_what_a_test_replaces_and_clears_changes_nothing(project, without_engine: tuple[str, ...]) -> None:
+    project.write(
+        conftest_py="""
+import os, socket, subprocess
+from unittest import mock
+import pytest
+
+@pytest.fixture(autouse=True)
+def everything_faked(tmp_path):
+    fakes = ["os.getpid", "os.urandom", "os.geteuid", "shutil.which", "shutil.rmtree", "secrets.token_hex"]
+    fakes += ["time.time", "time.monotonic", "time.sleep", "socket.socket", "socket.create_connection"]
+    fakes += ["subprocess.Popen", "subprocess.run", "builtins.open"]
+    patches = [mock.patch(name) for name in fakes]
+    with mock.patch.dict(os.environ, {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}, clear=True):
+        for patch in patches:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in patches:
+                patch.stop()
+    assert list(tmp_path.iterdir()) == []
+""",
+        test_a_py=_TWO,
+    )
+    result = project.run(*without_engine)
+    assert result.parseoutcomes() == {"errors": 2}
+    told = [line for line in result.outlines if line.startswith("EngineUnavailable: ")]
+    assert len(told) == 2, result.outlines
+    assert "failed before in this run" in told[1]
