@@ -165,6 +165,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
     fixtures.check_worker_clone(item)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Tell a worker's clone of another directory's `fcvm_spec` also where the test itself has asked for it."""
+    yield
+    fixtures.check_worker_clone(item)
+
+
 @pytest.hookimpl(optionalhook=True, tryfirst=True)
 def pytest_timeout_set_timer(item: pytest.Item, settings: object) -> None:
     """Remember pytest-timeout's running timer, so that a build can suspend it, whatever fixture asked for it."""
