@@ -221,3 +221,25 @@ def test_a_variable_that_is_no_text_is_told(value: str, project) -> None:
     result = project.run("--collect-only")
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.stdout.fnmatch_lines(["test_a.py::test_a: @pytest.mark.fcvm(env=…): the value of A is *"])
+
+
+def test_a_workers_clone_of_another_directory_is_told_before_another_clone_and_where_the_test_asks_itself(
+    project,
+) -> None:
+    project.write(
+        conftest_py="""
+import pytest
+from pytest_fcvm import MachineSpec
+from pytest_fcvm.hookspecs import WORKER_SPEC
+
+@pytest.fixture(scope="session")
+def fcvm_worker_clone(pytestconfig):
+    pytestconfig.stash[WORKER_SPEC] = MachineSpec(image="oci:first")
+""",
+        test_a_py="def test_one(request): request.getfixturevalue('fcvm_worker_clone')\n"
+        "def test_two(fcvm_worker_clone, fcvm_clone): pass\ndef test_three(): pass\n",
+    )
+    result = project.run("--fcvm-image=oci:second")
+    assert result.parseoutcomes() == {"failed": 1, "passed": 1, "errors": 1}
+    assert result.stdout.str().count("fcvm_worker_clone is one clone for all tests") >= 2
+    assert "ImageError" not in result.stdout.str()
