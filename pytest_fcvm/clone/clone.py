@@ -287,9 +287,9 @@ class Clone:
         self._machine.agent.personalise(waking_identity(self.spec.clock), timeout_s=_CALL_S)
 
     def take_memory(self, size: str | int, timeout: float = 30) -> int:
-        """Take so much memory from the guest in all ("64M"; 0 gives all back), and return how many MiB are taken.
+        """Take so much of the guest's free memory ("64M" in all; 0 gives all back), and return how many MiB are taken.
 
-        It gives what it has free, within `timeout` seconds. It takes a spec with a `balloon`.
+        It may take `timeout` seconds. The spec needs a `balloon`.
         """
         self._check_has("balloon", self.spec.balloon)
         return self._live().take_memory(parse_size_mib(size) if size else 0, timeout)
@@ -304,8 +304,7 @@ class Clone:
 
         Raise GuestTimeout when it does not end in time.
         """
-        agent = self._live().agent
-        agent.stop(self._defaults.stop_signal, timeout_s=_CALL_S)
+        (agent := self._live().agent).stop(self._defaults.stop_signal, timeout_s=_CALL_S)
         return agent.wait_until_workload_exit(timeout)
 
     def kill(self) -> None:

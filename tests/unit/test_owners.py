@@ -15,9 +15,10 @@ from typing import Any, cast
 import pytest
 
 from pytest_fcvm.cli import shell
+from pytest_fcvm.engine import spawner as engine_spawner
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.guest.session import Session
-from pytest_fcvm.host import mounts, paths, supervisor, wire
+from pytest_fcvm.host import mounts, own, paths, supervisor, wire
 from pytest_fcvm.host import spawner as host_spawner
 from pytest_fcvm.host.admission import Admission
 from pytest_fcvm.host.clock import Deadline, wait_until
@@ -130,7 +131,7 @@ def test_a_program_that_does_not_start_leaves_no_directory(
         if step == "spawn":
             patch.setattr(running, "spawn", raising(fault))
         else:
-            patch.setattr(socket, "socketpair", raising(fault))
+            patch.setattr({"slirp": outside}.get(what, engine_spawner), "socket_pair", raising(fault))
         with pytest.raises((HostError, KeyboardInterrupt)):
             start[what]()
     assert set(running.run_dir.iterdir()) == before
@@ -176,7 +177,7 @@ def test_a_namespace_whose_making_is_interrupted_is_given_back(
     before = descriptors()
     with monkeypatch.context() as patch, Path(os.devnull).open() as user:
         patch.setattr(namespaces, "_user", namespaces._user or user.fileno())  # root takes none
-        owner: Any = {"_receive": namespaces, "_check": maker, "dup": os}[step]
+        owner: Any = {"_receive": namespaces, "_check": maker, "dup": own.os}[step]
         patch.setattr(owner, step, raising(KeyboardInterrupt("injected")))
         with pytest.raises(KeyboardInterrupt):
             namespaces.open(alone, joined=False)
@@ -339,7 +340,7 @@ def test_a_supervisor_that_cannot_watch_its_guard_leaves_no_process(
 
     before = zombies()
     with RunDir() as run:
-        monkeypatch.setattr(os, "pidfd_open", fail_second)
+        monkeypatch.setattr(own.os, "pidfd_open", fail_second)
         with pytest.raises((HostError, KeyboardInterrupt)):
             Supervisor.start(run.path)
         with pytest.raises(ChildProcessError):
@@ -419,7 +420,7 @@ def test_a_run_directory_that_cannot_be_locked_is_not_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(os if step == "open" else paths, step, raising(OSError(24, "Too many open files")))
+        patch.setattr(own.os if step == "open" else paths, step, raising(OSError(24, "Too many open files")))
         with pytest.raises((HostError, OSError)):
             RunDir(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
@@ -429,7 +430,7 @@ def test_room_that_cannot_be_written_down_is_not_taken(monkeypatch: pytest.Monke
     user = object()
     ledger = open_ledger(tmp_path / "admission", user)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", raising(OSError(28, "No space left on device")))
+        patch.setattr(own.os, "pwrite", raising(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
             ledger.add("a test", 100)
     assert ledger.own_clones() == 0

@@ -19,6 +19,7 @@ import pytest
 
 from pytest_fcvm import Clone, CloneFactory, MachineSpec
 from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.parse import parse_network, parse_ready
 from tests.patience import PATIENCE
@@ -127,10 +128,14 @@ def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactor
 
 
 def test_proxies_are_told_to_the_workload_and_to_commands(
-    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
+    fcvm_clone_factory: CloneFactory,
+    fcvm_spec: MachineSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://host.fcvm:3128")
     monkeypatch.setenv("NO_PROXY", "example.org")
+    request.addfinalizer(own.take_environment())  # as a run that began with these
     changes = {"command": ("sh", "-c", "env; echo done; exec sleep infinity"), "ready": parse_ready("log:done")}
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("auto,proxy"), **changes}))
     for environment in (clone.logs(), clone.succeed("env")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from contextlib import ExitStack
 
@@ -15,6 +14,7 @@ from pytest_fcvm.engine.qemu.installation import Installation
 from pytest_fcvm.engine.qemu.post_mortem import tell_end
 from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.host.own import shutil
 
 __all__ = ["boot_smoke"]
 
