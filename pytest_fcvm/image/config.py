@@ -125,15 +125,18 @@ def _stored_health(data: Mapping[str, object]) -> Healthcheck:
 
 
 def _ports(section: Iterable[str]) -> tuple[tuple[int, str], ...]:
-    """Read `80/tcp`, `80` and Docker's ranges `8000-8010/udp`."""
+    """Read `80/tcp`, `80` and Docker's ranges `8000-8010/udp`.
+
+    EXPOSE is a hint and refuses no image: what names no port is passed over, and so is a range that is too wide to map,
+    as a TURN server's `49152-65535/udp`.
+    """
     found: set[tuple[int, str]] = set()
     for text in section:
         match = _PORT.fullmatch(text)
         first = int(match[1]) if match else 0
         last = int(match[2] or first) if match else 0
-        if match is None or not 0 < first <= last < 65536 or last - first > _MOST_PORTS:
-            raise ValueError(f"{text[:40]!r} is not a port to expose")
-        found.update((port, (match[3] or "tcp").lower()) for port in range(first, last + 1))
+        if match and 0 < first <= last < 65536 and last - first <= _MOST_PORTS:
+            found.update((port, (match[3] or "tcp").lower()) for port in range(first, last + 1))
     return tuple(sorted(found))
 
 

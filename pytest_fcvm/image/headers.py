@@ -1,10 +1,13 @@
 """Tar headers as `mksquashfs -tar` reads them: ustar, with a PAX header where ustar has no room.
 
-Python's tarfile refuses xattr values that are not text unless it marks the header with `hdrcharset`, and takes
-several times as long; POSIX pax, "ustar Interchange Format" and "pax Extended Header".
+Formats: POSIX pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar's manual, "Basic Tar Format", for long
+links. Python's tarfile refuses xattr values that are not text unless it marks the header with `hdrcharset`, and takes
+several times as long.
 """
 
 from __future__ import annotations
+
+from itertools import starmap
 
 from pytest_fcvm.image.tree import Node, NodeKind
 
@@ -32,8 +35,6 @@ def member_header(path: str, node: Node, *, link: str | None = None) -> bytes:
     pax: list[tuple[bytes, bytes]] = []
     if len(name) > 100:
         pax.append((b"path", name))
-    if len(target) > 100:
-        pax.append((b"linkpath", target))
     for key, value, digits in ((b"size", size, 11), (b"uid", node.uid, 7), (b"gid", node.gid, 7)):
         if value >= 8**digits:
             pax.append((key, b"%d" % value))
@@ -41,7 +42,7 @@ def member_header(path: str, node: Node, *, link: str | None = None) -> bytes:
         pax += [(b"SCHILY.xattr." + _encode(key), node.xattrs[key]) for key in sorted(node.xattrs)]
     kind = b"1" if link is not None else _TYPES[node.kind]
     plain = _block(name, target, kind, node, size)
-    return _pax(pax) + plain if pax else plain
+    return b"".join((_long_link(target), _pax(pax), plain))
 
 
 def _encode(text: str) -> bytes:
@@ -79,11 +80,21 @@ def _with_checksum(head: bytes) -> bytes:
     return head[:148] + b"%06o\0 " % sum(head) + head[156:]
 
 
+def _long_link(target: bytes) -> bytes:
+    """Return GNU's header for a target that ustar has no room for.
+
+    mksquashfs 4.5.1 takes every leading `/`, `./` and `../` from PAX's `linkpath`, of symbolic links too. This header has
+    to come before a PAX one, whose `size` it would take for its own.
+    """
+    return _carry(b"././@LongLink", b"K", target + b"\0") if len(target) > 100 else b""
+
+
 def _pax(records: list[tuple[bytes, bytes]]) -> bytes:
-    body = b"".join(_record(key, value) for key, value in records)
-    carrier = Node(NodeKind.FILE, 0o644)
-    head = _block(b"PaxHeader", b"", b"x", carrier, len(body))
-    return head + body + bytes(-len(body) % BLOCK)
+    return _carry(b"PaxHeader", b"x", b"".join(starmap(_record, records))) if records else b""
+
+
+def _carry(name: bytes, kind: bytes, body: bytes) -> bytes:
+    return _block(name, b"", kind, Node(NodeKind.FILE, 0o644), len(body)) + body + bytes(-len(body) % BLOCK)
 
 
 def _record(key: bytes, value: bytes) -> bytes:

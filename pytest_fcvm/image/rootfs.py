@@ -22,7 +22,7 @@ from pytest_fcvm.image.source import PulledImage
 __all__ = ["ROOTFS_FORMAT", "build_rootfs"]
 
 # Part of the cache's key: change it with anything that changes the bytes of a root filesystem.
-ROOTFS_FORMAT = "squashfs-lz4-1"
+ROOTFS_FORMAT = "squashfs-lz4-2"
 
 _DEADLINE_S = 1800.0
 _MEMORY = "512M"

@@ -1,7 +1,7 @@
 """A root filesystem in memory: names and attributes, with contents named by where they lie, not held.
 
 Every path given here is taken inside the root: symbolic links among the parents are followed as the kernel would after
-chroot, but a link that climbs above the root is an error rather than clamped, and so is `..` in a name.
+chroot, but a link that climbs above the root is an error rather than clamped, and so is a relative name that does.
 """
 
 from __future__ import annotations
@@ -73,19 +73,33 @@ def broken_layer(what: str, path: str) -> ImageError:
 
 
 def split_name(name: str, *, max_path: int) -> tuple[str, ...]:
-    """Return the parts of a member's name. Raise ImageError for names that leave the root or cannot be stored."""
-    if name.startswith("/") and name.strip("/."):
-        raise broken_layer("absolute name", name)
+    """Return the parts of a member's name, which starts at the root, with a slash or without.
+
+    Raise ImageError for names that leave the root or cannot be stored. `..` takes the part before it away, whatever
+    that is, as Docker and containerd clean names (Go's path.Clean).
+    """
     # interned: a large layer names the same folders a hundred thousand times
     parts = tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
-        raise broken_layer("name leaves the root", name)
+        parts = _climb_back(name, parts)
     if "\0" in name:
         raise broken_layer("name with a NUL byte", name)
     encoded = [part.encode("utf-8", "surrogateescape") for part in parts]
     if sum(map(len, encoded)) + len(parts) > max_path or any(len(part) > _MAX_NAME for part in encoded):
         raise broken_layer("name is too long", name)
     return parts
+
+
+def _climb_back(name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
+    kept: list[str] = []
+    for part in parts:
+        if part != "..":
+            kept.append(part)
+        elif kept:
+            kept.pop()
+        elif not name.startswith("/"):
+            raise broken_layer("name leaves the root", name)
+    return tuple(kept)
 
 
 class RootTree:

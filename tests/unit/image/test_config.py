@@ -97,11 +97,6 @@ def test_a_healthcheck_has_dockers_defaults():
         {"User": ["root"]},
         {"WorkingDir": 7},
         {"ExposedPorts": ["80"]},
-        {"ExposedPorts": {"0/tcp": {}}},
-        {"ExposedPorts": {"65536/tcp": {}}},
-        {"ExposedPorts": {"http/tcp": {}}},
-        {"ExposedPorts": {"90-80/tcp": {}}},
-        {"ExposedPorts": {"1-65535/tcp": {}}},
         {"Labels": {"a": 1}},
         {"Healthcheck": ["CMD"]},
         {"Healthcheck": {"Test": ["CMD", "x"], "Interval": "soon"}},
@@ -113,6 +108,12 @@ def test_a_malformed_configuration_is_an_error_of_the_image(config):
     with pytest.raises(ImageError, match="malformed") as caught:
         ImageConfig.from_image({"config": config})
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("port", ["0/tcp", "65536/tcp", "http/tcp", "90-80/tcp", "49152-65535/udp", "80/quic", ""])
+def test_what_is_no_port_to_map_is_passed_over(port):
+    found = ImageConfig.from_image({"config": {"ExposedPorts": {port: {}, "8080/TCP": {}}}})
+    assert found.exposed_ports == ((8080, "tcp"),)
 
 
 def test_a_value_of_the_environment_is_not_repeated_in_an_error():

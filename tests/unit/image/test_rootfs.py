@@ -121,6 +121,19 @@ def test_contents_hard_links_and_xattrs_survive(tmp_path, build):
     assert os.getxattr(tmp_path / "x/a", "user.mine") == b"a\xff\n=b"
 
 
+@pytest.mark.parametrize("start", ["/", "./", "../", "../../", "//", "a/../", ""])
+@pytest.mark.parametrize("length", [99, 100, 101, 255, 256, 4095])
+def test_a_symbolic_link_keeps_every_byte_of_its_target(tmp_path, build, start, length):
+    target = (start + "abc/" * 1024)[: length - 1] + "z"
+    wide = entry(f"{LONG}/l", type=tarfile.SYMTYPE, linkname=target, uid=3_000_000)
+    HandmadeImage(layers=[tar_of(symlink("l", target), wide, entry("after", b"data"))]).write_dir(tmp_path / "image")
+    subprocess.run(["unsquashfs", "-n", "-d", tmp_path / "x", build()], stdout=subprocess.DEVNULL, check=True)
+    assert os.readlink(tmp_path / "x/l") == target
+    assert os.readlink(tmp_path / "x" / LONG / "l") == target
+    assert (tmp_path / "x" / LONG / "l").lstat().st_uid == (3_000_000 if os.geteuid() == 0 else os.geteuid())
+    assert (tmp_path / "x/after").read_bytes() == b"data"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may unpack file capabilities and become another user")
 def test_another_user_builds_the_same_with_owners_devices_and_file_capabilities(tmp_path, build, monkeypatch):
     HandmadeImage(layers=[LOWER, UPPER]).write_dir(tmp_path / "image")
