@@ -83,8 +83,8 @@ def _with_checksum(head: bytes) -> bytes:
 def _long_link(target: bytes) -> bytes:
     """Return GNU's header for a target that ustar has no room for.
 
-    mksquashfs 4.5.1 takes every leading `/`, `./` and `../` from PAX's `linkpath`, of symbolic links too. This header has
-    to come before a PAX one, whose `size` it would take for its own.
+    mksquashfs 4.5.1 takes every leading `/`, `./` and `../` from PAX's `linkpath`, of symbolic links too. This header
+    has to come before a PAX one, whose `size` it would take for its own.
     """
     return _carry(b"././@LongLink", b"K", target + b"\0") if len(target) > 100 else b""
 

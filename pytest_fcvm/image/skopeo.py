@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.host.paths import run_root
 from pytest_fcvm.host.process import ToolFailed, condense, ends_with_us, find_tool, resolve_tool, run_tool
+from pytest_fcvm.image.archives import write_without_links
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
 __all__ = ["ask_docker", "ask_manifest", "copy_image"]
@@ -78,9 +81,13 @@ def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
     """
     assert reference.skopeo is not None
     argv = ["--override-os", "linux", "--override-arch", arch, "copy", "--quiet", "--remove-signatures"]
-    argv += [*_tls(reference, "--src-tls-verify=false"), reference.skopeo, f"dir:{folder}"]
+    argv += _tls(reference, "--src-tls-verify=false")
     try:
-        _skopeo(argv, timeout_s=_COPY_S)
+        try:
+            _skopeo([*argv, reference.skopeo, f"dir:{folder}"], timeout_s=_COPY_S)
+        except ToolFailed:
+            if reference.kind is not ImageKind.DOCKER_ARCHIVE or not _copy_without_links(argv, reference, folder):
+                raise
     except ToolFailed as error:
         if _FULL.search(error.stderr):
             raise HostError(
@@ -88,6 +95,28 @@ def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
                 hint="free some disk or name another --fcvm-cache-dir",
             ) from None
         raise _image_error(error, reference, arch) from None
+
+
+def _copy_without_links(argv: Sequence[str], reference: ImageReference, folder: Path) -> bool:
+    """Copy from an archive in which layers are links to others, which skopeo cannot read.
+
+    Return False when there are no links in it. Raise ToolFailed when skopeo cannot read the copy without them either.
+    """
+    assert reference.path is not None
+    assert reference.skopeo is not None
+    plain = folder.with_name("plain.tar")
+    try:
+        if not write_without_links(reference.path, plain):
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        chosen = reference.skopeo.removeprefix(f"{reference.kind}:{reference.path}")
+        _skopeo([*argv, f"{reference.kind}:{plain}{chosen}", f"dir:{folder}"], timeout_s=_COPY_S)
+    except (OSError, EOFError, tarfile.TarError):
+        return False
+    else:
+        return True
+    finally:
+        plain.unlink(missing_ok=True)
 
 
 def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:

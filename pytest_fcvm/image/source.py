@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host.own import getpid, shutil
+from pytest_fcvm.image.archives import name_archive
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
@@ -101,6 +102,10 @@ class PulledImage:
         if self.reference.kind is ImageKind.ROOTFS_DIR:
             self._layers = ()
             return _directory_digest(path)
+        if transport := name_archive(path):
+            raise ImageError(
+                f"{path} is an image, not a tar of a root filesystem", hint=f"write {transport}:{self.reference.text}"
+            )
         digest = _file_digest(path) if not self.digest else self.digest
         self._layers = (LayerBlob(path=path, digest=digest),)
         return digest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
 import json
 import os
@@ -15,7 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes.images import HandmadeImage, entry, sha256, tar_of
+from fakes.images import HandmadeImage, entry, hardlink, sha256, symlink, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host import own
@@ -383,3 +385,62 @@ def test_a_gzipped_tar_of_a_root_filesystem_is_taken(tmp_path, resolve):
     (tmp_path / "fs.tar.gz").write_bytes(buffer.getvalue())
     (layer,) = resolve("fs.tar.gz").layers
     assert layer.path == tmp_path / "fs.tar.gz"
+
+
+@pytest.mark.parametrize("transport", ["docker-archive", "oci-archive"])
+@pytest.mark.parametrize("name", ["saved.tar", "saved.tar.gz", "./saved.tar"])
+def test_an_image_given_as_a_root_filesystem_is_told_by_what_it_is(tmp_path, resolve, transport, name):
+    write_every_kind(tmp_path)
+    saved = (tmp_path / {"docker-archive": "da.tar", "oci-archive": "oa.tar"}[transport]).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(saved) if name.endswith(".gz") else saved)
+    with pytest.raises(ImageError, match="is an image, not a tar") as caught:
+        resolve(name)
+    assert caught.value.hint == f"write {transport}:{name}"
+    resolve(caught.value.hint.removeprefix("write ")).discard()
+
+
+@pytest.mark.parametrize("manifest", [b"[", b"{}", b'[{"a": 1}]', b"7"])
+def test_a_root_filesystem_may_have_a_manifest_of_its_own(tmp_path, resolve, manifest):
+    (tmp_path / "root.tar").write_bytes(tar_of(entry("manifest.json", manifest), entry("bin/sh", b"x")))
+    assert resolve("root.tar").digest
+
+
+def saved_with_links(make_link):
+    """Return an archive in which the first layer of two is a link to the second."""
+    layer = LAYERS[0]
+    diff_ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}"] * 2
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": CONFIG,
+        "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    }
+    manifest = [{"Config": "c.json", "RepoTags": ["x/y:1"], "Layers": ["one/layer.tar", "two/layer.tar"]}]
+    return tar_of(
+        entry("c.json", json.dumps(config).encode()),
+        entry("two/layer.tar", layer),
+        make_link("one/layer.tar"),
+        entry("manifest.json", json.dumps(manifest).encode()),
+    )
+
+
+@pytest.mark.parametrize(
+    "make_link",
+    [lambda name: symlink(name, "../two/layer.tar"), lambda name: hardlink(name, "two/layer.tar")],
+    ids=["symbolic", "hard"],
+)
+@pytest.mark.parametrize("chosen", ["", ":x/y:1"])
+def test_a_saved_layer_may_be_a_link_to_another(tmp_path, resolve, make_link, chosen):
+    (tmp_path / "s.tar").write_bytes(saved_with_links(make_link))
+    image = resolve(f"docker-archive:s.tar{chosen}")
+    assert image.config.argv(None) == ("/entry", "run")
+    assert len(image.layers) == 2
+    image.discard()
+    assert left(tmp_path) == []
+
+
+def test_a_saved_layer_that_is_a_link_to_nothing_is_an_error_of_the_image(tmp_path, resolve):
+    (tmp_path / "s.tar").write_bytes(saved_with_links(lambda name: symlink(name, "../gone/layer.tar")))
+    with pytest.raises(ImageError, match="cannot be had"):
+        resolve("docker-archive:s.tar")
+    assert left(tmp_path) == []
