@@ -89,13 +89,21 @@ These are not taken by the marker.
 | condition | the base is ready when |
 | --- | --- |
 | `http:PORT/PATH` | a GET request is answered with a status below 400 |
-| `tcp:PORT` | something listens that is not bound to a loopback address alone, and a connection to it stands |
-| `log:REGEX` | what the workload has printed matches, lines apart (`re.MULTILINE`) |
-| `exec:COMMAND` | the command ends with 0, run by the image's shell |
+| `tcp:PORT` | something listens, not on loopback alone, and a connection stands, or is closed at once for 3 s |
+| `log:REGEX` | what the workload has printed matches; `log@N:REGEX`: it has matched N times |
+| `exec:COMMAND` | the command ends with 0, run by the image's shell; it may take as long as `ready_timeout` |
 | `healthcheck` | the image's own `HEALTHCHECK` command ends with 0 |
 | `agent` | the workload has not ended within 0.2 s |
 
-Without one: `healthcheck` where the image has it, else `tcp` on the first TCP port that it exposes, else `agent`.
+Without one: `healthcheck` where the image has it, else `tcp` on every TCP port that it exposes, else `agent`. A port
+that is exposed and never served is given up when another one listens, and for 10 s no more opened and the workload used
+less than a tenth of a processor, or for 45 s no more opened.
+
+A line of the log ends at `\\n`, where `^` and `$` are (`re.MULTILINE`). A match may span lines, 256 KiB at most.
+
+A health check has the image's `SHELL` and timeout (30 s without one). It is made at once and again after 10 to 250 ms.
+One that takes longer is made again after as long a pause, but not later than the image's interval. Start period and
+retries end nothing: `ready_timeout` does.
 """
 
 

@@ -39,8 +39,7 @@ from pytest_fcvm.namespaces import Namespaces
 from pytest_fcvm.network import Network
 from pytest_fcvm.options import Options, named_programs, proxy_variables
 from pytest_fcvm.pruning import make_room_beside
-from pytest_fcvm.ready import finalize_ready
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, snapshot_key
+from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, choose_ready, snapshot_key
 from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
 
 __all__ = ["Harness"]
@@ -281,8 +280,7 @@ class Harness:
         if spec.network.proxy:
             spec = replace(spec, env={**proxy_variables(), **spec.env})
         image = self._image(spec.image or "", who)
-        health = image.config.healthcheck.test if image.config.healthcheck else ()
-        ready = finalize_ready(spec.ready, health, image.config.exposed_ports)
+        ready = choose_ready(spec.ready, image.config)
         parts = Ingredients(
             spec=spec,
             ready=ReadySpec(mode=ReadyMode.AGENT) if spec.needs else ready,

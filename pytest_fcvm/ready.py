@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
-import select
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
@@ -25,8 +23,12 @@ __all__ = ["PROBE_PORT", "ClientPath", "ReadyTarget", "finalize_ready", "wait_un
 _STATUS = "HTTP status"
 PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
 _TRY_S = 5.0  # one answer may take this long
+_LEAST_S = 0.1  # and a command is given this, at the deadline too
+_HUNG_UP = "the connection was closed"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _STANDS_S = 0.05  # a server that is still starting may accept and hang up
+_HANGS_UP_S = 3.0  # and one that does so for long is meant to: HAProxy without a server behind it
+_SERVED_S, _SERVED_BUSY_S, _BUSY_SHARE = 10.0, 45.0, 0.1
 _SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
 
 
@@ -49,8 +51,12 @@ class ReadyTarget(Protocol):
         """Run a command in the guest."""
         ...
 
-    def wait_for_log(self, regex: str, *, timeout: float) -> object:
-        """Wait for a line of the workload's output that matches.
+    def metrics(self) -> Mapping[str, float | int | str]:
+        """Return the guest's figures; `workload_cpu_us` is what the workload has used of its processors."""
+        ...
+
+    def wait_for_log(self, regex: str, *, timeout: float, times: int) -> object:
+        """Wait until the workload's output has matched so many times.
 
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
@@ -58,13 +64,20 @@ class ReadyTarget(Protocol):
 
 
 def finalize_ready(
-    wanted: ReadySpec | None, health_test: Sequence[str], exposed: Sequence[tuple[int, str]]
+    wanted: ReadySpec | None,
+    health_test: Sequence[str],
+    exposed: Sequence[tuple[int, str]],
+    *,
+    shell: Sequence[str] = (),
+    check_s: float | None = None,
+    interval_s: float | None = None,
 ) -> ReadySpec:
-    """Return the wanted condition, else the image's health check, else TCP on its first exposed port, else `agent`.
+    """Return the wanted condition, else the image's health check, else TCP on its exposed ports, else `agent`.
 
-    `health_test` is Docker's `Test` list, empty without one. Raise UsageProblem for a wanted but missing `healthcheck`.
+    `health_test` is Docker's `Test` list, empty without one; `shell` runs its CMD-SHELL, `check_s` and `interval_s` are
+    its Timeout and Interval. Raise UsageProblem for a wanted but missing `healthcheck`.
     """
-    command = _health_command(health_test)
+    command = _health_command(health_test, shell)
     if wanted is None and command:
         wanted = ReadySpec(mode=ReadyMode.HEALTHCHECK)
     if wanted is not None and wanted.mode is ReadyMode.HEALTHCHECK:
@@ -72,11 +85,13 @@ def finalize_ready(
             raise UsageProblem(
                 "the image has no HEALTHCHECK", hint="use ready=tcp:PORT, http:PORT/path or exec:COMMAND"
             )
-        return replace(wanted, argv=command)
+        return replace(wanted, argv=command, check_s=check_s, interval_s=interval_s)
     if wanted is not None:
         return wanted
-    port = next((number for number, proto in exposed if proto == "tcp"), None)
-    return ReadySpec(mode=ReadyMode.TCP, port=port) if port else ReadySpec(mode=ReadyMode.AGENT)
+    ports = [number for number, proto in exposed if proto == "tcp"]
+    if not ports:
+        return ReadySpec(mode=ReadyMode.AGENT)
+    return ReadySpec(mode=ReadyMode.TCP, port=ports[0], others=tuple(ports[1:]))
 
 
 def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) -> None:
@@ -87,8 +102,9 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
     if ready.mode is ReadyMode.LOG:
         _wait_for_line(target, ready, timeout_s)
         return
-    probe = _probe_for(target, ready)
-    deadline, started, pause = Deadline(timeout_s), monotonic(), _FIRST_PAUSE_S
+    deadline, started = Deadline(timeout_s), monotonic()
+    probe = _probe_for(target, ready, deadline)
+    pause = _FIRST_PAUSE_S
     answer = probe()
     while answer and not deadline.expired:
         target.pause_for_exit(pause)
@@ -98,10 +114,56 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
         raise _not_ready(ready, monotonic() - started, answer)
 
 
+class _Ports:
+    """The TCP ports that an image exposes, of which some may never be served.
+
+    They are ready when every one listens. When some do, the others are given up after 10 s in which neither one more
+    opened nor the workload used a tenth of a processor, or 45 s in which none opened: RabbitMQ's image exposes TLS that
+    it serves on demand alone, and its first port, which is another program's, listens long before the broker does.
+    """
+
+    def __init__(self, target: ReadyTarget, ports: Sequence[int]) -> None:
+        self._target, self._ports = target, ports
+        self._hung_up: dict[int, float] = {}
+        self._closed: dict[int, str] = dict.fromkeys(ports, "")
+        self._opened_at = self._rests_since = monotonic()
+        self._used_us = 0.0
+
+    def ask(self) -> str:
+        """Return "" when they are ready, else what was seen."""
+        before = len(self._closed)
+        self._closed = {port: answer for port in self._closed if (answer := self._ask_one(port))}
+        if not self._closed:
+            return ""
+        now = monotonic()
+        if len(self._closed) < before or len(self._closed) == len(self._ports):
+            self._opened_at = self._rests_since = now
+        elif self._is_busy():
+            self._rests_since = now
+        if now - self._rests_since >= _SERVED_S or now - self._opened_at >= _SERVED_BUSY_S:
+            return ""
+        served = ", ".join(str(port) for port in self._ports if port not in self._closed)
+        return "; ".join(self._closed.values()) + (f" ({served} can be reached)" if served else "")
+
+    def _ask_one(self, port: int) -> str:
+        answer = _ask_tcp(self._target, port)
+        if answer != _HUNG_UP:
+            self._hung_up.pop(port, None)
+            return answer
+        return answer if monotonic() - self._hung_up.setdefault(port, monotonic()) < _HANGS_UP_S else ""
+
+    def _is_busy(self) -> bool:
+        used_us = float(self._target.metrics().get("workload_cpu_us", 0))
+        was_busy = used_us - self._used_us > _BUSY_SHARE * (monotonic() - self._rests_since) * 1e6
+        if was_busy:
+            self._used_us = used_us
+        return was_busy
+
+
 def _wait_for_line(target: ReadyTarget, ready: ReadySpec, timeout_s: float) -> None:
     """Wait for the log alone: it is not asked, it tells."""
     try:
-        target.wait_for_log(ready.text, timeout=timeout_s)
+        target.wait_for_log(ready.text, timeout=timeout_s, times=ready.times)
     except GuestTimeout:
         raise _not_ready(ready, timeout_s, "no such line in the workload's log") from None
 
@@ -173,28 +235,28 @@ def _refusal(endpoint: Endpoint) -> str:
     return ""
 
 
-def _probe_for(target: ReadyTarget, ready: ReadySpec) -> Callable[[], str]:
+def _probe_for(target: ReadyTarget, ready: ReadySpec, deadline: Deadline) -> Callable[[], str]:
     """Return a function that returns "" when ready, else what it saw instead."""
     match ready.mode:
         case ReadyMode.HTTP:
             return lambda: _ask_http(target, ready.port or 80, ready.text)
         case ReadyMode.TCP:
-            return lambda: _ask_tcp(target, ready.port or 0)
+            return _Ports(target, (ready.port or 0, *ready.others)).ask
         case ReadyMode.EXEC:
-            return lambda: _ask_exec(target, ready.text)
+            return _Command(target, ready.text, ready, deadline).ask
         case ReadyMode.HEALTHCHECK:
-            return lambda: _ask_exec(target, ready.argv)
+            return _Command(target, ready.argv, ready, deadline).ask
         case ReadyMode.AGENT:
             return lambda: _settle(target)
         case ReadyMode.LOG:
             raise AssertionError("a line is waited for")
 
 
-def _health_command(test: Sequence[str]) -> tuple[str, ...]:
+def _health_command(test: Sequence[str], shell: Sequence[str]) -> tuple[str, ...]:
     """Read Docker's `Test`: ("CMD", program, …), ("CMD-SHELL", line), ("NONE",) or nothing."""
     kind, *words = test or ("NONE",)
     if kind == "CMD-SHELL":
-        return ("/bin/sh", "-c", *words)
+        return (*(shell or ("/bin/sh", "-c")), *words)
     return tuple(words) if kind == "CMD" else ()
 
 
@@ -203,12 +265,36 @@ def _settle(target: ReadyTarget) -> str:
     return ""
 
 
-def _ask_exec(target: ReadyTarget, command: str | Sequence[str]) -> str:
-    try:
-        result = target.exec(command, timeout=_TRY_S)
-    except GuestTimeout:
-        return f"{command!r} did not end within {_TRY_S:.0f} s"
-    return "" if result.exit_code == 0 else f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
+class _Command:
+    """A command of the guest that ends with 0 when the service is well.
+
+    It may take what the image's HEALTHCHECK gives it, else all the time there is. One that takes long is made again
+    after as long a pause, so that a guest has time for its service too, but not later than the image wants it.
+    """
+
+    def __init__(self, target: ReadyTarget, command: str | Sequence[str], ready: ReadySpec, deadline: Deadline) -> None:
+        self._target, self._command, self._deadline = target, command, deadline
+        self._check_s, self._interval_s = ready.check_s, ready.interval_s
+        self._again = 0.0
+
+    def ask(self) -> str:
+        """Return "" when it ended with 0, else what was seen."""
+        while (pause := self._again - monotonic()) > 0 and not self._deadline.expired:
+            self._target.pause_for_exit(min(pause, _LONGEST_PAUSE_S))
+        left = self._deadline.remaining()
+        limits = [limit for limit in (self._check_s, left) if limit is not None]
+        timeout_s = max(min(limits, default=_TRY_S), _LEAST_S)
+        started = monotonic()
+        try:
+            result = self._target.exec(self._command, timeout=timeout_s)
+        except GuestTimeout:
+            return f"{self._command!r} did not end within {timeout_s:.0f} s"
+        finally:
+            ended = monotonic()
+            self._again = ended + min(ended - started, self._interval_s or ended - started)
+        if result.exit_code == 0:
+            return ""
+        return f"exit code {result.exit_code}: {(result.stderr or result.stdout)[-200:]}"
 
 
 def _ask_http(target: ReadyTarget, port: int, path: str) -> str:
@@ -233,12 +319,13 @@ def _ask_tcp(target: ReadyTarget, port: int) -> str:
 def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
     try:
         with connect(endpoint, timeout_s=_TRY_S) as connection:
-            poll = select.poll()  # select takes no descriptor from 1024 on
-            poll.register(connection, select.POLLIN)
-            ended = poll.poll(stands_s * 1000) and not connection.recv(1, socket.MSG_PEEK)
+            connection.settimeout(stands_s)
+            try:
+                return "" if connection.recv(1) else _HUNG_UP
+            except (TimeoutError, BlockingIOError):
+                return ""
     except OSError as error:
         return f"{type(error).__name__}: {error}"
-    return "the connection was closed" if ended else ""
 
 
 def _http_answer(endpoint: Endpoint, path: str) -> str:

@@ -238,21 +238,21 @@ class Clone:
         """Return what the workload has printed, what it printed before the snapshot first."""
         return self._live().log.content().decode("utf-8", "replace")
 
-    def wait_for_log(self, regex: str, *, timeout: float = 60) -> re.Match[str]:
-        """Wait for a line of the workload's output that matches, and return the match.
+    def wait_for_log(self, regex: str, *, timeout: float = 60, times: int = 1) -> re.Match[str]:
+        """Wait until the workload's output has matched so many times (re.MULTILINE), and return the last match.
 
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
-        machine = self._live()
-        pattern = parse_regex(regex)
-        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None)
+        machine, pattern = self._live(), parse_regex(regex)
+        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None, times=times)
         if match is None and machine.ended is not None:
             machine.agent.wait_for_last_words()
-            match = machine.log.search(pattern, Deadline(0), lambda: True)
+            match = machine.log.search(pattern, Deadline(0), lambda: True, times=times)
         if match is None:
             machine.raise_if_ended()
             self._live()
-            raise self._machine.explain(GuestTimeout(f"no line matched {regex!r} within {timeout:g} s"))
+            wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
+            raise self._machine.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
         return match
 
     def console(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from pytest_fcvm.host.clock import Deadline, wait_on
@@ -16,6 +17,9 @@ _TAIL_BYTES = 16 * 1024
 _TAIL_LINES = 100
 _CHUNK_BYTES = 1 << 20  # of a log in memory at a time; a line that is longer is searched in pieces
 _QUIET_S = 0.2  # a line without its end that grows no more is taken for a prompt
+_SPAN_CHARS = 256 * 1024  # how far apart the ends of a match over several lines may lie
+# What lets an expression match a newline; without any of it, lines that did not match once are not searched again.
+_SPANS = re.compile(r"\n|\\[nsWDxuUN0]|\[\^|\(\?[a-zA-Z]*s")
 
 
 class WorkloadLog:
@@ -57,31 +61,33 @@ class WorkloadLog:
         with path.open("wb") as file:
             file.writelines(self._chunks())
 
-    def search(self, pattern: re.Pattern[str], deadline: Deadline, give_up: Callable[[], bool]) -> re.Match[str] | None:
-        """Wait for a line that matches, old ones too; None at the deadline, when told to give up, or once it is closed.
+    def search(
+        self, pattern: re.Pattern[str], deadline: Deadline, give_up: Callable[[], bool], *, times: int = 1
+    ) -> re.Match[str] | None:
+        """Wait until a pattern has matched so many times, old output counted too, and return the last of the matches.
 
-        A line that has not ended counts when nothing came for a moment: half of one matches what the whole does not.
+        None at the deadline, when told to give up, or once the log is closed. A line that has not ended counts when
+        nothing came for a moment: half of one matches what the whole does not.
         """
-        if match := self._search_earlier(pattern):
-            return match
-        offset, quiet = 0, False
+        window, offset, quiet = _Window(pattern, times), 0, False
+        for chunk in self._earlier():
+            window.add(chunk)
         while True:
             ended = self._closed or give_up() or deadline.expired
             data = self._own(offset)
             goes_on = len(data) == _CHUNK_BYTES
             whole = data.rfind(b"\n") + 1 or (len(data) if goes_on else 0)
-            if match := _search_lines(pattern, data if not goes_on and (quiet or ended) else data[:whole]):
+            window.add(data[:whole])
+            offset += whole
+            if match := window.find(data[whole:] if quiet or ended else b""):
                 return match
             if goes_on:
-                offset += whole
                 continue
             if ended:
                 return None
-            open_line = len(data) > whole and not quiet
-            quiet = not self._wait_for_more(
-                offset + len(data), _sooner(deadline, _QUIET_S) if open_line else deadline, give_up
-            )
-            offset += whole
+            left = len(data) - whole
+            wait = _sooner(deadline, _QUIET_S) if left and not quiet else deadline
+            quiet = not self._wait_for_more(offset + left, wait, give_up)
 
     @property
     def size_bytes(self) -> int:
@@ -99,12 +105,12 @@ class WorkloadLog:
         with self._news:
             return wait_on(self._news, lambda: self._closed or self._size > seen or give_up(), deadline)
 
-    def _search_earlier(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        if not self._before or not self._before.exists():
-            return None
-        with self._before.open("rb") as file:
-            lines = iter(lambda: file.readline(_CHUNK_BYTES), b"")
-            return next((match for line in lines if (match := _search_lines(pattern, line))), None)
+    def _earlier(self) -> Iterator[bytes]:
+        """Yield the base's part, in pieces that end where lines do as far as they can."""
+        if self._before and self._before.exists():
+            with self._before.open("rb") as file:
+                while lines := b"".join(file.readlines(_CHUNK_BYTES)):
+                    yield lines
 
     def _chunks(self, last: int | None = None) -> Iterator[bytes]:
         """Yield everything so far, or the last bytes of the base's part and of the machine's own."""
@@ -131,11 +137,33 @@ def _sooner(deadline: Deadline, timeout_s: float) -> Deadline:
     return Deadline(timeout_s if remaining is None else min(timeout_s, remaining))
 
 
-def _search_lines(pattern: re.Pattern[str], data: bytes) -> re.Match[str] | None:
-    for line in data.decode("utf-8", "replace").splitlines():
-        if match := pattern.search(line):
-            return match
-    return None
+class _Window:
+    """The end of what was printed, as far back as a match may begin, and how many matches are still wanted."""
+
+    def __init__(self, pattern: re.Pattern[str], times: int) -> None:
+        self._pattern, self._left = re.compile(pattern.pattern, pattern.flags | re.MULTILINE), times
+        self._spans = bool(pattern.flags & re.DOTALL or _SPANS.search(pattern.pattern))
+        self._text, self._start = "", 0  # where the next match may begin
+        self._found: re.Match[str] | None = None
+
+    def add(self, data: bytes) -> None:
+        """Add whole lines and count the matches in them."""
+        self._text += data.decode("utf-8", "replace")
+        while self._left and (match := self._pattern.search(self._text, self._start)):
+            self._found, self._left = match, self._left - 1
+            self._start = max(match.end(), match.start() + 1)
+        if not self._spans:
+            self._start = len(self._text)
+        keep_from = max(self._start, len(self._text) - _SPAN_CHARS)
+        cut = self._text.rfind("\n", 0, keep_from) + 1
+        self._text, self._start = self._text[cut:], max(0, self._start - cut)
+
+    def find(self, open_line: bytes) -> re.Match[str] | None:
+        """Return the last match that was wanted, the line that has not ended counted too, or None."""
+        if not self._left:
+            return self._found
+        matches = self._pattern.finditer(self._text + open_line.decode("utf-8", "replace"), self._start)
+        return next(islice(matches, self._left - 1, None), None) if open_line else None
 
 
 def tail(data: bytes) -> str:

@@ -31,7 +31,10 @@ class Healthcheck:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How the image wants to be run. `env` are `NAME=value` items, `exposed_ports` ascend by number."""
+    """How the image wants to be run. `env` are `NAME=value` items, `exposed_ports` ascend by number.
+
+    `shell` is what Docker gives the shell forms to, empty for /bin/sh -c.
+    """
 
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
@@ -43,6 +46,7 @@ class ImageConfig:
     volumes: tuple[str, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     healthcheck: Healthcheck | None = None
+    shell: tuple[str, ...] = ()
     architecture: str = ""
 
     def argv(self, command: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -70,6 +74,7 @@ class ImageConfig:
                 volumes=_words(data, "volumes"),
                 labels=tuple((str(key), str(value)) for key, value in _pairs(data, "labels")),
                 healthcheck=_stored_health(data) if data["healthcheck"] else None,
+                shell=_words(data, "shell"),
                 architecture=_text(data, "architecture"),
             )
         except (KeyError, TypeError) as error:
@@ -91,6 +96,7 @@ class ImageConfig:
                 volumes=tuple(sorted(_mapping(config, "Volumes"))),
                 labels=_labels(_mapping(config, "Labels")),
                 healthcheck=_health(_mapping(config, "Healthcheck")),
+                shell=_words(config, "Shell"),
                 architecture=_text(document, "architecture"),
             )
         except (TypeError, ValueError, OverflowError) as error:

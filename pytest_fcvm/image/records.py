@@ -16,7 +16,7 @@ from pytest_fcvm.image.reference import ImageKind, ImageReference
 
 __all__ = ["Record", "Stamp", "find_record", "save_record", "stamp_path"]
 
-_SCHEMA = 1
+_SCHEMA = 2
 # The file that changes whenever what the folder holds under its tags does
 _ENTRANCE = {ImageKind.OCI: "index.json", ImageKind.DIR: "manifest.json"}
 

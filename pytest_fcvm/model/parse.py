@@ -10,6 +10,7 @@ import shlex
 import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,6 +48,7 @@ _SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 8
 _LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _SIGNAL = re.compile(r"(?P<number>\d{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<more>[+-]\d{1,2})?")
+_COUNTED = re.compile(r"log@([1-9]\d{0,5})")
 _LEAST_DISK_MIB = 64
 _MOST_METADATA = 51200  # bytes: --http-api-max-payload-size of Firecracker
 _READY_HINT = (
@@ -308,6 +310,8 @@ def parse_ready(text: str | ReadySpec) -> ReadySpec:
 
 def _short_ready(text: str) -> ReadySpec:
     word, _, rest = text.partition(":")
+    if counted := _COUNTED.fullmatch(word):
+        return replace(_checked_ready(ReadyMode.LOG, rest), times=int(counted[1]))
     mode = _ready_mode(word)
     if mode.needs_port:
         port, slash, path = rest.partition("/")

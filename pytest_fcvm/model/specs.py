@@ -46,18 +46,25 @@ class ReadyMode(StrEnum):
 class ReadySpec:
     """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec.
 
-    `argv` is the image's own check for healthcheck, filled in when the image is known.
+    `times` is how often the expression has to match. Filled in when the image is known: `argv` is the image's own check
+    for healthcheck, which takes `check_s` at most and is made again after `interval_s` at the latest; `others` are the
+    TCP ports that the image exposes besides `port`.
     """
 
     mode: ReadyMode
     port: int | None = None
     text: str = ""
+    times: int = 1
     argv: tuple[str, ...] = ()
+    check_s: float | None = None
+    interval_s: float | None = None
+    others: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.mode.needs_port:
-            return f"{self.mode}:{self.port}{self.text}"
-        return f"{self.mode}:{self.text}" if self.text else str(self.mode)
+            return f"{self.mode}:{self.port}{self.text}" + "".join(f", {port}" for port in self.others)
+        often = f"@{self.times}" if self.times > 1 else ""
+        return f"{self.mode}{often}:{self.text}" if self.text else str(self.mode)
 
 
 class NetworkMode(StrEnum):

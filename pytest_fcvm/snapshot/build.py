@@ -259,7 +259,7 @@ def _call(prepare: Prepare, base: Clone) -> None:
 
 def _client_port(parts: Ingredients, base: Clone) -> int | None:
     """Return the port on which every clone must answer before a test gets it: one that listens now."""
-    if parts.ready.port is not None:
+    if parts.ready.port is not None and not parts.ready.others:
         return parts.ready.port
     tcp = (port for port, proto in parts.image.exposed_ports if proto == "tcp")
     return next((port for port in tcp if base.listening(port)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
@@ -169,7 +170,10 @@ class Cloner:
         target = Clone(
             name="ahead", spec=parts.spec_before_tests, engine=parts.engine.name, defaults=parts.defaults, start=start
         )
-        wait_until_ready(target, parts.ready, _ANSWER_S)
+        ready = parts.ready
+        if ready.others:  # that the image exposes; the base was asked which are served
+            ready = replace(ready, port=self._entry.facts["client_port"], others=())
+        wait_until_ready(target, ready, _ANSWER_S)
         warm = parts.spec.warm
         try:
             if isinstance(warm, str):

@@ -16,9 +16,10 @@ from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.parse import parse_signal
 from pytest_fcvm.model.specs import MachineSpec, MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec
+from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
 
-__all__ = ["Ingredients", "snapshot_key"]
+__all__ = ["Ingredients", "choose_ready", "snapshot_key"]
 
 _INITS = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
 _OWN_CODE = ("snapshot", "clone", "guest", "model/guest.py", "ready.py")
@@ -140,6 +141,21 @@ class Ingredients:
         }
 
 
+def choose_ready(wanted: ReadySpec | None, image: ImageConfig) -> ReadySpec:
+    """Return the wanted condition, or what the image says of itself; see `finalize_ready`."""
+    health = image.healthcheck
+    if health is None:
+        return finalize_ready(wanted, (), image.exposed_ports)
+    return finalize_ready(
+        wanted,
+        health.test,
+        image.exposed_ports,
+        shell=image.shell,
+        check_s=health.timeout_s,
+        interval_s=health.interval_s,
+    )
+
+
 def snapshot_key(parts: Ingredients, store: Store) -> str:
     """Return the SHA-256 over everything that changes what a clone would be. Environment values enter as an HMAC."""
     spec = parts.spec
@@ -171,7 +187,14 @@ def snapshot_key(parts: Ingredients, store: Store) -> str:
 
 
 def _ready_identity(ready: ReadySpec) -> Mapping[str, Any]:
-    return {"mode": str(ready.mode), "port": ready.port, "text": ready.text, "argv": list(ready.argv)}
+    return {
+        "mode": str(ready.mode),
+        "port": ready.port,
+        "text": ready.text,
+        "times": ready.times,
+        "argv": list(ready.argv),
+        "others": list(ready.others),
+    }
 
 
 def _map_identity(item: MappedPath) -> list[str]:

@@ -19,34 +19,46 @@ class Target:
     def __init__(self) -> None:
         self.ports: dict[int, Endpoint] = {}
         self.listens = True
+        self.open_ports: set[int] | None = None  # None: as `listens` says
+        self.timeouts: list[float] = []
         self.log = ""
         self.commands: list[str | Sequence[str]] = []
         self.results: list[ExecResult | Exception] = []
         self.ended = threading.Event()
         self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
         self.on_pause: Callable[[], None] = lambda: None
+        self.on_exec: Callable[[], None] = lambda: None
+        self.on_wait: Callable[[float], None] | None = None  # in the place of waiting
+        self.cpu_us: Callable[[], float] = lambda: 0
 
     def endpoint(self, guest_port: int) -> Endpoint:
         return self.ports[guest_port]
 
-    def listening(self, guest_port: int) -> bool:  # noqa: ARG002
-        return self.listens
+    def listening(self, guest_port: int) -> bool:
+        return self.listens if self.open_ports is None else guest_port in self.open_ports
 
     def pause_for_exit(self, timeout_s: float) -> None:
         self.on_pause()
-        if self.ended.wait(timeout_s):
+        if self.on_wait is not None:
+            self.on_wait(timeout_s)
+        elif self.ended.wait(timeout_s):
             raise self.reason
 
-    def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:  # noqa: ARG002
+    def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:
         self.commands.append(cmd)
+        self.timeouts.append(timeout)
+        self.on_exec()
         result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
         if isinstance(result, Exception):
             raise result
         return result
 
-    def wait_for_log(self, regex: str, *, timeout: float) -> object:
+    def metrics(self) -> dict[str, float | int | str]:
+        return {"workload_cpu_us": self.cpu_us()}
+
+    def wait_for_log(self, regex: str, *, timeout: float, times: int) -> object:
         deadline = Deadline(timeout)
-        while not re.search(regex, self.log, re.MULTILINE):
+        while len(re.findall(regex, self.log, re.MULTILINE)) < times:
             if deadline.expired:
                 raise GuestTimeout("no line matched")
             self.pause_for_exit(0.01)

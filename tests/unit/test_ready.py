@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import http.server
+import os
 import re
+import resource
 import socket
 import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,7 @@ from pytest_fcvm.ready import PROBE_PORT, ClientPath, finalize_ready, wait_until
 
 _HTTP = ReadySpec(mode=ReadyMode.HTTP, port=80, text="/health")
 _TCP = ReadySpec(mode=ReadyMode.TCP, port=80)
+_HEALTH = ReadySpec(mode=ReadyMode.HEALTHCHECK, argv=("check",))
 _LONG_S, _SHORT_S = 20.0, 0.5
 
 
@@ -256,7 +261,12 @@ def test_a_health_check_is_run_as_the_image_has_it(target: Target) -> None:
     ("wanted", "health", "exposed", "final"),
     [
         (None, ("CMD", "check", "-x"), [(80, "tcp")], ReadySpec(mode=ReadyMode.HEALTHCHECK, argv=("check", "-x"))),
-        (None, ("NONE",), [(53, "udp"), (80, "tcp"), (90, "tcp")], ReadySpec(mode=ReadyMode.TCP, port=80)),
+        (
+            None,
+            ("NONE",),
+            [(53, "udp"), (80, "tcp"), (90, "tcp")],
+            ReadySpec(mode=ReadyMode.TCP, port=80, others=(90,)),
+        ),
         (None, (), [(53, "udp")], ReadySpec(mode=ReadyMode.AGENT)),
         (None, (), [], ReadySpec(mode=ReadyMode.AGENT)),
         (_HTTP, ("CMD", "check"), [(80, "tcp")], _HTTP),
@@ -272,6 +282,95 @@ def test_what_is_asked_for_goes_before_what_the_image_says(
     wanted: ReadySpec | None, health: Sequence[str], exposed: Sequence[tuple[int, str]], final: ReadySpec
 ) -> None:
     assert finalize_ready(wanted, health, exposed) == final
+
+
+def test_a_health_check_has_the_images_shell_and_its_times(target: Target) -> None:
+    ready = finalize_ready(None, ("CMD-SHELL", "x"), (), shell=("/busybox/sh", "-ec"), check_s=7.0, interval_s=2.0)
+    assert ready.argv == ("/busybox/sh", "-ec", "x")
+    target.results = [ExecResult(exit_code=0)]
+    wait_until_ready(target, ready, _LONG_S)
+    assert target.timeouts == [7.0]
+
+
+@pytest.mark.parametrize(("timeout_s", "given_s"), [(60.0, 60.0), (0.0, 0.1)])
+def test_a_command_may_take_all_the_time_there_is(target: Target, timeout_s: float, given_s: float) -> None:
+    target.results = [ExecResult(exit_code=0)]
+    wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="slow"), timeout_s)
+    assert target.timeouts == [pytest.approx(given_s, abs=1)]
+
+
+def test_a_slow_check_is_made_again_after_as_long_a_pause_and_a_quick_one_soon(target: Target) -> None:
+    clock, began = [0.0], list[float]()
+    target.results = [ExecResult(exit_code=1)] * 3 + [ExecResult(exit_code=0)]
+
+    def work() -> None:
+        began.append(clock[0])
+        clock[0] += 2.0 if len(began) < 3 else 0.0
+
+    def wait(timeout_s: float) -> None:
+        clock[0] += timeout_s
+
+    target.on_exec, target.on_wait = work, wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pytest_fcvm.ready.monotonic", lambda: clock[0])
+        wait_until_ready(target, replace(_HEALTH, interval_s=1.0), _LONG_S)
+        assert [round(after - before) for before, after in pairwise(began)] == [3, 3, 0]
+
+
+def test_every_port_that_the_image_exposes_is_waited_for(target: Target) -> None:
+    endpoint = _free_port()
+    with socket.create_server(endpoint) as listener:
+        target.ports = dict.fromkeys((80, 443), Endpoint(*listener.getsockname()))
+        target.open_ports = {80}
+        opened = threading.Timer(0.5, target.open_ports.add, (443,))
+        opened.start()
+        wait_until_ready(target, replace(_TCP, others=(443,)), _LONG_S)
+        assert 443 in target.open_ports
+
+
+def test_a_port_that_nobody_serves_is_given_up_when_the_workload_rests(target: Target) -> None:
+    clock, used_us = [0.0], [0.0]
+
+    def wait(timeout_s: float) -> None:
+        clock[0] += timeout_s
+        used_us[0] += 0.5e6 * timeout_s if clock[0] < 25 else 0  # half a processor, and then it has started
+
+    target.on_wait, target.cpu_us = wait, lambda: used_us[0]
+    with socket.create_server(_free_port()) as listener, pytest.MonkeyPatch.context() as patch:
+        target.ports = dict.fromkeys((80, 443), Endpoint(*listener.getsockname()))
+        target.open_ports = {80}
+        patch.setattr("pytest_fcvm.ready.monotonic", lambda: clock[0])
+        wait_until_ready(target, replace(_TCP, others=(443,)), _LONG_S)
+    assert 34 < clock[0] < 40
+
+
+def test_ports_that_are_closed_at_the_deadline_are_named(target: Target) -> None:
+    with socket.create_server(_free_port()) as listener:
+        target.ports = dict.fromkeys((22, 80, 443), Endpoint(*listener.getsockname()))
+        target.open_ports = {80}
+        with pytest.raises(GuestTimeout, match=r"tcp:22, 80, 443: .* port 22.* port 443.*\(80 can be reached\)"):
+            wait_until_ready(target, replace(_TCP, port=22, others=(80, 443)), _SHORT_S)
+
+
+def test_a_server_that_hangs_up_on_everybody_is_ready_after_a_while(
+    target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
+) -> None:
+    serve_tcp(_hang_up)
+    started = monotonic()
+    wait_until_ready(target, _TCP, _LONG_S)
+    assert monotonic() - started >= 3.0
+
+
+def test_a_probe_works_with_more_descriptors_than_select_can(target: Target, stack: ExitStack) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limit[1]), limit[1]))
+    stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+    listener = stack.enter_context(socket.create_server(_free_port()))
+    held = [os.dup(listener.fileno()) for _ in range(1100)]
+    stack.callback(os.closerange, held[0], held[-1] + 1)
+    assert held[-1] > 1024
+    target.ports[80] = Endpoint(*listener.getsockname())
+    wait_until_ready(target, _TCP, _LONG_S)
 
 
 @pytest.mark.parametrize("health", [(), ("NONE",)])

@@ -64,6 +64,32 @@ def test_a_line_that_comes_in_pieces_is_found_when_it_is_whole(log: WorkloadLog)
     assert waiting.text() == "listening on port 8080"
 
 
+@pytest.mark.parametrize("apart", [b"", b"between\n" * 5000])
+@pytest.mark.parametrize("regex", [r"(?s)^ready$.*^ready$", "ready\n(?:between\n)*ready", r"ready\s(between\s)*ready$"])
+def test_a_match_may_span_lines(log: WorkloadLog, regex: str, apart: bytes) -> None:
+    waiting = _Search(log, regex)
+    for piece in (b"starting\nrea", b"dy\n", apart, b"ready", b"\nnext\n"):
+        log.append(piece)
+    assert waiting.text() == f"ready\n{apart.decode()}ready"
+
+
+def test_matches_are_counted_those_of_the_base_too(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(b"ready 1\nready 2 ready 3\n")
+    log = WorkloadLog(tmp_path / "log", before=tmp_path / "base")
+    log.append(b"ready 4\nalready 5\nready 6")
+    found = [log.search(re.compile(r"\bready \d"), Deadline(0.05), lambda: False, times=times) for times in range(1, 7)]
+    assert [match and match[0] for match in found] == ["ready 1", "ready 2", "ready 3", "ready 4", "ready 6", None]
+    log.close()
+
+
+@pytest.mark.parametrize("text", ["form\x0cfeed", "next\x85line", "line\u2028sep", "return\rhere", "\x1c\x1d\x1e\x0b"])
+def test_a_newline_alone_ends_a_line(log: WorkloadLog, text: str) -> None:
+    log.append(f"before\n<{text}>\nafter\n".encode())
+    found = _search(log, r"^<.*>$")
+    assert found is not None
+    assert found[0] == f"<{text}>"
+
+
 def test_half_a_line_is_not_taken_for_the_whole(log: WorkloadLog) -> None:
     looks = 0
 

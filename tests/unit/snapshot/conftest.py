@@ -15,8 +15,7 @@ from pytest_fcvm.engine.protocol import GuestFiles
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.ready import finalize_ready
-from pytest_fcvm.snapshot import Ingredients
+from pytest_fcvm.snapshot import Ingredients, choose_ready
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 
@@ -30,7 +29,7 @@ _IMAGE = ImageConfig(
     env=("PATH=/bin", "LEVEL=image"),
     user="www",
     working_dir="/srv",
-    exposed_ports=((53, "udp"), (80, "tcp"), (443, "tcp")),
+    exposed_ports=((53, "udp"), (80, "tcp")),
 )
 
 
@@ -86,7 +85,7 @@ def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]
         own = {name: fields.pop(name) for name in ("image_config", "kernel_digest", "rootfs_key") if name in fields}
         spec = MachineSpec(image="registry/web:1").merged(fields)
         image: ImageConfig = own.pop("image_config", _IMAGE)
-        ready = finalize_ready(spec.ready, image.healthcheck.test if image.healthcheck else (), image.exposed_ports)
+        ready = choose_ready(spec.ready, image)
         parts: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
         return Ingredients(
             spec=spec,

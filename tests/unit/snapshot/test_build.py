@@ -117,7 +117,8 @@ def test_clones_are_proven_on_the_port_that_answered_or_the_first_exposed_one_th
         agent.listening = listening
 
     engine.prepare_guest = listen
-    assert _build(make_parts(ready=ready), folder)["client_port"] == port
+    image = ImageConfig(cmd=("serve",), exposed_ports=((53, "udp"), (80, "tcp"), (443, "tcp")))
+    assert _build(make_parts(ready=ready, image_config=image), folder)["client_port"] == port
 
 
 def test_a_ready_workload_that_still_works_is_waited_for_until_it_rests(
