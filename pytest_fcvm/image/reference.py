@@ -147,7 +147,7 @@ def _with_transport(text: str, kind: ImageKind, rest: str, base: Path) -> ImageR
     if not rest or rest.startswith("-"):
         raise UsageProblem(f"{_shown(text)!r} names no image", hint=_FORMS)
     if kind not in _WITH_PATH:
-        if " " in rest:
+        if " " in rest and not rest.startswith("["):  # the path of podman's storage may have one
             raise UsageProblem(f"{_shown(text)!r} has a space", hint=_FORMS)
         return ImageReference(text=text, kind=kind, skopeo=f"{kind}:{rest}")
     name, colon, tag = (rest, "", "") if kind is ImageKind.DIR else rest.partition(":")

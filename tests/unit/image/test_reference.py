@@ -53,6 +53,11 @@ def test_a_registrys_image_is_read_as_docker_reads_it(tmp_path, text, skopeo, lo
         ("docker-archive:/abs.tar", ImageKind.DOCKER_ARCHIVE, "docker-archive:/abs.tar"),
         ("dir:some:where", ImageKind.DIR, "dir:{}/some:where"),
         ("containers-storage:localhost/x:1", ImageKind.CONTAINERS_STORAGE, "containers-storage:localhost/x:1"),
+        (
+            "containers-storage:[overlay@/a b+/run/c d]x:1",
+            ImageKind.CONTAINERS_STORAGE,
+            "containers-storage:[overlay@/a b+/run/c d]x:1",
+        ),
         ("docker-daemon:x:1", ImageKind.DOCKER_DAEMON, "docker-daemon:x:1"),
     ],
 )

@@ -103,6 +103,7 @@ class Apt:
         """Publish a package; a meta package has no `root`."""
         root = root or self.archive.parent / f"meta-{name}"
         (root / "DEBIAN").mkdir(parents=True)
+        (root / "DEBIAN").chmod(0o755)  # dpkg-deb wants it, whatever the umask
         (root / "DEBIAN/control").write_text(
             f"Package: {name}\nVersion: 6.1.192-2\nArchitecture: amd64\nMaintainer: nobody\nDescription: test\n"
         )
