@@ -165,6 +165,9 @@ class Shelf:
                 if error.errno not in SEALED:
                     raise
                 break
+            except Exception as error:  # whatever a fake of os.open does to a library that uses it
+                what = f"the lock {lock.lock_file} cannot be taken: {type(error).__name__}: {error}"
+                raise HostError(what, hint="start a clone before a test replaces os.open") from error
         if lock.is_locked:
             self._held.add(key)
         try:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.janitor import sweep_temporary
 from pytest_fcvm.store import Entry, Shelf, Store, canonical_digest
@@ -369,6 +370,13 @@ def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> No
         process.stdin.flush()
     assert len({process.communicate(timeout=60)[0] for process in racing}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_lock_under_a_faked_open_is_an_error_of_the_host(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", lambda *_arguments: "no descriptor")
+    with pytest.raises(HostError, match="TypeError") as caught, shelf.locked(_KEY, "test", pytest.fail):
+        pytest.fail("it holds no lock")
+    assert caught.value.hint == "start a clone before a test replaces os.open"
 
 
 def test_a_waiter_gets_the_lock_as_soon_as_it_is_free(shelf: Shelf) -> None:
