@@ -17,6 +17,7 @@ from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
@@ -112,17 +113,16 @@ class Clone:
 
     def url(self, guest_port: int, path: str = "", scheme: str = "http") -> str:
         """Return a URL of the guest port; without a path it has no trailing slash."""
-        host, port = self.endpoint(guest_port)
-        host = f"[{host}]" if ":" in host else host
-        return f"{scheme}://{host}:{port}{path if not path or path.startswith('/') else '/' + path}"
+        path = f"/{path}" if path and not path.startswith("/") else path
+        return f"{scheme}://{self.endpoint(guest_port).netloc}{path}"
 
+    @descriptors_told("an HTTP client")
     def http(self, guest_port: int = 80) -> httpx.Client:
         """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
         from pytest_fcvm.clone.http import make_client  # httpx takes 0.1 s, and most tests have clients of their own
 
-        client = make_client(self.url(guest_port), lambda: self._live().why_silent(guest_port))
-        self._clients.append(client)
-        return client
+        self._clients.append(make_client(self.url(guest_port), lambda: self._live().why_silent(guest_port)))
+        return self._clients[-1]
 
     # -- commands
 

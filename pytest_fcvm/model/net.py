@@ -24,6 +24,11 @@ class Endpoint(NamedTuple):
     host: str
     port: int
 
+    @property
+    def netloc(self) -> str:
+        """Return both as a URL has them, an IPv6 address in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cable:

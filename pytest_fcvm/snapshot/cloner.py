@@ -92,7 +92,9 @@ class Cloner:
             path = self._open_client_path(vm) if self._parts.is_slirps else None
             machine = self._meet(vm, name, cables, timeline)
             undo.pop_all()
+            undo.callback(_discard, machine)
             machine.also_close([held.pop_all().close])
+            undo.pop_all()
         try:
             with descriptors_told(name):
                 self._open(machine, ports, path)

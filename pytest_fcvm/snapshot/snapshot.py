@@ -252,8 +252,9 @@ class Snapshot:
             )
 
     def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> Machine:
-        with descriptors_told(name), ExitStack() as plugged, ExitStack() as passed_on:
-            cables = []
+        plugged, cables = ExitStack(), list[Cable]()
+        with descriptors_told(name), ExitStack() as undo, ExitStack() as passed_on:
+            undo.push(plugged)
             namespace = self._cloner.enclose() if networks else None
             if namespace:
                 plugged.callback(namespace.close)
@@ -265,12 +266,10 @@ class Snapshot:
                     passed_on.enter_context(cables[-1].end)
             room = self._workshop.admit(self._charge_mib)
             machine = self._cloner.bring_up(name, ports, room, tuple(cables), namespace)
-            machine.also_close([plugged.pop_all().close])
-            try:
-                self._join(machine, name, cables, networks)
-            except BaseException:
-                machine.close()
-                raise
+            undo.callback(machine.close)
+            machine.also_close([plugged.close])
+            self._join(machine, name, cables, networks)
+            undo.pop_all()
         return machine
 
     def _join(self, machine: Machine, name: str, cables: Sequence[Cable], networks: Sequence[Segment]) -> None:

@@ -16,6 +16,7 @@ TESTS = (
     "test_disk.py",
     "test_faults.py",
     "test_fork.py",
+    "test_owners.py",
     "test_keep.py",
     "test_ports.py",
     "test_enclosed.py",
