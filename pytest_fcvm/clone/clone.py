@@ -63,15 +63,15 @@ class Clone:
         self._clients: list[httpx.Client] = []
         self._paused = False
         self._own_ip = random_loopback() if spec.own_address else ""
-        self._mapped: dict[tuple[Proto, int], PublishedPort] = {
-            (port.proto, port.guest_port): port for port in spec.publish
-        }
+        self._mapped = {(port.proto, port.guest_port): port for port in spec.publish}
         self._machine = start(tuple(self._mapped.values()))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object = None, *_: object) -> None:
+        if error:
+            self.evidence()  # which waits for what the workload has just printed
         self.close()
 
     def __repr__(self) -> str:
@@ -270,7 +270,7 @@ class Clone:
 
     def evidence(self) -> dict[str, str]:
         """Return titled tails of log, console and VMM log, and the timeline, for a report."""
-        return self._machine.evidence()
+        return self._machine.evidence(settled=not self._paused)
 
     # -- its life
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
@@ -24,6 +25,7 @@ __all__ = ["Machine", "Publisher", "waking_identity"]
 
 
 _CALL_S = 30.0
+_SETTLE_S, _QUIET_S = 0.5, 0.05
 
 
 def waking_identity(clock: Clock) -> Identity:
@@ -107,13 +109,31 @@ class Machine:
         wait_until(lambda: self.vm.balloon_mib() == mib, Deadline(timeout_s))
         return self.vm.balloon_mib()
 
-    def evidence(self) -> dict[str, str]:
+    def _settle(self) -> None:
+        """Wait for what the workload has just printed, because a server may answer before it writes its log.
+
+        It takes 50 ms, and 0.5 s where the workload prints all the time.
+        """
+        deadline = Deadline(_SETTLE_S)
+        with suppress(FcvmError):
+            while getpid() == self._owner and not (self.closed or self.ended or deadline.expired):
+                seen = self.log.size_bytes
+                self.agent.metrics(timeout_s=_SETTLE_S)  # an emulated guest has got so far, however slow it is
+                if not wait_until(partial(self._has_printed, seen), Deadline(_QUIET_S)):
+                    return
+
+    def _has_printed(self, more_than: int) -> bool:
+        return self.log.size_bytes > more_than
+
+    def evidence(self, *, settled: bool = False) -> dict[str, str]:
         """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB.
 
-        Of a closed one it is what there was when it ended.
+        Of a closed one it is what there was when it ended. `settled` waits for what is on its way.
         """
         if self._last_words is not None:
             return self._last_words
+        if settled:
+            self._settle()
         parts = {"workload log": b"", "console": b"", "VMM log": b""}
         with suppress(OSError, ValueError):
             parts["workload log"] = self.log.end()

@@ -85,6 +85,22 @@ def test_the_last_words_of_a_workload_are_found_after_its_end(clone: Clone, gues
     assert clone.wait_for_log("fatal: (.*)", timeout=20)[1] == "no disk"
 
 
+def test_evidence_waits_for_what_is_on_its_way(clone: Clone, guest: FakeAgent) -> None:
+    late = threading.Timer(0.02, guest.log, (b"GET /asked 404\n",))
+    late.start()
+    assert clone.evidence()["workload log"].endswith("GET /asked 404")
+    late.join()
+
+
+def test_a_clone_that_an_error_closes_has_heard_its_last_words(clone: Clone, guest: FakeAgent) -> None:
+    late = threading.Timer(0.02, guest.log, (b"GET /failed 404\n",))
+    late.start()
+    with pytest.raises(ZeroDivisionError), clone:
+        raise ZeroDivisionError
+    late.join()
+    assert clone.evidence()["workload log"].endswith("GET /failed 404")
+
+
 def test_a_closed_clone_says_so(clone: Clone, engine: FakeEngine) -> None:
     clone.close()
     clone.close()
