@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.files import SEALED
 
 __all__ = ["descriptors_told", "host_error", "lacks_process", "more_processes"]
 
 _DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_SEALED = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_THREAD = "can't start new thread"
 # What Python, C libraries, Go and shells say where the kernel gives them no thread and no process.
 _NO_PROCESS = re.compile(
@@ -58,7 +58,7 @@ def host_error(what: str, error: OSError) -> HostError:
         )
     if error.errno == errno.EAGAIN:
         return HostError(f"no process is left for {what}: {reason}{where}", hint=more_processes())
-    if error.errno in _SEALED:
+    if error.errno in SEALED:
         return HostError(
             f"{what} failed: {reason}{where}", hint=f"make it writable; {_PLACES} have to be on ground of your own"
         )
