@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
+from itertools import count
 from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
@@ -25,7 +25,7 @@ __all__ = ["Machine", "Publisher", "waking_identity"]
 
 
 _CALL_S = 30.0
-_SETTLE_S, _QUIET_S = 0.5, 0.05
+_SETTLE_S, _QUIET_S, _ANSWER_S, _TURNS = 0.5, 0.05, 2.0, 4
 
 
 def waking_identity(clock: Clock) -> Identity:
@@ -112,18 +112,21 @@ class Machine:
     def _settle(self) -> None:
         """Wait for what the workload has just printed, because a server may answer before it writes its log.
 
-        It takes 50 ms, and 0.5 s where the workload prints all the time.
+        It takes until the guest rests, 50 ms where it does not, and 0.5 s where the workload prints all the time.
         """
-        deadline = Deadline(_SETTLE_S)
+        deadline, quiet, rested = Deadline(_SETTLE_S), Deadline(_QUIET_S), False
         with suppress(FcvmError):
-            while getpid() == self._owner and not (self.closed or self.ended or deadline.expired):
-                seen = self.log.size_bytes
-                self.agent.metrics(timeout_s=_SETTLE_S)  # an emulated guest has got so far, however slow it is
-                if not wait_until(partial(self._has_printed, seen), Deadline(_QUIET_S)):
+            for turn in count(1):
+                if getpid() != self._owner or self.closed or self.ended:
                     return
-
-    def _has_printed(self, more_than: int) -> bool:
-        return self.log.size_bytes > more_than
+                seen = self.log.size_bytes
+                rests = self.agent.metrics(timeout_s=_ANSWER_S).get("runnable_threads") == 0
+                is_silent = self.log.size_bytes == seen
+                if is_silent and rests and rested:  # asked twice: the log comes behind the first answer
+                    return
+                if turn >= _TURNS and (quiet.expired or deadline.expired):  # on a busy host a turn takes longer
+                    return
+                quiet, rested = quiet if is_silent else Deadline(_QUIET_S), rests
 
     def evidence(self, *, settled: bool = False) -> dict[str, str]:
         """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB.

@@ -216,6 +216,18 @@ def test_metrics_have_units_in_their_names(fcvm_clone: Clone) -> None:
     assert any(name.endswith(("_kib", "_bytes", "_mib")) for name in metrics)
 
 
+def test_metrics_tell_a_guest_that_works_from_one_that_rests(fcvm_clone: Clone) -> None:
+    runnable = lambda: fcvm_clone.metrics()["runnable_threads"]  # noqa: E731
+    assert wait_until(lambda: runnable() == 0, Deadline(30 * PATIENCE))
+    with fcvm_clone.popen("while :; do :; done"):
+        assert wait_until(lambda: runnable() == 1, Deadline(30 * PATIENCE))
+
+
+def test_evidence_has_a_line_that_was_on_its_way(fcvm_clone: Clone) -> None:
+    fcvm_clone.http(80).get("/just-now")
+    assert "/just-now" in fcvm_clone.evidence()["workload log"]
+
+
 @pytest.mark.fcvm(
     command=["sh", "-c", "echo my colour is $COLOUR in $(pwd); sleep 1000"], ready="log:my colour", mem="200M", cpus=2
 )
