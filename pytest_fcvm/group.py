@@ -9,6 +9,8 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
+from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.threads import block_signals
 
 if TYPE_CHECKING:
     from pytest_fcvm.clone import Clone
@@ -67,7 +69,12 @@ def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Networ
     order.prepare()
     clones: dict[str, Clone] = {}
     starting: dict[Future[Clone], str] = {}
-    with ExitStack() as closers, ThreadPoolExecutor(thread_name_prefix="fcvm-group") as workers, ExitStack() as late:
+    with (
+        ExitStack() as closers,
+        descriptors_told("a group"),
+        ThreadPoolExecutor(thread_name_prefix="fcvm-group", initializer=block_signals) as workers,
+        ExitStack() as late,
+    ):
         late.callback(workers.shutdown, wait=False, cancel_futures=True)
         while order.is_active():
             for name in order.get_ready():

@@ -154,8 +154,7 @@ class Shelf:
         from filelock import FileLock, Timeout  # 0.07 s to import, and only builds need it
 
         lock = FileLock(self.path / f"{key}.lock", mode=0o600, thread_local=False)
-        state = self.path / f"{key}.builder"
-        told = ""
+        state, told = self.path / f"{key}.builder", ""
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=0.5, poll_interval=_POLL_S)
@@ -174,9 +173,11 @@ class Shelf:
             yield lambda phase: _write_builder(state, who, phase)
         finally:
             self._held.discard(key)
-            with suppress(OSError):
-                state.unlink()
-            lock.release()
+            try:
+                with suppress(OSError):
+                    state.unlink()
+            finally:
+                lock.release()
 
     @contextmanager
     def scratch(self, otherwise: Path | None = None) -> Iterator[Path]:

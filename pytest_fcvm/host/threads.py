@@ -13,9 +13,14 @@ from typing import Any
 
 from pytest_fcvm.host.clock import Deadline
 
-__all__ = ["Crew", "ServiceThread"]
+__all__ = ["Crew", "ServiceThread", "block_signals"]
 
 _ALL = signal.valid_signals()
+
+
+def block_signals() -> None:
+    """Block all signals in the calling thread, which a library has started."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
 
 
 class ServiceThread(threading.Thread):

@@ -112,21 +112,21 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
     timeline = Timeline(monotonic())
     phase("booting the kernel")
     try:
-        vm, agent, log = _boot_once(parts, plan, folder)
+        machine = _boot_once(parts, plan, folder, timeline)
     except _BootHangs:
         phase("booting the kernel again (the first boot hung)")
-        vm, agent, log = _boot_once(parts, plan, folder)
-    timeline.mark("boot", monotonic())
-    machine = Machine(vm, agent, log, vm, timeline)
+        machine = _boot_once(parts, plan, folder, timeline)
     try:
+        timeline.mark("boot", monotonic())
         upper_mib = 0 if disk else max(parts.spec.mem_mib // 2, 32)
-        agent.configure(base_config(upper_mib, parts.network.egress, parts.shape.metadata), timeout_s=_CALL_S)
+        machine.agent.configure(base_config(upper_mib, parts.network.egress, parts.shape.metadata), timeout_s=_CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:
         try:
-            vm.kill()
-            vm.wait(_CALL_S)  # its channel stays untouched until it is gone: a stopped VMM still writes guest memory
+            machine.vm.kill()
+            # Its channel stays untouched until it is gone: a stopped VMM still writes guest memory.
+            machine.vm.wait(_CALL_S)
         finally:
             machine.close()
 
@@ -135,7 +135,7 @@ class _BootHangs(EngineError):
     """Nothing was seen of a boot for so long that it is tried again."""
 
 
-def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path) -> tuple[Vm, Agent, WorkloadLog]:
+def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timeline) -> Machine:
     plan.memory.unlink(missing_ok=True)
     hangs = threading.Event()
     with ExitStack() as undo:
@@ -153,8 +153,10 @@ def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path) -> tuple[Vm, Ag
             if hangs.is_set():
                 raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
             raise error from None
+        undo.callback(agent.close)
+        machine = Machine(vm, agent, log, vm, timeline)
         undo.pop_all()
-    return vm, agent, log
+        return machine
 
 
 @contextmanager

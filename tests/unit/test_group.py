@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import pytest
 
-from pytest_fcvm.errors import GuestError, UsageProblem
+from pytest_fcvm.errors import GuestError, HostError, UsageProblem
 from pytest_fcvm.group import Group, check_needs, start_group
 
 WAIT_S = 20.0
@@ -26,6 +27,17 @@ class Cluster:
         snapshots = {name: _Snapshot(self) for name in needs}
         failed = lambda name, error: self.happened.append(f"told of {name}: {error.message}")  # noqa: E731
         return start_group(cast(Any, snapshots), needs, cast(Any, "net"), failed)
+
+
+class _Asks:
+    """Plays an event that is set, and does something in the thread that waits for it."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+
+    def wait(self, _timeout_s: float) -> bool:
+        self._ask()
+        return True
 
 
 class _Snapshot:
@@ -84,6 +96,23 @@ def test_machines_that_do_not_need_each_other_start_at_once() -> None:
         event.set()
     started.join(WAIT_S)
     assert not started.is_alive()
+
+
+def test_its_threads_take_no_signal() -> None:
+    cluster = Cluster()
+    masks: list[set[signal.Signals]] = []
+    cluster.holds = {"one": cast(Any, _Asks(lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, []))))}
+    cluster.start({"one": ()}).close()
+    assert masks[0] >= {signal.SIGINT, signal.SIGTERM}
+
+
+def test_a_host_without_threads_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(HostError, match="no thread is left for a group"):
+        Cluster().start({"one": ()})
 
 
 def test_when_one_fails_its_name_is_told_and_none_is_left() -> None:
