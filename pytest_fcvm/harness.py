@@ -80,7 +80,8 @@ class Harness:
         self._entries, self._images = dict[str, Entry](), dict[str, _Image]()
         self._snapshots: dict[_Wanted, Snapshot] = {}
         self._network_numbers = itertools.count(1)
-        self._no_engine = self._who = ""
+        self._no_engine = ""
+        self.who = ""  # the test that runs, named to those who wait for what it holds
         self._notes, self._timings = list[str](), list[str]()
         self._built = self._reused = self._clones = 0
         self._kept, self._live = set[str](), WeakSet[Clone]()
@@ -100,7 +101,7 @@ class Harness:
         check_owner(self._owner)
         self._options.check_resolved()
         with self._lock:
-            self._who = who
+            self.who = who
             if spec.image is None:
                 raise UsageProblem(
                     "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
@@ -268,7 +269,7 @@ class Harness:
         admission = self._admission
         return Workshop(
             admit=self._admit,
-            admit_ahead=lambda mem_mib: admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self._who}"),
+            admit_ahead=lambda mem_mib: admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self.who}"),
             ahead=self._options.pool,
             makers=max(1, len(os.sched_getaffinity(0)) // int(environment().get("PYTEST_XDIST_WORKER_COUNT", "1"))),
             scratch=lambda: self.store.shelf("snapshots").scratch(self.supervisor.run_dir),
@@ -370,7 +371,7 @@ class Harness:
         """Wait for room in the host's memory. Who already has a machine goes first, or two could wait for ever."""
         return self._admission.admit(
             mem_mib,
-            holder=self._who,
+            holder=self.who,
             first=all(clone.closed for clone in self._live),
             deadline_s=_ADMISSION_S,
             on_wait=lambda: self._drain_pools(self._snapshots),

@@ -12,7 +12,7 @@ import pytest
 from pytest_fcvm import fixtures, hookspecs, reporting
 from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
 from pytest_fcvm.fixtures import marks
-from pytest_fcvm.hookspecs import OPTIONS, REPORTER, RUNNING, TIMER
+from pytest_fcvm.hookspecs import HARNESS, OPTIONS, REPORTER, RUNNING, TIMER
 from pytest_fcvm.host import own
 from pytest_fcvm.options import ROWS, Options, Origin, Row, RowKind, build_options, environment_layer, read_layer
 
@@ -150,6 +150,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Remember the test that runs, for fixtures that outlive it."""
     item.config.stash[RUNNING] = item
+    if harness := item.config.stash.get(HARNESS, None):
+        harness.who = item.nodeid
     reporting.prepare_fork(item)
     try:
         return (yield)

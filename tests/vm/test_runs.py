@@ -143,6 +143,27 @@ def test_a_failing_test_shows_log_console_and_timeline(run: Run, pytester: pytes
     assert "GET / HTTP" in kept.read_text()
 
 
+def test_who_holds_the_only_clone_is_named_by_its_test(run: Run, pytester: pytest.Pytester, own_runtime: Path) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def snapshot(fcvm_snapshot_factory):
+            return fcvm_snapshot_factory()
+
+        def test_first(snapshot): pass
+
+        def test_second(snapshot, fcvm_clone_factory):
+            fcvm_clone_factory(snapshot)
+            fcvm_clone_factory(snapshot)
+        """
+    )
+    code, output = ends(run("--fcvm-max-clones=1", "--fcvm-pool=0", env={"XDG_RUNTIME_DIR": str(own_runtime)}))
+    assert code == 1
+    assert re.search(r"HostError: .*held by \S+::test_second ", output), output
+
+
 def test_a_second_run_starts_its_first_test_soon(run: Run, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     assert ends(run())[0] == 0
