@@ -9,10 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
-from pytest_fcvm.errors import FcvmError, GuestTimeout, UsageProblem
+from pytest_fcvm.errors import GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.sockets import connect
-from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import NOTHING_LISTENS
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
@@ -183,17 +182,14 @@ class ClientPath:
     was seen when the base was frozen. A connection to the service would prove less, because a forwarder accepts for a
     guest that is deaf, and the guest would spend 30 ms on it under emulation.
 
-    A thread of its own asks the VMM for the host's port while the clone comes to life. Nothing connects before the
-    clone's agent has answered: the network would learn the MAC that the clone is about to give up.
+    Nothing connects before the clone's agent has answered: the network would learn the MAC that the clone is about to
+    give up.
     """
 
     def __init__(self, publish: Callable[[PublishedPort], Endpoint], ready: ReadySpec, service_port: int) -> None:
         self._http = ready.text if ready.mode is ReadyMode.HTTP else ""
         port = PublishedPort(guest_port=service_port if self._http else PROBE_PORT)
         self._find_endpoint: Callable[[], Endpoint] = lambda: publish(port)
-        self._endpoint: Endpoint | None = None
-        self._thread = ServiceThread(self._ask, name="fcvm-client-path")
-        self._thread.start()
 
     def prove(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
         """Wait until the clone, whose agent has answered, answers on the path too.
@@ -207,14 +203,9 @@ class ClientPath:
             pause_for_exit(pause)
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 
-    def _ask(self) -> None:
-        with suppress(FcvmError):  # asked again by `prove`, where it can be told
-            self._endpoint = self._find_endpoint()
-
     def _try(self) -> str:
         """Return "" when the path works, else what was seen."""
-        self._thread.join(_TRY_S)
-        endpoint = self._endpoint or self._find_endpoint()
+        endpoint = self._find_endpoint()
         return _http_answer(endpoint, self._http) if self._http else _refusal(endpoint)
 
 

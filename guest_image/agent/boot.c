@@ -16,7 +16,7 @@
 #include "loop.h"
 #include "report.h"
 
-enum { FILES = 8192, UEVENTS_OF_KERNEL = 1 };
+enum { FILES = 65536, /* one for each stream, and some */ UEVENTS_OF_KERNEL = 1 };
 
 static const struct early_mount {
     const char *type, *target;

@@ -10,7 +10,7 @@
 #include "streams.h"
 
 enum {
-    CONTROL_MAX = 524288,     /* every stream's REPLY, CLOSE and WINDOW frames, and the requests under BACKED_UP */
+    CONTROL_MAX = 2097152,    /* every stream's REPLY, CLOSE and WINDOW frames, and the requests under BACKED_UP */
     CONTROL_BACKED_UP = 49152,
     STAGE_FULL = 32768,       /* no more frames are added; a virtio port takes no more at once */
     STAGE_MAX = STAGE_FULL + PROTOCOL_HEADER + PROTOCOL_PAYLOAD_MAX + 1,

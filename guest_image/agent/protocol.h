@@ -43,7 +43,7 @@ enum {
     PROTOCOL_BODY_MAX = 1114112, /* 1 MiB of arguments and 64 KiB of everything else */
     PROTOCOL_WINDOW = 65536,
     PROTOCOL_SECRET = 16,
-    PROTOCOL_STREAMS_MAX = 1024, /* open at once; one more OPEN is answered EAGAIN */
+    PROTOCOL_STREAMS_MAX = 16384, /* open at once; one more OPEN is answered EAGAIN */
     PROTOCOL_VSOCK_PORT = 1024
 };
 #define PROTOCOL_BOOT_SECRET "fcvm-boot-secret"
@@ -78,6 +78,8 @@ enum stream_kind {
                              PEER_GATEWAY is 1, reply, then discard input up to SECRET */
     KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
                              optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw.
+                             FLAGS(16 = the workload stays frozen: another PERSONALISE follows, with the time of day
+                             of when the host had the REPLY). The clock is never set back by less than a second.
                              With ENTROPY or MAC the guest becomes another one: connections to peers outside are reset */
     KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2 (2: on a loopback address alone) */
     KIND_STOP = 8,        /* SIGNAL to the workload's first process */

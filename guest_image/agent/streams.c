@@ -4,7 +4,7 @@
 #include "protocol.h"
 #include "session.h"
 
-enum { BUCKETS = 1024 };
+enum { BUCKETS = 4096 };
 
 static struct stream *buckets[BUCKETS];
 static struct stream *first_ready, *last_ready;

@@ -13,8 +13,9 @@ from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
 from pytest_fcvm.guest.agent import Agent
-from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus, Identity, ListenState
 from pytest_fcvm.model.net import Endpoint, PublishedPort
@@ -34,7 +35,7 @@ def waking_identity(clock: Clock) -> Identity:
 
 
 class Publisher(Protocol):
-    """Whoever maps guest ports to the host: the VM's own network, or a relay through the agent."""
+    """Whoever maps guest ports to the host."""
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Map a port and return where to connect."""
@@ -44,8 +45,10 @@ class Publisher(Protocol):
 class Machine:
     """A running VM. `close` gives everything back, in the reverse order in which `also_close` got it."""
 
-    def __init__(self, vm: Vm, agent: Agent, log: WorkloadLog, publisher: Publisher, timeline: Timeline) -> None:
-        self.vm, self.agent, self.log, self.publisher, self.timeline = vm, agent, log, publisher, timeline
+    publisher: Publisher  # once its ports are opened
+
+    def __init__(self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline) -> None:
+        self.vm, self.agent, self.log, self.timeline = vm, agent, log, timeline
         self._owner = getpid()
         self._changed = threading.Event()
         self._ended: FcvmError | None = None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import EngineError, FcvmError
-from pytest_fcvm.model.net import Cable, Endpoint, Namespace, Proto, PublishedPort
+from pytest_fcvm.model.net import Cable, Namespace
 from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
@@ -113,7 +113,7 @@ class SnapshotFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class RestorePlan:
-    """A clone to restore. `ports` are mapped from the start; others follow with `Vm.publish`.
+    """A clone to restore.
 
     `cables` lead to private networks, at most as many as `Engine.private_networks` says. With a network that is
     enclosed it has a `namespace`, and the VMM is killed before that is closed.
@@ -122,7 +122,6 @@ class RestorePlan:
     name: str
     shape: MachineShape
     files: SnapshotFiles
-    ports: tuple[PublishedPort, ...] = ()
     cables: tuple[Cable, ...] = ()
     namespace: Namespace | None = None
     metadata: Mapping[str, Any] | None = None
@@ -204,18 +203,6 @@ class Vm(Protocol):
 
     def wait_until_running(self, timeout_s: float) -> None:
         """Wait until the restored guest executes. A booted VM runs from the start."""
-        ...
-
-    def publish(self, port: PublishedPort) -> Endpoint:
-        """Map a guest port to the host and return the address to connect to. Idempotent per (proto, guest port).
-
-        Raise HostError when the wanted host port is taken, EngineError when the VM has no network to the host: a base,
-        or a clone whose ports go through the agent.
-        """
-        ...
-
-    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
-        """Return the mapping of a guest port if it has one."""
         ...
 
     def set_link(self, cable: int, up: bool) -> None:

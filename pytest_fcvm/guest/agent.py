@@ -7,6 +7,7 @@ import shlex
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Self
 
 from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout, WorkloadExited
@@ -22,11 +23,13 @@ from pytest_fcvm.guest.bodies import (
 )
 from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind, new_secret
 from pytest_fcvm.guest.process import GuestProcess
+from pytest_fcvm.guest.served import ServedPort
 from pytest_fcvm.guest.session import Explain, Opening, Session
 from pytest_fcvm.guest.sockets import GuestDatagrams, GuestSocket
 from pytest_fcvm.guest.streams import CallFailed, Sink, Stream
 from pytest_fcvm.guest.transfer import LogStream, TarSink, TarSource
 from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.host.sockets import Socket
 from pytest_fcvm.model.guest import (
     ExitStatus,
     GuestConfig,
@@ -184,6 +187,13 @@ class Agent:
         """
         return GuestSocket(self._dial(port, Proto.TCP, address, timeout_s))
 
+    def serve(self, listener: Socket, port: int, tell_fault: Callable[[str, str], object]) -> ServedPort:
+        """Let clients of a listener of the host's, taken over, reach a TCP port in the guest, until either ends.
+
+        `tell_fault` hears what became of a connection that the guest did not refuse ("was reset"), and why.
+        """
+        return ServedPort(self.session, listener, port, tell_fault)
+
     def connect_datagrams(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestDatagrams:
         """Open a stream of datagrams to and from a UDP port in the guest. Raise OSError as `connect` does."""
         return GuestDatagrams(self._dial(port, Proto.UDP, "", timeout_s))
@@ -329,11 +339,14 @@ def start_session(
     log_sink: Sink | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     explain: Explain | None = None,
+    tell_time: Callable[[], int] | None = None,
 ) -> Agent:
     """Start a session and return its agent once that has answered, personalised if there is an `identity`.
 
-    Hello, private networks, identity and the log's stream go in one write, so that a clone costs one round trip. The
-    session owns the socket, and has closed it when this raises.
+    Hello, private networks, identity and the log's stream go in one write. With `tell_time`, which returns ns since
+    1970, the workload stays frozen until the agent has answered and been told the time of then: what was written first
+    is read when the guest comes to life, a hundred milliseconds later on a busy host. The session owns the socket, and
+    has closed it when this raises.
     """
     try:
         agent = Agent(Session(sock, secret, explain=explain))
@@ -341,7 +354,11 @@ def start_session(
         sock.close()
         raise
     try:
-        agent._log = _open_session(agent.session, identity, cables, log_sink, Deadline(timeout_s))
+        first = replace(identity, hook=(), stays_frozen=True) if identity and tell_time else identity
+        agent._log = _open_session(agent.session, first, cables, log_sink, Deadline(timeout_s))
+        if identity and tell_time:
+            hook, env = identity.hook, identity.hook_env
+            agent.personalise(Identity(realtime_ns=tell_time(), hook=hook, hook_env=env), timeout_s=timeout_s)
     except BaseException:
         agent.close()
         raise

@@ -9,6 +9,8 @@ from pytest_fcvm.guest.frames import Fields, FieldTag, FieldValue
 from pytest_fcvm.model.guest import ExitStatus, GuestConfig, Identity, ProcessSpec, WorkloadState, WorkloadStatus
 from pytest_fcvm.model.net import Cable
 
+_STAYS_FROZEN = 16
+
 __all__ = [
     "Body",
     "config_body",
@@ -47,6 +49,8 @@ def identity_body(identity: Identity) -> Body:
     body += _machine_body(identity)
     body += ((FieldTag.ARG, argument) for argument in identity.hook)
     body += ((FieldTag.ENV, f"{name}={value}") for name, value in identity.hook_env.items())
+    if identity.stays_frozen:
+        body.append((FieldTag.FLAGS, _STAYS_FROZEN))
     return body
 
 

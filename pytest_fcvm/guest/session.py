@@ -7,7 +7,6 @@ that the session owns from then on. Sessions and secrets are explained in `guest
 from __future__ import annotations
 
 import copy
-import select
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +29,9 @@ from pytest_fcvm.guest.frames import (
     new_secret,
 )
 from pytest_fcvm.guest.outbox import Outbox
+from pytest_fcvm.guest.poller import Poller
 from pytest_fcvm.guest.streams import Sink, Stream
 from pytest_fcvm.host.clock import Deadline, wait_on
-from pytest_fcvm.host.own import os
 from pytest_fcvm.host.threads import ServiceThread
 
 __all__ = ["Explain", "OnEvent", "Opening", "Session"]
@@ -74,7 +73,7 @@ class Session:
         explain: Explain | None = None,
     ) -> None:
         try:
-            self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self.poller = Poller(sock)
         except OSError:
             sock.close()
             raise
@@ -93,6 +92,7 @@ class Session:
         self._outbox = Outbox(sock)
         self._demux = Demultiplexer(self, nonce)
         self._streams: dict[int, Stream] = {}
+        self._noted: dict[Stream, None] = {}
         self._last_id = 0
         self._final: Stream | None = None
         self._way_back: bytes | None = None  # of a session that is to be parked, or is
@@ -165,8 +165,10 @@ class Session:
             sock.setblocking(False)  # noqa: FBT003  the socket's own signature
             with self.lock:
                 self.raise_reason()
+                self.poller.forget_channel()
                 self._sock.close()
                 self._sock = sock
+                self.poller.use_channel(sock)
                 undo.pop_all()  # `close` has it now
                 assert self._way_back is not None
                 stream = self._new_stream(opening, self._return_id)
@@ -229,11 +231,15 @@ class Session:
             return  # the reading thread sends when it has dealt with what it received
         self._outbox.flush()
         if self._outbox.blocked or self._outbox.fault:
-            self._wake_reader()
+            self.poller.wake()
 
     def retire(self, stream_id: int) -> None:
         """Forget a stream that has ended; its late frames are ignored."""
         self._streams.pop(stream_id, None)
+
+    def note(self, stream: Stream) -> None:
+        """Let the watcher of a stream be called, on the session's thread, when all that has come is dealt with."""
+        self._noted[stream] = None
 
     def check_may_wait(self) -> None:
         """Raise UsageProblem when the session's own thread is about to wait for itself."""
@@ -303,14 +309,18 @@ class Session:
         for stream in self._streams.values():
             stream.wake()
         self.changed.notify_all()
-        self._wake_reader()
+        self.poller.wake()
 
     def _give_back(self) -> None:
         """Close the channel. The lock is held."""
         self._sock.close()
-        descriptor, self._wake_fd = self._wake_fd, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self.poller.close()
+
+    def _tell_watchers(self) -> None:
+        """Call who watches streams to which something has come."""
+        while self._noted:
+            stream, _ = self._noted.popitem()
+            stream.tell_watcher()
 
     def _start_reading(self) -> None:
         """Start the thread. The lock is held; without a thread, nobody may wait for an answer."""
@@ -320,14 +330,12 @@ class Session:
             self._end(GuestError("the session with the agent has no thread to read it"))
             raise
 
-    def _wake_reader(self) -> None:
-        if self._wake_fd >= 0:
-            os.eventfd_write(self._wake_fd, 1)
-
     def _run(self) -> None:
         try:
             self._read()
         finally:
+            if self.reason is not None:
+                self.poller.end()
             with self.lock:
                 if self._closing:
                     self._give_back()
@@ -355,16 +363,12 @@ class Session:
 
     def _read_until_end(self) -> None:
         view = memoryview(bytearray(_RECEIVE_BYTES))
-        poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
         while self.reason is None and not self._parked:
             fault = self._outbox.fault
-            poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._outbox.blocked else 0))
-            ready = dict(poller.poll(0 if fault else None))
-            if ready.pop(self._wake_fd, 0):
-                os.eventfd_read(self._wake_fd)
+            ready = self.poller.wait(writes=self._outbox.blocked, at_once=fault is not None)
             if self.reason is None and ready:
                 self._receive(view)
+                self._tell_watchers()
             elif fault:
                 raise _ChannelEnded(str(fault))
             with self.lock:

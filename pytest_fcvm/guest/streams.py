@@ -10,11 +10,11 @@ import errno
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
-from pytest_fcvm.errors import FcvmError, GuestError, GuestTimeout
+from pytest_fcvm.errors import GuestError, GuestTimeout
 from pytest_fcvm.guest.frames import (
+    PROTOCOL_STREAMS_MAX,
     PROTOCOL_WINDOW,
     Fields,
     FieldTag,
@@ -24,6 +24,7 @@ from pytest_fcvm.guest.frames import (
     decode_fields,
     encode_frame,
 )
+from pytest_fcvm.guest.link import CallFailed, Inbound, Link
 from pytest_fcvm.host.clock import Deadline, wait_on
 from pytest_fcvm.host.own import os
 
@@ -38,49 +39,6 @@ _GRANT = struct.Struct("<BI")
 _PIECE = PROTOCOL_WINDOW // 2
 
 
-class CallFailed(GuestError):
-    """The agent could not do what it was asked for; `errno` is the guest's."""
-
-    errno: int = 0
-
-
-class Link(Protocol):
-    """What a stream needs of its session."""
-
-    lock: threading.Lock
-    reason: FcvmError | None
-
-    def transmit(self, frame: bytes) -> None:
-        """Send a frame. The lock is held."""
-
-    def retire(self, stream_id: int) -> None:
-        """Forget a stream that has ended. The lock is held."""
-
-    def check_may_wait(self) -> None:
-        """Raise UsageProblem on the thread that everybody waits for. The lock is held."""
-
-    def raise_reason(self) -> None:
-        """Raise why the session ended. The lock is held."""
-
-    def evidence(self) -> Mapping[str, str]:
-        """Return what a person wants to know about the session after a timeout. The lock is held."""
-        ...
-
-
-class _Inbound:
-    """What came on one channel and was not read yet."""
-
-    __slots__ = ("chunks", "collecting", "credit", "discarding", "ended", "owed")
-
-    def __init__(self) -> None:
-        self.chunks: deque[memoryview] = deque()
-        self.credit = PROTOCOL_WINDOW  # what the agent may still send
-        self.owed = 0  # read and not granted again yet
-        self.ended = False
-        self.collecting = False  # keep everything, however much it is
-        self.discarding = False  # keep nothing
-
-
 class Stream:
     """A stream as the host sees it. `what` names it in messages ("exec nginx")."""
 
@@ -91,7 +49,7 @@ class Stream:
         self._link = link
         self._sink = sink
         self._changed = threading.Condition(link.lock)
-        self._inbound = tuple(_Inbound() for _ in range(0 if kind.is_verb else _CHANNELS))
+        self._inbound = tuple(Inbound() for _ in range(0 if kind.is_verb else _CHANNELS))
         self._credit = PROTOCOL_WINDOW
         self._reply: bytes | None = None
         self._exit: Fields | None = None
@@ -99,6 +57,7 @@ class Stream:
         self._closed: int | None = None  # the errno of the agent's CLOSE
         self._abandoned = False
         self._sink_fault: Exception | None = None
+        self._watcher: Callable[[], object] | None = None
 
     # What callers do
 
@@ -215,6 +174,40 @@ class Stream:
         with self._link.lock:
             return _take(self._inbound[channel].chunks, -1)
 
+    # What a watcher does: it is called on the session's thread, where nobody may wait
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Have a function called on the session's thread after whatever comes to this stream; it must not raise."""
+        self._watcher = watcher
+
+    def tell_watcher(self) -> None:
+        """Call the watcher."""
+        if self._watcher:
+            self._watcher()
+
+    def room(self) -> int:
+        """Return how many bytes `write` takes now without waiting."""
+        return min(self._credit, _PIECE)
+
+    def poll_reply(self) -> tuple[int, str] | None:
+        """Return the errno of the reply and what the agent says, None before it is there."""
+        reply = self._reply
+        if reply is None:
+            return None
+        return _ERRNO.unpack_from(reply)[0], decode_fields(memoryview(reply)[_ERRNO.size :]).line(FieldTag.MESSAGE)
+
+    def read_now(self, channel: int) -> memoryview | None:
+        """Return some bytes that have come, empty at the end, None when none are there. Raise OSError after a reset."""
+        inbound = self._inbound[channel]
+        with self._link.lock:
+            if not inbound.chunks:
+                if self._closed:
+                    raise OSError(self._closed, f"{os.strerror(self._closed)}: {self.what}")
+                return memoryview(b"") if self._is_at_end(channel) else None
+            data = inbound.chunks.popleft()
+            self._grant(channel, len(data))
+            return data
+
     def abandon(self, code: int = 0) -> None:
         """End the stream from this side and wake whoever waits on it; idempotent."""
         with self._link.lock:
@@ -232,7 +225,7 @@ class Stream:
 
     def wake(self) -> None:
         """Let every waiter look again. The lock is held."""
-        self._changed.notify_all()
+        self._notify()
 
     def take_reply(self, payload: bytes) -> bool:
         """Accept REPLY and say whether the call succeeded. The lock is held."""
@@ -243,7 +236,7 @@ class Stream:
         if failed and not self.kind.is_verb:
             self._closed = _ERRNO.unpack_from(payload)[0]
         self._retire_if_over()
-        self._changed.notify_all()
+        self._notify()
         return not failed
 
     def take_data(self, payload: bytes) -> None:
@@ -260,7 +253,7 @@ class Stream:
                 if inbound.collecting:
                     self._grant(payload[0], size)
                 else:
-                    self._changed.notify_all()
+                    self._notify()
                 return
         self._feed_sink(self._sink, payload)
         with self._link.lock:
@@ -270,14 +263,14 @@ class Stream:
         """Accept EOF. The lock is held."""
         self._channel(payload).ended = True
         self._retire_if_over()
-        self._changed.notify_all()
+        self._notify()
 
     def take_window(self, payload: bytes) -> None:
         """Accept credit for channel 0. The lock is held."""
         if len(payload) != _GRANT.size or payload[0] != 0:
             raise ProtocolError("a malformed WINDOW")
         self._credit += _GRANT.unpack(payload)[1]
-        self._changed.notify_all()
+        self._notify()
 
     def take_close(self, payload: bytes) -> None:
         """Accept CLOSE. The lock is held."""
@@ -285,7 +278,7 @@ class Stream:
             raise ProtocolError("a malformed CLOSE")
         self._closed = _ERRNO.unpack(payload)[0]
         self._retire_if_over()
-        self._changed.notify_all()
+        self._notify()
 
     def take_exit(self, payload: bytes) -> None:
         """Accept EXIT. The lock is held."""
@@ -293,9 +286,15 @@ class Stream:
             raise ProtocolError(f"EXIT for {self.kind.name}")
         self._exit = decode_fields(payload)
         self._retire_if_over()
-        self._changed.notify_all()
+        self._notify()
 
     # Inside; the lock is held unless said
+
+    def _notify(self) -> None:
+        """Let every waiter look again, and the watcher."""
+        self._changed.notify_all()
+        if self._watcher:
+            self._link.note(self)
 
     def _wait(self, ready: Callable[[], bool], deadline: Deadline, verb: str) -> None:
         link = self._link
@@ -320,12 +319,12 @@ class Stream:
         name = errno.errorcode.get(code, str(code))
         hint = ""
         if code == errno.EAGAIN:
-            hint = "close processes, sockets and copies that are no longer used: 1024 may be open at once"
+            hint = f"close processes, sockets and copies that are not used: {PROTOCOL_STREAMS_MAX} may be open at once"
         error = CallFailed(f"{self.what} failed in the guest: {message or os.strerror(code)} ({name})", hint=hint)
         error.errno = code
         return error
 
-    def _channel(self, payload: bytes) -> _Inbound:
+    def _channel(self, payload: bytes) -> Inbound:
         if not payload or payload[0] >= len(self._inbound):
             raise ProtocolError("a frame for a channel that the stream does not have")
         return self._inbound[payload[0]]

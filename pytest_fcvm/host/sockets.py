@@ -17,6 +17,7 @@ from pytest_fcvm.host import own
 __all__ = ["Socket", "check_allowed", "connect", "listen", "socket_pair"]
 
 _BLOCKER = "pytest_socket"
+_BACKLOG = 4096  # the kernel takes its own limit where that is lower (net.core.somaxconn)
 
 
 class Socket(own.Socket):
@@ -71,7 +72,7 @@ def listen(address: tuple[str, int]) -> Socket:
         if listener.family is socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as socket.create_server does
         listener.bind(address)
-        listener.listen(128)
+        listener.listen(_BACKLOG)
     except BaseException:
         listener.close()
         raise

@@ -47,7 +47,8 @@ class Identity:
     """What makes one clone different from the next; whatever is left out stays as it was in the snapshot.
 
     `entropy` is 32 bytes, `machine_id` 32 hex digits, `boot_id` a UUID. `hook` is a command that the agent runs
-    after all this is set and before the workload goes on, for 10 s at most, with the environment `hook_env`.
+    after all this is set and before the workload goes on, for 10 s at most, with the environment `hook_env`. One that
+    `stays_frozen` lets the workload wait for the next.
     """
 
     entropy: bytes = b""
@@ -64,6 +65,7 @@ class Identity:
     peer_gateway: bool | None = None
     hook: tuple[str, ...] = ()
     hook_env: Mapping[str, str] = field(default_factory=dict)
+    stays_frozen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

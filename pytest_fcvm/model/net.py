@@ -69,8 +69,3 @@ class PublishedPort:
     host_port: int = 0
     host_ip: str = "127.0.0.1"
     proto: Proto = Proto.TCP
-
-    @property
-    def is_slirps(self) -> bool:
-        """Say whether QEMU's user network can map it: TCP over IPv4 alone, the rest goes through the agent."""
-        return self.proto is Proto.TCP and ":" not in self.host_ip

@@ -142,9 +142,10 @@ class _Client:
 
 def listen_error(port: PublishedPort, error: OSError) -> HostError:
     """Return the error for a host port that cannot be had."""
+    where = f"{port.host_ip}:{port.host_port}/{port.proto}"
     return HostError(
-        f"{port.host_ip}:{port.host_port} cannot be listened on: {os.strerror(error.errno or 0)}",
-        hint="publish another host port, or 0 for any free one",
+        f"guest port {port.guest_port} cannot be published on {where}: {os.strerror(error.errno or 0)}",
+        hint=f"publish another host port, or 0 for a free one (--fcvm-publish 0:{port.guest_port})",
     )
 
 

@@ -1,4 +1,4 @@
-"""Host ports of a machine without a network to the host: listeners whose connections go through the agent."""
+"""Host ports of a machine: listeners of ours, in front of whatever makes the connections into the guest."""
 
 from __future__ import annotations
 
@@ -6,29 +6,42 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from typing import Protocol
 
 from pytest_fcvm.errors import EngineError, FcvmError
-from pytest_fcvm.host.sockets import listen
+from pytest_fcvm.host.sockets import Socket, listen
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.net.datagrams import DatagramPort, DatagramStream, listen_error
 from pytest_fcvm.net.links import ByteStream, Links, MakeThread, reset
 
-__all__ = ["Relay"]
+__all__ = ["Dialled", "Relay", "Serve", "Served"]
 
 _THREAD = "fcvm-relay"
 _PAUSE_S = 0.05  # after an accept that failed for want of descriptors
 
+TellFault = Callable[[str, str], object]  # what became of a connection, and why
 
-class _StreamPort:
-    """A TCP port: every connection is handed to `serve` on a thread of its own. Raise HostError when it is taken."""
 
-    def __init__(self, port: PublishedPort, serve: Callable[[socket.socket], None], make_thread: MakeThread) -> None:
-        try:
-            self._listener = listen((port.host_ip, port.host_port))
-        except OSError as error:
-            raise listen_error(port, error) from error
-        self._serve, self._make_thread = serve, make_thread
+class Served(Protocol):
+    """A port that is listened at."""
+
+    def close(self) -> None:
+        """Stop listening and reset all connections; idempotent."""
+        ...
+
+
+Serve = Callable[[Socket, int, TellFault], Served]
+
+
+class Dialled:
+    """A TCP port whose every connection is dialled, and carried, on threads of its own. It takes the listener over."""
+
+    def __init__(
+        self, dial: Callable[[], ByteStream], make_thread: MakeThread, listener: Socket, tell_fault: TellFault
+    ) -> None:
+        self._dial, self._make_thread, self._tell_fault = dial, make_thread, tell_fault
+        self._listener = listener
+        self._links = Links(make_thread)
         self._over = threading.Event()
         try:
             make_thread(self._accept, name=_THREAD).start()
@@ -36,17 +49,13 @@ class _StreamPort:
             self.close()
             raise
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """Return where clients connect to."""
-        return Endpoint(*self._listener.getsockname()[:2])
-
     def close(self) -> None:
-        """Stop listening; idempotent."""
+        """Stop listening and reset all connections; idempotent."""
         self._over.set()
         with suppress(OSError):  # shutdown wakes the thread in accept; close alone does not
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._links.close()
 
     def _accept(self) -> None:
         while not self._over.is_set():
@@ -63,25 +72,29 @@ class _StreamPort:
         except (RuntimeError, FcvmError):  # no thread is left for it
             reset(client)
 
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            guest = self._dial()
+        except (OSError, FcvmError) as error:
+            if not isinstance(error, ConnectionRefusedError):
+                self._tell_fault("was reset", str(error))
+            reset(client)
+        else:
+            self._links.join(client, guest)
+
 
 class Relay:
     """Ports of one machine on the host.
 
-    `dial` opens a connection to a TCP port of the guest, `dial_datagrams` a stream to a UDP port, `make_thread` makes
-    threads.
+    `serve` lets clients of a listener reach a TCP port of the guest, `dial_datagrams` opens a stream to a UDP port,
+    `make_thread` makes threads.
     """
 
-    def __init__(
-        self,
-        dial: Callable[[int], ByteStream],
-        dial_datagrams: Callable[[int], DatagramStream],
-        make_thread: MakeThread,
-    ) -> None:
-        self._dial, self._dial_datagrams, self._make_thread = dial, dial_datagrams, make_thread
+    def __init__(self, serve: Serve, dial_datagrams: Callable[[int], DatagramStream], make_thread: MakeThread) -> None:
+        self._serve, self._dial_datagrams, self._make_thread = serve, dial_datagrams, make_thread
         self._lock = threading.Lock()
-        self._ports: dict[tuple[Proto, int], _StreamPort | DatagramPort] = {}
-        self._opened: list[_StreamPort | DatagramPort] = []
-        self._links = Links(make_thread)
+        self._ports: dict[tuple[Proto, int], Endpoint] = {}
+        self._opened: list[Served] = []
         self._over = False
         self.fault = ""  # why a connection was last reset before it stood, where it was not refused by the guest
 
@@ -95,31 +108,33 @@ class Relay:
             if self._over:
                 raise EngineError("the machine is gone", hint="use the ports of a base in prepare only")
             found = self._ports.get(key)
-            if found is None or (port.host_port and found.endpoint != (port.host_ip, port.host_port)):
+            if found is None or (port.host_port and found != (port.host_ip, port.host_port)):
                 found = self._ports[key] = self._open(port)
-                self._opened.append(found)
-            return found.endpoint
+            return found
 
     def close(self) -> None:
-        """Stop listening and reset all connections, so that no thread waits for a client that stays; idempotent."""
+        """Stop listening and reset all connections, so that nothing waits for a client that stays; idempotent."""
         with self._lock:
             self._over = True
             for port in self._opened:
                 port.close()
             self._opened.clear()
-        self._links.close()
 
-    def _open(self, port: PublishedPort) -> _StreamPort | DatagramPort:
+    def _open(self, port: PublishedPort) -> Endpoint:
         if port.proto is Proto.UDP:
-            return DatagramPort(port, self._dial_datagrams, self._make_thread)
-        return _StreamPort(port, partial(self._serve, port.guest_port), self._make_thread)
-
-    def _serve(self, guest_port: int, client: socket.socket) -> None:
+            datagrams = DatagramPort(port, self._dial_datagrams, self._make_thread)
+            self._opened.append(datagrams)
+            return datagrams.endpoint
         try:
-            guest = self._dial(guest_port)
-        except (OSError, FcvmError) as error:
-            if not isinstance(error, ConnectionRefusedError):
-                self.fault = f"a connection to guest port {guest_port} was reset: {error}"
-            reset(client)
-        else:
-            self._links.join(client, guest)
+            listener = listen((port.host_ip, port.host_port))
+        except OSError as error:
+            raise listen_error(port, error) from error
+        endpoint = Endpoint(*listener.getsockname()[:2])
+        self._opened.append(self._serve(listener, port.guest_port, self._note_fault(port)))
+        return endpoint
+
+    def _note_fault(self, port: PublishedPort) -> TellFault:
+        def note(fate: str, reason: str) -> None:
+            self.fault = f"a connection to guest port {port.guest_port} {fate}: {reason}"
+
+        return note

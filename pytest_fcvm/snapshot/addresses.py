@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
 from pytest_fcvm.clone.commands import SHELL
-from pytest_fcvm.clone.machine import waking_identity
 from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import GuestConfig, Identity
 from pytest_fcvm.model.specs import MachineSpec
@@ -41,7 +40,7 @@ def base_config(upper_mib: int, egress: bool, metadata: bool) -> GuestConfig:
 def fresh_identity(
     name: str, spec: MachineSpec, env: Mapping[str, str], *, has_peer: bool, hosts: Iterable[str] = ()
 ) -> Identity:
-    """Return what makes a clone unlike every other: random bytes from the host, names, MAC, the time of day.
+    """Return what makes a clone unlike every other: random bytes from the host, names, MAC.
 
     `env` is for the hook. With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are
     further lines.
@@ -49,7 +48,6 @@ def fresh_identity(
     random = os.urandom(70)
     return Identity(
         entropy=random[:32],
-        realtime_ns=waking_identity(spec.clock).realtime_ns,
         hook=(*SHELL, spec.hook) if spec.hook else (),
         hook_env=env if spec.hook else {},
         hostname=name,

@@ -65,7 +65,7 @@ def build_snapshot(parts: Ingredients, folder: Path, phase: Phase, enclose: Encl
     timings: dict[str, float] = {}
     with enclosed_base(parts, enclose) as namespace, _booted(parts, folder, phase, namespace) as machine:
         timings["boot_ms"] = _elapsed_ms(started)
-        ports = open_ports(machine, None)
+        ports = open_ports(machine)
         base = _as_clone(parts, machine)
         phase("starting the workload")
         _start_workload(parts, machine.agent)
@@ -154,7 +154,7 @@ def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timel
                 raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
             raise error from None
         undo.callback(agent.close)
-        machine = Machine(vm, agent, log, vm, timeline)
+        machine = Machine(vm, agent, log, timeline)
         undo.pop_all()
         return machine
 

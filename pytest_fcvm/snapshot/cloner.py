@@ -9,18 +9,19 @@ from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine, Publisher, waking_identity
+from pytest_fcvm.clone.machine import Machine, waking_identity
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
-from pytest_fcvm.model.specs import ReadyMode
-from pytest_fcvm.ready import PROBE_PORT, ClientPath, wait_until_ready
+from pytest_fcvm.model.specs import Clock, ReadyMode
+from pytest_fcvm.ready import ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
 from pytest_fcvm.snapshot.enclosed import Enclose, no_enclosure, prepare_enclosed
@@ -43,7 +44,7 @@ class Cloner:
 
     def __init__(self, entry: Entry, parts: Ingredients, enclose: Enclose = no_enclosure) -> None:
         self._entry, self._parts, self._enclose = entry, parts, enclose
-        self._spares = Spares(self._prepare, self._plan("spare", parts.spec.publish))
+        self._spares = Spares(self._prepare, self._plan("spare"))
         self._lock = threading.Lock()
         self._ahead: set[Vm] = set()  # of machines that are being made ahead
         self._interrupted = False
@@ -85,11 +86,10 @@ class Cloner:
             ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held, ExitStack() as undo:
             held.enter_context(room)
-            vm = self._spares.take(self._plan(name, ports, cables, namespace))
+            vm = self._spares.take(self._plan(name, cables, namespace))
             undo.callback(discard, vm)
             watched(vm)
             timeline.mark("spawn", monotonic())
-            path = self._open_client_path(vm) if self._parts.is_slirps else None
             machine = self._meet(vm, name, cables, timeline)
             undo.pop_all()
             undo.callback(_discard, machine)
@@ -97,7 +97,7 @@ class Cloner:
             undo.pop_all()
         try:
             with descriptors_told(name):
-                self._open(machine, ports, path)
+                self._open(machine, ports)
         except BaseException as error:
             if isinstance(error, FcvmError):
                 machine.explain(error)
@@ -107,13 +107,14 @@ class Cloner:
         self._spares.refill()  # not sooner: on few processors it would take the machine's own
         return machine
 
-    def _open(self, machine: Machine, ports: tuple[PublishedPort, ...], path: ClientPath | None) -> None:
+    def _open(self, machine: Machine, ports: tuple[PublishedPort, ...]) -> None:
         """Give a machine its ports, and wait until it answers on the client's path."""
         open_host_ports(machine, self._parts.spec.host_ports)
-        open_ports(machine, machine.vm if self._parts.is_slirps else None, ports)
-        path = path or self._open_client_path(machine.publisher)
-        if path:
-            path.prove(machine.pause_for_exit, _ANSWER_S)
+        ports_of_it = open_ports(machine, ports)
+        number, parts = self._entry.facts["client_port"], self._parts
+        if number is None or (parts.is_relayed and parts.ready.mode is not ReadyMode.HTTP):
+            return  # a relayed port leads through the agent, which has answered
+        ClientPath(ports_of_it.publish, parts.ready, number).prove(machine.pause_for_exit, _ANSWER_S)
 
     def bring_up_ahead(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
         """Return a machine that is warm, frozen and stopped; as it is, as soon as a test is waiting for it."""
@@ -191,7 +192,6 @@ class Cloner:
     def _plan(
         self,
         name: str,
-        ports: tuple[PublishedPort, ...],
         cables: tuple[Cable, ...] = (),
         namespace: Namespace | None = None,
     ) -> RestorePlan:
@@ -199,17 +199,10 @@ class Cloner:
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts, of_clone=self._entry.facts.get("of_clone", False)),
-            ports=self._with_probed_ports(ports) if self._parts.is_slirps else (),
             cables=cables,
             namespace=namespace,
             metadata=self._parts.spec.metadata,
         )
-
-    def _open_client_path(self, publisher: Publisher) -> ClientPath | None:
-        number, parts = self._entry.facts["client_port"], self._parts
-        if number is None or (parts.is_relayed and parts.ready.mode is not ReadyMode.HTTP):
-            return None  # a relayed port leads through the agent, which has answered
-        return ClientPath(publisher.publish, parts.ready, number)
 
     def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
         with ExitStack() as undo:
@@ -217,7 +210,7 @@ class Cloner:
                 with descriptors_told(name):
                     log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
                     undo.callback(log.close)
-                    identity = self._identity(name, cables)  # it takes a descriptor: one that fails holds no channel
+                    identity = self._identity(name, cables)  # one that fails holds no channel
                     agent = start_session(
                         vm.channel(),
                         bytes.fromhex(self._entry.facts["secret"]),
@@ -226,12 +219,13 @@ class Cloner:
                         log_sink=log.append,
                         timeout_s=_RESTORE_S,
                         explain=vm.explain,
+                        tell_time=real_time_ns if self._parts.spec.clock is Clock.HOST else None,
                     )
                     undo.callback(agent.close)
             except FcvmError as error:
                 raise abandon(vm, error) from None
             timeline.mark("agent", monotonic())
-            machine = Machine(vm, agent, log, vm, timeline)
+            machine = Machine(vm, agent, log, timeline)
             undo.pop_all()
             return machine
 
@@ -240,15 +234,6 @@ class Cloner:
         return fresh_identity(
             name, parts.spec, parts.defaults.env, has_peer=not parts.is_relayed, hosts=_hosts_on(cables)
         )
-
-    def _with_probed_ports(self, ports: tuple[PublishedPort, ...]) -> tuple[PublishedPort, ...]:
-        """Return the ports that the VMM is to map."""
-        ports = tuple(port for port in ports if port.is_slirps)
-        service = self._entry.facts["client_port"]
-        if service is None:
-            return ports
-        mapped = {port.guest_port for port in ports}
-        return (*ports, *(PublishedPort(guest_port=port) for port in (service, PROBE_PORT) if port not in mapped))
 
 
 def _discard(machine: Machine) -> None:

@@ -41,8 +41,8 @@ def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any]
             machine.log.save(folder / BASE_LOG)
             machine.vm.save(snapshot_files(folder, parts))
         finally:
-            identity = waking_identity(parts.spec.clock)  # before the channel, as a clone's own
-            machine.agent.go_on(machine.vm.channel(), identity, timeout_s=_CALL_S)
+            channel = machine.vm.channel()
+            machine.agent.go_on(channel, waking_identity(parts.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],

@@ -62,12 +62,7 @@ class Ingredients:
     @property
     def is_relayed(self) -> bool:
         """Say whether the ports of clones go through their agents."""
-        return self.network.mode is NetworkMode.RELAY
-
-    @property
-    def is_slirps(self) -> bool:
-        """Say whether the ports of clones go through their VMMs."""
-        return self.network.mode is NetworkMode.USER
+        return not self.network.mode.is_enclosed
 
     @property
     def shape(self) -> MachineShape:

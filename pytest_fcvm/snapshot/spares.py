@@ -26,8 +26,6 @@ class Spares:
 
     def __init__(self, prepare: Callable[[RestorePlan], Vm], usual: RestorePlan) -> None:
         self._prepare, self._usual = prepare, usual
-        # A spare would hold a pinned host port against the clone that is in use.
-        self._useful = all(port.host_port == 0 for port in usual.ports)
         self._lock = threading.Lock()
         self._spare: Vm | None = None
         self._filling = self._closed = False
@@ -35,7 +33,7 @@ class Spares:
 
     def take(self, plan: RestorePlan) -> Vm:
         """Return a started VM for a plan: the spare where it fits and lives, else a new one."""
-        if plan.ports == self._usual.ports and not plan.cables:
+        if not plan.cables:
             with self._lock:
                 spare, self._spare = self._spare, None
             if spare is not None:
@@ -46,7 +44,7 @@ class Spares:
     def refill(self) -> None:
         """Let a thread of its own prepare the next spare, unless there is one."""
         with self._lock:
-            if not self._useful or self._closed or self._filling or self._spare is not None:
+            if self._closed or self._filling or self._spare is not None:
                 return
             self._filling = True
         thread = ServiceThread(self._fill, name="fcvm-spare")

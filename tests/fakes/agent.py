@@ -183,11 +183,14 @@ class FakeAgent(Wire):
             return self.reply(stream, error=(error.errno or errno.EIO, f"connect: {error.strerror}"))
         self.reply(stream)
         upward = self.spawn(_pump_up(stream, writer))
+        # Until both have said all, the end of it is a reset.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         try:
             while data := await reader.read(PIECE):
                 await stream.write(data)
             stream.write_eof()
             await upward
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
         except ConnectionError as error:
             self.put_data(encode_frame(FrameType.CLOSE, stream.id, struct.pack("<I", error.errno or errno.ECONNRESET)))
         finally:

@@ -25,7 +25,6 @@ from pytest_fcvm.engine.protocol import (
 )
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.frames import StreamKind
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode
 
 
@@ -37,16 +36,12 @@ class FakeVm:
         folder.mkdir(parents=True)
         self.console_path, self.vmm_log_path = folder / "console", folder / "vmm.log"
         self.console_path.write_bytes(b"[    0.000000] Linux version 6.1\n")
-        self.published: dict[tuple[Proto, int], Endpoint] = {}
         self.calls: list[str] = []
         self.disk = self.namespace = None
         self.balloon, self.metadata = 0, plan.metadata
         self.exit: VmExit | None = None
-        self._refuser: Service | None = None
         self._ended = threading.Event()
         self._callbacks: list[Callable[[VmExit], None]] = []
-        for port in getattr(plan, "ports", ()) if plan.shape.network is NetworkMode.USER else ():
-            self.publish(port)
 
     def channel(self) -> socket.socket:
         host, guest = socket.socketpair()
@@ -64,24 +59,6 @@ class FakeVm:
 
     def wait_until_running(self, timeout_s: float) -> None:  # noqa: ARG002
         self.calls.append("wait_until_running")
-
-    def publish(self, port: PublishedPort) -> Endpoint:
-        if isinstance(self.plan, BootPlan) or self.plan.shape.network is NetworkMode.RELAY:
-            raise EngineError("it has no network to the host")
-        key = (port.proto, port.guest_port)
-        if key not in self.published:
-            address = self.agent.ports.get(port.guest_port) or (port.host_port and (port.host_ip, port.host_port))
-            self.published[key] = Endpoint(*(address or self._refusing_port()))
-        return self.published[key]
-
-    def _refusing_port(self) -> tuple[str, int]:
-        """Return a port that accepts and resets, as a forwarder does for a guest port where nothing listens."""
-        if self._refuser is None:
-            self._refuser = Service(None)
-        return self._refuser.address
-
-    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
-        return self.published.get((proto, guest_port))
 
     def set_link(self, cable: int, up: bool) -> None:
         self.calls.append(f"cable {cable} {'in' if up else 'out'}")
@@ -140,8 +117,6 @@ class FakeVm:
         self.exit = how
         if not self.agent.loop.is_closed():  # its test is over
             self.agent.hang_up()
-        if self._refuser:
-            self._refuser.close()
         self._ended.set()
         for callback in self._callbacks:
             threading.Thread(target=callback, args=(how,)).start()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `fakes`
 from fakes.ready import Health, Target
 
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
-from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
@@ -481,17 +481,3 @@ def test_a_clone_that_ends_is_told_at_once(target: Target, open_path: Callable[[
     target.ended.set()
     with pytest.raises(WorkloadExited):
         open_path(_TCP).prove(target.pause_for_exit, 60)
-
-
-def test_nothing_connects_before_the_clones_agent_has_answered(
-    target: Target, stack: ExitStack, open_path: Callable[[ReadySpec], ClientPath]
-) -> None:
-    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    target.ports[PROBE_PORT] = target.ports[80] = Endpoint(*listener.getsockname())
-    for ready in (_TCP, _HTTP):
-        open_path(ready)
-    ours = "fcvm-client-path"
-    assert wait_until(lambda: ours not in [thread.name for thread in threading.enumerate()], Deadline(_LONG_S))
-    listener.settimeout(0)
-    with pytest.raises(BlockingIOError):
-        listener.accept()

@@ -28,7 +28,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.process import find_tool, run_tool
 from pytest_fcvm.host.sockets import Socket
-from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
+from pytest_fcvm.model.net import Namespace
 
 __all__ = ["FirecrackerVm"]
 
@@ -90,17 +90,6 @@ class FirecrackerVm(VmProcess):
 
     def wait_until_running(self, timeout_s: float) -> None:
         """Return at once: `start` does not return before the guest executes."""
-
-    def publish(self, port: PublishedPort) -> Endpoint:
-        """Raise EngineError: without a network card, ports go through the agent."""
-        raise EngineError(
-            f"guest port {port.guest_port} of VM {self.name} has no network card to go through",
-            hint="use --fcvm-network relay or rootless",
-        )
-
-    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:  # noqa: ARG002  the protocol's signature
-        """Return None: no port is mapped by Firecracker."""
-        return None
 
     def set_link(self, cable: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
         """Raise EngineError: Firecracker's cards are always plugged in."""

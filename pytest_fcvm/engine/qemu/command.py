@@ -13,8 +13,6 @@ from pathlib import Path
 from pytest_fcvm.engine.launch import BASE_MACS
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
 from pytest_fcvm.engine.qemu.version import QemuVersion
-from pytest_fcvm.model.net import PublishedPort
-from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
     "AGENT_FD",
@@ -23,11 +21,9 @@ __all__ = [
     "MONITOR_FD",
     "NIC_FDS",
     "STATE_FD",
-    "USER_NETDEV",
     "Platform",
     "base_command",
     "clone_command",
-    "forward_rule",
     "key_arguments",
 ]
 
@@ -37,7 +33,6 @@ NIC_FDS = (7, 8, 9)
 DISK_FD = 10
 
 AGENT_PORT = "fcvm.agent"
-USER_NETDEV = "net0"
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # The default is 1 GiB of translated code per VM, which a long-lived clone may fill; a flush now and then is cheaper.
@@ -77,20 +72,13 @@ def base_command(
     ]
 
 
-def clone_command(
-    platform: Platform, shape: MachineShape, files: SnapshotFiles, ports: tuple[PublishedPort, ...] = ()
-) -> list[str]:
+def clone_command(platform: Platform, shape: MachineShape, files: SnapshotFiles) -> list[str]:
     """Return the command of a clone that waits for its device state.
 
     It names no kernel: that is in the memory already, and reading it again would cost 9 to 16 ms.
     """
     access = "share=off,readonly=on,rom=off" if platform.version.opens_private_memory_read_only else "share=off"
-    forwards = "".join(f",hostfwd={forward_rule(port)}" for port in ports)
-    network = f"user,ipv6=off{'' if shape.egress else ',restrict=on'}{forwards}"
-    if shape.network is NetworkMode.RELAY:
-        network = _socket_network(0)
-    elif shape.network.is_enclosed:
-        network = _TAP_NETWORK
+    network = _TAP_NETWORK if shape.network.is_enclosed else _base_network(shape)
     return [
         str(platform.binary),
         *_machine(platform, shape),
@@ -115,11 +103,6 @@ def _base_network(shape: MachineShape) -> str:
     if shape.egress:
         return _TAP_NETWORK if shape.network.is_enclosed else "user,ipv6=off"
     return _socket_network(0)
-
-
-def forward_rule(port: PublishedPort) -> str:
-    """Return a port as slirp's `hostfwd` takes it; the guest's address is left to slirp's default."""
-    return f"{port.proto}:{port.host_ip}:{port.host_port}-:{port.guest_port}"
 
 
 def boot_arguments(platform: Platform) -> str:

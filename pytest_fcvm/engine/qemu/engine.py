@@ -26,7 +26,6 @@ from pytest_fcvm.engine.qemu.command import (
 )
 from pytest_fcvm.engine.qemu.installation import PROGRAM, Installation, find_qemu, inspect
 from pytest_fcvm.engine.qemu.monitor import Monitor
-from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
@@ -137,7 +136,7 @@ class QemuEngine:
         check_memory_file(files.memory, plan.shape.mem_mib)
         if not (platform.version.opens_private_memory_read_only or os.access(files.memory, os.W_OK)):
             files = replace(files, memory=self._copy_of(files.memory))
-        argv = clone_command(platform, plan.shape, files, plan.ports)
+        argv = clone_command(platform, plan.shape, files)
         with ExitStack() as undo, ExitStack() as lent:
             passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False) if cable.end}
             passed |= _tap_of(plan.namespace)
@@ -158,7 +157,6 @@ class QemuEngine:
                 monitor,
                 launched.sockets[AGENT_FD],
                 version=platform.version,
-                forwards=Forwards(monitor, plan.ports) if plan.shape.network is NetworkMode.USER else None,
                 state=uri,
                 memory=files.memory,
                 disk=disk,

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from pytest_fcvm.engine import post_mortem
-from pytest_fcvm.engine.post_mortem import Speech, read_tail
+from pytest_fcvm.engine.post_mortem import Speech
 from pytest_fcvm.engine.protocol import VmExit
-from pytest_fcvm.engine.qemu.ports import explain_refused_rule
 from pytest_fcvm.errors import FcvmError
 
 __all__ = ["explain_death", "tell_end"]
@@ -23,10 +22,6 @@ _SPEECH = Speech(
 
 def explain_death(name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
     """Return the error of whoever needed a VM that has ended; `how` is None when its end was not seen."""
-    if how is not None and how.code and not how.killed_by_us:
-        log_tail = read_tail(log)
-        if refused := explain_refused_rule(log_tail):
-            return refused.with_evidence(console=read_tail(console), **{"VMM log": log_tail})
     return post_mortem.explain_death(_SPEECH, name, how, console=console, log=log)
 
 

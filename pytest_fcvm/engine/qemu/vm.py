@@ -14,7 +14,6 @@ from pytest_fcvm.engine.memory import save_private_pages
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
-from pytest_fcvm.engine.qemu.ports import Forwards
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.engine.sparse import copy_file, unmakable
@@ -23,7 +22,7 @@ from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import os
-from pytest_fcvm.model.net import Endpoint, Namespace, Proto, PublishedPort
+from pytest_fcvm.model.net import Namespace
 
 __all__ = ["QemuVm"]
 
@@ -31,7 +30,7 @@ _SAVE_TIMEOUT_S = 30.0
 
 
 class QemuVm(VmProcess):
-    """One QEMU process. Without `forwards` its ports go through the agent.
+    """One QEMU process.
 
     `state` and `memory` are of the snapshot that a clone is of; a base has none.
     """
@@ -44,7 +43,6 @@ class QemuVm(VmProcess):
         agent: socket.socket,
         *,
         version: QemuVersion,
-        forwards: Forwards | None = None,
         state: str = "",
         memory: Path | None = None,
         disk: Disk | None = None,
@@ -52,7 +50,7 @@ class QemuVm(VmProcess):
     ) -> None:
         super().__init__(name, launched, explain_death, disk, namespace)
         self._monitor, self._agent = monitor, agent
-        self._version, self._forwards = version, forwards
+        self._version = version
         self._memory, self._is_base = memory, not state
         self._runs, self._state = self._is_base, state
         self._paused = False
@@ -93,24 +91,6 @@ class QemuVm(VmProcess):
         """Wait until QEMU has started and taken its first commands."""
         with self._told():
             self._monitor.settle(timeout_s)
-
-    def publish(self, port: PublishedPort) -> Endpoint:
-        """Map a guest port to the host and return the address to connect to. Idempotent per (proto, guest port).
-
-        Raise HostError when the wanted host port is taken, EngineError for a base.
-        """
-        if self._forwards is None:
-            kind = "a base" if self._is_base else "on no network"
-            raise EngineError(f"VM {self.name} is {kind}: its ports are reached through the agent")
-        with self._told():
-            return self._forwards.add(port)
-
-    def endpoint(self, guest_port: int, proto: Proto) -> Endpoint | None:
-        """Return the mapping of a guest port if it has one."""
-        if self._forwards is None:
-            return None
-        with self._told():
-            return self._forwards.find(guest_port, proto)
 
     def set_link(self, cable: int, up: bool) -> None:
         """Plug one of the plan's cables in or out, counted from 0; the guest's card notices."""

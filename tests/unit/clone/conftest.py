@@ -19,6 +19,7 @@ from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.snapshot.ports import open_ports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 
@@ -72,10 +73,12 @@ def make_clone(stack: ExitStack, engine: FakeEngine, root: Path, tmp_path: Path)
     before.write_bytes(b"printed by the base\n")
 
     def start(ports: tuple[PublishedPort, ...]) -> Machine:
-        vm = engine.restore(RestorePlan(name="web", shape=MachineShape(mem_mib=64, cpus=1), files=_FILES, ports=ports))
+        vm = engine.restore(RestorePlan(name="web", shape=MachineShape(mem_mib=64, cpus=1), files=_FILES))
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=before)
         agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=10, explain=vm.explain)
-        return Machine(vm, agent, log, vm, Timeline(monotonic()))
+        machine = Machine(vm, agent, log, Timeline(monotonic()))
+        open_ports(machine, ports)
+        return machine
 
     def make(**fields: object) -> Clone:
         defaults = ExecDefaults(env={"PATH": "/bin", "LEVEL": "image"}, cwd="/srv", user="www")

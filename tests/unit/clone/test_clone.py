@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,25 +55,26 @@ def test_what_the_spec_does_not_have_is_refused_with_what_gives_it(clone: Clone)
 # Reaching it
 
 
-def test_a_port_is_mapped_on_first_use_and_stays(clone: Clone, engine: FakeEngine, service: Service) -> None:
-    assert engine.vms[0].published == {}
-    assert clone.endpoint(80) == service.address
+def test_a_port_is_mapped_on_first_use_and_stays(clone: Clone) -> None:
+    assert clone.endpoint(80).host == "127.0.0.1"
     assert clone.endpoint(80) == clone.endpoint(80, "tcp")
-    assert clone.port(80) == service.address[1]
+    assert clone.port(80) == clone.endpoint(80).port
     assert clone.ip == "10.0.2.15"
 
 
-def test_a_url_has_no_slash_of_its_own(clone: Clone, service: Service) -> None:
-    host, port = service.address
+def test_a_url_has_no_slash_of_its_own(clone: Clone) -> None:
+    host, port = clone.endpoint(80)
     assert clone.url(80) == f"http://{host}:{port}"
     assert clone.url(80, "/a?b=c") == f"http://{host}:{port}/a?b=c"
     assert clone.url(80, "a", scheme="ws") == f"ws://{host}:{port}/a"
 
 
-def test_published_ports_are_mapped_from_the_start(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
-    clone = make_clone(publish=(PublishedPort(guest_port=8000, host_port=18000),))
-    assert clone.endpoint(8000) == ("127.0.0.1", 18000)
-    assert [port.guest_port for port in engine.vms[0].plan.ports] == [8000]  # type: ignore[union-attr]
+def test_published_ports_are_mapped_from_the_start(make_clone: Callable[..., Clone]) -> None:
+    clone = make_clone(publish=(PublishedPort(guest_port=80, host_port=18000),))
+    with socket.create_connection(("127.0.0.1", 18000), timeout=20) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert clone.endpoint(80) == ("127.0.0.1", 18000)
 
 
 @pytest.mark.parametrize(

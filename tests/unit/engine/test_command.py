@@ -9,7 +9,6 @@ import pytest
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
 from pytest_fcvm.engine.qemu.command import Platform, base_command, clone_command, key_arguments
 from pytest_fcvm.engine.qemu.version import QemuVersion
-from pytest_fcvm.model.net import Proto, PublishedPort
 
 TCG = Platform(
     binary=Path("/usr/bin/qemu"), version=QemuVersion(7, 2, 22), accelerator=Accelerator.TCG, tsc_khz=2596144
@@ -34,10 +33,8 @@ def base(platform: Platform = TCG, shape: MachineShape = SHAPE, files: GuestFile
     return options(base_command(platform, shape, files, MEMORY))
 
 
-def clone(
-    platform: Platform = TCG, shape: MachineShape = SHAPE, ports: tuple[PublishedPort, ...] = ()
-) -> dict[str, list[str]]:
-    return options(clone_command(platform, shape, SNAPSHOT, ports))
+def clone(platform: Platform = TCG, shape: MachineShape = SHAPE) -> dict[str, list[str]]:
+    return options(clone_command(platform, shape, SNAPSHOT))
 
 
 GOLDEN_BASE = """
@@ -121,18 +118,8 @@ def test_a_base_has_no_network_unless_it_needs_egress() -> None:
 
 
 def test_a_clone_reaches_nothing_unless_it_has_egress() -> None:
-    assert clone()["-netdev"][0] == "user,ipv6=off,restrict=on,id=net0"
+    assert clone()["-netdev"][0] == "dgram,local.type=fd,local.str=7,id=net0"
     assert clone(shape=replace(SHAPE, egress=True))["-netdev"][0] == "user,ipv6=off,id=net0"
-
-
-def test_ports_are_forwarded_from_the_start() -> None:
-    ports = (
-        PublishedPort(guest_port=80),
-        PublishedPort(guest_port=53, host_port=5353, host_ip="127.0.0.7", proto=Proto.UDP),
-    )
-    assert clone(ports=ports)["-netdev"][0] == (
-        "user,ipv6=off,restrict=on,hostfwd=tcp:127.0.0.1:0-:80,hostfwd=udp:127.0.0.7:5353-:53,id=net0"
-    )
 
 
 def test_a_smoke_boot_has_the_same_devices_without_a_rootfs() -> None:

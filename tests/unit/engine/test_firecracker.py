@@ -36,7 +36,6 @@ from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
-from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.namespaces import Namespaces
 
@@ -598,14 +597,6 @@ def test_a_clone_is_no_base_and_a_paused_base_is_not_taken(bench: Bench, stack: 
     base.pause()
     with pytest.raises(EngineError, match="is paused"):
         base.snapshot(bench.folder / "other")
-
-
-def test_a_port_is_refused_with_what_maps_ports(bench: Bench, stack: ExitStack) -> None:
-    base = bench.boot(bench.probed(), stack)
-    with pytest.raises(EngineError, match="guest port 80 of VM base has no network card") as caught:
-        base.publish(PublishedPort(guest_port=80))
-    assert "relay" in caught.value.hint
-    assert base.endpoint(80, Proto.TCP) is None
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_living_base(bench: Bench, stack: ExitStack) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
-from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.errors import EngineError, FcvmError
 
 PANIC = """[    4.1] sysrq: Trigger a crash
 [    4.2] Kernel panic - not syncing: sysrq triggered crash
@@ -61,15 +61,6 @@ def test_each_way_to_die_has_its_words(
 def test_a_state_that_does_not_load_says_how_to_build_it_again(tmp_path: Path) -> None:
     assert "--fcvm-rebuild" in die(tmp_path, VmExit(code=1), log=BAD_STATE).hint
     assert "--fcvm-rebuild" not in die(tmp_path, VmExit(code=1), log="cannot allocate memory").hint
-
-
-def test_a_taken_host_port_is_the_hosts_problem_and_is_named(tmp_path: Path) -> None:
-    log = "qemu-system-x86_64: -netdev user: Could not set up host forwarding rule 'tcp:192.0.2.1:8080-:80'\n"
-    error = die(tmp_path, VmExit(code=1), log=log)
-    assert isinstance(error, HostError)
-    assert error.message == ("guest port 80 cannot be published on 192.0.2.1:8080/tcp: Cannot assign requested address")
-    assert "0:80" in error.hint
-    assert error.evidence["VMM log"] == log
 
 
 def test_the_evidence_is_the_end_of_console_and_log(tmp_path: Path) -> None:

@@ -202,11 +202,12 @@ def test_five_hundred_programs_run_at_once_and_each_gets_its_own_bytes(fake: Fak
     assert {process.wait(1).code for process in processes} == {0}
 
 
-def test_a_thousand_and_one_streams_are_one_too_many(agent: Agent) -> None:
+def test_more_streams_than_the_agent_holds_are_refused(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fakes.agent_wire.PROTOCOL_STREAMS_MAX", 1024)
     processes = [agent.exec(ProcessSpec(argv=("sleep",))) for _ in range(1024)]
     with pytest.raises(CallFailed, match="EAGAIN") as caught:
         agent.exec(ProcessSpec(argv=("sleep",)))
-    assert "1024 may be open" in caught.value.hint
+    assert "16384 may be open" in caught.value.hint
     with pytest.raises(CallFailed, match="EAGAIN"):
         agent.connect(80)
     for process in processes:

@@ -138,5 +138,7 @@ def test_close_ends_all_streams(make_bench: Callable[..., Bench]) -> None:
 
 def test_a_taken_host_port_is_named(make_bench: Callable[..., Bench]) -> None:
     taken = make_bench().port.endpoint.port
-    with pytest.raises(HostError, match=f"127.0.0.1:{taken} cannot be listened on: Address already in use"):
+    with pytest.raises(
+        HostError, match=f"guest port 53 cannot be published on 127.0.0.1:{taken}/udp: Address already in use"
+    ):
         DatagramPort(PublishedPort(guest_port=53, host_port=taken, proto=Proto.UDP), lambda _: Peer(), ServiceThread)

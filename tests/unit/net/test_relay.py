@@ -1,21 +1,33 @@
-"""The relay between TCP clients of the host and byte streams into a guest, here sockets of a server in this process."""
+"""The relay between TCP clients of the host and a guest, here a server in this process: by threads, and by an agent."""
 
 from __future__ import annotations
 
+import errno
+import select
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
+
+from fakes.agent import FakeAgent
+
 from pytest_fcvm.errors import EngineError, GuestError, HostError
-from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.guest.agent import start_session
+from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, StreamKind
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.host.sockets import Socket
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.net.datagrams import DatagramStream
-from pytest_fcvm.net.relay import ByteStream, Relay
+from pytest_fcvm.net.links import ByteStream
+from pytest_fcvm.net.relay import Dialled, Relay, Serve
 
 _PORT = PublishedPort(guest_port=80)
 _WAIT_S = 20
@@ -51,12 +63,31 @@ class Guest:
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=4096))
         self._listener.settimeout(_WAIT_S)
         self.address = self._listener.getsockname()
 
     def dial(self, _port: int) -> ByteStream:
         return SocketStream(self.address)
+
+    def take_all(self) -> None:
+        """Echo for whoever connects from now on."""
+        self._stack.callback(self._listener.shutdown, socket.SHUT_RDWR)
+        _start(self._echo)
+
+    def _echo(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        peers = {}
+        with suppress(OSError):
+            while True:
+                for descriptor, _ in poll.poll():
+                    if peer := peers.get(descriptor):
+                        peer.sendall(peer.recv(100))
+                        continue
+                    peer = self.accept()
+                    peers[peer.fileno()] = peer
+                    poll.register(peer, select.POLLIN)
 
     def accept(self) -> socket.socket:
         peer, _ = self._listener.accept()
@@ -90,10 +121,32 @@ def guest(stack: ExitStack) -> Guest:
     return Guest(stack)
 
 
+def dialled(dial: Callable[[int], ByteStream]) -> Serve:
+    """Serve ports by threads."""
+    return lambda listener, port, tell_fault: Dialled(lambda: dial(port), ServiceThread, listener, tell_fault)
+
+
 @pytest.fixture
-def relay(stack: ExitStack, guest: Guest) -> Relay:
+def fake(stack: ExitStack, guest: Guest) -> FakeAgent:
+    """An agent of the guest."""
+    fake = stack.enter_context(FakeAgent())
+    fake.ports.update({80: guest.address, 81: guest.address})
+    return fake
+
+
+@pytest.fixture
+def served(stack: ExitStack, fake: FakeAgent) -> Serve:
+    """Serve ports by an agent, on the thread of its session."""
+    host, theirs = socket.socketpair()
+    fake.attach(theirs)
+    return stack.enter_context(start_session(host, PROTOCOL_BOOT_SECRET, timeout_s=_WAIT_S)).serve
+
+
+@pytest.fixture(params=["threads", "agent"])
+def relay(request: pytest.FixtureRequest, stack: ExitStack, guest: Guest) -> Relay:
     """A relay to it."""
-    relay = Relay(guest.dial, no_datagrams, ServiceThread)
+    serve = dialled(guest.dial) if request.param == "threads" else request.getfixturevalue("served")
+    relay = Relay(serve, no_datagrams, ServiceThread)
     stack.callback(relay.close)
     return relay
 
@@ -116,8 +169,8 @@ def test_a_taken_host_port_is_named_with_what_to_do(relay: Relay) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(HostError) as caught:
             relay.publish(PublishedPort(guest_port=80, host_port=port))
-    assert caught.value.message == f"127.0.0.1:{port} cannot be listened on: Address already in use"
-    assert caught.value.hint == "publish another host port, or 0 for any free one"
+    assert caught.value.message == f"guest port 80 cannot be published on 127.0.0.1:{port}/tcp: Address already in use"
+    assert caught.value.hint == "publish another host port, or 0 for a free one (--fcvm-publish 0:80)"
 
 
 def test_a_client_that_has_said_all_still_hears_the_answer(connect: Callable[[], socket.socket], guest: Guest) -> None:
@@ -150,15 +203,15 @@ def test_a_reset_by_the_guest_reaches_the_client(connect: Callable[[], socket.so
 
 def test_a_reset_by_the_client_reaches_the_guest(connect: Callable[[], socket.socket], guest: Guest) -> None:
     client, server = connect(), guest.accept()
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"
     _arm_reset(client)
     client.close()
     with pytest.raises(ConnectionResetError):
         server.recv(1)
 
 
-def test_a_port_is_at_one_address_until_another_is_named(stack: ExitStack, guest: Guest) -> None:
-    relay = Relay(guest.dial, no_datagrams, ServiceThread)
-    stack.callback(relay.close)
+def test_a_port_is_at_one_address_until_another_is_named(stack: ExitStack, relay: Relay, guest: Guest) -> None:
     first = relay.publish(PublishedPort(guest_port=80))
     own = PublishedPort(guest_port=80, host_ip="127.0.0.9", host_port=first.port)
     assert relay.publish(own) == ("127.0.0.9", first.port) != first
@@ -178,7 +231,7 @@ def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Ex
     def refuse(_port: int) -> ByteStream:
         raise error
 
-    relay = Relay(refuse, no_datagrams, ServiceThread)
+    relay = Relay(dialled(refuse), no_datagrams, ServiceThread)
     stack.callback(relay.close)
     endpoint = relay.publish(_PORT)
 
@@ -189,6 +242,84 @@ def test_a_guest_port_that_refuses_resets_the_client(stack: ExitStack, error: Ex
         receive()
     refused = isinstance(error, ConnectionRefusedError)
     assert relay.fault == ("" if refused else f"a connection to guest port 80 was reset: {error}")
+
+
+@pytest.mark.parametrize("code", [errno.ECONNREFUSED, errno.EAGAIN])
+def test_a_port_that_the_agent_cannot_reach_resets_the_client_and_tells_why(
+    stack: ExitStack, served: Serve, fake: FakeAgent, code: int
+) -> None:
+    fake.refusals[StreamKind.CONNECT] = (code, "16384 streams are open already")
+    relay = Relay(served, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    told = "a connection to guest port 80 was reset: 16384 streams are open already"
+    assert relay.fault == (told if code == errno.EAGAIN else "")
+
+
+def test_an_agent_serves_two_thousand_connections_at_once_without_a_thread_for_each(
+    stack: ExitStack, served: Serve, guest: Guest
+) -> None:
+    relay = Relay(served, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    endpoint, threads = relay.publish(_PORT), threading.active_count()
+    guest.take_all()
+    started = monotonic()
+    clients = [stack.enter_context(socket.create_connection(endpoint, timeout=_WAIT_S)) for _ in range(2000)]
+    assert monotonic() - started < _WAIT_S / 2  # one that a full backlog drops is tried again after a second
+    for client in clients:
+        client.sendall(b"x")
+    assert all(client.recv(1) == b"x" for client in clients)
+    assert threading.active_count() <= threads + 1  # the guest's
+
+
+def test_connections_of_an_agent_end_with_its_session(
+    stack: ExitStack, served: Serve, fake: FakeAgent, guest: Guest
+) -> None:
+    relay = Relay(served, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    endpoint = relay.publish(_PORT)
+    client, server = stack.enter_context(socket.create_connection(endpoint, timeout=_WAIT_S)), guest.accept()
+    server.sendall(b"x")
+    assert client.recv(1) == b"x"
+    fake.hang_up()
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert wait_until(lambda: _is_refused(endpoint), Deadline(_WAIT_S))
+
+
+def test_what_a_client_says_at_once_goes_along_with_the_opening(
+    stack: ExitStack, served: Serve, fake: FakeAgent
+) -> None:
+    fake.silent.add(StreamKind.CONNECT)
+    relay = Relay(served, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
+    client.sendall(b"question")
+    said = lambda: [b"".join(stream.inbox) for stream in fake.streams.values()]  # noqa: E731
+    assert wait_until(lambda: fake.run(said) == [b"question"], Deadline(_WAIT_S)), fake.run(said)
+
+
+def test_a_process_without_descriptors_takes_connections_when_it_has_some_again(
+    stack: ExitStack, served: Serve, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = Relay(served, no_datagrams, ServiceThread)
+    stack.callback(relay.close)
+    endpoint = relay.publish(_PORT)
+    lacking = iter((True, True))
+    accept = Socket.accept
+
+    def accept_or_not(listener: Socket) -> object:
+        if next(lacking, False):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    monkeypatch.setattr(Socket, "accept", accept_or_not)
+    client = stack.enter_context(socket.create_connection(endpoint, timeout=_WAIT_S))
+    guest.accept().sendall(b"x")
+    assert client.recv(1) == b"x"
+    assert relay.fault == "a connection to guest port 80 waits: Too many open files"
 
 
 def test_bytes_arrive_whole_in_order_and_both_ways_at_once(connect: Callable[[], socket.socket], guest: Guest) -> None:
@@ -268,7 +399,7 @@ def test_a_connection_that_was_being_made_when_the_relay_closed_is_reset(stack: 
         assert go_on.wait(_WAIT_S)
         return guest.dial(port)
 
-    relay = Relay(dial_slowly, no_datagrams, ServiceThread)
+    relay = Relay(dialled(dial_slowly), no_datagrams, ServiceThread)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     assert dialling.wait(_WAIT_S)
     relay.close()
@@ -277,6 +408,14 @@ def test_a_connection_that_was_being_made_when_the_relay_closed_is_reset(stack: 
         client.recv(1)
     with pytest.raises(ConnectionResetError):
         guest.accept().recv(1)
+
+
+def _is_refused(endpoint: Endpoint) -> bool:
+    try:
+        socket.create_connection(endpoint, timeout=_WAIT_S).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def _start(func: Callable[..., object], *arguments: object) -> threading.Thread:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 from fakes.agent import FakeAgent
 from fakes.vm import FakeEngine, Service
 
-_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-client-path", "fcvm-spare", "fcvm-pool")
+_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-spare", "fcvm-pool")
 _IMAGE = ImageConfig(
     entrypoint=("/entry",),
     cmd=("serve",),

@@ -32,7 +32,7 @@ from pytest_fcvm.store import Entry
 # What boots, restores, personalises, fills the pool and hands out; closing is what must work afterwards.
 _STEPS: tuple[tuple[Any, str], ...] = (
     *((FakeEngine, name) for name in ("boot", "prepare")),
-    *((FakeVm, name) for name in ("channel", "start", "publish", "pause", "resume", "snapshot")),
+    *((FakeVm, name) for name in ("channel", "start", "pause", "resume", "snapshot")),
     *((Agent, name) for name in ("configure", "start", "metrics", "sync", "quiesce", "freeze", "personalise")),
     *((Session, name) for name in ("__init__", "start", "open")),
     (WorkloadLog, "__init__"),

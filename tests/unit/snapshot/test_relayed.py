@@ -51,8 +51,7 @@ def _agent_of(clone: Clone) -> FakeAgent:
 
 
 def _fields(agent: FakeAgent, kind: StreamKind) -> Any:
-    (fields,) = [fields for executed, fields in agent.executed if executed is kind]
-    return fields
+    return next(fields for executed, fields in agent.executed if executed is kind)
 
 
 def test_a_request_reaches_the_service_through_the_agent(start: Callable[..., Clone]) -> None:
@@ -79,7 +78,7 @@ def test_a_published_host_port_is_there_from_the_start(start: Callable[..., Clon
 def test_a_host_port_that_is_taken_ends_the_clone(start: Callable[..., Clone], engine: FakeEngine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(HostError, match=f"127.0.0.1:{port} cannot be listened on"):
+        with pytest.raises(HostError, match=f"cannot be published on 127.0.0.1:{port}/tcp"):
             start(publish=(PublishedPort(guest_port=80, host_port=port),))
     assert all(vm.exit is not None for vm in engine.vms)
 

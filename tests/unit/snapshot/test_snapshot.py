@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 
 import pytest
 from fakes.agent import FakeAgent
-from fakes.vm import FakeEngine, FakeVm
+from fakes.vm import FakeEngine, FakeVm, at_verb
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import PublishedPort
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import Clock, MachineSpec
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
 from pytest_fcvm.store import Entry
 
@@ -90,7 +91,9 @@ def _agent_of(clone: Clone) -> FakeAgent:
 
 
 def _identity(clone: Clone) -> Any:
-    (fields,) = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
+    """Return what made it unlike every other; the time follows by itself."""
+    told = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
+    (fields,) = [fields for fields in told if FieldTag.ENTROPY in fields]
     return fields
 
 
@@ -135,6 +138,35 @@ def test_identity_comes_before_everything_else(snapshot: Snapshot, start: Callab
     assert _agent_of(clone).executed[0][0] is StreamKind.PERSONALISE
 
 
+def test_the_time_is_told_when_the_guest_has_answered_and_the_hook_runs_after_it(
+    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    snapshot = make_snapshot(hook="echo hook")
+    answered: list[int] = []
+    prepare = engine.prepare_guest
+
+    def take_long(agent: FakeAgent) -> None:
+        """Play a guest that comes to life late: what is in the channel waits for it."""
+        prepare(agent)
+        at_verb(agent, StreamKind.PERSONALISE, lambda: (time.sleep(0.2), answered.append(time.time_ns())))
+
+    engine.prepare_guest = take_long
+    told = [fields for kind, fields in _agent_of(start(snapshot)).executed if kind is StreamKind.PERSONALISE]
+    first, second = told
+    assert (first.number(FieldTag.FLAGS), FieldTag.REALTIME_NS in first, FieldTag.ARG in first) == (16, False, False)
+    assert answered[0] <= second.number(FieldTag.REALTIME_NS) <= answered[1] - 150_000_000
+    assert second.texts(FieldTag.ARG) == ["/bin/sh", "-c", "echo hook"]
+    assert FieldTag.FLAGS not in second
+
+
+def test_a_clone_with_the_snapshots_clock_is_told_no_time(
+    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone]
+) -> None:
+    clone = start(make_snapshot(clock=Clock.SNAPSHOT))
+    (identity,) = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
+    assert not identity.keys() & {FieldTag.REALTIME_NS, FieldTag.FLAGS}
+
+
 @pytest.mark.parametrize(
     ("image", "name"),
     [
@@ -163,7 +195,6 @@ def test_a_clone_may_have_host_ports_of_its_own(snapshot: Snapshot, start: Calla
     clone = start(snapshot, publish=(PublishedPort(guest_port=443, host_port=18443),))
     assert clone.endpoint(443) == ("127.0.0.1", 18443)
     assert snapshot.spec.publish == ()
-    assert {port.guest_port for port in clone._machine.vm.plan.ports} >= {80, 443}  # type: ignore[attr-defined]
 
 
 def test_room_is_taken_for_a_clones_life(snapshot: Snapshot, room: Room) -> None:
@@ -208,10 +239,10 @@ def test_a_clone_that_cannot_be_given_an_identity_holds_no_channel(
     channel = FakeVm.channel
     monkeypatch.setattr(FakeVm, "channel", lambda vm: channels.append(vm) or channel(vm))
 
-    def refuse() -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("pytest_fcvm.clone.machine.real_time_ns", refuse)
+    monkeypatch.setattr("pytest_fcvm.snapshot.cloner.fresh_identity", refuse)
     with pytest.raises(HostError, match="no file descriptor is left for web-1"):
         snapshot.clone(name="web-1")
     assert not channels
