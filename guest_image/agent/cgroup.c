@@ -12,8 +12,9 @@
 #include <unistd.h>
 
 #include "loop.h"
+#include "stuck.h"
 
-enum { FREEZE_DEADLINE_MS = 5000 };
+enum { FREEZE_DEADLINE_MS = 5000, LOOK_MS = 100, STUCK_LOOKS = 3 };
 
 #define MOUNTED_AT "/mnt/cgroup"
 
@@ -147,18 +148,22 @@ int cgroup_freeze(struct failure *failure)
 {
     struct pollfd change = {.fd = state, .events = POLLPRI};
     int64_t deadline = loop_now_ms() + FREEZE_DEADLINE_MS;
+    char names[120] = "";
+    int stuck = 0; /* looks in a row at which nothing but the kernel's work was to be waited for */
 
     if (frozen || freezer < 0)
         return 0;
     if (pwrite(freezer, "1", 1, 0) != 1)
         return fail(failure, "write", "cgroup.freeze");
-    while (!has_settled()) {
-        int64_t left = deadline - loop_now_ms();
-        if (left > 0 && poll(&change, 1, (int)left) >= 0)
+    while (!has_settled() && stuck < STUCK_LOOKS) {
+        if (poll(&change, 1, LOOK_MS) == 0)
+            stuck = stuck_in_kernel(group_path + strlen(MOUNTED_AT), names, sizeof names) ? stuck + 1 : 0;
+        if (loop_now_ms() < deadline)
             continue;
         ssize_t ignored = pwrite(freezer, "0", 1, 0);
         (void)ignored;
-        return fail_with(failure, ETIMEDOUT, "the workload did not freeze within %d ms", FREEZE_DEADLINE_MS);
+        return fail_with(failure, ETIMEDOUT, "the workload did not freeze within %d ms: %s", FREEZE_DEADLINE_MS,
+                         names[0] ? names : "nobody knows why");
     }
     frozen = true;
     return 0;
