@@ -48,6 +48,11 @@ bool network_owns(const struct inet *other)
     return inet_equal(&plain, &address) || (network_peer() && inet_equal(&plain, &gateway));
 }
 
+bool network_is_interface(unsigned index)
+{
+    return index == interface && interface != loopback;
+}
+
 static int parse_field(const struct body *body, uint16_t tag, struct inet *value, struct failure *failure)
 {
     const char *text = body_text(body, tag);

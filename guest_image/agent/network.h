@@ -17,4 +17,7 @@ const struct inet *network_peer(void);
 /* Whether an address is one of the guest's own. */
 bool network_owns(const struct inet *address);
 
+/* Whether a device is the interface of that address, which is no NIC where the VM has none. */
+bool network_is_interface(unsigned index);
+
 #endif

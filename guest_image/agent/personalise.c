@@ -33,7 +33,7 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
         return fail_with(failure, EINVAL, "QUIESCE needs a SECRET without zero bytes");
     if (cgroup_freeze(failure))
         return -1;
-    sockets_note_quiesce();
+    sockets_note_quiesce(true);
     if (network_forget_peer(body, failure) == 0)
         return 0;
     personalise_thaw(); /* refused: the session goes on, and so does the workload */
@@ -47,7 +47,7 @@ int personalise_park(const struct body *body, struct reply *reply, struct failur
         return fail_with(failure, EINVAL, "PARK needs a SECRET and a RETURN without zero bytes");
     if (cgroup_freeze(failure))
         return -1;
-    sockets_note_quiesce();
+    sockets_note_quiesce(false);
     return 0;
 }
 

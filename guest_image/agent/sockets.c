@@ -11,6 +11,7 @@
 #include <linux/sock_diag.h>
 
 #include "network.h"
+#include "routes.h"
 
 #ifndef SOCK_DESTROY
 #define SOCK_DESTROY 21
@@ -29,6 +30,7 @@ static bool distrust_gateway; /* its address is the guest's own now, and may be 
 static bool none_at_quiesce; /* nothing can have connected to a frozen workload since */
 static struct inet_diag_sockid found[FOUND_MAX];
 static unsigned found_count;
+static struct inet last_peer; /* whose way was looked up in this dump */
 
 static int ask(uint16_t type, uint16_t flags, uint8_t family, const struct inet_diag_sockid *id)
 {
@@ -47,12 +49,31 @@ static bool is_gateway(const struct inet *peer)
     return network_peer() && inet_equal(peer, network_peer());
 }
 
+/* A peer of IPv4 may be spoken to over IPv6. Many sockets in a row have the same one. */
+static bool leaves(const struct inet *peer)
+{
+    static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
+    static bool last_leaves;
+    struct inet plain = *peer;
+
+    if (last_peer.family && inet_equal(&last_peer, peer))
+        return last_leaves;
+    if (peer->family == AF_INET6 && memcmp(peer->bytes, mapped, sizeof mapped) == 0) {
+        plain = (struct inet){.family = AF_INET};
+        memcpy(plain.bytes, peer->bytes + 12, 4);
+    }
+    last_peer = *peer;
+    return last_leaves = routes_lead_outside(&plain);
+}
+
 static void consider(const struct inet_diag_msg *socket)
 {
     struct inet peer = {.family = socket->idiag_family};
 
+    if (found_count == FOUND_MAX)
+        return;
     memcpy(peer.bytes, socket->id.idiag_dst, inet_size(&peer));
-    if (found_count < FOUND_MAX && (!network_owns(&peer) || (distrust_gateway && is_gateway(&peer))))
+    if (network_owns(&peer) ? distrust_gateway && is_gateway(&peer) : leaves(&peer))
         found[found_count++] = socket->id;
 }
 
@@ -85,6 +106,7 @@ static int dump(uint8_t family)
 {
     int end = 0;
 
+    last_peer.family = 0;
     if (ask(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, NULL))
         return -1;
     while (!end)
@@ -125,10 +147,14 @@ static int reset_family(uint8_t family, struct failure *failure)
     return 0;
 }
 
-void sockets_note_quiesce(void)
+void sockets_note_quiesce(bool ends)
 {
+    struct failure ignored;
+
     found_count = 0;
     distrust_gateway = true;
+    if (usable && ends && (reset_family(AF_INET, &ignored) || reset_family(AF_INET6, &ignored)))
+        found_count = 1;
     none_at_quiesce = usable && dump(AF_INET) == 0 && dump(AF_INET6) == 0 && !found_count;
     distrust_gateway = false;
 }

@@ -10,10 +10,11 @@
 void sockets_probe(void);
 bool sockets_can_reset(void);
 
-/* Look for such connections in the frozen guest, so that its clones need not when there are none. */
-void sockets_note_quiesce(void);
+/* Look for such connections in the frozen guest, so that its clones need not when there are none. One that `ends` with
+ * its snapshot resets them itself, once for all clones. */
+void sockets_note_quiesce(bool ends);
 
-/* Reset every TCP connection whose peer is not one of the guest's own addresses. */
+/* Reset every TCP connection that leaves by a NIC of the VM. */
 int sockets_reset_foreign(struct failure *failure);
 
 #endif

@@ -161,9 +161,9 @@ class Guest:
         launcher = self.process.pid
         return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[0])
 
-    def listen(self, port, address="0.0.0.0"):
-        """Return a listening socket in the guest's network."""
-        return self._open(LISTEN, port, address)
+    def listen(self, port, address="0.0.0.0", of=None):
+        """Return a listening socket in the guest's network, or in that of a process."""
+        return self._open(LISTEN, port, address, of)
 
     def bind_datagrams(self, port, address="0.0.0.0"):
         """Return a datagram socket in the guest's network."""
@@ -173,10 +173,10 @@ class Guest:
         """Return a socket that a program of the guest has connected. Raise ConnectionRefusedError."""
         return self._open(DIAL, port, address)
 
-    def _open(self, script, port, address):
+    def _open(self, script, port, address, of=None):
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            enter = ["nsenter", "--target", str(self.agent_pid), "--net"]
+            enter = ["nsenter", "--target", str(of or self.agent_pid), "--net"]
             enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
             arguments = [sys.executable, "-c", script, str(theirs.fileno()), address, str(port)]
             done = subprocess.run([*enter, *arguments], pass_fds=[theirs.fileno()], capture_output=True, text=True)

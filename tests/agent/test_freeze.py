@@ -37,8 +37,7 @@ class HangingFiles:
             libc.unshare(CLONE_NEWNS)
             libc.setns(namespace.fileno(), CLONE_NEWNS)
         options = f"fd={self._fd},rootmode=40000,user_id=0,group_id=0"
-        root = f"/proc/{process}/root"
-        return libc.mount(b"hang", f"{root}{place}".encode(), b"fuse", 0, options.encode()) == 0
+        return libc.mount(b"hang", place.encode(), b"fuse", 0, options.encode()) == 0
 
     def _serve(self):
         poll = select.poll()

@@ -1,6 +1,8 @@
 """QUIESCE and PERSONALISE: going to sleep as one guest and waking up as another."""
 
-import socket
+import contextlib
+import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -192,22 +194,110 @@ def test_a_hook_that_hangs_is_killed_after_ten_seconds(guest, p):
     assert "sleep 1000" not in seen(guest.client, "ps")
 
 
-def test_connections_to_peers_outside_are_reset_and_those_inside_stay(guest, p):
-    client = guest.client
-    seen(client, "ip addr add 10.9.9.9/32 dev lo")  # an address that is not one of the guest's own
-    with guest.listen(7000) as outside, guest.listen(7001) as inside:
-        client.start_exec("sh", "-c", "sleep 99 | nc 10.9.9.9 7000 & sleep 99 | nc 10.0.2.15 7001 & wait")
-        gone, stays = outside.accept()[0], inside.accept()[0]
-        with gone, stays:
-            reply = client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32))
+@pytest.fixture
+def link(make_guest):
+    """A guest whose NIC has a neighbour, and what runs `ip` in the guest's network."""
+    guest = make_guest()
+    guest.connect()
+
+    def ip(words):
+        enter = ["nsenter", "--target", str(guest.agent_pid), "--net"]
+        enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        done = subprocess.run([*enter, "ip", *words.split()], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"ip {words}: {done.stderr}")
+
+    ip("link add eth0 type veth peer name far")
+    guest.configure()
+    return guest, ip
+
+
+@contextlib.contextmanager
+def neighbour(guest, ip, card, address):
+    """Put the far end of a link into a network namespace of its own, and yield its process."""
+    enter = ["nsenter", "--target", str(guest.agent_pid), "--net"]
+    enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+    script = (
+        f"echo ready; read -r _; ip addr add {address}/24 dev {card}; ip link set {card} up; echo up; exec sleep 99"
+    )
+    command = [*enter, "unshare", "--net", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            ip(f"link set {card} netns {process.pid}")
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "up\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_connections_that_leave_by_a_nic_are_reset(link, p):
+    guest, ip = link
+    with neighbour(guest, ip, "far", "10.0.2.99") as far, guest.listen(7000, of=far.pid) as outside:
+        guest.client.start_exec("sh", "-c", "sleep 99 | nc 10.0.2.99 7000")
+        gone = outside.accept()[0]
+        with gone:
+            reply = guest.client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32))
             if reply[p.MESSAGE]:
                 pytest.skip(reply[p.MESSAGE][0])
             gone.settimeout(5)
             with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
                 gone.recv(1)
-            stays.settimeout(0.2)
-            with pytest.raises(socket.timeout):
-                stays.recv(1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.2.15", "10.0.2.2", "10.9.9.9", "10.8.8.1", "fd00::9"])
+def test_connections_between_programs_of_the_guest_stay_over_whichever_address(link, p, address):
+    guest, ip = link
+    ip("addr add 10.9.9.9/32 dev lo")
+    ip("addr add fd00::9/128 dev lo")
+    ip("link add bridge type bridge")
+    ip("addr add 10.8.8.1/24 dev bridge")
+    ip("link set bridge up")
+    with guest.listen(7000, "::" if ":" in address else "0.0.0.0") as inside:
+        guest.client.start_exec("sh", "-c", f"sleep 99 | nc {address} 7000")
+        check_stays(guest, p, inside)
+
+
+def test_connections_into_a_network_namespace_of_the_guest_stay(link, p):
+    guest, ip = link
+    ip("link add near type veth peer name inner")
+    ip("addr add 10.200.0.1/24 dev near")
+    ip("link set near up")
+    with neighbour(guest, ip, "inner", "10.200.0.2") as container, guest.listen(7000, of=container.pid) as inside:
+        guest.client.start_exec("sh", "-c", "sleep 99 | nc 10.200.0.2 7000")
+        check_stays(guest, p, inside)
+
+
+def check_stays(guest, p, listener):
+    stays = listener.accept()[0]
+    with stays:
+        guest.client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32))
+        stays.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            stays.recv(1)
+
+
+def test_connections_to_peers_outside_end_before_the_snapshot_and_no_clone_has_to_do_it(link, p):
+    guest, ip = link
+    guest.start("sleep 99 | nc 10.0.2.99 7000")
+    with neighbour(guest, ip, "far", "10.0.2.99") as far, guest.listen(7000, of=far.pid) as outside:
+        seen(guest.client, "sleep 99 | nc 10.0.2.99 7000 & :")
+        gone = outside.accept()[0]
+        with gone:
+            guest.client.call(p.QUIESCE, (p.SECRET, p.new_secret()))
+            gone.settimeout(5)
+            with pytest.raises((ConnectionResetError, ConnectionAbortedError)):
+                gone.recv(1)
+
+
+def test_a_workload_that_stays_frozen_waits_for_the_time(frozen, p):
+    client = frozen.connect(frozen.secret)
+    client.call(p.PERSONALISE, (p.ENTROPY, b"e" * 32), (p.FLAGS, 16))
+    assert client.call(p.STATUS)[p.STATE] == ["frozen"]
+    client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
+    assert client.call(p.STATUS)[p.STATE] == ["running"]
 
 
 def test_a_private_network_that_is_joined_has_an_address_and_names(guest, p):
