@@ -5,6 +5,7 @@
 #include <linux/random.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -16,7 +17,10 @@
 #include "protocol.h"
 #include "sockets.h"
 
-enum { ENTROPY = 32, NS_PER_S = 1000000000 };
+enum { ENTROPY = 32, NS_PER_S = 1000000000, STAYS_FROZEN = 16 };
+
+static int64_t told_at_ns; /* on the monotonic clock: when the host was told that it may tell the time; 0 at any other */
+
 
 /* Its length was checked with the body. */
 static bool has_secret(const struct body *body, uint16_t tag)
@@ -80,16 +84,33 @@ static int stir_random_numbers(const struct body *body, struct failure *failure)
     return 0;
 }
 
+static int64_t read_clock(clockid_t clock)
+{
+    struct timespec time;
+
+    clock_gettime(clock, &time);
+    return (int64_t)time.tv_sec * NS_PER_S + time.tv_nsec;
+}
+
+/* The host took the time between our reply and now, about half-way. Programs take it ill when time runs back: what is
+ * less than a second is worked off by the kernel, a two-thousandth part at a time. */
 static int set_clock(const struct body *body, struct failure *failure)
 {
-    uint64_t now;
+    uint64_t told;
 
-    if (!body_number(body, FIELD_REALTIME_NS, &now))
+    if (!body_number(body, FIELD_REALTIME_NS, &told))
         return 0;
+    int64_t way = told_at_ns ? (read_clock(CLOCK_MONOTONIC) - told_at_ns) / 2 : 0;
+    int64_t now = (int64_t)told + way, ahead = read_clock(CLOCK_REALTIME) - now;
     const struct timespec time = {.tv_sec = (time_t)(now / NS_PER_S), .tv_nsec = (long)(now % NS_PER_S)};
+    const struct timeval back = {.tv_usec = (suseconds_t)(-ahead / 1000)};
+
+    told_at_ns = 0;
     if (report_test_mode)
         return 0; /* it would be the host's clock */
-    if (clock_settime(CLOCK_REALTIME, &time))
+    if (ahead >= 0 && ahead < NS_PER_S)
+        adjtime(&back, NULL);
+    else if (clock_settime(CLOCK_REALTIME, &time))
         return fail(failure, "clock_settime", "CLOCK_REALTIME");
     return 0;
 }
@@ -111,6 +132,16 @@ static int reset_connections(const struct body *body, struct reply *reply, struc
     if (!sockets_can_reset())
         reply_text(reply, FIELD_MESSAGE, "connections to peers outside were kept: the kernel has no tcp_diag");
     return 0;
+}
+
+bool personalise_leaves_frozen(const struct body *body)
+{
+    uint64_t flags = 0;
+
+    body_number(body, FIELD_FLAGS, &flags);
+    if (flags & STAYS_FROZEN)
+        told_at_ns = read_clock(CLOCK_MONOTONIC);
+    return flags & STAYS_FROZEN;
 }
 
 int personalise(const struct body *body, struct reply *reply, struct failure *failure)

@@ -95,8 +95,10 @@ static int serve(uint32_t id, uint8_t kind, const struct body *body, struct fail
         return -1;
     output_reply(id, 0, reply.bytes, reply.used);
     if (kind == KIND_PERSONALISE) {
+        bool stays_frozen = personalise_leaves_frozen(body);
         output_pump(); /* the host goes on while the workload wakes: its first instructions are the slowest */
-        personalise_thaw();
+        if (!stays_frozen)
+            personalise_thaw();
     }
     if (kind == KIND_QUIESCE)
         session_quiesce((const unsigned char *)body_find(body, FIELD_SECRET)->bytes);
