@@ -6,21 +6,39 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { COLUMNS = 7, LINE = 65536 };
+/* These files are read as runc and Docker read them (github.com/moby/sys/user): of a line that is short the rest is empty,
+ * what is no number is 0, of several lines that fit the first counts, and a number is an id and never a name. */
+enum { COLUMNS = 7, NAME = 256 };
 
-static char line[LINE];
+struct table {
+    FILE *file;
+    char *line;
+    size_t size;
+    char *columns[COLUMNS];
+};
 
-/* Split the next line of a passwd-like file in place; lines with fewer columns, or too long, are passed over. */
-static bool next_entry(FILE *file, char *columns[COLUMNS], int wanted)
+static void close_table(struct table *table)
 {
-    while (fgets(line, sizeof line, file)) {
-        char *rest = line;
-        int count = 0;
-        line[strcspn(line, "\n")] = 0;
-        while (rest && count < COLUMNS)
-            columns[count++] = strsep(&rest, ":");
-        if (count >= wanted)
-            return true;
+    if (table->file)
+        fclose(table->file);
+    free(table->line);
+}
+
+/* Split the next line that is not blank, however long it is. */
+static bool next_entry(struct table *table)
+{
+    static const char blanks[] = " \t\r\n\v\f";
+    static char empty[1];
+
+    while (table->file && getline(&table->line, &table->size, table->file) >= 0) {
+        char *rest = table->line + strspn(table->line, blanks);
+        for (size_t length = strlen(rest); length && strchr(blanks, rest[length - 1]); length--)
+            rest[length - 1] = 0;
+        if (!*rest)
+            continue;
+        for (int i = 0; i < COLUMNS; i++)
+            table->columns[i] = rest ? strsep(&rest, ":") : empty;
+        return true;
     }
     return false;
 }
@@ -37,27 +55,34 @@ static bool parse_id(const char *text, unsigned *id)
     return *end == 0 && value < 0xffffffffUL;
 }
 
-/* By name, else by number. A number without an entry is fine. */
-static bool find_user(const char *name, struct user *user, char *login, size_t login_size)
+static unsigned number_in(const char *column)
 {
-    FILE *file = fopen("/etc/passwd", "re");
-    char *columns[COLUMNS];
-    unsigned id = 0, entry_id, entry_group;
-    bool is_number = parse_id(name, &id), found = false;
+    unsigned id;
 
-    while (file && !found && next_entry(file, columns, 6)) {
-        if (!parse_id(columns[2], &entry_id) || !parse_id(columns[3], &entry_group))
-            continue;
-        found = strcmp(columns[0], name) == 0 || (is_number && entry_id == id);
+    if (*column == '-' && parse_id(column + 1, &id))
+        return -id; /* nobody's, where 16 bits were enough: not 0, which is root */
+    return parse_id(column, &id) ? id : 0;
+}
+
+/* By number, else by name; nobody named is root. A number without an entry is fine, and so is root. */
+static bool find_user(const char *name, struct user *user, char login[NAME])
+{
+    struct table table = {.file = fopen("/etc/passwd", "re")};
+    unsigned id = 0;
+    bool is_number = !*name || parse_id(name, &id), found = false;
+
+    while (!found && next_entry(&table)) {
+        unsigned entry = number_in(table.columns[2]);
+        found = is_number ? entry == id : strcmp(table.columns[0], name) == 0;
         if (!found)
             continue;
-        user->id = entry_id;
-        user->group = entry_group;
-        snprintf(login, login_size, "%s", columns[0]);
-        snprintf(user->home, sizeof user->home, "%s", columns[5]);
+        user->id = entry;
+        user->group = number_in(table.columns[3]);
+        snprintf(login, NAME, "%s", table.columns[0]);
+        if (*table.columns[5])
+            snprintf(user->home, sizeof user->home, "%s", table.columns[5]);
     }
-    if (file)
-        fclose(file);
+    close_table(&table);
     if (!found && is_number)
         user->id = id;
     return found || is_number;
@@ -65,22 +90,18 @@ static bool find_user(const char *name, struct user *user, char *login, size_t l
 
 static bool find_group(const char *name, gid_t *group)
 {
-    FILE *file = fopen("/etc/group", "re");
-    char *columns[COLUMNS];
-    unsigned id;
-    bool found = false;
+    struct table table = {.file = fopen("/etc/group", "re")};
+    unsigned id = 0;
+    bool is_number = parse_id(name, &id), found = is_number;
 
-    while (file && !found && next_entry(file, columns, 3))
-        if (strcmp(columns[0], name) == 0 && parse_id(columns[2], &id)) {
-            *group = id;
+    while (!found && next_entry(&table))
+        if (strcmp(table.columns[0], name) == 0) {
+            id = number_in(table.columns[2]);
             found = true;
         }
-    if (file)
-        fclose(file);
-    if (!found && parse_id(name, &id)) {
+    close_table(&table);
+    if (found)
         *group = id;
-        found = true;
-    }
     return found;
 }
 
@@ -96,41 +117,35 @@ static bool lists_member(char *members, const char *login)
 
 static void find_supplementary(const char *login, struct user *user)
 {
-    FILE *file = fopen("/etc/group", "re");
-    char *columns[COLUMNS];
-    unsigned id;
+    struct table table = {.file = fopen("/etc/group", "re")};
 
-    while (file && user->group_count < sizeof user->groups / sizeof user->groups[0] && next_entry(file, columns, 4))
-        if (parse_id(columns[2], &id) && lists_member(columns[3], login))
-            user->groups[user->group_count++] = id;
-    if (file)
-        fclose(file);
+    while (user->group_count < sizeof user->groups / sizeof user->groups[0] && next_entry(&table))
+        if (lists_member(table.columns[3], login))
+            user->groups[user->group_count++] = number_in(table.columns[2]);
+    close_table(&table);
 }
 
 int users_find(const char *name, struct user *user, struct notice *notice)
 {
-    char person[256], login[256] = "";
-    unsigned number;
+    char person[NAME], group[NAME] = "", login[NAME] = "";
 
     memset(user, 0, sizeof *user);
-    strcpy(user->home, "/root");
-    if (!name || !*name)
-        return 0; /* no file is read on the way of most execs */
     strcpy(user->home, "/");
+    name = name ? name : "";
     size_t length = strcspn(name, ":");
     snprintf(person, sizeof person, "%.*s", (int)length, name);
-    if (*person == 0 || !find_user(person, user, login, sizeof login)) {
+    if (name[length])
+        snprintf(group, sizeof group, "%.*s", (int)strcspn(name + length + 1, ":"), name + length + 1);
+    if (!find_user(person, user, login)) {
         launch_complain_text(notice, "user %s is not in the image's /etc/passwd", person);
         return -1;
     }
-    if (name[length] == ':' && name[length + 1]) {
-        if (find_group(name + length + 1, &user->group))
-            return 0;
-        launch_complain_text(notice, "group %s is not in the image's /etc/group", name + length + 1);
+    if (*group && !find_group(group, &user->group)) {
+        launch_complain_text(notice, "group %s is not in the image's /etc/group", group);
         return -1;
     }
-    /* Supplementary groups only for a name without a group (OCI image specification, conversion.md). */
-    if (!parse_id(person, &number))
+    user->groups[user->group_count++] = user->group;
+    if (!*group && *login) /* OCI image specification, conversion.md: only without a group of the caller's own */
         find_supplementary(login, user);
     return 0;
 }

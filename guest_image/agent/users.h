@@ -9,12 +9,12 @@
 struct user {
     uid_t id;
     gid_t group;
-    gid_t groups[64]; /* supplementary */
+    gid_t groups[1024]; /* its own first */
     size_t group_count;
     char home[4096];
 };
 
-/* For use in a child, in the image's root. `name` is user|uid[:group|gid]; NULL or "" is root. 0, or -1 with a notice. */
+/* For use in a child, in the image's root. `name` is user|uid[:group|gid]; NULL and "" are root. 0, or -1 with a notice. */
 int users_find(const char *name, struct user *user, struct notice *notice);
 
 int users_become(const struct user *user);
