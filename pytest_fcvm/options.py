@@ -15,7 +15,7 @@ from typing import Any
 
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.own import environment, expand_home, os
-from pytest_fcvm.model import parse
+from pytest_fcvm.model import parse, settings
 from pytest_fcvm.model.specs import MachineSpec, Prepare
 
 __all__ = [
@@ -201,7 +201,12 @@ ROWS: tuple[Row, ...] = (
     _machine("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
     _machine("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
     _machine("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
+    _machine("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program in place of the image's entrypoint and its arguments", metavar="COMMAND"),
     _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
+    _machine("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload, which its clones keep", metavar="NAME", default="fcvm-base"),
+    _machine("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="half of the memory"),
+    _machine("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands, -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
+    _machine("sysctl", "sysctls", _plain(settings.parse_sysctl), "setting of the guest's kernel", metavar="NAME=VALUE", kind=_LIST),
     _run("engine", "engine", _one_of(*_ENGINES), "what runs the machines", choices=_ENGINES, default="auto"),
     _run("accel", "accel", _one_of(*_ACCELS), "hardware or software processors", choices=_ACCELS, default="auto"),
     _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),

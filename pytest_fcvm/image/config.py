@@ -49,9 +49,13 @@ class ImageConfig:
     shell: tuple[str, ...] = ()
     architecture: str = ""
 
-    def argv(self, command: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return the workload's command line: the entrypoint, then `command` in the place of the image's own."""
-        return (*self.entrypoint, *(self.cmd if command is None else command))
+    def argv(self, command: Sequence[str] | None = None, entrypoint: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Return the workload's command line: the entrypoint, then `command` in the place of the image's own.
+
+        As in `docker run`, arguments of the image are those of its entrypoint, and not of another one.
+        """
+        own = () if entrypoint else self.cmd
+        return (*(self.entrypoint if entrypoint is None else entrypoint), *(own if command is None else command))
 
     def to_json(self) -> dict[str, object]:
         """Return what `from_json` reads, made of JSON's types alone."""

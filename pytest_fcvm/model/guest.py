@@ -25,7 +25,9 @@ class GuestConfig:
 
     `address` has a prefix length ("10.0.2.15/24"), `hosts` are lines of /etc/hosts, `mac` is "52:54:00:12:34:56",
     `upper_mib` is the size of the writable layer in memory, `upper_device` the disk with its file system instead. With
-    `peer_gateway` the guest owns the gateway's address itself, because there is no peer on its NIC.
+    `peer_gateway` the guest owns the gateway's address itself, because there is no peer on its NIC. `volumes` are
+    absolute paths of directories that are not to be on the overlay, outer ones first; `ulimits` are soft and hard
+    limits, -1 for none, by Linux's numbers; `shm_mib` is the size of /dev/shm.
     """
 
     hostname: str = ""
@@ -40,12 +42,17 @@ class GuestConfig:
     dns: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     peer_gateway: bool | None = None
+    volumes: tuple[str, ...] = ()
+    shm_mib: int | None = None
+    ulimits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    sysctls: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """What makes one clone different from the next; whatever is left out stays as it was in the snapshot.
 
+    The host name is not in it: services remember under which one they have started. `hosts` replace those of before.
     `entropy` is 32 bytes, `machine_id` 32 hex digits, `boot_id` a UUID. `hook` is a command that the agent runs
     after all this is set and before the workload goes on, for 10 s at most, with the environment `hook_env`. One that
     `stays_frozen` lets the workload wait for the next.
@@ -53,7 +60,6 @@ class Identity:
 
     entropy: bytes = b""
     realtime_ns: int | None = None
-    hostname: str = ""
     machine_id: str = ""
     boot_id: str = ""
     interface: str = ""

@@ -26,6 +26,7 @@ __all__ = [
     "parse_count",
     "parse_disk_mib",
     "parse_duration",
+    "parse_entrypoint",
     "parse_env",
     "parse_limit_mib",
     "parse_map",
@@ -47,7 +48,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
-_SIGNAL = re.compile(r"(?P<number>\d{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+)(?P<more>[+-]\d{1,2})?")
+_SIGNAL = re.compile(r"(?P<number>[0-9]{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+?)(?P<more>[+-][0-9]{1,2})?")
+_REAL_TIME = {"RTMIN": 34, "RTMAX": 64}  # as images mean them: the C library of the host may keep others for itself
 _COUNTED = re.compile(r"log@([1-9]\d{0,5})")
 _LEAST_DISK_MIB = 64
 _MOST_METADATA = 51200  # bytes: --http-api-max-payload-size of Firecracker
@@ -95,14 +97,23 @@ def parse_count(text: str | int) -> int:
 
 
 def parse_signal(text: str) -> int:
-    """Read `SIGTERM`, `TERM`, `15` or `SIGRTMIN+3`, as images name what they are stopped by."""
-    match = _SIGNAL.fullmatch(text.strip())
-    if match and match["number"]:
+    """Read `SIGTERM`, `TERM`, `15` or `SIGRTMIN+3` in any case, as images name what they are stopped by."""
+    match = _SIGNAL.fullmatch(text.strip().upper())
+    number = _signal_number(match) if match else 0
+    if not 0 < number <= _REAL_TIME["RTMAX"]:
+        raise UsageProblem(f"{text!r} is no signal", hint="write SIGTERM, TERM, 15 or SIGRTMIN+3")
+    return number
+
+
+def _signal_number(match: re.Match[str]) -> int:
+    if match["number"]:
         return int(match["number"])
-    name = f"SIG{match['name']}" if match else ""
-    if not match or name not in signal.Signals.__members__:
-        raise UsageProblem(f"{text!r} is no signal", hint="write SIGTERM, 15 or SIGRTMIN+3")
-    return signal.Signals[name] + int(match["more"] or 0)
+    name, more = match["name"], int(match["more"] or 0)
+    if name in _REAL_TIME:
+        number = _REAL_TIME[name] + more
+        return number if _REAL_TIME["RTMIN"] <= number else 0
+    known = signal.Signals.__members__.get(f"SIG{name}")
+    return int(known) if known and not match["more"] else 0
 
 
 def parse_pool(text: str | int) -> int | None:
@@ -142,6 +153,11 @@ def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:
     if not words or any("\0" in word for word in words):
         raise UsageProblem("the command is empty or has a NUL byte", hint="name a program of the image")
     return words
+
+
+def parse_entrypoint(text: str | Iterable[str]) -> tuple[str, ...]:
+    """Read a command line in the place of the image's entrypoint; an empty one takes that away."""
+    return parse_command(text) if text else ()
 
 
 def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import PublishedPort
+from pytest_fcvm.model.settings import Ulimit
 
 __all__ = [
     "Clock",
@@ -176,7 +177,9 @@ class MachineSpec:
     guest's own numbers. `host_ports` are those of this host's 127.0.0.1 that its programs reach as `host.fcvm`. `needs`
     names those of an `fcvm_group` that must be ready before it: its own condition is then waited for in the clone, and
     the base is taken as soon as its workload runs. With a `balloon`, memory can be taken from its clones. `metadata` is
-    what its programs read from http://169.254.169.254, as in a cloud.
+    what its programs read from http://169.254.169.254, as in a cloud. An `entrypoint` replaces the image's, whose own
+    arguments then go too; an empty one takes it away. `hostname` is the name under which the workload starts and that
+    its clones keep. `shm_mib` is the size of /dev/shm. `ulimits` and `sysctls` are set before the workload starts.
     """
 
     image: str | None = None
@@ -199,7 +202,12 @@ class MachineSpec:
     clock: Clock = Clock.HOST
     user: str | None = None
     workdir: str | None = None
+    entrypoint: tuple[str, ...] | None = None
     command: tuple[str, ...] | None = None
+    hostname: str = "fcvm-base"
+    shm_mib: int | None = None
+    ulimits: Mapping[str, Ulimit] = field(default_factory=dict)
+    sysctls: Mapping[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
 
     @property

@@ -50,7 +50,7 @@ def test_the_default_that_help_shows_is_the_one_that_is_used(row: Row) -> None:
     defaults = build_options([])
     used = getattr(defaults.spec if row.of_machine else defaults, row.field)
     if used is None:
-        described = ("max-clones", "pool", "kernel")  # what is found at run time
+        described = ("max-clones", "pool", "kernel", "shm-size")  # what is found at run time
         assert row.parser is _ROW["qemu"].parser or row.name in described
     else:
         assert row.parser(row.default, Origin(base=Path("/"))) == used
@@ -167,7 +167,14 @@ def test_a_bare_function_prepares_like_a_wrapped_one() -> None:
 
 
 def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
-    assert {row.name for row in ROWS if row.kind is RowKind.LIST} == {"env", "publish", "host-port", "map"}
+    assert {row.name for row in ROWS if row.kind is RowKind.LIST} == {
+        "env",
+        "publish",
+        "host-port",
+        "map",
+        "ulimit",
+        "sysctl",
+    }
     assert {row.name for row in ROWS if row.kind is RowKind.FLAG} == {
         "balloon",
         "own-address",

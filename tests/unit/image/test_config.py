@@ -77,6 +77,20 @@ def test_a_command_takes_the_place_of_cmd_and_the_entrypoint_stays(config, comma
     assert ImageConfig.from_image({"config": config}).argv(command) == argv
 
 
+@pytest.mark.parametrize(
+    ("entrypoint", "command", "argv"),
+    [
+        (("sleep", "9"), None, ("sleep", "9")),
+        (("sleep",), ("9",), ("sleep", "9")),
+        ((), None, ("-c", "/etc/service.conf")),
+        ((), ("sh",), ("sh",)),
+    ],
+)
+def test_an_entrypoint_of_ones_own_takes_the_arguments_of_the_images_along(entrypoint, command, argv):
+    config = ImageConfig(entrypoint=("/bin/false",), cmd=("-c", "/etc/service.conf"))
+    assert config.argv(command, entrypoint) == argv
+
+
 @pytest.mark.parametrize("section", [None, {}, {"Test": None}, {"Test": []}, {"Test": ["NONE"]}])
 def test_no_healthcheck_is_none(section):
     assert ImageConfig.from_image({"config": {"Healthcheck": section}}).healthcheck is None

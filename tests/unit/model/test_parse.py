@@ -251,13 +251,47 @@ def test_an_empty_path_is_refused_and_not_taken_for_the_base(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("SIGTERM", 15), ("TERM", 15), ("15", 15), ("SIGRTMIN+3", 37), ("SIGRTMAX-1", 63), ("QUIT", 3)]
+    ("text", "number"),
+    [
+        ("SIGTERM", 15),
+        ("TERM", 15),
+        ("sigterm", 15),
+        (" Term ", 15),
+        ("15", 15),
+        ("SIGRTMIN+3", 37),
+        ("RTMIN+3", 37),
+        ("rtmin", 34),
+        ("SIGRTMAX-1", 63),
+        ("RTMAX-30", 34),
+        ("QUIT", 3),
+        ("SIGUSR1", 10),
+        ("IOT", 6),
+        ("37", 37),
+        ("64", 64),
+    ],
 )
 def test_signals_are_read_as_images_name_them(text: str, number: int) -> None:
     assert parse.parse_signal(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "SIGNOTHING", "sigterm", "SIGTERM+", "-1", "111"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "SIG",
+        "SIGNOTHING",
+        "SIGTERM+",
+        "TERM+3",
+        "RTMIN-1",
+        "RTMIN+31",
+        "RTMAX+1",
+        "0",
+        "65",
+        "-1",
+        "111",
+        "SIGSIGTERM",
+    ],
+)
 def test_what_is_no_signal_is_told(text: str) -> None:
     with pytest.raises(UsageProblem, match="is no signal"):
         parse.parse_signal(text)
