@@ -1,8 +1,10 @@
 #include "configure.h"
 
 #include <errno.h>
+#include <stdlib.h>
 
 #include "cgroup.h"
+#include "limits.h"
 #include "names.h"
 #include "namespaces.h"
 #include "network.h"
@@ -19,6 +21,7 @@ void configure_use_cgroup(const char *name)
 int configure(const struct body *body, struct reply *reply, struct failure *failure)
 {
     static bool tried;
+    char **volumes;
     struct writable_layer layer = {.device = body_text(body, FIELD_UPPER_DEVICE)};
 
     (void)reply;
@@ -26,9 +29,16 @@ int configure(const struct body *body, struct reply *reply, struct failure *fail
         return fail_with(failure, EALREADY, "the guest is configured already");
     tried = true;
     body_number(body, FIELD_UPPER_MIB, &layer.mib);
-    if (namespaces_make(body_text(body, FIELD_ROOT_DEVICE), &layer, failure))
+    body_number(body, FIELD_SHM_MIB, &layer.shm_mib);
+    layer.volumes = volumes = body_texts(body, FIELD_VOLUME, 0);
+    int made = volumes ? namespaces_make(body_text(body, FIELD_ROOT_DEVICE), &layer, failure)
+                       : fail_with(failure, ENOMEM, "no memory for the volumes");
+    free(volumes);
+    if (made)
         return -1;
     if (cgroup_make(cgroup_name, failure) || names_configure(body, failure) || network_configure(body, failure))
+        return -1;
+    if (limits_configure(body, failure)) /* behind the network, of whose cards there are settings */
         return -1;
     sockets_probe();
     return 0;

@@ -113,6 +113,7 @@ static uint32_t fixed_size(uint16_t tag)
     switch (tag) {
     case FIELD_REALTIME_NS:
     case FIELD_UPPER_MIB:
+    case FIELD_SHM_MIB:
     case FIELD_PORT:
     case FIELD_SIGNAL:
     case FIELD_FLAGS:

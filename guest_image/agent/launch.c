@@ -10,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -18,14 +17,14 @@
 #include <unistd.h>
 
 #include "cgroup.h"
+#include "directories.h"
+#include "limits.h"
 #include "namespaces.h"
 #include "users.h"
 
 enum {
     EXIT_CANNOT_START = 126,
     EXIT_NOT_FOUND = 127,
-    SOFT_FILES = 1024,
-    HARD_FILES = 524288,
     AWAIT_SLICE_MS = 5,
     AWAIT_SLICES = 100
 };
@@ -85,43 +84,23 @@ static _Noreturn void give_up(struct notice *notice, const char *call, const cha
 
 static void restore_defaults(void)
 {
-    const struct rlimit files = {.rlim_cur = SOFT_FILES, .rlim_max = HARD_FILES};
     sigset_t none;
 
-    setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_DFL);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
     umask(022);
 }
 
-/* mkdir -p; what fails shows when the directory is entered. */
-static void make_directories(const char *path)
-{
-    char part[4096];
-    size_t length = strlen(path);
-
-    if (length >= sizeof part)
-        return;
-    memcpy(part, path, length + 1);
-    for (size_t i = 1; i <= length; i++) {
-        if (part[i] != '/' && part[i] != 0)
-            continue;
-        char kept = part[i];
-        part[i] = 0;
-        mkdir(part, 0755);
-        part[i] = kept;
-    }
-}
-
+/* The workload's own is made, once; whatever comes later must find it. */
 static void enter_directory(const struct launch *launch)
 {
     const char *directory = launch->directory && *launch->directory ? launch->directory : "/";
 
     if (chdir(directory) == 0)
         return;
-    if (errno == ENOENT)
-        make_directories(directory);
+    if (errno == ENOENT && launch->is_workload)
+        directories_make(directory);
     if (chdir(directory))
         give_up(launch->notice, "chdir", directory, EXIT_CANNOT_START);
 }
@@ -195,7 +174,7 @@ static _Noreturn void run_program(const struct launch *launch)
     struct user user;
     const char *program = launch->arguments[0];
 
-    if (users_find(launch->user, &user, launch->notice))
+    if (users_find(launch->user, &user, launch->notice) || limits_apply(launch->notice))
         _exit(EXIT_CANNOT_START);
     enter_directory(launch);
     give_pipes(user.id);

@@ -17,7 +17,7 @@ struct notice {
 struct launch {
     char **arguments;   /* a program... */
     char **environment;
-    const char *directory; /* made if it is missing; NULL: / */
+    const char *directory; /* a workload's is made if it is missing; NULL: / */
     const char *user;      /* NULL: root */
     int (*run)(void *argument, struct notice *notice); /* ...or a function of ours, whose result is the exit code */
     void *argument;

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -10,6 +11,7 @@
 
 #include <linux/openat2.h>
 
+#include "hosts.h"
 #include "journal.h"
 #include "namespaces.h"
 #include "protocol.h"
@@ -31,7 +33,9 @@ static bool has_dbus_file; /* a file of its own in the image; usually it is abse
 static char hostname[NAME_MAX_LENGTH + 1];
 static char machine_id[33];
 static char address[ADDRESS_LENGTH]; /* without the prefix length */
-static char hosts_lines[HOSTS_MAX];  /* those of the host, each with its newline */
+static char hosts_lines[HOSTS_MAX];  /* ours in /etc/hosts, each with its newline: the guest's own, then those of the host */
+static size_t own_lines;             /* bytes of the former */
+static bool is_configured;
 
 static int open_in_root(const char *path, uint64_t flags)
 {
@@ -40,11 +44,25 @@ static int open_in_root(const char *path, uint64_t flags)
     return (int)syscall(SYS_openat2, namespaces_root(), path, &how, sizeof how);
 }
 
+/* -1 where /etc is a symlink, or has no regular file by that name: it is replaced each time then. */
+static void open_upper(struct etc_file *file)
+{
+    char path[64];
+    struct stat status;
+
+    if (file->upper >= 0)
+        close(file->upper);
+    snprintf(path, sizeof path, WORKLOAD_UPPER "/etc/%s", file->name);
+    file->upper = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (file->upper < 0 || (fstat(file->upper, &status) == 0 && S_ISREG(status.st_mode)))
+        return;
+    close(file->upper);
+    file->upper = -1;
+}
+
 /* A regular file of our own; a symlink in its place (resolv.conf often is one) goes. */
 static int replace_file(struct etc_file *file, const char *text, size_t length, struct failure *failure)
 {
-    char path[64];
-
     unlinkat(etc, file->name, 0);
     int fd = openat(etc, file->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
     bool written = fd >= 0 && write(fd, text, length) == (ssize_t)length;
@@ -52,10 +70,7 @@ static int replace_file(struct etc_file *file, const char *text, size_t length, 
         fail(failure, "write", file->name);
     if (fd >= 0)
         close(fd);
-    if (file->upper >= 0)
-        close(file->upper);
-    snprintf(path, sizeof path, WORKLOAD_UPPER "/etc/%s", file->name);
-    file->upper = open(path, O_RDWR | O_NOFOLLOW | O_CLOEXEC); /* -1 where /etc is a symlink: replaced each time then */
+    open_upper(file);
     return written ? 0 : -1;
 }
 
@@ -74,6 +89,7 @@ static int rewrite_file(struct etc_file *file, const char *text, size_t length, 
     return 0;
 }
 
+/* The name that the kernel says: once per boot, because what has started under it remembers it. */
 static int set_hostname(const struct body *body, struct failure *failure)
 {
     const struct field *field = body_find(body, FIELD_HOSTNAME);
@@ -117,56 +133,96 @@ static int set_machine_id(const struct body *body, struct failure *failure)
     return failure->error ? -1 : 0;
 }
 
-static int keep_hosts(const struct body *body, struct failure *failure)
+static int add_lines(const struct body *body, char *text, size_t used, struct failure *failure)
 {
-    size_t used = 0;
-
-    if (!body_find(body, FIELD_HOSTS))
-        return 0;
     for (size_t i = 0; i < body->count; i++) {
         const struct field *field = &body->fields[i];
         if (field->tag != FIELD_HOSTS)
             continue;
         if (field->length + 2 > HOSTS_MAX - used)
             return fail_with(failure, E2BIG, "HOSTS lines of more than %d bytes", HOSTS_MAX);
-        memcpy(hosts_lines + used, field->bytes, field->length);
+        memcpy(text + used, field->bytes, field->length);
         used += field->length;
-        hosts_lines[used++] = '\n';
+        text[used++] = '\n';
     }
-    hosts_lines[used] = 0;
+    text[used] = 0;
     return 0;
 }
 
-static int write_hosts(struct failure *failure)
+/* The guest's own address by its host name, in short too, and the lines of the host: those of before unless there are new. */
+static int list_hosts(const struct body *body, char *text, struct failure *failure)
 {
-    static char text[HOSTS_MAX + 512];
+    size_t dot = strcspn(hostname, "."), before = own_lines;
 
-    int length = snprintf(text, sizeof text, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    own_lines = 0;
     if (*hostname)
-        length += snprintf(text + length, sizeof text - (size_t)length, "%s\t%s\n", *address ? address : "127.0.1.1",
-                           hostname);
-    length += snprintf(text + length, sizeof text - (size_t)length, "%s", hosts_lines);
-    return rewrite_file(&hosts_file, text, (size_t)length, failure);
+        own_lines = (size_t)snprintf(text, HOSTS_MAX, "%s\t%s%s%.*s\n", *address ? address : "127.0.1.1", hostname,
+                                     hostname[dot] ? " " : "", hostname[dot] ? (int)dot : 0, hostname);
+    if (body_find(body, FIELD_HOSTS))
+        return add_lines(body, text, own_lines, failure);
+    snprintf(text + own_lines, HOSTS_MAX - own_lines, "%s", hosts_lines + before);
+    return 0;
+}
+
+/* The file as it is now, wherever the workload has put it; -1 without one. */
+static int open_hosts(struct stat *status)
+{
+    if (hosts_file.upper < 0 || fstat(hosts_file.upper, status) || status->st_nlink == 0)
+        open_upper(&hosts_file);
+    int fd = hosts_file.upper >= 0 ? dup(hosts_file.upper) : open_in_root("etc/hosts", O_RDONLY | O_NONBLOCK);
+    if (fd >= 0 && (fstat(fd, status) || !S_ISREG(status->st_mode))) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+static int merge_hosts(const char *lines, struct failure *failure)
+{
+    static const char local[] = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
+    struct stat status = {0};
+    int fd = is_configured ? open_hosts(&status) : -1;
+    size_t room = (size_t)status.st_size + sizeof local + HOSTS_MAX + 2;
+    char *text = malloc(room);
+    ssize_t length = sizeof local - 1;
+
+    if (text && fd >= 0)
+        length = pread(fd, text, (size_t)status.st_size, 0);
+    else if (text)
+        memcpy(text, local, sizeof local);
+    if (fd >= 0)
+        close(fd);
+    if (!text || length < 0) {
+        free(text);
+        return fail(failure, "read", "/etc/hosts");
+    }
+    size_t merged = hosts_merge(text, (size_t)length, fd >= 0 ? hosts_lines : "", lines);
+    int result = rewrite_file(&hosts_file, text, merged, failure);
+    free(text);
+    if (result == 0)
+        strcpy(hosts_lines, lines);
+    return result;
+}
+
+static int write_hosts(const struct body *body, struct failure *failure)
+{
+    static char lines[HOSTS_MAX];
+
+    return list_hosts(body, lines, failure) || merge_hosts(lines, failure) ? -1 : 0;
 }
 
 static int set_hosts(const struct body *body, struct failure *failure)
 {
     const struct field *field = body_find(body, FIELD_ADDRESS);
 
-    if (!field && !body_find(body, FIELD_HOSTS) && !body_find(body, FIELD_HOSTNAME))
-        return 0;
-    if (keep_hosts(body, failure))
-        return -1;
     if (field)
         snprintf(address, sizeof address, "%.*s", (int)strcspn(field->bytes, "/"), field->bytes);
-    return write_hosts(failure);
+    return field || !is_configured ? write_hosts(body, failure) : names_set_hosts(body, failure);
 }
 
 int names_set_hosts(const struct body *body, struct failure *failure)
 {
-    if (!body_find(body, FIELD_HOSTS))
-        return 0;
-    return keep_hosts(body, failure) || write_hosts(failure) ? -1 : 0;
+    return body_find(body, FIELD_HOSTS) ? write_hosts(body, failure) : 0;
 }
 
 static int set_resolver(const struct body *body, bool always, struct failure *failure)
@@ -191,7 +247,7 @@ static int set_resolver(const struct body *body, bool always, struct failure *fa
 
 int names_personalise(const struct body *body, struct failure *failure)
 {
-    if (set_hostname(body, failure) || set_machine_id(body, failure) || set_hosts(body, failure))
+    if (set_machine_id(body, failure) || set_hosts(body, failure))
         return -1;
     return set_resolver(body, false, failure);
 }
@@ -210,5 +266,8 @@ int names_configure(const struct body *body, struct failure *failure)
         close(dbus);
     if (set_hostname(body, failure) || set_machine_id(body, failure) || set_hosts(body, failure))
         return -1;
+    is_configured = true;
+    unlinkat(etc, "mtab", 0);
+    symlinkat("/proc/mounts", etc, "mtab"); /* where a directory is in the way, it stays */
     return set_resolver(body, true, failure);
 }

@@ -12,9 +12,11 @@
 #include <unistd.h>
 
 #include "boot.h"
+#include "volumes.h"
 
 #define LOWER WORKLOAD_BASE "/lower"
 #define NEW_ROOT WORKLOAD_BASE "/root"
+#define VOLUMES WORKLOAD_BASE "/volumes"
 #define BOOT_ID WORKLOAD_BASE "/boot_id"
 #define BOOT_ID_SHOWN "/proc/sys/kernel/random/boot_id"
 
@@ -122,7 +124,7 @@ static int mount_writable(const struct writable_layer *layer, struct failure *fa
 
 static int make_layers(const struct writable_layer *layer, struct failure *failure)
 {
-    static const char *const directories[] = {LOWER, WORKLOAD_UPPER, WORKLOAD_BASE "/work", NEW_ROOT};
+    static const char *const directories[] = {LOWER, WORKLOAD_UPPER, WORKLOAD_BASE "/work", NEW_ROOT, VOLUMES};
 
     if (mount_writable(layer, failure))
         return -1;
@@ -166,13 +168,18 @@ static void fill_test_devices(void)
             report("test mode goes on without %s: %s", test_nodes[i].name, strerror(errno));
 }
 
-static int mount_workload_views(struct failure *failure)
+static int mount_workload_views(const struct writable_layer *layer, struct failure *failure)
 {
+    char shm[64];
+
     for (size_t i = 0; i < sizeof workload_mounts / sizeof workload_mounts[0]; i++) {
         const struct workload_mount *view = &workload_mounts[i];
         bool test_devices = report_test_mode && strcmp(view->type, "devtmpfs") == 0;
+        bool is_sized = layer->shm_mib && strcmp(view->target, "/dev/shm") == 0;
+        snprintf(shm, sizeof shm, "mode=1777,size=%lluM", (unsigned long long)layer->shm_mib);
         mkdir(view->target, 0755);
-        if (mount(view->type, view->target, test_devices ? "tmpfs" : view->type, view->flags, view->options) &&
+        if (mount(view->type, view->target, test_devices ? "tmpfs" : view->type, view->flags,
+                  is_sized ? shm : view->options) &&
             fail_unless_test(failure, "mount", view->target))
             return -1;
         if (test_devices)
@@ -185,12 +192,18 @@ static int mount_workload_views(struct failure *failure)
 }
 
 /* pivot_root cannot leave an initramfs; moving the new root over the old one does. */
-static int move_into_root(struct failure *failure)
+static int move_into_root(const struct writable_layer *layer, struct failure *failure)
 {
+    int volumes = open(VOLUMES, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+    if (volumes < 0)
+        return fail(failure, "open", VOLUMES);
     if (chdir(NEW_ROOT) || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
         return fail(failure, "changing root to", NEW_ROOT);
-    if (mount_workload_views(failure))
+    if (mount_workload_views(layer, failure))
         return -1;
+    volumes_mount(volumes, layer->volumes);
+    close(volumes);
     terminals = open("/dev/pts", O_PATH | O_DIRECTORY | O_CLOEXEC);
     workload_mounts_fd = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
     return workload_mounts_fd < 0 ? fail(failure, "open", "/proc/self/ns/mnt") : 0;
@@ -206,7 +219,7 @@ int namespaces_make(const char *device, const struct writable_layer *layer, stru
         return -1;
     if (unshare(CLONE_NEWNS))
         return fail(failure, "unshare", "CLONE_NEWNS");
-    int result = move_into_root(failure);
+    int result = move_into_root(layer, failure);
     if (setns(own_mounts, CLONE_NEWNS))
         report_fatal("setns", "own mount namespace");
     return result;

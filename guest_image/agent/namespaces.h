@@ -19,6 +19,8 @@ void namespaces_use_directory(const char *path);
 struct writable_layer {
     const char *device; /* NULL: memory, at most so many MiB (0: half of it) */
     uint64_t mib;
+    uint64_t shm_mib;     /* of /dev/shm; 0: half of the memory */
+    char *const *volumes; /* absolute paths, outer ones first; NULL ends them */
 };
 
 /* Mount the rootfs under a writable layer, and make the mount namespace. */

@@ -68,16 +68,18 @@ enum frame_type {
 
 enum stream_kind {
     /* verbs: one REPLY */
-    KIND_CONFIGURE = 1,   /* mount the rootfs, set up names and network: HOSTNAME MACHINE_ID INTERFACE MAC ADDRESS GATEWAY
-                             DNS* HOSTS* UPPER_MIB UPPER_DEVICE ROOT_DEVICE; once per boot */
-    KIND_START = 2,       /* start the workload: ARG+ ENV* CWD USER FLAGS(4 = an init: /run, /run/lock and /tmp are empty);
-                             REPLY has PID. Once per boot */
+    KIND_CONFIGURE = 1,   /* mount the rootfs, set up names, network and limits: HOSTNAME MACHINE_ID INTERFACE MAC ADDRESS
+                             GATEWAY DNS* HOSTS* UPPER_MIB UPPER_DEVICE ROOT_DEVICE VOLUME* SHM_MIB SYSCTL* ULIMIT*; once
+                             per boot */
+    KIND_START = 2,       /* start the workload: ARG+ ENV* CWD (made where it is missing) USER FLAGS(4 = an init: /run,
+                             /run/lock and /tmp are empty); REPLY has PID. Once per boot */
     KIND_STATUS = 3,      /* REPLY: STATE (idle|running|exited|frozen), EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
     KIND_METRICS = 4,     /* REPLY: METRIC* "name=value" (units in the name) */
     KIND_QUIESCE = 5,     /* SECRET PEER_GATEWAY: freeze the workload's cgroup, give up the gateway's address unless
                              PEER_GATEWAY is 1, reply, then discard input up to SECRET */
-    KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS HOSTNAME MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
-                             optional; ARG* is a hook command run before the thaw; the REPLY goes ahead of the thaw.
+    KIND_PERSONALISE = 6, /* ENTROPY REALTIME_NS MACHINE_ID BOOT_ID MAC ADDRESS GATEWAY DNS* HOSTS* INTERFACE, all
+                             optional; HOSTS replace those of before, and what else is in /etc/hosts stays; ARG* is a hook
+                             command run before the thaw; the REPLY goes ahead of the thaw.
                              FLAGS(16 = the workload stays frozen: another PERSONALISE follows, with the time of day
                              of when the host had the REPLY). The clock is never set back by less than a second.
                              With ENTROPY or MAC the guest becomes another one: connections to peers outside are reset */
@@ -148,7 +150,12 @@ enum field_tag {
     FIELD_ROWS = 33,
     FIELD_COLUMNS = 34,
     FIELD_UPPER_DEVICE = 35, /* text, /dev/vdb: the ext4 file system of the writable layer, which is a tmpfs without it */
-    FIELD_RETURN = 36       /* a secret */
+    FIELD_RETURN = 36,      /* a secret */
+    FIELD_VOLUME = 37,      /* text, /var/lib/data: a directory on the file system of the writable layer, not of the overlay;
+                               outer ones come first */
+    FIELD_SYSCTL = 38,      /* text, vm.max_map_count=262144 */
+    FIELD_ULIMIT = 39,      /* text, RESOURCE:SOFT:HARD in Linux's numbers; -1: without limit */
+    FIELD_SHM_MIB = 40      /* size of /dev/shm */
 };
 
 #endif

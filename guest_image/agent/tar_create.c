@@ -9,6 +9,7 @@
 
 #include "tar.h"
 #include "tar_format.h"
+#include "volumes.h"
 
 enum { BUFFER = 65536, BUCKETS = 1024, VIRTUAL_MAX = 4194304 };
 
@@ -175,8 +176,8 @@ static int put_subfolder(int folder, const char *name, char *path, const struct 
     fill_entry(status, TAR_DIRECTORY, path);
     if (put_header())
         return -1;
-    if (status->st_dev != device)
-        return 0; /* another file system (/proc, /sys, a volume) stays out */
+    if (status->st_dev != device && !volumes_are_on(status->st_dev))
+        return 0; /* another file system (/proc, /sys) stays out */
     int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     return fd < 0 ? complain("open", path) : put_folder(fd, path);
 }

@@ -34,6 +34,13 @@ def config_body(config: GuestConfig) -> Body:
         body.append((FieldTag.UPPER_MIB, config.upper_mib))
     if config.upper_device:
         body.append((FieldTag.UPPER_DEVICE, config.upper_device))
+    if config.hostname:
+        body.append((FieldTag.HOSTNAME, config.hostname))
+    if config.shm_mib:
+        body.append((FieldTag.SHM_MIB, config.shm_mib))
+    body += ((FieldTag.VOLUME, path) for path in config.volumes)
+    body += ((FieldTag.ULIMIT, f"{number}:{soft}:{hard}") for number, (soft, hard) in config.ulimits.items())
+    body += ((FieldTag.SYSCTL, f"{name}={value}") for name, value in config.sysctls.items())
     return body
 
 
@@ -114,7 +121,6 @@ def metric_values(fields: Fields) -> dict[str, float | int | str]:
 def _machine_body(machine: GuestConfig | Identity) -> Body:
     """Return the fields that a boot and a clone have in common; what is empty is left out."""
     texts = (
-        (FieldTag.HOSTNAME, machine.hostname),
         (FieldTag.MACHINE_ID, machine.machine_id),
         (FieldTag.INTERFACE, machine.interface),
         (FieldTag.ADDRESS, machine.address),

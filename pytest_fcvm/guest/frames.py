@@ -149,6 +149,10 @@ class FieldTag(IntEnum):
     COLUMNS = 34
     UPPER_DEVICE = 35
     RETURN = 36
+    VOLUME = 37
+    SYSCTL = 38
+    ULIMIT = 39
+    SHM_MIB = 40
 
 
 FieldValue = bytes | str | int

@@ -118,8 +118,7 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
         machine = _boot_once(parts, plan, folder, timeline)
     try:
         timeline.mark("boot", monotonic())
-        upper_mib = 0 if disk else max(parts.spec.mem_mib // 2, 32)
-        machine.agent.configure(base_config(upper_mib, parts.network.egress, parts.shape.metadata), timeout_s=_CALL_S)
+        machine.agent.configure(base_config(parts), timeout_s=_CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:

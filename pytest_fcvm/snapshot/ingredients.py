@@ -87,7 +87,7 @@ class Ingredients:
     @property
     def argv(self) -> tuple[str, ...]:
         """Return the workload's command line. Raise UsageProblem for an image without one."""
-        argv = tuple(self.image.argv(self.spec.command))
+        argv = tuple(self.image.argv(self.spec.command, self.spec.entrypoint))
         if not argv:
             raise UsageProblem(f"{self.spec.image} names no command to run", hint="give one with --fcvm-command")
         return argv
@@ -109,7 +109,7 @@ class Ingredients:
             image_env.setdefault("container", "fcvm")
         return ExecDefaults(
             stop_signal=parse_signal(self.image.stop_signal or ("SIGRTMIN+3" if self.is_init else "SIGTERM")),
-            env={**image_env, **self.spec.env},
+            env={"HOSTNAME": self.spec.hostname, **image_env, **self.spec.env},
             cwd=self.spec.workdir or self.image.working_dir or "/",
             user=self.spec.user or self.image.user or "",
         )
@@ -129,6 +129,7 @@ class Ingredients:
             "disk_mib": spec.disk_mib or 0,
             "command": list(self.argv),
             "env": sorted(spec.env),
+            "hostname": spec.hostname,
             "network": str(self.network),
             "ready": str(self.ready),
             "prepared": spec.prepare is not None,
@@ -171,6 +172,10 @@ def snapshot_key(parts: Ingredients, store: Store) -> str:
             "command": list(parts.argv),
             "user": spec.user,
             "workdir": spec.workdir,
+            "hostname": spec.hostname,
+            "shm": spec.shm_mib,
+            "ulimits": dict(spec.ulimits),
+            "sysctls": dict(spec.sysctls),
             "env": store.hidden_digest(spec.env),
             "metadata": store.hidden_digest(spec.metadata) if spec.metadata is not None else None,
             "network": str(parts.network),

@@ -148,7 +148,7 @@ class Guest:
         fields = [(protocol.HOSTNAME, "box"), (protocol.MACHINE_ID, "0123456789abcdef" * 2), (protocol.UPPER_MIB, 256)]
         fields += [(protocol.INTERFACE, "eth0"), (protocol.MAC, b"\x02\0\0\0\0\1"), (protocol.ADDRESS, "10.0.2.15/24")]
         fields += [(protocol.GATEWAY, "10.0.2.2"), (protocol.HOSTS, "10.0.2.2 gateway"), (protocol.PEER_GATEWAY, 1)]
-        self.client.call(protocol.CONFIGURE, *fields, *more)
+        self.client.call(protocol.CONFIGURE, *more, *fields)  # of two that may be there once, the first counts
         return self.client
 
     def start(self, script, *more):

@@ -51,7 +51,9 @@ def test_a_file_without_a_format_is_not_given_to_a_shell(client):
         ("app", "1000 1001 1001 2000 /home/app"),
         ("app:staff", "1000 50 50 /home/app"),
         ("app:77", "1000 77 77 /home/app"),
-        ("1000", "1000 1001 1001 /home/app"),
+        ("1000", "1000 1001 1001 2000 /home/app"),
+        ("1000:50", "1000 50 50 /home/app"),
+        (":staff", "0 50 50 /root"),
         ("4000", "4000 0 0 /"),
         ("4000:5000", "4000 5000 5000 /"),
     ],
@@ -62,7 +64,7 @@ def test_users_are_looked_up_in_the_images_own_files(client, p, user, expected):
     assert stream.data[0].decode().strip() == expected
 
 
-@pytest.mark.parametrize("user", ["ghost", "app:ghosts", ":staff", "-1", "99999999999"])
+@pytest.mark.parametrize("user", ["ghost", "app:ghosts", ":ghosts", "-1", "99999999999"])
 def test_an_unknown_user_or_group_cannot_start_anything(client, p, user):
     stream = client.run("true", extra=[(p.USER, user)])
     assert stream.code == 126
@@ -83,9 +85,11 @@ def test_programs_are_searched_in_the_path_that_was_given(client, p):
     assert client.run("true", extra=[(p.ENV, "PATH=/nowhere:/bin")]).code == 0
 
 
-def test_a_missing_working_directory_is_made(client, p):
-    stream = client.run("sh", "-c", "pwd; ls -ldn /a/b", extra=[(p.CWD, "/a/b"), (p.USER, "app")])
-    assert stream.data[0].decode().startswith("/a/b\ndrwxr-xr-x    2 0        0 ")
+@pytest.mark.parametrize("user", ["root", "app"])
+def test_a_command_makes_no_directory_to_work_in(client, p, user):
+    stream = client.run("pwd", extra=[(p.CWD, "/a/b"), (p.USER, user)])
+    assert (stream.code, stream.message) == (126, "chdir /a/b: No such file or directory")
+    assert client.run("ls", "-d", "/a").code != 0
 
 
 def test_a_user_who_is_not_root_can_open_dev_stdout(client, p):

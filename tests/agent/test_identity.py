@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+LOCALHOST = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+
 
 @pytest.fixture
 def frozen(guest, p):
@@ -67,7 +69,7 @@ def test_who_was_only_frozen_keeps_connections_to_peers_outside(guest, p):
         client.start_exec("sh", "-c", "sleep 99 | nc 10.9.9.9 7000")
         stays = outside.accept()[0]
         with stays:
-            client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()), (p.HOSTNAME, "same"))
+            client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
             stays.settimeout(0.3)
             with pytest.raises(TimeoutError):
                 stays.recv(1)
@@ -110,28 +112,74 @@ def test_the_names_change_everywhere(frozen, p):
     client = frozen.connect(frozen.secret)
     client.call(
         p.PERSONALISE,
-        (p.HOSTNAME, "clone-with-a-longer-name"),
         (p.MACHINE_ID, "f" * 32),
         (p.BOOT_ID, "11111111-2222-3333-4444-555555555555"),
         (p.HOSTS, "10.0.2.3 other"),
         (p.HOSTS, "10.0.2.4 another"),
         (p.DNS, "10.0.2.3"),
     )
-    name, local = "clone-with-a-longer-name", "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
-    hosts = f"{local}10.0.2.15\t{name}\n10.0.2.3 other\n10.0.2.4 another\n"
+    hosts = f"{LOCALHOST}10.0.2.15\tbox\n10.0.2.3 other\n10.0.2.4 another\n"
     script = "hostname; cd /etc; cat hostname machine-id hosts resolv.conf /proc/sys/kernel/random/boot_id"
     assert seen(client, script) == (
-        f"{name}\n{name}\n{'f' * 32}\n{hosts}nameserver 10.0.2.3\n11111111-2222-3333-4444-555555555555\n"
+        f"box\nbox\n{'f' * 32}\n{hosts}nameserver 10.0.2.3\n11111111-2222-3333-4444-555555555555\n"
     )
-    client.call(p.PERSONALISE, (p.HOSTNAME, "c"))
-    assert seen(client, "cat /etc/hostname; grep -c longer /etc/hosts") == "c\n0\n"
+
+
+def test_the_host_name_stays_whoever_the_guest_becomes(client, p):
+    client.call(p.PERSONALISE, (p.HOSTNAME, "other"), (p.ENTROPY, b"e" * 32))
+    assert seen(client, "hostname; cat /etc/hostname; grep -c other /etc/hosts") == "box\nbox\n0\n"
+
+
+def test_a_host_name_with_a_domain_resolves_in_short_too(make_guest, p):
+    guest = make_guest()
+    guest.connect()
+    guest.configure((p.HOSTNAME, "db-1.example.test"))
+    assert seen(guest.client, "hostname; cat /etc/hosts") == (
+        f"db-1.example.test\n{LOCALHOST}10.0.2.15\tdb-1.example.test db-1\n10.0.2.2 gateway\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "echo '127.0.0.1 minio' >> hosts",
+        "printf '127.0.0.1 minio' >> hosts",
+        "sed -i '1i 127.0.0.1 minio' hosts",
+        "{ echo 127.0.0.1 minio; cat hosts; } > new; mv new hosts",
+        "{ echo 127.0.0.1 minio; cat hosts; } > /tmp/hosts; rm hosts; ln -s /tmp/hosts hosts",
+        "seq -f '10.1.0.%g many' 9000 >> hosts; echo '127.0.0.1 minio' >> hosts",
+    ],
+)
+def test_lines_of_the_workloads_own_stay_in_etc_hosts(client, p, change):
+    seen(client, f"cd /etc; {change}")
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.15 clone"), (p.HOSTS, "10.0.2.3 other"))
+    lines = seen(client, "cat /etc/hosts").splitlines()
+    assert lines.count("127.0.0.1 minio") == 1
+    assert lines[-2:] == ["10.0.2.15 clone", "10.0.2.3 other"]
+    assert lines.count("10.0.2.15\tbox") == 1
+    assert "10.0.2.2 gateway" not in lines
+    client.call(p.JOIN, (p.HOSTS, "10.0.2.15 clone"), (p.HOSTS, "10.0.2.4 another"))
+    again = seen(client, "cat /etc/hosts").splitlines()
+    assert again == [*lines[:-1], "10.0.2.4 another"]
+
+
+def test_what_the_workload_took_out_of_etc_hosts_stays_out(client, p):
+    seen(client, "cd /etc; sed -i '/::1/d; /gateway/d' hosts")
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.2 gateway"), (p.HOSTS, "10.0.2.3 other"))
+    assert seen(client, "cat /etc/hosts") == "127.0.0.1\tlocalhost\n10.0.2.15\tbox\n10.0.2.3 other\n"
+
+
+def test_without_an_etc_hosts_there_is_a_new_one(client, p):
+    seen(client, "rm /etc/hosts")
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.3 other"))
+    assert seen(client, "cat /etc/hosts") == f"{LOCALHOST}10.0.2.15\tbox\n10.0.2.3 other\n"
 
 
 def test_names_reach_files_that_the_workload_put_in_place_of_ours(client, p):
     seen(client, "cd /etc; cp hosts new; mv new hosts; rm hostname; rm machine-id; ln -s /tmp/elsewhere machine-id")
-    client.call(p.PERSONALISE, (p.HOSTNAME, "clone"), (p.MACHINE_ID, "a" * 32))
-    assert seen(client, "cd /etc; grep clone hosts; cat hostname machine-id; ls /tmp") == (
-        f"10.0.2.15\tclone\nclone\n{'a' * 32}\n"
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.15 clone"), (p.MACHINE_ID, "a" * 32))
+    assert seen(client, "cd /etc; grep clone hosts; ls hostname; cat machine-id; ls /tmp") == (
+        f"10.0.2.15 clone\n{'a' * 32}\n"
     )
 
 
@@ -161,7 +209,7 @@ def test_the_address_changes_and_the_gateways_is_given_back(client, p):
     ("fields", "message"),
     [
         ([("MACHINE_ID", "short")], "machine id"),
-        ([("HOSTNAME", "x" * 65)], "host name"),
+        ([("HOSTS", "x" * 65536)], "HOSTS lines"),
         ([("MAC", b"12345")], "bytes"),
         ([("ENTROPY", b"12345")], "bytes"),
         ([("ADDRESS", "300.1.1.1/24")], "not an IP address"),
@@ -182,8 +230,8 @@ def test_what_cannot_be_set_leaves_the_workload_frozen(frozen, p, fields, messag
 def test_the_hook_runs_before_the_thaw_as_the_new_guest(frozen, p):
     client = frozen.connect(frozen.secret)
     hook = [(p.ARG, part) for part in ("sh", "-c", "hostname > /tmp/hook; echo $X >> /tmp/hook")]
-    client.call(p.PERSONALISE, (p.HOSTNAME, "clone"), (p.ENV, "X=y"), *hook)
-    assert seen(client, "cat /tmp/hook") == "clone\ny\n"
+    client.call(p.PERSONALISE, (p.ENV, "X=y"), *hook)
+    assert seen(client, "cat /tmp/hook") == "box\ny\n"
 
 
 def test_a_hook_that_hangs_is_killed_after_ten_seconds(guest, p):

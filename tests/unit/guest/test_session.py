@@ -42,7 +42,7 @@ def test_hello_identity_and_log_leave_in_one_write_that_begins_with_the_secret(c
     guest.settimeout(10)
     secret = new_secret()
     with pytest.raises(GuestTimeout, match=r"personalise did not answer within 0\.1 s"):
-        start_session(host, secret, identity=Identity(hostname="a"), log_sink=lambda _: None, timeout_s=0.1)
+        start_session(host, secret, identity=Identity(boot_id="a"), log_sink=lambda _: None, timeout_s=0.1)
     data = guest.recv(1 << 16)
     assert data[:16] == secret
     hello, personalise, logs = FrameParser().feed(data[16:])

@@ -85,8 +85,24 @@ def test_the_workload_is_started_as_image_and_spec_say(
     _build(make_parts(command=("serve", "-v"), env={"LEVEL": "spec", "TOKEN": "t"}, user="root", workdir="/w"), folder)
     (fields,) = [fields for kind, fields in engine.vms[0].agent.executed if kind is StreamKind.START]
     assert fields.texts(FieldTag.ARG) == ["/entry", "serve", "-v"]
-    assert fields.texts(FieldTag.ENV) == ["PATH=/bin", "LEVEL=spec", "TOKEN=t"]
+    assert fields.texts(FieldTag.ENV) == ["HOSTNAME=fcvm-base", "PATH=/bin", "LEVEL=spec", "TOKEN=t"]
     assert (fields.text(FieldTag.CWD), fields.text(FieldTag.USER)) == ("/w", "root")
+
+
+def test_the_guest_is_configured_as_image_and_spec_say(
+    make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine
+) -> None:
+    volumes = ("/data/in", "relative", "/data", "/srv//../var/lib/x/", "/", "/etc/conf", "/proc", "/dev/shm", "/sys/x")
+    config = ImageConfig(entrypoint=("/entry",), volumes=volumes)
+    said = {"hostname": "db", "shm_mib": 64, "ulimits": {"nofile": (10, -1)}, "sysctls": {"vm.swappiness": "0"}}
+    _build(make_parts(image_config=config, **said), folder)
+    (fields,) = [fields for kind, fields in engine.vms[0].agent.executed if kind is StreamKind.CONFIGURE]
+    assert fields.texts(FieldTag.VOLUME) == ["/data", "/data/in", "/relative", "/var/lib/x"]
+    assert fields.text(FieldTag.HOSTNAME) == "db"
+    assert fields.number(FieldTag.SHM_MIB) == 64
+    assert fields.texts(FieldTag.ULIMIT) == ["7:10:-1"]
+    assert fields.texts(FieldTag.SYSCTL) == ["vm.swappiness=0"]
+    assert fields.texts(FieldTag.HOSTS) == ["10.0.2.2 host.fcvm"]
 
 
 def test_an_image_without_a_command_is_a_usage_problem(make_parts: Callable[..., Ingredients], folder: Path) -> None:

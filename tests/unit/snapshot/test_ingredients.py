@@ -36,6 +36,17 @@ def test_an_images_own_words_go_before_ours(make_parts: Callable[..., Ingredient
     assert (parts.defaults.env["container"], parts.defaults.stop_signal) == ("docker", signal.SIGPWR)
 
 
+@pytest.mark.parametrize(
+    ("image_env", "env", "hostname"),
+    [((), {}, "db"), (("HOSTNAME=image",), {}, "image"), (("HOSTNAME=image",), {"HOSTNAME": "mine"}, "mine")],
+)
+def test_the_host_name_is_in_the_environment_unless_somebody_put_another_there(
+    image_env: tuple[str, ...], env: dict[str, str], hostname: str, make_parts: Callable[..., Ingredients]
+) -> None:
+    config = ImageConfig(cmd=("serve",), env=image_env)
+    assert make_parts(image_config=config, hostname="db", env=env).defaults.env["HOSTNAME"] == hostname
+
+
 def test_what_is_known_of_a_snapshot_has_no_value_of_its_environment(make_parts: Callable[..., Ingredients]) -> None:
     about = make_parts(env={"PASSWORD": "tiger-lily"}, disk_mib=128).about()
     assert about["env"] == ["PASSWORD"]

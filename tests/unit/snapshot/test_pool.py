@@ -112,7 +112,7 @@ def test_the_next_clone_is_made_while_a_test_has_its_own(
             assert [phase for phase, _ in second.timeline.phases] == ["pool", "wake"]
             assert second.http(80).get("/").text == "hello"
             assert second.name != first.name
-            assert ahead.agent.executed[0][1].text(FieldTag.HOSTNAME) == second.name
+            assert f"10.0.2.15 {second.name}" in ahead.agent.executed[0][1].texts(FieldTag.HOSTS)
     snapshot.close()
     assert wait_until(lambda: not clones_of(), Deadline(10))
     assert wait_until(lambda: (room.asked, room.ahead) == (0, 0), Deadline(10))

@@ -120,8 +120,9 @@ def test_the_vmm_of_the_next_clone_gets_itself_ready_meanwhile(
 def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
     snapshot: Snapshot, start: Callable[..., Clone]
 ) -> None:
-    identities = [_identity(start(snapshot)) for _ in range(5)]
-    for tag in (FieldTag.ENTROPY, FieldTag.HOSTNAME, FieldTag.MACHINE_ID, FieldTag.BOOT_ID, FieldTag.MAC):
+    clones = [start(snapshot) for _ in range(5)]
+    identities = [_identity(clone) for clone in clones]
+    for tag in (FieldTag.ENTROPY, FieldTag.HOSTS, FieldTag.MACHINE_ID, FieldTag.BOOT_ID, FieldTag.MAC):
         values = {bytes(fields[tag][0]) for fields in identities}
         assert len(values) == 5, tag
     first = identities[0]
@@ -129,7 +130,8 @@ def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
     assert (len(first[FieldTag.MAC][0]), bytes(first[FieldTag.MAC][0][:3])) == (6, b"\x52\x54\x00")
     assert re.fullmatch("[0-9a-f]{32}", first.text(FieldTag.MACHINE_ID))
     assert re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", first.text(FieldTag.BOOT_ID))
-    assert f"10.0.2.15 {first.text(FieldTag.HOSTNAME)}" in first.texts(FieldTag.HOSTS)
+    assert first.texts(FieldTag.HOSTS)[0] == f"10.0.2.15 {clones[0].name}"
+    assert FieldTag.HOSTNAME not in first  # services remember under which they have started
 
 
 def test_identity_comes_before_everything_else(snapshot: Snapshot, start: Callable[..., Clone]) -> None:
@@ -255,7 +257,7 @@ def test_a_reset_clone_has_a_new_identity(snapshot: Snapshot, start: Callable[..
     clone.reset()
     assert clone.endpoint(80) == before[0]
     assert _identity(clone).text(FieldTag.MAC) != before[1].text(FieldTag.MAC)
-    assert _identity(clone).text(FieldTag.HOSTNAME) == clone.name
+    assert f"10.0.2.15 {clone.name}" in _identity(clone).texts(FieldTag.HOSTS)
     assert len(room.taken) == 1
 
 
