@@ -10,13 +10,18 @@ KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-uti
 TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
 	nftables slirp4netns
 
-.PHONY: demo test test-firecracker setup-demo setup-test lint docs bench soak agent kernel fuzz clean
+.PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
 
 test-firecracker: setup-test kernel ## the VM tier on a real Firecracker, named by FCVM_TEST_FIRECRACKER, in an emulated host of KVM
 	$(BIN)/python -m pytest --fcvm-kernel stock --fcvm-pool 0 tests/firecracker
+
+test-images: setup-test kernel ## public images, each configured as its page has it, on our own kernel and on the stock one
+	@$(MAKE) --no-print-directory packages PACKAGES="maven"
+	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest tests/services
+	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest --fcvm-kernel stock tests/services
 
 test: setup-test ## every tier that this machine can run, then a summary; the VM tier on our own kernel, a part of it on the stock one
 	$(BIN)/python tests/tiers.py

@@ -114,9 +114,9 @@ RECIPES = {
 }
 
 
-def build(name: str, folder: Path) -> Path:
+def build(name: str, folder: Path, recipe: Recipe | None = None) -> Path:
     """Return the OCI layout of an image, built unless this very recipe has built it there before."""
-    recipe = RECIPES[name]
+    recipe = recipe or RECIPES[name]
     layout = folder / name
     script = _ENTRYPOINTS / recipe.entrypoint if recipe.entrypoint else None
     stamp = hashlib.sha256(repr(recipe).encode() + (script.read_bytes() if script else b"")).hexdigest()
@@ -129,7 +129,9 @@ def build(name: str, folder: Path) -> Path:
     try:
         layer = fresh / "layer.tar"
         _bootstrap(recipe, script, layer)
-        _write_layout(fresh, layer, recipe)
+        _drop_devices(layer)
+        write_layout(fresh, layer.read_bytes(), recipe.config)
+        layer.unlink()
         (fresh / "recipe").write_text(stamp)
         fresh.rename(layout)
     finally:
@@ -162,14 +164,13 @@ def _apt_sources() -> bytes:
     return b"\n\n".join(path.read_bytes() for path in files)
 
 
-def _write_layout(folder: Path, layer: Path, recipe: Recipe) -> None:
-    _drop_devices(layer)
-    layer_blob = _add_blob(folder, layer.read_bytes(), "application/vnd.oci.image.layer.v1.tar")
-    layer.unlink()
+def write_layout(folder: Path, layer: bytes, image_config: dict[str, object]) -> None:
+    """Make an OCI layout, with the tag `latest`, of one layer (an uncompressed tar) in a folder with `blobs/sha256`."""
+    layer_blob = _add_blob(folder, layer, "application/vnd.oci.image.layer.v1.tar")
     config = {
         "architecture": "amd64",
         "os": "linux",
-        "config": recipe.config,
+        "config": image_config,
         "rootfs": {"type": "layers", "diff_ids": [layer_blob["digest"]]},
     }
     manifest = {
