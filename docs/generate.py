@@ -93,7 +93,8 @@ These are not taken by the marker.
 | `log:REGEX` | what the workload has printed matches; `log@N:REGEX`: it has matched N times |
 | `exec:COMMAND` | the command ends with 0, run by the image's shell; it may take as long as `ready_timeout` |
 | `healthcheck` | the image's own `HEALTHCHECK` command ends with 0 |
-| `agent` | the workload has not ended within 0.2 s |
+| `exit:CODE` | the workload has ended with this exit code, 0 to 255; 128 and the signal's number for a signal |
+| `agent` | the workload has not ended within 0.2 s, or has ended with 0 |
 
 Without one: `healthcheck` where the image has it, else `tcp` on every TCP port that it exposes, else `agent`. A port
 that is exposed and never served is given up when another one listens, and for 10 s no more opened and the workload used
@@ -237,7 +238,8 @@ def _fixture_functions() -> Iterator[tuple[str, str, str, str]]:
 
 
 def _members(thing: type) -> Iterator[str]:
-    for name, member in vars(thing).items():
+    own = (part for part in thing.__mro__ if part.__module__.startswith("pytest_fcvm."))
+    for name, member in (pair for part in own for pair in vars(part).items()):
         if name.startswith("_"):
             continue
         if isinstance(member, property):

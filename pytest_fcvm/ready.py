@@ -12,7 +12,7 @@ from typing import Protocol
 from pytest_fcvm.errors import GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.sockets import connect
-from pytest_fcvm.model.guest import NOTHING_LISTENS
+from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
@@ -43,7 +43,15 @@ class ReadyTarget(Protocol):
         ...
 
     def pause_for_exit(self, timeout_s: float) -> None:
-        """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
+        """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended.
+
+        A workload that has ended as its condition lets it is no reason.
+        """
+        ...
+
+    @property
+    def exit_status(self) -> ExitStatus | None:
+        """Return how the workload ended, None while it runs."""
         ...
 
     def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:
@@ -239,6 +247,8 @@ def _probe_for(target: ReadyTarget, ready: ReadySpec, deadline: Deadline) -> Cal
             return _Command(target, ready.argv, ready, deadline).ask
         case ReadyMode.AGENT:
             return lambda: _settle(target)
+        case ReadyMode.EXIT:
+            return lambda: _ask_end(target, ready.may_end_with)
         case ReadyMode.LOG:
             raise AssertionError("a line is waited for")
 
@@ -254,6 +264,13 @@ def _health_command(test: Sequence[str], shell: Sequence[str]) -> tuple[str, ...
 def _settle(target: ReadyTarget) -> str:
     target.pause_for_exit(_SETTLE_S)
     return ""
+
+
+def _ask_end(target: ReadyTarget, code: int | None) -> str:
+    status = target.exit_status
+    if status is None:
+        return "the workload still runs"
+    return "" if status.exit_code == code else f"the workload ended with {status}"
 
 
 class _Command:

@@ -109,7 +109,7 @@ enum stream_kind {
 };
 
 enum event_kind {
-    EVENT_WORKLOAD_EXIT = 1, /* EXIT_CODE or EXIT_SIGNAL, OOM_KILLS */
+    EVENT_WORKLOAD_EXIT = 1, /* EXIT_CODE or EXIT_SIGNAL, OOM_KILLS; to each later session as well, behind WELCOME */
     EVENT_OOM = 2            /* OOM_KILLS */
 };
 

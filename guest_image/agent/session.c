@@ -12,6 +12,7 @@
 #include "requests.h"
 #include "streams.h"
 #include "version.h"
+#include "workload.h"
 
 enum {
     INPUT_MAX = 262144, /* room for a frame that is incomplete and much behind it; untouched pages cost nothing */
@@ -134,6 +135,7 @@ static void on_hello(const struct frame *frame)
     store_u32(welcome, PROTOCOL_VERSION);
     memcpy(welcome + 4, VERSION_TEXT, sizeof VERSION_TEXT - 1);
     output_control(FRAME_WELCOME, 0, welcome, 4 + sizeof VERSION_TEXT - 1);
+    workload_tell_end();
     if (load_u32(frame->payload) != PROTOCOL_VERSION)
         session_fault("the host speaks protocol version %u, the agent %d", load_u32(frame->payload), PROTOCOL_VERSION);
 }

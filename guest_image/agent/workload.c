@@ -42,17 +42,26 @@ static void tell_oom(void)
     send_event(EVENT_OOM, &fields);
 }
 
-static void on_end(struct child *child, int status)
+void workload_tell_end(void)
 {
     struct reply fields = {0};
 
+    if (!ended)
+        return;
+    child_put_status(&fields, &workload, workload.status);
+    reply_number(&fields, FIELD_OOM_KILLS, oom_kills_told);
+    send_event(EVENT_WORKLOAD_EXIT, &fields);
+}
+
+static void on_end(struct child *child, int status)
+{
+    (void)child;
+    (void)status;
     ended = true;
     namespaces_follow(0);
     logs_end();
     tell_oom();
-    child_put_status(&fields, child, status);
-    reply_number(&fields, FIELD_OOM_KILLS, oom_kills_told);
-    send_event(EVENT_WORKLOAD_EXIT, &fields);
+    workload_tell_end();
 }
 
 static int launch_with_output(struct launch *how, struct failure *failure)

@@ -12,6 +12,9 @@ int workload_status(const struct body *body, struct reply *reply, struct failure
 int workload_stop(const struct body *body, struct reply *reply, struct failure *failure);
 int workload_power_off(const struct body *body, struct reply *reply, struct failure *failure);
 
+/* Tell a new session of an end that came before it. */
+void workload_tell_end(void);
+
 /* Whether POWEROFF was asked for; its reply goes out first. */
 bool workload_wants_power_off(void);
 

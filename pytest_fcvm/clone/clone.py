@@ -6,19 +6,18 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
+from pytest_fcvm.clone.files import COPY_S, FileVerbs
 from pytest_fcvm.clone.machine import Machine, waking_identity
 from pytest_fcvm.clone.own_address import at_address, random_loopback
 from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
-from pytest_fcvm.host import archive
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.limits import descriptors_told
-from pytest_fcvm.host.own import os
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
@@ -36,10 +35,10 @@ StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
 CopyMachine = Callable[[Machine, str], "Snapshot"]
 
 _TERM = "xterm-256color"
-_COPY_S, _CALL_S = 600.0, 30.0  # a whole transfer; a short call to the agent, and emulated guests are slow under load
+_CALL_S = 30.0  # a short call to the agent, and emulated guests are slow under load
 
 
-class Clone:
+class Clone(FileVerbs):
     """A VM of one's own. Every method may be called from any thread; every wait has a deadline.
 
     All methods raise EngineError when the VM has died, GuestTimeout at a deadline. `start` makes its machine, `copy` a
@@ -202,36 +201,6 @@ class Clone:
             self._live().pause_for_exit(pause)
             pause = min(pause * 1.5, 0.25)
 
-    # -- files
-
-    def copy_in(self, source: str | Path, dest: str) -> None:
-        """Copy a file or folder of the host to the guest path `dest`, as root; a trailing slash means "into"."""
-        path = Path(os.path.abspath(source))
-        name = path.name if dest.endswith("/") else PurePosixPath(dest).name
-        folder = dest.rstrip("/") or "/" if dest.endswith("/") else str(PurePosixPath(dest).parent)
-        self._send_tar(folder, lambda send: archive.pack_path(path, name, send))
-
-    def copy_out(self, source: str, dest: str | Path) -> None:
-        """Copy a file or folder of the guest to the host path `dest`; into it where that is a folder."""
-        path = Path(dest)
-        final = path / PurePosixPath(source).name if path.is_dir() else path
-        with self._live().agent.tar_out(source, timeout_s=_COPY_S) as stream:
-            archive.unpack_as(stream, final)
-
-    def read_bytes(self, path: str) -> bytes:
-        """Return the content of a file in the guest."""
-        with self._live().agent.tar_out(path, timeout_s=_COPY_S) as stream:
-            return archive.unpack_file(stream)
-
-    def read_text(self, path: str) -> str:
-        """Return the content of a UTF-8 file in the guest."""
-        return self.read_bytes(path).decode()
-
-    def write_text(self, path: str, text: str, mode: int = 0o644) -> None:
-        """Write a UTF-8 file in the guest, owned by root."""
-        guest = PurePosixPath(path)
-        self._send_tar(str(guest.parent), lambda send: archive.pack_text(text.encode(), guest.name, mode, send))
-
     # -- watching it
 
     def logs(self) -> str:
@@ -244,13 +213,15 @@ class Clone:
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
         machine, pattern = self._live(), parse_regex(regex)
-        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.ended is not None, times=times)
-        if match is None and machine.ended is not None:
+        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.is_silent, times=times)
+        if match is None and machine.is_silent:
             machine.agent.wait_for_last_words()
             match = machine.log.search(pattern, Deadline(0), lambda: True, times=times)
         if match is None:
             machine.raise_if_ended()
             self._live()
+            if (status := machine.agent.workload_exit) is not None:
+                raise machine.explain(machine.workload_exited(status))
             wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
             raise self._machine.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
         return match
@@ -298,6 +269,24 @@ class Clone:
         """Replace what the guest reads at http://169.254.169.254, for a spec that has `metadata` to begin with."""
         self._check_has("metadata", self.spec.metadata is not None)
         self._live().vm.set_metadata(parse_metadata(data, Path()))
+
+    @property
+    def exit_status(self) -> ExitStatus | None:
+        """Return how the workload ended, None while it runs."""
+        return self._live().agent.workload_exit
+
+    def wait(self, timeout: float = 60) -> ExitStatus:
+        """Wait until the workload has ended, return how, and have all that it printed in `logs`.
+
+        Raise GuestTimeout when it does not end in time.
+        """
+        machine = self._live()
+        try:
+            status = machine.agent.wait_until_workload_exit(timeout)
+        except GuestTimeout as error:
+            raise machine.explain(error) from None
+        machine.agent.wait_for_last_words()
+        return status
 
     def stop(self, timeout: float = 30) -> ExitStatus:
         """Ask the workload to end, by the signal that its image names, and return how it did. The guest runs on.
@@ -349,7 +338,7 @@ class Clone:
         if disk is None:
             raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
         if not self._machine.closed:
-            self._live().agent.sync(timeout_s=_COPY_S)
+            self._live().agent.sync(timeout_s=COPY_S)
         disk.save(Path(dest))
 
     def reset(self) -> None:
@@ -394,7 +383,3 @@ class Clone:
     def _check_has(self, what: str, has: bool) -> None:
         if not has:
             raise UsageProblem(f"{self.name} has no {what}", hint=f"give its spec {what} to begin with")
-
-    def _send_tar(self, folder: str, pack: Callable[[Callable[[bytes], object]], None]) -> None:
-        with self._live().agent.tar_in(folder, timeout_s=_COPY_S) as sink:
-            pack(sink.write)

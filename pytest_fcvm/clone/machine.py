@@ -43,12 +43,19 @@ class Publisher(Protocol):
 
 
 class Machine:
-    """A running VM. `close` gives everything back, in the reverse order in which `also_close` got it."""
+    """A running VM. `close` gives everything back, in the reverse order in which `also_close` got it.
+
+    Its workload may end with the exit code `may_end_with`; any other end fails whoever waits for it.
+    """
 
     publisher: Publisher  # once its ports are opened
 
-    def __init__(self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline) -> None:
+    def __init__(
+        self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline, *, may_end_with: int | None = None
+    ) -> None:
         self.vm, self.agent, self.log, self.timeline = vm, agent, log, timeline
+        self._may_end_with = may_end_with
+        self._began_ended = agent.workload_exit is not None  # so was its snapshot: that is no news
         self._owner = getpid()
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
@@ -76,8 +83,13 @@ class Machine:
 
     @property
     def ended(self) -> FcvmError | None:
-        """Return why waiting for this machine is of no use, if it is: the VM died or the workload ended."""
+        """Return why this machine is of no use, if it is: the VM died, or the workload ended and was not to."""
         return self._ended
+
+    @property
+    def is_silent(self) -> bool:
+        """Say whether the workload prints nothing any more."""
+        return self._ended is not None or self.agent.workload_exit is not None
 
     def pause_for_exit(self, timeout_s: float) -> None:
         """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
@@ -179,14 +191,18 @@ class Machine:
         self._end(error)
         self.agent.session.abort(error)
 
-    def _workload_ended(self, status: ExitStatus) -> None:
+    def workload_exited(self, status: ExitStatus) -> WorkloadExited:
+        """Return the error of whoever needs the workload that has ended."""
         cause = ", killed for memory: give it more with mem" if self.agent.oom_kills else ""
-        self._end(
-            WorkloadExited(
-                f"the workload ended with {status}{cause}",
-                hint=self._log_hint(),
-            )
-        )
+        wanted = f", not with {self._may_end_with}" if self._may_end_with not in (None, status.exit_code) else ""
+        hint = self._log_hint() + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
+        return WorkloadExited(f"the workload ended with {status}{cause}{wanted}", hint=hint)
+
+    def _workload_ended(self, status: ExitStatus) -> None:
+        if self._began_ended or status.exit_code == self._may_end_with:
+            self.log.wake()
+        else:
+            self._end(self.workload_exited(status))
 
     def _log_hint(self) -> str:
         with suppress(OSError, ValueError):

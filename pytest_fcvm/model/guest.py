@@ -93,6 +93,11 @@ class ExitStatus:
     message: str = ""
 
     @property
+    def exit_code(self) -> int:
+        """Return the exit code, 128 and the signal's number for a signal, as shells and engines of containers do."""
+        return self.code if self.code is not None else 128 + (self.signal or 0)
+
+    @property
     def returncode(self) -> int:
         """Return the exit code, negative for a signal, as `subprocess` has it."""
         return self.code if self.code is not None else -(self.signal or 0)

@@ -46,16 +46,21 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 _MIB_PER = {"k": 1 / 1024, "": 1.0, "m": 1.0, "g": 1024.0, "t": 1024.0 * 1024}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
 _SECONDS_PER = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LONG_KEYS = {ReadyMode.HTTP: "url", ReadyMode.TCP: "port", ReadyMode.LOG: "regex", ReadyMode.EXEC: "cmd"}
+_LONG_KEYS = {
+    ReadyMode.HTTP: "url",
+    ReadyMode.TCP: "port",
+    ReadyMode.LOG: "regex",
+    ReadyMode.EXEC: "cmd",
+    ReadyMode.EXIT: "code",
+}
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _SIGNAL = re.compile(r"(?P<number>[0-9]{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+?)(?P<more>[+-][0-9]{1,2})?")
 _REAL_TIME = {"RTMIN": 34, "RTMAX": 64}  # as images mean them: the C library of the host may keep others for itself
 _COUNTED = re.compile(r"log@([1-9]\d{0,5})")
 _LEAST_DISK_MIB = 64
+_LAST_EXIT_CODE = 255
 _MOST_METADATA = 51200  # bytes: --http-api-max-payload-size of Firecracker
-_READY_HINT = (
-    "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
-)
+_READY_HINT = "http:80/path, tcp:80, log:REGEX, exec:COMMAND, exit:0, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 
 
 def parse_size_mib(text: str | int) -> int:
@@ -374,4 +379,12 @@ def _checked_ready(mode: ReadyMode, text: str) -> ReadySpec:
         raise UsageProblem(f"{mode} takes nothing")
     if mode is ReadyMode.LOG:
         re.compile(text)
+    if mode is ReadyMode.EXIT:
+        text = _exit_code(text)
     return ReadySpec(mode=mode, text=text)
+
+
+def _exit_code(text: str) -> str:
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or int(text) > _LAST_EXIT_CODE:
+        raise UsageProblem(f"{text!r} is not an exit code from 0 to {_LAST_EXIT_CODE}")
+    return str(int(text))

@@ -36,6 +36,7 @@ class ReadyMode(StrEnum):
     EXEC = "exec"
     HEALTHCHECK = "healthcheck"
     AGENT = "agent"
+    EXIT = "exit"
 
     @property
     def needs_port(self) -> bool:
@@ -45,7 +46,8 @@ class ReadyMode(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadySpec:
-    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec.
+    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec,
+    an exit code for exit.
 
     `times` is how often the expression has to match. Filled in when the image is known: `argv` is the image's own check
     for healthcheck, which takes `check_s` at most and is made again after `interval_s` at the latest; `others` are the
@@ -60,6 +62,13 @@ class ReadySpec:
     check_s: float | None = None
     interval_s: float | None = None
     others: tuple[int, ...] = ()
+
+    @property
+    def may_end_with(self) -> int | None:
+        """Return the exit code with which the workload may end for good, None where it has to go on."""
+        if self.mode is ReadyMode.EXIT:
+            return int(self.text)
+        return 0 if self.mode is ReadyMode.AGENT else None
 
     def __str__(self) -> str:
         if self.mode.needs_port:

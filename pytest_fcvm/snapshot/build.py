@@ -153,7 +153,7 @@ def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timel
                 raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
             raise error from None
         undo.callback(agent.close)
-        machine = Machine(vm, agent, log, timeline)
+        machine = Machine(vm, agent, log, timeline, may_end_with=parts.ready_joined.may_end_with)
         undo.pop_all()
         return machine
 

@@ -225,7 +225,7 @@ class Cloner:
             except FcvmError as error:
                 raise abandon(vm, error) from None
             timeline.mark("agent", monotonic())
-            machine = Machine(vm, agent, log, timeline)
+            machine = Machine(vm, agent, log, timeline, may_end_with=self._parts.ready_joined.may_end_with)
             undo.pop_all()
             return machine
 

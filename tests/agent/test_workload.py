@@ -212,3 +212,18 @@ def test_commands_beside_an_init_keep_nothing_from_it(guest, p):
     guest.start("exec sleep 1000", (p.FLAGS, 4))
     seen = guest.client.run("grep", "-h", "^0:", "/proc/1/cgroup", "/proc/self/cgroup").data[0].decode()
     assert seen == "0::/\n0::/fcvm\n"
+
+
+def test_a_later_session_is_told_of_an_end_that_came_before_it(guest, p):
+    guest.start("exit 3")
+    guest.client.wait(lambda: guest.client.events)
+    later = guest.reconnect()
+    later.call(p.STATUS)
+    assert [(kind, fields[p.EXIT_CODE]) for kind, fields in later.events] == [(1, [3])]
+
+
+def test_a_session_is_told_of_no_end_while_the_workload_runs(guest, p):
+    guest.start("exec sleep 1000")
+    later = guest.reconnect()
+    later.call(p.STATUS)
+    assert later.events == []

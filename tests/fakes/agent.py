@@ -120,6 +120,10 @@ class FakeAgent(Wire):
 
     # Deeds
 
+    def after_welcome(self) -> None:
+        if self.exit_fields:
+            self.event(EventKind.WORKLOAD_EXIT, [*self.exit_fields, (FieldTag.OOM_KILLS, self.oom_kills)])
+
     async def serve(self, stream: FakeStream) -> None:
         kind = stream.kind
         if kind in self.silent:

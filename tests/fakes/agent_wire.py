@@ -119,6 +119,9 @@ class Wire:
         """Do what a stream was opened for."""
         raise NotImplementedError
 
+    def after_welcome(self) -> None:
+        """Tell a new session what came before it."""
+
     # The channel
 
     def take_channel(self, sock: socket.socket, stale: bytes = b"") -> None:
@@ -281,6 +284,7 @@ class Wire:
         self._greeted = True
         welcome = struct.pack("<I", self.version) + self.build_id.encode()
         self.put_control(nonce + encode_frame(FrameType.WELCOME, 0, welcome))
+        self.after_welcome()
 
     def _take_open(self, number: int, payload: bytes) -> None:
         kind, size = struct.unpack_from("<BI", payload)

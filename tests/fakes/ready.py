@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytest_fcvm.errors import GuestTimeout, WorkloadExited
 from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint
 from pytest_fcvm.model.results import ExecResult
 
@@ -25,6 +26,7 @@ class Target:
         self.commands: list[str | Sequence[str]] = []
         self.results: list[ExecResult | Exception] = []
         self.ended = threading.Event()
+        self.exit_status: ExitStatus | None = None
         self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
         self.on_pause: Callable[[], None] = lambda: None
         self.on_exec: Callable[[], None] = lambda: None

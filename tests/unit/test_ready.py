@@ -24,6 +24,7 @@ from fakes.ready import Health, Target
 
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
@@ -214,6 +215,27 @@ def test_a_workload_that_ends_before_it_was_asked_for_is_not_ready(target: Targe
     target.ended.set()
     with pytest.raises(WorkloadExited):
         wait_until_ready(target, ReadySpec(mode=ReadyMode.AGENT), _LONG_S)
+
+
+def test_a_workload_is_ready_when_it_has_ended_with_the_code_that_is_wanted(target: Target) -> None:
+    def end() -> None:
+        target.exit_status = ExitStatus(signal=15)
+
+    threading.Timer(0.1, end).start()
+    wait_until_ready(target, ReadySpec(mode=ReadyMode.EXIT, text="143"), _LONG_S)
+    assert target.exit_status
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [(None, "the workload still runs"), (ExitStatus(code=3), "the workload ended with exit code 3")],
+)
+def test_a_workload_that_goes_on_or_ends_otherwise_is_not_ready(
+    status: ExitStatus | None, answer: str, target: Target
+) -> None:
+    target.exit_status = status
+    with pytest.raises(GuestTimeout, match=f"exit:0: {answer}"):
+        wait_until_ready(target, ReadySpec(mode=ReadyMode.EXIT, text="0"), _SHORT_S)
 
 
 def test_a_line_of_the_log_is_waited_for(target: Target) -> None:

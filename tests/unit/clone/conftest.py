@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,21 +69,27 @@ def root(tmp_path: Path, engine: FakeEngine, service: Service) -> Path:
 
 @pytest.fixture
 def make_clone(stack: ExitStack, engine: FakeEngine, root: Path, tmp_path: Path) -> Callable[..., Clone]:
-    """Start a clone; keyword arguments are fields of its spec."""
+    """Start a clone; keyword arguments are fields of its spec, and the exit code that its workload may have."""
     before = tmp_path / "base.log"
     before.write_bytes(b"printed by the base\n")
 
-    def start(ports: tuple[PublishedPort, ...]) -> Machine:
+    def start(may_end_with: int | None, ports: tuple[PublishedPort, ...]) -> Machine:
         vm = engine.restore(RestorePlan(name="web", shape=MachineShape(mem_mib=64, cpus=1), files=_FILES))
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=before)
         agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=10, explain=vm.explain)
-        machine = Machine(vm, agent, log, Timeline(monotonic()))
+        machine = Machine(vm, agent, log, Timeline(monotonic()), may_end_with=may_end_with)
         open_ports(machine, ports)
         return machine
 
-    def make(**fields: object) -> Clone:
+    def make(*, may_end_with: int | None = None, **fields: object) -> Clone:
         defaults = ExecDefaults(env={"PATH": "/bin", "LEVEL": "image"}, cwd="/srv", user="www")
-        clone = Clone(name="web", spec=MachineSpec().merged(fields), engine="fake", defaults=defaults, start=start)
+        clone = Clone(
+            name="web",
+            spec=MachineSpec().merged(fields),
+            engine="fake",
+            defaults=defaults,
+            start=partial(start, may_end_with),
+        )
         stack.callback(clone.close)
         return clone
 

@@ -11,7 +11,7 @@ from fakes.agent import FakeAgent
 from fakes.vm import FakeEngine
 
 from pytest_fcvm.clone import Clone
-from pytest_fcvm.errors import EngineError, FcvmError, GuestError, WorkloadExited
+from pytest_fcvm.errors import EngineError, FcvmError, GuestError, GuestTimeout, WorkloadExited
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.net import PublishedPort
@@ -182,3 +182,61 @@ def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
     }
     engine.vms[0].vmm_log_path.write_text(" \n")
     assert "VMM log" not in clone.evidence()
+
+
+@pytest.mark.parametrize(("how", "code"), [({"code": 0}, 0), ({"code": 3}, 3), ({"number": signal.SIGTERM}, 143)])
+def test_a_workload_that_ends_as_it_may_fails_nobody(
+    how: dict[str, int], code: int, make_clone: Callable[..., Clone], engine: FakeEngine
+) -> None:
+    clone, guest = make_clone(may_end_with=code), engine.vms[-1].agent
+    assert clone.exit_status is None
+    guest.log(b"migrated\n")
+    guest.exit_workload(**how)
+    assert clone.wait(20).exit_code == code
+    assert clone.logs().endswith("migrated\n")
+    clone.pause_for_exit(0.1)
+    assert clone.succeed(["echo", "alive"]) == "alive\n"
+    with pytest.raises(GuestTimeout, match="did not succeed within"):
+        clone.wait_until_succeeds(["fail", "1"], timeout=0.3)
+    started = monotonic()
+    with pytest.raises(WorkloadExited, match="the workload ended with"):
+        clone.wait_for_log("never", timeout=60)
+    assert monotonic() - started < 10
+
+
+def test_another_end_than_the_expected_one_names_both(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
+    clone = make_clone(may_end_with=0)
+    engine.vms[-1].agent.exit_workload(code=3)
+    with pytest.raises(WorkloadExited, match="the workload ended with exit code 3, not with 0"):
+        clone.pause_for_exit(20)
+    assert clone.wait(20).exit_code == 3
+
+
+def test_an_end_that_the_snapshot_has_seen_fails_nobody(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
+    prepare = engine.prepare_guest
+
+    def end(agent: FakeAgent) -> None:
+        prepare(agent)
+        agent.exit_workload(code=3)
+
+    engine.prepare_guest = end
+    clone = make_clone()
+    assert clone.wait(0).exit_code == 3
+    clone.pause_for_exit(0.1)
+    with pytest.raises(WorkloadExited, match="the workload ended with exit code 3"):
+        clone.wait_for_log("never", timeout=60)
+
+
+def test_a_wait_for_a_workload_that_goes_on_ends_with_what_it_printed(clone: Clone, guest: FakeAgent) -> None:
+    guest.log(b"still at it\n")
+    clone.wait_for_log("still", timeout=20)
+    with pytest.raises(GuestTimeout, match="the workload did not end within") as caught:
+        clone.wait(0.2)
+    assert caught.value.evidence["workload log"].endswith("still at it")
+
+
+def test_a_workload_that_ends_with_0_and_was_not_to_is_told_of_one_shot_images(clone: Clone, guest: FakeAgent) -> None:
+    guest.exit_workload(code=0)
+    with pytest.raises(WorkloadExited, match="ended with exit code 0") as caught:
+        clone.pause_for_exit(20)
+    assert caught.value.hint.endswith('or ready="exit:0" where it is to end')

@@ -19,9 +19,7 @@ _NETWORK_HINT = (
     "auto, user, relay, rootless, bridge; rootless,egress lets the guest reach outside, rootless,allow=10.0.0.0/8 a "
     "network, an address or a name alone; with ,proxy it gets pytest's proxy variables"
 )
-_READY_HINT = (
-    "http:80/path, tcp:80, log:REGEX, exec:COMMAND, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
-)
+_READY_HINT = "http:80/path, tcp:80, log:REGEX, exec:COMMAND, exit:0, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 
 
 def _env(items: Mapping[str, object] | list[str]) -> dict[str, str]:
@@ -168,6 +166,8 @@ def test_what_is_allowed_is_a_network_an_address_or_a_name(target: str) -> None:
         ("exec:test -e /a,b", "mode=exec,cmd=test -e /a,b", ReadySpec(mode=ReadyMode.EXEC, text="test -e /a,b")),
         ("healthcheck", "mode=healthcheck", ReadySpec(mode=ReadyMode.HEALTHCHECK)),
         ("agent", "mode=agent", ReadySpec(mode=ReadyMode.AGENT)),
+        ("exit:0", "mode=exit,code=0", ReadySpec(mode=ReadyMode.EXIT, text="0")),
+        ("exit:255", "mode=exit,code=255", ReadySpec(mode=ReadyMode.EXIT, text="255")),
     ],
 )
 def test_readiness_has_a_short_and_a_long_spelling(short: str, long: str, ready: ReadySpec) -> None:
@@ -206,6 +206,9 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
     (parse.parse_ready, "tcp:80/x", "ready 'tcp:80/x': tcp takes a port alone", _READY_HINT),
     (parse.parse_ready, "log:", "ready 'log:': log needs something to look for", _READY_HINT),
     (parse.parse_ready, "log:(", "ready 'log:(': missing ), unterminated subpattern at position 0", _READY_HINT),
+    (parse.parse_ready, "exit:256", "ready 'exit:256': '256' is not an exit code from 0 to 255", _READY_HINT),
+    (parse.parse_ready, "exit:", "ready 'exit:': '' is not an exit code from 0 to 255", _READY_HINT),
+    (parse.parse_ready, "mode=exit", "ready 'mode=exit': exit needs code=", _READY_HINT),
     (parse.parse_ready, "agent:x", "ready 'agent:x': agent takes nothing", _READY_HINT),
     (parse.parse_ready, "mode=soon", "ready 'mode=soon': unknown mode 'soon'", _READY_HINT),
     (parse.parse_ready, "mode=http", "ready 'mode=http': http needs url=", _READY_HINT),
