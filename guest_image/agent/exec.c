@@ -20,6 +20,7 @@
 #include "output.h"
 #include "protocol.h"
 #include "sink.h"
+#include "spill.h"
 #include "streams.h"
 #include "tar.h"
 #include "terminal.h"
@@ -43,7 +44,7 @@ struct exec {
     struct sink sink;
     struct drain drains[2];
     uint8_t turn; /* the drain to ask first */
-    bool is_detached;
+    bool is_detached; /* it goes on whatever becomes of its stream */
     bool is_transfer; /* of files, of no use without its stream */
     bool has_terminal;
     bool has_ended;
@@ -54,11 +55,22 @@ struct exec {
 
 static struct exec *orphans; /* of those that live on, the latest first */
 
+/* What the process has left running may write there still, and a closed pipe would kill it. */
+static void leave_output(struct drain *drain)
+{
+    if (drain->source.fd < 0)
+        return;
+    if (drain->exec->has_terminal || drain->exec->is_transfer)
+        loop_close(&drain->source);
+    else
+        spill_take(&drain->source);
+}
+
 static void close_pipes(struct exec *exec)
 {
     loop_close(&exec->input);
-    loop_close(&exec->drains[0].source);
-    loop_close(&exec->drains[1].source);
+    leave_output(&exec->drains[0]);
+    leave_output(&exec->drains[1]);
     kept_free(&exec->drains[0].kept);
     kept_free(&exec->drains[1].kept);
     sink_free(&exec->sink);
@@ -224,7 +236,7 @@ static bool send_output(struct exec *exec, uint8_t channel)
     if (exec->has_ended && size > drain->left)
         size = drain->left;
     if (exec->has_ended && !size)
-        loop_close(&drain->source);
+        leave_output(drain);
     if (size > exec->stream.may_send[channel])
         size = (size_t)exec->stream.may_send[channel];
     if (!size)
@@ -239,7 +251,10 @@ static bool send_output(struct exec *exec, uint8_t channel)
     drain->readable = false;
     if (got < 0 && !exec->has_ended)
         return false;
-    loop_close(&drain->source);
+    if (got < 0)
+        leave_output(drain);
+    else
+        loop_close(&drain->source);
     output_in_turn(FRAME_EOF, exec->stream.id, &channel, 1);
     return true;
 }
@@ -272,7 +287,7 @@ static bool emit(struct stream *stream)
 
 static bool lives_on(const struct exec *exec, enum streams_ending why)
 {
-    return (why == STREAMS_LOST && exec->is_detached) || (why == STREAMS_COPIED && !exec->is_transfer);
+    return exec->is_detached || (why == STREAMS_COPIED && !exec->is_transfer);
 }
 
 static void abandon(struct stream *stream, enum streams_ending why)

@@ -44,6 +44,21 @@ void loop_again(struct source *source, uint32_t wanted)
     epoll_ctl(epoll_fd, EPOLL_CTL_MOD, source->fd, &event);
 }
 
+static void drop_events(const struct source *source)
+{
+    for (int i = 0; i < event_count; i++)
+        if (events[i].data.ptr == source)
+            events[i].data.ptr = NULL;
+}
+
+void loop_move(struct source *from, struct source *to, uint32_t wanted)
+{
+    to->fd = from->fd;
+    from->fd = -1;
+    drop_events(from);
+    loop_again(to, wanted);
+}
+
 void loop_close(struct source *source)
 {
     if (source->fd < 0)
@@ -52,9 +67,7 @@ void loop_close(struct source *source)
     epoll_ctl(epoll_fd, EPOLL_CTL_DEL, source->fd, NULL);
     close(source->fd);
     source->fd = -1;
-    for (int i = 0; i < event_count; i++)
-        if (events[i].data.ptr == source)
-            events[i].data.ptr = NULL;
+    drop_events(source);
 }
 
 void loop_free(void *memory)

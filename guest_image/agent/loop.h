@@ -24,6 +24,9 @@ int loop_add(struct source *source, uint32_t events);
 /* Hand out another event if the source is ready still: for who stopped before EAGAIN. */
 void loop_again(struct source *source, uint32_t events);
 
+/* Give a listed source's descriptor to another source, which gets an event if there is something. */
+void loop_move(struct source *from, struct source *to, uint32_t events);
+
 /* Close the source's descriptor. Events already fetched for it are dropped. */
 void loop_close(struct source *source);
 

@@ -94,7 +94,7 @@ enum stream_kind {
                              either. RETURN comes in this machine: the session goes on, PERSONALISE thaws. SECRET comes in
                              a copy of it: a session of its own, in which processes of EXEC live on without their streams */
     /* streams: REPLY, then frames until the end */
-    KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached from the session: keeps running when it is lost; 2 = on a
+    KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached: keeps running when the stream is closed or lost; 2 = on a
                           terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */
     KIND_CONNECT = 33, /* PORT PROTO(tcp | udp) ADDRESS(default: the interface's own): a connection from the gateway's
                           address; over udp DATA has datagrams, each behind its length, u16 */

@@ -158,19 +158,23 @@ class Clone(FileVerbs):
         cwd: str | None = None,
         user: str | None = None,
         tty: tuple[int, int] | None = None,
+        detach: bool = False,
     ) -> GuestProcess:
-        """Start a command and return it with its streams; leaving its `with` block ends it.
+        """Start a command and return it with its streams; leaving its `with` block ends it and its process group.
 
+        With `detach` it goes on, and `attach` finds it by its `pid`; it never waits for a reader, who gets the last
+        64 KiB of each output.
         `tty` gives it a terminal of so many rows and columns: it then has one stream of output, `stdout`, and what is
         written to `stdin` is typed.
         """
         env = {**({"TERM": _TERM} if tty else {}), **(env or {})}
-        return self._live().agent.exec(self._defaults.process(cmd, env, cwd, user), terminal=tty)
+        return self._live().agent.exec(self._defaults.process(cmd, env, cwd, user), terminal=tty, detached=detach)
 
     def attach(self, pid: int) -> GuestProcess:
-        """Return what `popen` has started in the clone that this one was copied of, running or ended; once each.
+        """Return what `popen` has started detached, or in the clone that this one was copied of; once each.
 
-        Its input is at its end, and of what it printed here since, the last 64 KiB of each output are there.
+        It runs or has ended. Its input is at its end, and of what it printed since, the last 64 KiB of each output are
+        there.
         """
         return self._live().agent.attach(pid)
 

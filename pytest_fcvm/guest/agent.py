@@ -160,7 +160,8 @@ class Agent:
     ) -> GuestProcess:
         """Start a program beside the workload, on a terminal of so many rows and columns where one is given.
 
-        `detached` lets it outlive the session. The timeout is for the start.
+        `detached` lets it outlive its stream and the session: what nobody reads of its output goes, but the last
+        64 KiB. The timeout is for the start.
         """
         body = process_body(spec)
         flags = (_DETACHED if detached else 0) | (_ON_TERMINAL if terminal else 0)
@@ -169,6 +170,8 @@ class Agent:
         if terminal:
             body += ((FieldTag.ROWS, terminal[0]), (FieldTag.COLUMNS, terminal[1]))
         stream = self._open(StreamKind.EXEC, body, f"exec {shlex.join(spec.argv)[:_NAME_LENGTH]}")
+        if detached:
+            stream.keep_last()
         return GuestProcess(stream, stream.wait_reply(Deadline(timeout_s)).number(FieldTag.PID))
 
     def attach(self, pid: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestProcess:

@@ -51,7 +51,7 @@ class Link(Protocol):
 class Inbound:
     """What came on one channel and was not read yet."""
 
-    __slots__ = ("chunks", "collecting", "credit", "discarding", "ended", "owed")
+    __slots__ = ("bounded", "chunks", "collecting", "credit", "discarding", "ended", "lost", "owed")
 
     def __init__(self) -> None:
         self.chunks: deque[memoryview] = deque()
@@ -60,3 +60,15 @@ class Inbound:
         self.ended = False
         self.collecting = False  # keep everything, however much it is
         self.discarding = False  # keep nothing
+        self.bounded = False  # keep the last window
+        self.lost = 0  # bytes that were not kept for it
+
+    def keep(self, data: memoryview) -> None:
+        """Add what came."""
+        if self.bounded:
+            whole = b"".join((*self.chunks, data))
+            self.chunks.clear()
+            self.lost += max(0, len(whole) - PROTOCOL_WINDOW)
+            data = memoryview(whole)[-PROTOCOL_WINDOW:]
+        if not self.discarding:
+            self.chunks.append(data)

@@ -138,16 +138,21 @@ class StreamWriter:
 class GuestProcess:
     """A running program. `pid` is its number in the workload's PID namespace.
 
-    `lost_bytes` is how much of its output went by while no host listened, for want of room.
+    A detached one goes on after `close`, and never waits for a reader.
     """
 
     def __init__(self, stream: Stream, pid: int, *, lost_bytes: int = 0) -> None:
-        self.pid, self.lost_bytes = pid, lost_bytes
+        self.pid, self._lost_bytes = pid, lost_bytes
         self.stdin = StreamWriter(stream)
         self.stdout = StreamReader(stream, _STDOUT)
         self.stderr = StreamReader(stream, _STDERR)
         self._stream = stream
         self._collected = [b"", b""]
+
+    @property
+    def lost_bytes(self) -> int:
+        """Return how much of its output went by unread, for want of room."""
+        return self._lost_bytes + self._stream.lost_bytes
 
     def signal(self, number: int) -> None:
         """Send a signal to the program's process group; harmless when it has ended."""
@@ -195,7 +200,11 @@ class GuestProcess:
         return self._take_collected()
 
     def close(self) -> None:
-        """Give the program up if it runs: its process group gets SIGHUP, and SIGKILL a second later. Idempotent."""
+        """Give the program up if it runs: its process group gets SIGHUP, and SIGKILL a second later. Idempotent.
+
+        What it has started in process groups of their own goes on, and so does what it left when it ended by itself.
+        A detached program goes on too.
+        """
         self._stream.abandon()
 
     def __enter__(self) -> Self:

@@ -93,8 +93,7 @@ class Stream:
 
     def poll_exit(self) -> Fields | None:
         """Return the fields of EXIT if it is there."""
-        with self._link.lock:
-            return self._exit
+        return self._exit
 
     def read(self, channel: int, limit: int, deadline: Deadline) -> bytes:
         """Return up to `limit` bytes as soon as there are any, b"" at the end (`limit` -1: all that wait).
@@ -152,22 +151,32 @@ class Stream:
         """Keep all that comes from now on, and never let the agent wait for a reader."""
         with self._link.lock:
             inbound = self._inbound[channel]
+            inbound.bounded = False
             if not inbound.collecting:
                 inbound.collecting = True
                 self._grant(channel, sum(map(len, inbound.chunks)))
+
+    def keep_last(self) -> None:
+        """Keep the last window of each channel for a reader, and never let the agent wait for one."""
+        for channel, inbound in enumerate(self._inbound):
+            self.collect(channel)
+            inbound.bounded = True
+
+    @property
+    def lost_bytes(self) -> int:
+        """Return how much of what came was not kept for want of a reader."""
+        return sum(inbound.lost for inbound in self._inbound)
 
     def discard(self, channel: int) -> None:
         """Throw away what came and what comes on a channel."""
         self.collect(channel)
         with self._link.lock:
-            inbound = self._inbound[channel]
-            inbound.discarding = True
-            inbound.chunks.clear()
+            self._inbound[channel].discarding = True
+            self._inbound[channel].chunks.clear()
 
     def is_stalled(self) -> bool:
         """Say whether the agent may not send more because nobody reads."""
-        with self._link.lock:
-            return any(inbound.credit == 0 for inbound in self._inbound)
+        return any(inbound.credit == 0 for inbound in self._inbound)
 
     def read_waiting(self, channel: int) -> bytes:
         """Return what a collected channel holds now, without waiting."""
@@ -242,17 +251,16 @@ class Stream:
     def take_data(self, payload: bytes) -> None:
         """Accept DATA: keep it for a reader or hand it to the sink. The lock is not held."""
         with self._link.lock:
-            inbound = self._channel(payload)
-            size = len(payload) - 1
+            inbound, size = self._channel(payload), len(payload) - 1
             inbound.credit -= size
             if inbound.credit < 0 or inbound.ended:
                 raise ProtocolError("DATA beyond credit" if inbound.credit < 0 else "DATA after EOF")
             if self._sink is None:
-                if size and not inbound.discarding:
-                    inbound.chunks.append(memoryview(payload)[1:])
+                if size:
+                    inbound.keep(memoryview(payload)[1:])
                 if inbound.collecting:
                     self._grant(payload[0], size)
-                else:
+                if inbound.bounded or not inbound.collecting:
                     self._notify()
                 return
         self._feed_sink(self._sink, payload)

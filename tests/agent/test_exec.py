@@ -201,3 +201,34 @@ def test_500_programs_at_once(client):
     client.wait(lambda: all(stream.exit is not None for stream in streams), 60)
     assert [bytes(stream.data[0]) for stream in streams] == [b"%d go\n" % number for number in range(500)]
     assert {stream.code for stream in streams} == {0}
+
+
+def wait_for_file(client, path):
+    client.run("sh", "-c", f"while [ ! -e {path} ]; do sleep 0.05; done")
+
+
+@pytest.mark.parametrize("redirect", ["", ">&2"])
+def test_what_a_command_leaves_running_may_print_without_end(client, redirect):
+    loop = f"for i in 1 2 3 4 5 6; do sleep 0.1; seq 1 20000 {redirect} || exit; done; touch /tmp/talked"
+    stream = client.run("sh", "-c", f"({loop}) & echo started")
+    assert (stream.data[0], stream.code) == (b"started\n", 0)
+    wait_for_file(client, "/tmp/talked")
+
+
+def test_a_detached_program_goes_on_when_its_stream_is_closed(client, p):
+    script = "echo here; sleep 0.3; seq 1 20000; touch /tmp/talked; exit 5"
+    stream = client.start_exec("sh", "-c", script, extra=[(p.FLAGS, 1)])
+    client.wait(lambda: stream.data[0])
+    client.send(p.frame(p.CLOSE, stream.number, b"\0" * 4))
+    wait_for_file(client, "/tmp/talked")
+    again = client.open(p.ATTACH, (p.PID, stream.reply[1][p.PID][0]))
+    client.wait(lambda: again.exit is not None)
+    assert (again.code, again.data[0][-6:]) == (5, b"20000\n")
+
+
+def test_the_end_of_a_program_leaves_those_in_groups_of_their_own(client, p):
+    script = "setsid sh -c 'echo ready; sleep 1.5; echo late && touch /tmp/late' & sleep 100"
+    stream = client.start_exec("sh", "-c", script)
+    client.wait(lambda: stream.data[0])
+    client.send(p.frame(p.CLOSE, stream.number, b"\0" * 4))
+    wait_for_file(client, "/tmp/late")

@@ -298,3 +298,9 @@ def test_the_console_and_the_guests_figures_can_be_read(clone: Clone) -> None:
 
 def test_a_regular_expression_of_the_log_matches_lines(clone: Clone) -> None:
     assert isinstance(clone.wait_for_log("^printed", timeout=0), re.Match)
+
+
+def test_a_detached_command_is_told_to_the_agent(clone: Clone, guest: FakeAgent) -> None:
+    with clone.popen(["sleep"], detach=True):
+        pass
+    assert guest.executed[-1][1].number(FieldTag.FLAGS) == 1

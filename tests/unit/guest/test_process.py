@@ -173,3 +173,21 @@ def test_output_that_nobody_reads_is_bounded_and_the_hint_says_what_to_do(agent:
         process.wait(0.1)
     assert "nobody reads its output" in caught.value.hint
     assert len(process._stream.read_waiting(0)) == 65536
+
+
+def test_a_detached_program_never_waits_for_a_reader_who_gets_the_last_of_it(fake: FakeAgent, agent: Agent) -> None:
+    process = agent.exec(ProcessSpec(argv=("flood", "1000000")), detached=True)
+    assert process.wait(20) == ExitStatus(code=0)
+    last = process.stdout.read()
+    assert (len(last), process.lost_bytes) == (65536, 1000000 - 65536)
+    assert fake.errors == []
+
+
+def test_a_detached_program_is_read_as_it_prints(agent: Agent) -> None:
+    process = agent.exec(ProcessSpec(argv=("cat",)), detached=True)
+    process.stdout.timeout_s = 20
+    for line in (b"one\n", b"two\n"):
+        process.stdin.write(line)
+        assert process.stdout.readline() == line
+    assert process.communicate(b"x" * 200_000, timeout_s=20) == (b"x" * 200_000, b"")
+    assert process.lost_bytes == 0
