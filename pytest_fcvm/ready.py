@@ -12,15 +12,14 @@ from typing import Protocol
 from pytest_fcvm.errors import GuestTimeout, UsageProblem
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.sockets import connect
-from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus
-from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.model.guest import ExitStatus
+from pytest_fcvm.model.net import PROBE_PORT, Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 
-__all__ = ["PROBE_PORT", "ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
+__all__ = ["ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
 _STATUS = "HTTP status"
-PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
 _TRY_S = 5.0  # one answer may take this long
 _LEAST_S = 0.1  # and a command is given this, at the deadline too
 _HUNG_UP = "the connection was closed"
@@ -38,8 +37,8 @@ class ReadyTarget(Protocol):
         """Return where the host reaches a guest port."""
         ...
 
-    def listening(self, guest_port: int) -> bool:
-        """Ask the agent for a listening socket that is not bound to loopback alone."""
+    def why_silent(self, guest_port: int) -> str:
+        """Ask the agent for a listener that can be reached: return "" for one, else why there is no answer."""
         ...
 
     def pause_for_exit(self, timeout_s: float) -> None:
@@ -306,22 +305,21 @@ class _Command:
 
 
 def _ask_http(target: ReadyTarget, port: int, path: str) -> str:
-    """Send the request; where it broke, ask for a listener: slirp resets connections to closed ports."""
+    """Send the request; where it broke, ask for a listener."""
     answer = _http_answer(target.endpoint(port), path)
     with suppress(GuestTimeout):
-        if answer and not answer.startswith(_STATUS) and not target.listening(port):
-            return NOTHING_LISTENS.format(port=port)
+        if answer and not answer.startswith(_STATUS):
+            return target.why_silent(port) or answer
     return answer
 
 
 def _ask_tcp(target: ReadyTarget, port: int) -> str:
-    """Ask for a listener, then connect. A connect alone proves nothing: slirp accepts for closed ports, too."""
+    """Ask for a listener, then connect. A connect alone proves nothing: the host accepts for closed ports, too."""
     try:
-        if not target.listening(port):
-            return NOTHING_LISTENS.format(port=port)
+        silent = target.why_silent(port)
     except GuestTimeout as error:
         return error.message
-    return _tcp_answer(target.endpoint(port), _STANDS_S)
+    return silent or _tcp_answer(target.endpoint(port), _STANDS_S)
 
 
 def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
@@ -14,7 +15,7 @@
 #include "namespaces.h"
 #include "protocol.h"
 
-enum { NOBODY = 0, EVERYWHERE = 1, LOOPBACK_ONLY = 2, TCP_LISTENING = 10, UDP_UNCONNECTED = 7 };
+enum { NOBODY = 0, EVERYWHERE = 1, LOOPBACK_ONLY = 2, IPV6_ALONE = 3, TCP_LISTENING = 10, UDP_UNCONNECTED = 7 };
 
 static const struct cgroup_metric {
     const char *name, *file, *key;
@@ -122,6 +123,18 @@ static int look_in_table(const char *path, uint64_t port, unsigned wanted_state)
     return result;
 }
 
+/* Whether nothing listens to a TCP port over IPv4: who listens at :: does so too, unless it asked not to. */
+static bool ipv4_is_free(uint64_t port)
+{
+    const struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    bool is_free = fd >= 0 && bind(fd, (const struct sockaddr *)&address, sizeof address) == 0;
+
+    if (fd >= 0)
+        close(fd);
+    return is_free;
+}
+
 int information_listening(const struct body *body, struct reply *reply, struct failure *failure)
 {
     const char *protocol = body_text(body, FIELD_PROTO);
@@ -134,6 +147,8 @@ int information_listening(const struct body *body, struct reply *reply, struct f
     int four = look_in_table(is_udp ? "/proc/net/udp" : "/proc/net/tcp", port, state);
     int six = four == EVERYWHERE ? NOBODY : look_in_table(is_udp ? "/proc/net/udp6" : "/proc/net/tcp6", port, state);
     int result = four == EVERYWHERE || six == EVERYWHERE ? EVERYWHERE : four ? four : six;
+    if (result == EVERYWHERE && four == NOBODY && !is_udp && ipv4_is_free(port))
+        result = IPV6_ALONE;
     reply_number(reply, FIELD_LISTENING, (uint64_t)result);
     return 0;
 }

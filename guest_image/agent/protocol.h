@@ -83,7 +83,7 @@ enum stream_kind {
                              FLAGS(16 = the workload stays frozen: another PERSONALISE follows, with the time of day
                              of when the host had the REPLY). The clock is never set back by less than a second.
                              With ENTROPY or MAC the guest becomes another one: connections to peers outside are reset */
-    KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2 (2: on a loopback address alone) */
+    KIND_LISTENING = 7,   /* PORT PROTO: REPLY has LISTENING 0|1|2|3 (2: on a loopback address alone; 3: over IPv6 alone) */
     KIND_STOP = 8,        /* SIGNAL to the workload's first process */
     KIND_POWEROFF = 9,
     KIND_SYNC = 10,       /* sync(2) */

@@ -161,8 +161,11 @@ def _typed_into(process: GuestProcess) -> Iterator[None]:
 
 def _copy_in(process: GuestProcess, stop: int) -> None:
     with suppress(OSError):  # the command has ended, and reads no more
-        while stop not in (readable := select.select([0, stop], [], [])[0]):
-            data = os.read(readable[0], _PIECE)
+        poll = select.poll()
+        for descriptor in (0, stop):
+            poll.register(descriptor, select.POLLIN)
+        while stop not in [descriptor for descriptor, _ in poll.poll()]:
+            data = os.read(0, _PIECE)
             if not data:
                 process.stdin.close()
                 return

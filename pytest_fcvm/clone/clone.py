@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.files import COPY_S, FileVerbs
-from pytest_fcvm.clone.machine import Machine, waking_identity
+from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.clone.own_address import at_address, random_loopback
 from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem
 from pytest_fcvm.guest.process import GuestProcess
@@ -120,7 +120,7 @@ class Clone(FileVerbs):
         """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
         from pytest_fcvm.clone.http import make_client  # httpx takes 0.1 s, and most tests have clients of their own
 
-        self._clients.append(make_client(self.url(guest_port), lambda: self._live().why_silent(guest_port)))
+        self._clients.append(make_client(self.url(guest_port), lambda: self.why_silent(guest_port)))
         return self._clients[-1]
 
     # -- commands
@@ -257,9 +257,8 @@ class Clone(FileVerbs):
     def resume(self) -> None:
         """Let the guest go on, with the time of day that its spec wants."""
         self._machine.check_ours()
-        self._machine.vm.resume()
+        self._machine.wake(self.spec.clock)
         self._paused = False
-        self._machine.agent.personalise(waking_identity(self.spec.clock), timeout_s=_CALL_S)
 
     def take_memory(self, size: str | int, timeout: float = 30) -> int:
         """Take so much of the guest's free memory ("64M" in all; 0 gives all back), and return how many MiB are taken.
@@ -368,9 +367,9 @@ class Clone(FileVerbs):
 
     # -- what readiness probes need beyond the above
 
-    def listening(self, guest_port: int) -> bool:
-        """Ask the guest for a TCP listener on a port that can be reached from outside."""
-        return self._live().listening(guest_port)
+    def why_silent(self, guest_port: int) -> str:
+        """Say why a TCP port gives no answer, "" where something listens that can be reached from outside."""
+        return self._live().why_silent(guest_port)
 
     def pause_for_exit(self, timeout_s: float) -> None:
         """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""

@@ -12,26 +12,26 @@ from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
-from pytest_fcvm.guest.agent import Agent
+from pytest_fcvm.guest.agent import Agent, TellTime
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.own import check_owner, getpid
-from pytest_fcvm.model.guest import NOTHING_LISTENS, ExitStatus, Identity, ListenState
+from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
 
-__all__ = ["Machine", "Publisher", "waking_identity"]
+__all__ = ["Machine", "Publisher", "time_teller"]
 
 
 _CALL_S = 30.0
 _SETTLE_S, _QUIET_S, _ANSWER_S, _TURNS = 0.5, 0.05, 2.0, 4
 
 
-def waking_identity(clock: Clock) -> Identity:
-    """Return what a machine is told that goes on after it stood still: the time of day, where that is the host's."""
-    return Identity(realtime_ns=real_time_ns() if clock is Clock.HOST else None)
+def time_teller(clock: Clock) -> TellTime | None:
+    """Return what tells the time of day that a machine has when it goes on after it stood still, where it is told."""
+    return real_time_ns if clock is Clock.HOST else None
 
 
 class Publisher(Protocol):
@@ -109,14 +109,14 @@ class Machine:
             error.evidence.setdefault(title, text)
         return error
 
-    def listening(self, guest_port: int) -> bool:
-        """Ask the guest for a TCP listener on a port that can be reached from outside."""
-        return self.agent.listening(guest_port, timeout_s=_CALL_S) is ListenState.OPEN
+    def wake(self, clock: Clock) -> None:
+        """Let a paused machine go on, at the time of day that its clock is to have."""
+        self.agent.wake(self.vm.resume, time_teller(clock), timeout_s=_CALL_S)
 
     def why_silent(self, guest_port: int) -> str:
         """Say why a TCP port gives no answer, "" where something listens. Raise GuestError when nobody can tell."""
         self.raise_if_ended()
-        return "" if self.listening(guest_port) else NOTHING_LISTENS.format(port=guest_port)
+        return self.agent.listening(guest_port, timeout_s=_CALL_S).why_silent(guest_port)
 
     def take_memory(self, mib: int, timeout_s: float) -> int:
         """Take so much of the guest's memory in all, as far as it gives it in time; return what is taken, in MiB."""

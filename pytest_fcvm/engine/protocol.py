@@ -154,12 +154,12 @@ class VmExit:
 
 
 class Vm(Protocol):
-    """One VMM process. Every method may be called from any thread; after its death they raise EngineError at once."""
+    """One VMM process. Every method may be called from any thread; after its death they raise EngineError at once.
 
-    @property
-    def name(self) -> str:
-        """Return the name given in the plan."""
-        ...
+    `name` is what messages call it: first the plan's, then that of the clone which it becomes.
+    """
+
+    name: str
 
     @property
     def pid(self) -> int:

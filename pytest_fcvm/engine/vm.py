@@ -50,14 +50,9 @@ class VmProcess:
         disk: Disk | None = None,
         namespace: Namespace | None = None,
     ) -> None:
-        self._name, self._launched, self._child = name, launched, launched.child
+        self.name, self._launched, self._child = name, launched, launched.child
         self._tell_death, self._disk, self._namespace = tell_death, disk, namespace
         self._killed = False
-
-    @property
-    def name(self) -> str:
-        """Return the name given in the plan."""
-        return self._name
 
     @property
     def pid(self) -> int:
@@ -124,7 +119,7 @@ class VmProcess:
         ended: VmExit | None = None
         with suppress(HostError):
             ended = self._exit_of(self._child.wait(_LAST_WORDS_S))
-        return self._tell_death(self._name, ended, console=self.console_path, log=self.vmm_log_path)
+        return self._tell_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
 
     def _exit_of(self, ended: ChildExit) -> VmExit:
         ours = self._killed and ended.signal == signal.SIGKILL

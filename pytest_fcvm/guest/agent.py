@@ -22,6 +22,7 @@ from pytest_fcvm.guest.bodies import (
     workload_status,
 )
 from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind, new_secret
+from pytest_fcvm.guest.openings import logs_opening, open_session, personalise_opening
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.guest.served import ServedPort
 from pytest_fcvm.guest.session import Explain, Opening, Session
@@ -45,7 +46,9 @@ __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 2.0
-_DETACHED, _ON_TERMINAL, _IS_INIT, _ONLY_UNSENT = 1, 2, 4, 8
+TellTime = Callable[[], int]  # in ns since 1970
+
+_DETACHED, _ON_TERMINAL, _IS_INIT = 1, 2, 4
 _NAME_LENGTH = 60  # of a command in messages
 
 
@@ -108,10 +111,29 @@ class Agent:
         body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RETURN, way_back)]
         self._end_input(Opening(kind=StreamKind.PARK, what="park", fields=body), copy_secret, way_back, timeout_s)
 
-    def go_on(self, channel: socket.socket, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Go on after `park` over the channel that the VM has now, and let the workload go on."""
-        stream = self.session.go_on(channel, _personalise_opening(identity))
-        stream.wait_reply(Deadline(timeout_s))
+    def go_on(
+        self, channel: socket.socket, tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Go on after `park` over the channel that the VM has now, and let the workload go on at the host's time."""
+        stream = self.session.go_on(channel, personalise_opening(Identity(stays_frozen=tell_time is not None)))
+        self._tell_time(stream, tell_time, Deadline(timeout_s))
+
+    def wake(
+        self, resume: Callable[[], object], tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        """Let a VM go on that `resume` resumes, and its workload at the host's time.
+
+        The question whether it runs is in the channel before it does.
+        """
+        stream = self.session.open(personalise_opening(Identity(stays_frozen=tell_time is not None)))
+        resume()
+        self._tell_time(stream, tell_time, Deadline(timeout_s))
+
+    def _tell_time(self, stream: Stream, tell_time: TellTime | None, deadline: Deadline) -> None:
+        """Wait until the agent answers and tell it the time of then."""
+        stream.wait_reply(deadline)
+        if tell_time:
+            self.session.open(personalise_opening(Identity(realtime_ns=tell_time()))).wait_reply(deadline)
 
     def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Let the workload execute nothing more until `personalise`; the session goes on."""
@@ -193,7 +215,7 @@ class Agent:
     def serve(self, listener: Socket, port: int, tell_fault: Callable[[str, str], object]) -> ServedPort:
         """Let clients of a listener of the host's, taken over, reach a TCP port in the guest, until either ends.
 
-        `tell_fault` hears what became of a connection that the guest did not refuse ("was reset"), and why.
+        `tell_fault` hears what became of a connection that did not stand ("was reset"), and why.
         """
         return ServedPort(self.session, listener, port, tell_fault)
 
@@ -214,7 +236,7 @@ class Agent:
 
         `sink` is called on the session's thread: it must be quick and must not call the agent.
         """
-        stream = self.session.open(_logs_opening(sink, only_unsent=False))
+        stream = self.session.open(logs_opening(sink, only_unsent=False))
         stream.wait_reply(Deadline(timeout_s))
         return LogStream(stream)
 
@@ -342,7 +364,7 @@ def start_session(
     log_sink: Sink | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     explain: Explain | None = None,
-    tell_time: Callable[[], int] | None = None,
+    tell_time: TellTime | None = None,
 ) -> Agent:
     """Start a session and return its agent once that has answered, personalised if there is an `identity`.
 
@@ -358,7 +380,7 @@ def start_session(
         raise
     try:
         first = replace(identity, hook=(), stays_frozen=True) if identity and tell_time else identity
-        agent._log = _open_session(agent.session, first, cables, log_sink, Deadline(timeout_s))
+        agent._log = open_session(agent.session, first, cables, log_sink, Deadline(timeout_s))
         if identity and tell_time:
             hook, env = identity.hook, identity.hook_env
             agent.personalise(Identity(realtime_ns=tell_time(), hook=hook, hook_env=env), timeout_s=timeout_s)
@@ -366,35 +388,3 @@ def start_session(
         agent.close()
         raise
     return agent
-
-
-def _open_session(
-    session: Session, identity: Identity | None, cables: Sequence[Cable], log_sink: Sink | None, deadline: Deadline
-) -> Stream | None:
-    """Open it and return the log's stream."""
-    opening = [
-        Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), cable, f"eth{number}"))
-        for number, cable in enumerate(cables, start=1)
-    ]
-    if identity is not None:
-        opening.append(_personalise_opening(identity))
-    if log_sink is not None:
-        opening.append(_logs_opening(log_sink, only_unsent=identity is not None))
-    streams: Sequence[Stream] = session.start(opening)
-    for stream in streams[: len(cables)]:
-        stream.wait_reply(deadline)
-    if identity is not None:
-        streams[len(cables)].wait_reply(deadline)
-    else:
-        session.wait_until_welcome(deadline)
-    return streams[-1] if log_sink is not None else None
-
-
-def _personalise_opening(identity: Identity) -> Opening:
-    return Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity))
-
-
-def _logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
-    """Return the log's stream. A clone's leaves out what the base printed, which is on the host already."""
-    fields: Body = [(FieldTag.FLAGS, _ONLY_UNSENT)] if only_unsent else []
-    return Opening(kind=StreamKind.LOGS, what="logs", fields=fields, sink=sink)

@@ -18,6 +18,7 @@ from pytest_fcvm.guest.poller import ERROR, HANG_UP, IN, OUT
 from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.host.sockets import Socket
+from pytest_fcvm.net.relay import NOBODY
 
 __all__ = ["ServedPort"]
 
@@ -28,7 +29,7 @@ _NOW = Deadline(0)
 
 
 class ServedPort:
-    """One port. It takes the listener over; `tell_fault` hears why a connection that the guest took was reset.
+    """One port. It takes the listener over; `tell_fault` hears what became of a connection ("was reset"), and why.
 
     It ends with `close` or with the session: all its connections are reset then.
     """
@@ -166,8 +167,8 @@ class _Client:
     def _has_reply(self) -> bool:
         reply = self._stream.poll_reply()
         if reply and reply[0]:
-            if reply[0] != errno.ECONNREFUSED:
-                self._port.tell_fault("was reset", reply[1])
+            refused = reply[0] == errno.ECONNREFUSED
+            self._port.tell_fault("was reset", NOBODY if refused else reply[1])
             raise OSError(*reply)
         self._stands = reply is not None
         return self._stands

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 __all__ = [
-    "NOTHING_LISTENS",
     "ExitStatus",
     "GuestConfig",
     "Identity",
@@ -125,15 +124,23 @@ class WorkloadStatus:
     oom_kills: int = 0
 
 
-NOTHING_LISTENS = "nothing listens on port {port}, or on a loopback address alone"
-
-
 class ListenState(IntEnum):
     """Whether a port of the guest has a listener, and one that can be reached from outside the guest."""
 
     CLOSED = 0
     OPEN = 1
     LOOPBACK_ONLY = 2
+    IPV6_ONLY = 3
+
+    def why_silent(self, port: int) -> str:
+        """Say why a port gives no answer, "" where it can be reached."""
+        match self:
+            case ListenState.OPEN:
+                return ""
+            case ListenState.IPV6_ONLY:
+                return f"the listener on port {port} takes IPv6 alone, and is reached over IPv4: let it listen on both"
+            case _:
+                return f"nothing listens on port {port}, or on a loopback address alone"
 
 
 def _signal_name(number: int) -> str:

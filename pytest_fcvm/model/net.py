@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Cable", "Endpoint", "Namespace", "Proto", "PublishedPort"]
+__all__ = ["PROBE_PORT", "Cable", "Endpoint", "Namespace", "Proto", "PublishedPort"]
+
+
+PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
 
 
 class Proto(StrEnum):

@@ -10,12 +10,13 @@ from typing import Protocol
 
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.host.sockets import Socket, listen
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
+from pytest_fcvm.model.net import PROBE_PORT, Endpoint, Proto, PublishedPort
 from pytest_fcvm.net.datagrams import DatagramPort, DatagramStream, listen_error
 from pytest_fcvm.net.links import ByteStream, Links, MakeThread, reset
 
-__all__ = ["Dialled", "Relay", "Serve", "Served"]
+__all__ = ["NOBODY", "Dialled", "Relay", "Serve", "Served"]
 
+NOBODY = "nothing listens there over IPv4, or on a loopback address alone"
 _THREAD = "fcvm-relay"
 _PAUSE_S = 0.05  # after an accept that failed for want of descriptors
 
@@ -76,8 +77,8 @@ class Dialled:
         try:
             guest = self._dial()
         except (OSError, FcvmError) as error:
-            if not isinstance(error, ConnectionRefusedError):
-                self._tell_fault("was reset", str(error))
+            refused = isinstance(error, ConnectionRefusedError)
+            self._tell_fault("was reset", NOBODY if refused else str(error))
             reset(client)
         else:
             self._links.join(client, guest)
@@ -96,7 +97,7 @@ class Relay:
         self._ports: dict[tuple[Proto, int], Endpoint] = {}
         self._opened: list[Served] = []
         self._over = False
-        self.fault = ""  # why a connection was last reset before it stood, where it was not refused by the guest
+        self.fault = ""  # why a connection was last reset before it stood
 
     def publish(self, port: PublishedPort) -> Endpoint:
         """Listen for a guest port and return the address, the same one again unless another is named.
@@ -135,6 +136,7 @@ class Relay:
 
     def _note_fault(self, port: PublishedPort) -> TellFault:
         def note(fate: str, reason: str) -> None:
-            self.fault = f"a connection to guest port {port.guest_port} {fate}: {reason}"
+            if port.guest_port != PROBE_PORT:
+                self.fault = f"a connection to guest port {port.guest_port} {fate}: {reason}"
 
         return note

@@ -263,7 +263,7 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
     if parts.ready.port is not None and not parts.ready.others:
         return parts.ready.port
     tcp = (port for port, proto in parts.image.exposed_ports if proto == "tcp")
-    return next((port for port in tcp if base.listening(port)), None)
+    return next((port for port in tcp if not base.why_silent(port)), None)
 
 
 def _quiesce(machine: Machine, *, keeps_peer: bool) -> bytes:

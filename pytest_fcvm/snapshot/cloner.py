@@ -9,18 +9,17 @@ from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine, waking_identity
+from pytest_fcvm.clone.machine import Machine, time_teller
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
-from pytest_fcvm.model.specs import Clock, ReadyMode
+from pytest_fcvm.model.specs import ReadyMode
 from pytest_fcvm.ready import ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.addresses import fresh_identity
 from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
@@ -155,8 +154,7 @@ class Cloner:
         machine.timeline.mark("pool", monotonic())
         try:
             if pooled.asleep:
-                machine.vm.resume()
-                machine.agent.personalise(waking_identity(self._parts.spec.clock), timeout_s=_ANSWER_S)
+                machine.wake(self._parts.spec.clock)
         except BaseException:
             _discard(machine)
             raise
@@ -219,7 +217,7 @@ class Cloner:
                         log_sink=log.append,
                         timeout_s=_RESTORE_S,
                         explain=vm.explain,
-                        tell_time=real_time_ns if self._parts.spec.clock is Clock.HOST else None,
+                        tell_time=time_teller(self._parts.spec.clock),
                     )
                     undo.callback(agent.close)
             except FcvmError as error:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm.clone.machine import Machine, waking_identity
+from pytest_fcvm.clone.machine import Machine, time_teller
 from pytest_fcvm.guest.frames import new_secret
 from pytest_fcvm.host.clock import monotonic, real_time_ns
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
@@ -42,7 +42,7 @@ def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any]
             machine.vm.save(snapshot_files(folder, parts))
         finally:
             channel = machine.vm.channel()
-            machine.agent.go_on(channel, waking_identity(parts.spec.clock), timeout_s=_CALL_S)
+            machine.agent.go_on(channel, time_teller(parts.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],

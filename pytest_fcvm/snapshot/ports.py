@@ -39,7 +39,7 @@ class Ports:
 
     @property
     def fault(self) -> str:
-        """Return why a connection was last reset by us, if one was; a refusal of the guest's is none."""
+        """Return why a connection was last reset before it stood, if one was."""
         return self._relay.fault
 
     def close(self) -> None:

@@ -37,6 +37,7 @@ class Spares:
             with self._lock:
                 spare, self._spare = self._spare, None
             if spare is not None:
+                spare.name = plan.name
                 with suppress(FcvmError):  # it died while it waited
                     return started(spare)
         return started(self._prepare(plan))

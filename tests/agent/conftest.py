@@ -100,6 +100,8 @@ import socket, sys
 channel, address, port = sys.argv[1:]
 listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+if listener.family == socket.AF_INET6:
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, V6ONLY)
 listener.bind((address, int(port)))
 listener.listen(1024)
 socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [listener.fileno()])
@@ -161,9 +163,9 @@ class Guest:
         launcher = self.process.pid
         return int(Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()[0])
 
-    def listen(self, port, address="0.0.0.0", of=None):
+    def listen(self, port, address="0.0.0.0", of=None, *, only_ipv6=False):
         """Return a listening socket in the guest's network, or in that of a process."""
-        return self._open(LISTEN, port, address, of)
+        return self._open(LISTEN.replace("V6ONLY", str(int(only_ipv6))), port, address, of)
 
     def bind_datagrams(self, port, address="0.0.0.0"):
         """Return a datagram socket in the guest's network."""

@@ -218,13 +218,20 @@ def test_listening_tells_where(guest, client, p, address, expected):
         assert listening("udp") == [0]
 
 
-def test_1000_connections_at_once(client, p, listener):
-    streams = [client.open(p.CONNECT, (p.PORT, 8080)) for _ in range(1000)]
-    served = [listener.accept()[0] for _ in range(1000)]
-    client.wait(lambda: all(stream.reply for stream in streams), 30)
+def test_a_listener_over_ipv6_alone_is_told(guest, client, p):
+    with guest.listen(8080, "::", only_ipv6=True):
+        assert client.call(p.LISTENING, (p.PORT, 8080), (p.PROTO, "tcp"))[p.LISTENING_FIELD] == [3]
+        with guest.listen(8080):
+            assert client.call(p.LISTENING, (p.PORT, 8080), (p.PROTO, "tcp"))[p.LISTENING_FIELD] == [1]
+
+
+def test_5000_connections_at_once(client, p, listener):
+    streams = [client.open(p.CONNECT, (p.PORT, 8080)) for _ in range(5000)]
+    served = [listener.accept()[0] for _ in range(5000)]
+    client.wait(lambda: all(stream.reply for stream in streams), 120)
     assert {stream.reply[0] for stream in streams} == {0}
     for number, peer in enumerate(served):
         peer.sendall(b"%d" % number)
         peer.close()
-    client.wait(lambda: all(stream.eof for stream in streams), 30)
-    assert sorted(int(stream.data[0]) for stream in streams) == list(range(1000))
+    client.wait(lambda: all(stream.eof for stream in streams), 120)
+    assert sorted(int(stream.data[0]) for stream in streams) == list(range(5000))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytest_fcvm.errors import GuestTimeout, WorkloadExited
 from pytest_fcvm.host.clock import Deadline
-from pytest_fcvm.model.guest import ExitStatus
+from pytest_fcvm.model.guest import ExitStatus, ListenState
 from pytest_fcvm.model.net import Endpoint
 from pytest_fcvm.model.results import ExecResult
 
@@ -36,8 +36,9 @@ class Target:
     def endpoint(self, guest_port: int) -> Endpoint:
         return self.ports[guest_port]
 
-    def listening(self, guest_port: int) -> bool:
-        return self.listens if self.open_ports is None else guest_port in self.open_ports
+    def why_silent(self, guest_port: int) -> str:
+        is_open = self.listens if self.open_ports is None else guest_port in self.open_ports
+        return (ListenState.OPEN if is_open else ListenState.CLOSED).why_silent(guest_port)
 
     def pause_for_exit(self, timeout_s: float) -> None:
         self.on_pause()

@@ -32,7 +32,7 @@ from pytest_fcvm.namespaces import Namespaces, maker, outside
 from pytest_fcvm.net.datagrams import DatagramPort
 from pytest_fcvm.net.host_ports import HostPorts
 from pytest_fcvm.net.links import Links
-from pytest_fcvm.net.relay import Relay
+from pytest_fcvm.net.relay import Dialled, Relay
 from pytest_fcvm.network import Network
 
 NO_THREAD = RuntimeError("can't start new thread")
@@ -192,7 +192,8 @@ def test_a_namespace_whose_making_is_interrupted_is_given_back(
 
 @pytest.mark.parametrize("proto", [Proto.TCP, Proto.UDP])
 def test_a_port_whose_thread_does_not_start_does_not_listen(proto: Proto) -> None:
-    relay = Relay(raising(NO_THREAD), raising(NO_THREAD), Stubborn())
+    serve = lambda listener, _port, told: Dialled(raising(NO_THREAD), Stubborn(), listener, told)  # noqa: E731
+    relay = Relay(serve, raising(NO_THREAD), Stubborn())
     with pytest.raises(RuntimeError, match="can't start"):
         relay.publish(PublishedPort(guest_port=80, proto=proto))
     relay.close()
@@ -201,12 +202,14 @@ def test_a_port_whose_thread_does_not_start_does_not_listen(proto: Proto) -> Non
 def test_a_client_without_a_thread_is_reset_and_the_next_one_served() -> None:
     seen: list[Stream] = []
 
-    def dial(_port: int) -> Any:
+    def dial() -> Any:
         seen.append(Stream())
         return seen[-1]
 
     make_thread = Stubborn(1)
-    relay = Relay(dial, raising(NO_THREAD), make_thread)
+    relay = Relay(
+        lambda listener, _port, told: Dialled(dial, make_thread, listener, told), raising(NO_THREAD), make_thread
+    )
     endpoint = relay.publish(PublishedPort(guest_port=80))
     with pytest.raises(ConnectionResetError), socket.create_connection(endpoint, timeout=10) as client:
         client.recv(1)

@@ -25,10 +25,10 @@ from fakes.ready import Health, Target
 from pytest_fcvm.errors import EngineError, GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.guest import ExitStatus
-from pytest_fcvm.model.net import Endpoint, PublishedPort
+from pytest_fcvm.model.net import PROBE_PORT, Endpoint, PublishedPort
 from pytest_fcvm.model.results import ExecResult
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
-from pytest_fcvm.ready import PROBE_PORT, ClientPath, finalize_ready, wait_until_ready
+from pytest_fcvm.ready import ClientPath, finalize_ready, wait_until_ready
 
 _HTTP = ReadySpec(mode=ReadyMode.HTTP, port=80, text="/health")
 _TCP = ReadySpec(mode=ReadyMode.TCP, port=80)
@@ -436,12 +436,10 @@ def test_a_clone_whose_port_opens_late_is_waited_for(
 ) -> None:
     target.ports[80] = _free_port()
     path = open_path(_HTTP)
-    path._thread.join(_LONG_S)
     target.on_pause = lambda: None if target.commands else (target.commands.append("started"), serve_at_last())[0]
 
     def serve_at_last() -> None:
         serve_http(200)
-        path._endpoint = None  # a real port does not move
 
     path.prove(target.pause_for_exit, _LONG_S)
     assert target.commands == ["started"]

@@ -13,7 +13,6 @@ import pytest
 from pytest_fcvm.errors import GuestError, UsageProblem
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.frames import FieldTag, StreamKind, decode_fields
-from pytest_fcvm.model.guest import Identity
 
 SECRET = b"c" * 16
 
@@ -45,7 +44,7 @@ def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tu
     assert old.take_all() == []
     host, guest = socket.socketpair()
     new = type(old)(cleanup.enter_context(guest))
-    going = in_background(lambda: agent.go_on(host, Identity(realtime_ns=1)))
+    going = in_background(lambda: agent.go_on(host, None))
     assert guest.recv(16, socket.MSG_WAITALL) == way_back
     requests = [new.take(), new.take()]
     assert [frame.payload[0] for frame in requests] == [
@@ -78,7 +77,7 @@ def test_a_parked_session_is_not_parked_again_and_loses_nothing_by_the_try(
         agent.park(SECRET)
     host, guest = socket.socketpair()
     new = type(old)(cleanup.enter_context(guest))
-    going = in_background(lambda: agent.go_on(host, Identity(realtime_ns=1)))
+    going = in_background(lambda: agent.go_on(host, None))
     assert guest.recv(16, socket.MSG_WAITALL) == way_back
     for _ in range(2):
         new.reply(new.take().stream)
@@ -97,4 +96,4 @@ def test_a_machine_that_died_while_it_was_parked_is_told(cleanup: ExitStack, par
     cleanup.callback(guest.close)
     agent.session.abort(GuestError("it was killed"))
     with pytest.raises(GuestError, match="it was killed"):
-        agent.go_on(host, Identity(realtime_ns=1))
+        agent.go_on(host, None)

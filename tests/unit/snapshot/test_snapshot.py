@@ -114,7 +114,10 @@ def test_the_vmm_of_the_next_clone_gets_itself_ready_meanwhile(
     start(snapshot)
     assert wait_until(lambda: engine.vms[-1].calls == ["get_ready"], Deadline(20))
     spare = engine.vms[-1]
-    assert start(snapshot)._machine.vm is spare
+    assert spare.name == "spare"
+    clone = start(snapshot, name="web-2")
+    assert clone._machine.vm is spare
+    assert spare.name == "web-2", "errors name the VM by its clone"
 
 
 def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(

@@ -1,0 +1,50 @@
+"""The streams that a session begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pytest_fcvm.guest.bodies import Body, identity_body, join_body
+from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.guest.session import Opening, Session
+from pytest_fcvm.guest.streams import Sink, Stream
+from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.model.guest import Identity
+from pytest_fcvm.model.net import Cable
+
+__all__ = ["logs_opening", "open_session", "personalise_opening"]
+
+_ONLY_UNSENT = 8
+
+
+def open_session(
+    session: Session, identity: Identity | None, cables: Sequence[Cable], log_sink: Sink | None, deadline: Deadline
+) -> Stream | None:
+    """Start a session with the streams that it begins with, in one write, and return the log's stream."""
+    opening = [
+        Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), cable, f"eth{number}"))
+        for number, cable in enumerate(cables, start=1)
+    ]
+    if identity is not None:
+        opening.append(personalise_opening(identity))
+    if log_sink is not None:
+        opening.append(logs_opening(log_sink, only_unsent=identity is not None))
+    streams: Sequence[Stream] = session.start(opening)
+    for stream in streams[: len(cables)]:
+        stream.wait_reply(deadline)
+    if identity is not None:
+        streams[len(cables)].wait_reply(deadline)
+    else:
+        session.wait_until_welcome(deadline)
+    return streams[-1] if log_sink is not None else None
+
+
+def personalise_opening(identity: Identity) -> Opening:
+    """Return the stream that says who the guest is now."""
+    return Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity))
+
+
+def logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
+    """Return the log's stream. A clone's leaves out what the base printed, which is on the host already."""
+    fields: Body = [(FieldTag.FLAGS, _ONLY_UNSENT)] if only_unsent else []
+    return Opening(kind=StreamKind.LOGS, what="logs", fields=fields, sink=sink)
