@@ -169,6 +169,7 @@ RECIPES: dict[str, Any] = {
     ),
     "kafka": _recipe(
         "openjdk-17-jre-headless",
+        "passwd",
         hooks=(
             "mkdir -p $1/opt/kafka/config $1/var/lib/kafka/data && chmod 777 $1/opt/kafka/config $1/var/lib/kafka/data",
             f"cp -r '{_JARS}/kafka' $1/opt/kafka/libs",
@@ -198,6 +199,7 @@ RECIPES: dict[str, Any] = {
     ),
     "elasticsearch": _recipe(
         "openjdk-17-jdk-headless",
+        "passwd",
         hooks=(*_java(_CHECKS), "chroot $1 useradd --uid 1000 --gid 0 elasticsearch"),
         Cmd=["java", "-Xms128m", "-Xmx128m", "-cp", "/srv", "Node"],
         User="1000:0",
