@@ -29,6 +29,11 @@ static struct limit {
     [RLIMIT_MEMLOCK] = {.is_set = true, .value = {RLIM_INFINITY, RLIM_INFINITY}},
 };
 
+static const char *const names[RLIM_NLIMITS] = {
+    "cpu",     "fsize", "data",  "stack",      "core",     "rss",  "nproc",  "nofile",
+    "memlock", "as",    "locks", "sigpending", "msgqueue", "nice", "rtprio", "rttime",
+};
+
 /* In a name of dots, a slash stands for a dot of its own (net.ipv4.conf.eth0/1.forwarding), as sysctl(8) has it. */
 static void make_path(char *name)
 {
@@ -109,7 +114,8 @@ int limits_apply(struct notice *notice)
         const struct limit *limit = &limits[resource];
         if (!limit->is_set || setrlimit(resource, &limit->value) == 0 || !limit->is_asked_for)
             continue;
-        launch_complain_text(notice, "ulimit %d of %lld: %s", resource, (long long)limit->value.rlim_max, strerror(errno));
+        launch_complain_text(notice, "ulimit %s=%lld: %s", names[resource], (long long)limit->value.rlim_max,
+                             strerror(errno));
         return -1;
     }
     return 0;

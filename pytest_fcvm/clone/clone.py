@@ -334,8 +334,8 @@ class Clone(FileVerbs):
     def disk_image(self, dest: str | Path) -> None:
         """Save the disk as a sparse file: of a running clone after it has synced, of a killed one as it was.
 
-        It holds an ext4 file system, whose folder `upper` is what the guest has written over its image. Raise
-        GuestError for a clone without a disk.
+        It holds an ext4 file system: `upper` is what the guest has written over its image, `volumes` what is in the
+        image's volumes. Raise GuestError for a clone without a disk.
         """
         disk = self._machine.vm.disk
         if disk is None:

@@ -45,7 +45,7 @@ def test_a_limit_that_cannot_be_had_starts_nothing(make_guest, p):
     client = guest.configure((p.ULIMIT, "7:-1:-1"))
     stream = client.run("true")
     assert stream.code == 126
-    assert "ulimit 7 of -1: Operation not permitted" in stream.message
+    assert "ulimit nofile=-1: Operation not permitted" in stream.message
 
 
 @pytest.mark.parametrize("text", ["nofile:1:2", "7:1", "99:1:1", ""])

@@ -135,8 +135,11 @@ def test_the_tutorial_shows_the_example_that_runs() -> None:
 
 @cache
 def messages() -> frozenset[str]:
-    """Return every text of the package but docstrings, with `…` for what is filled in."""
+    """Return every text of the package but docstrings, and of the agent, with `…` for what is filled in."""
     found: set[str] = set()
+    for path in (ROOT / "guest_image/agent").glob("*.c"):
+        texts = re.findall(r'"((?:[^"\\\n]|\\.)*)"', path.read_text(encoding="utf-8"))
+        found |= {re.sub(r"%[-.*0-9]*l*[a-z]", "…", text) for text in texts}
     for path in (ROOT / "pytest_fcvm").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

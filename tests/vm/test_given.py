@@ -51,7 +51,7 @@ def test_what_docker_run_can_say_is_so_in_workload_and_commands(fcvm_clone: Clon
     [
         ({"sysctl": {"net.core.nonesuch": 1}}, "the guest's kernel has no sysctl net.core.nonesuch"),
         ({"sysctl": {"vm.max_map_count": "many"}}, "sysctl vm.max_map_count=many: Invalid argument"),
-        ({"ulimit": {"nofile": 2_000_000}}, "ulimit 7 of 2000000: Operation not permitted"),
+        ({"ulimit": {"nofile": 2_000_000}}, "ulimit nofile=2000000: Operation not permitted"),
     ],
 )
 def test_what_the_kernel_refuses_is_told(
