@@ -118,7 +118,8 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
         machine = _boot_once(parts, plan, folder, timeline)
     try:
         timeline.mark("boot", monotonic())
-        machine.agent.configure(base_config(parts), timeout_s=_CALL_S)
+        copies = parts.image.volumes  # of what the image has there
+        machine.agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
         timeline.mark("configure", monotonic())
         yield machine
     finally:
