@@ -190,7 +190,7 @@ ROWS: tuple[Row, ...] = (
     _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
     _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
     _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
-    _machine("map", "map", _maps, "copy a host file or folder into the guest", metavar="HOST:GUEST[:ro]", kind=_LIST),
+    _machine("map", "map", _maps, "copy a host file or directory into the guest, in the place of what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
     _machine("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
     _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp), relay (through the agent), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),

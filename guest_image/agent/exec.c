@@ -435,6 +435,7 @@ static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, str
     struct tar_request request = {.path = body_text(body, FIELD_PATH), .user = body_text(body, FIELD_USER)};
     struct launch how = {.run = run, .argument = &request};
 
+    body_number(body, FIELD_FLAGS, &request.flags);
     if (!request.path || !*request.path)
         return fail_with(failure, EINVAL, "no PATH");
     return begin(id, &how, 0, (struct terminal_size){0}, failure);

@@ -100,7 +100,10 @@ enum stream_kind {
                           address; over udp DATA has datagrams, each behind its length, u16 */
     KIND_LOGS = 34,    /* FLAGS(8 = not what an earlier stream was sent): workload output, first what the ring holds; EOF
                           after the workload ended and all was sent */
-    KIND_TAR_IN = 35,  /* PATH USER: extract a tar stream (channel 0, host to guest) below the directory PATH; ends with EXIT */
+    KIND_TAR_IN = 35,  /* PATH USER FLAGS: extract a tar stream (channel 0, host to guest) below the directory PATH; ends
+                          with EXIT. FLAGS: 16 = PATH, its links followed, is the place of the stream's one root; a
+                          directory that is there takes in a file under the root's name, and merges with a directory; 32 =
+                          as 16, and nothing is left of what such a directory held, which becomes as the root is */
     KIND_TAR_OUT = 36, /* PATH: send PATH (file or directory) as a tar stream; ends with EXIT */
     KIND_ATTACH = 37,  /* PID of an EXEC that lives on without its session, or lived: REPLY has PID and, where output went
                           by unheard, METRIC dropped_bytes; then as EXEC, with what was kept first */

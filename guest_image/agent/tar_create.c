@@ -1,15 +1,18 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <unistd.h>
+
+#include <linux/magic.h>
 
 #include "tar.h"
 #include "tar_format.h"
-#include "volumes.h"
 
 enum { BUFFER = 65536, BUCKETS = 1024, VIRTUAL_MAX = 4194304 };
 
@@ -168,6 +171,22 @@ static int put_device(const char *path, const struct stat *status, char type)
     return put_header();
 }
 
+/* File systems whose files are no data: /proc, /sys and the like stay out where they are not asked for themselves. */
+static bool is_of_the_kernel(int fd)
+{
+    static const unsigned long kinds[] = {PROC_SUPER_MAGIC, SYSFS_MAGIC,  CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC,
+                                          DEVPTS_SUPER_MAGIC, DEBUGFS_MAGIC, TRACEFS_MAGIC, SECURITYFS_MAGIC,
+                                          BPF_FS_MAGIC, PSTOREFS_MAGIC, BINFMTFS_MAGIC, EFIVARFS_MAGIC, NSFS_MAGIC};
+    struct statfs status;
+
+    if (fstatfs(fd, &status))
+        return true;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if ((unsigned long)status.f_type == kinds[i])
+            return true;
+    return false;
+}
+
 static int put_folder(int fd, char *path);
 
 static int put_subfolder(int folder, const char *name, char *path, const struct stat *status)
@@ -176,10 +195,14 @@ static int put_subfolder(int folder, const char *name, char *path, const struct 
     fill_entry(status, TAR_DIRECTORY, path);
     if (put_header())
         return -1;
-    if (status->st_dev != device && !volumes_are_on(status->st_dev))
-        return 0; /* another file system (/proc, /sys) stays out */
     int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    return fd < 0 ? complain("open", path) : put_folder(fd, path);
+    if (fd < 0)
+        return complain("open", path);
+    if (status->st_dev != device && is_of_the_kernel(fd)) {
+        close(fd);
+        return 0;
+    }
+    return put_folder(fd, path);
 }
 
 /* `path` is the entry's, with room for TAR_PATH bytes. What has vanished since the directory was read is left out. */

@@ -9,6 +9,7 @@
 #include "tar.h"
 #include "tar_format.h"
 #include "tar_place.h"
+#include "tar_root.h"
 #include "users.h"
 
 enum { BUFFER = 65536, EXTENDED_MAX = 1048576 };
@@ -28,6 +29,8 @@ static struct made_folder *made_folders;
 static struct notice *complaints;
 static struct user owner;
 static bool has_owner;
+static const struct tar_request *request;
+static bool has_base;
 
 /* The first complaint stays: it is nearest to the cause. */
 static int complain(const char *call, const char *subject)
@@ -119,6 +122,14 @@ static int write_all(int fd, const unsigned char *bytes, size_t size)
     return 0;
 }
 
+/* Zeros that are not worth the guest's memory. */
+static bool is_hole(const unsigned char *bytes, size_t size)
+{
+    enum { PAGE = 4096 };
+
+    return size >= PAGE && !*bytes && memcmp(bytes, bytes + 1, size - 1) == 0;
+}
+
 static int extract_file(int folder, const char *name)
 {
     struct timespec times[2];
@@ -130,7 +141,7 @@ static int extract_file(int folder, const char *name)
         return complain("create", entry.path);
     while (left) {
         size_t here = take_some(&bytes, left);
-        if (!here || write_all(fd, bytes, here)) {
+        if (!here || (is_hole(bytes, here) ? lseek(fd, (off_t)here, SEEK_CUR) < 0 : write_all(fd, bytes, here))) {
             close(fd);
             return refuse("the archive ends too early, in");
         }
@@ -138,7 +149,7 @@ static int extract_file(int folder, const char *name)
     }
     entry_times(times);
     /* Owner first: a change of owner clears the set-user-id bit. */
-    int result = own(folder, name) || fchmod(fd, entry.mode & 07777) || futimens(fd, times);
+    int result = ftruncate(fd, (off_t)entry.size) || own(folder, name) || fchmod(fd, entry.mode & 07777) || futimens(fd, times);
     close(fd);
     return result ? complain("set the owner, mode or time of", entry.path) : skip(tar_padding(entry.size));
 }
@@ -185,13 +196,26 @@ static int extract_folder(int folder, const char *name)
     return remember_folder();
 }
 
+static bool is_placed(void)
+{
+    return request->flags & (TAR_AT_PLACE | TAR_HIDES);
+}
+
+/* A path of the archive as one below the base. NULL, or what is wrong. */
+static const char *clean(char path[TAR_PATH])
+{
+    const char *wrong = tar_clean_path(path);
+
+    return wrong || !is_placed() ? wrong : tar_root_rename(path);
+}
+
 static int extract_link(int folder, const char *name)
 {
     static char target[TAR_PATH];
     const char *target_name;
 
     strcpy(target, entry.link);
-    const char *wrong = tar_clean_path(target);
+    const char *wrong = clean(target);
     if (wrong)
         return refuse(wrong);
     int held = dup(folder); /* open_parent closes what it gave last */
@@ -239,17 +263,49 @@ static int extract_other(int folder, const char *name)
     }
 }
 
+/* The archive's root is the base. One that hides what was there has its owner, mode and time. */
+static int take_base(void)
+{
+    int fd = request->flags & TAR_HIDES ? tar_open_below("", O_RDONLY | O_DIRECTORY) : -1;
+
+    if (fd >= 0) {
+        int result = own(fd, ".") || fchmod(fd, entry.mode & 07777) || remember_folder();
+        close(fd);
+        if (result)
+            return complain("set the owner or mode of", request->path);
+    }
+    return skip(entry.size + tar_padding(entry.size));
+}
+
+/* Where a place is named, it depends on what the archive's root is. */
+static int open_base(void)
+{
+    const struct user *user = has_owner ? &owner : NULL;
+
+    has_base = true;
+    if (!is_placed())
+        return tar_open_base(request->path, user) ? complain("open directory", request->path) : 0;
+    const char *wrong = tar_clean_path(entry.path);
+    if (wrong || !*entry.path)
+        return refuse(wrong ? wrong : "an entry has no name");
+    if (tar_root_open(request->path, &entry, request->flags & TAR_HIDES, user))
+        return complain(errno == EISDIR ? "put a file in the place of" : "open", request->path);
+    return 0;
+}
+
 static int extract_entry(void)
 {
     const char *name;
 
-    const char *wrong = tar_clean_path(entry.path);
     bool is_file = entry.type == TAR_FILE || entry.type == TAR_CONTIGUOUS;
 
+    if (!has_base && open_base())
+        return -1;
+    const char *wrong = clean(entry.path);
     if (wrong)
         return refuse(wrong);
     if (!*entry.path)
-        return is_file ? refuse("an entry has no name") : skip(entry.size + tar_padding(entry.size));
+        return is_file ? refuse("an entry has no name") : take_base();
     int folder = tar_open_parent(entry.path, &name);
     if (folder < 0)
         return complain("open below the target directory:", entry.path);
@@ -327,16 +383,13 @@ static int extract_all(void)
 
 int tar_extract(void *argument, struct notice *notice)
 {
-    const struct tar_request *request = argument;
-
+    request = argument;
     complaints = notice;
     has_owner = request->user && *request->user;
     if (has_owner && users_find(request->user, &owner, notice))
         return 1;
     umask(0);
-    if (tar_open_base(request->path, has_owner ? &owner : NULL))
-        complain("open directory", request->path);
-    else if (extract_all() == 0)
+    if ((is_placed() || open_base() == 0) && extract_all() == 0)
         set_folder_times();
     return complaints->text[0] ? 1 : 0;
 }

@@ -15,14 +15,6 @@
 
 enum { SHARE = 2 }; /* of the room that is left: what a volume's content may take */
 
-static dev_t device;
-static bool have_device;
-
-bool volumes_are_on(dev_t other)
-{
-    return have_device && device == other;
-}
-
 /* Make a directory of the volume's own path below the store, so that whoever reads a disk finds it. */
 static int make_place(int store, const char *path)
 {
@@ -87,11 +79,9 @@ static bool is_on_overlay(int folder, const struct stat *root)
 
 void volumes_mount(int store, char *const *paths)
 {
-    struct stat status, root;
+    struct stat root;
 
-    have_device = fstat(store, &status) == 0;
-    device = status.st_dev;
-    for (; *paths && have_device && stat("/", &root) == 0; paths++) {
+    for (; *paths && stat("/", &root) == 0; paths++) {
         directories_make(*paths);
         int from = open(*paths, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         const char *step = from < 0 ? "open" : is_on_overlay(from, &root) ? mount_one(store, *paths, from) : NULL;

@@ -2,15 +2,9 @@
 #ifndef FCVM_VOLUMES_H
 #define FCVM_VOLUMES_H
 
-#include <stdbool.h>
-#include <sys/types.h>
-
 /* For use in the workload's root, in the namespace in which `store`, an empty directory, is mounted. Make each of `paths`
  * (absolute, the outer ones first; NULL ends them) with the image's content, and mount it. What cannot be mounted is
  * reported, and stays a directory of the overlay. */
 void volumes_mount(int store, char *const *paths);
-
-/* Say whether a device has the volumes. */
-bool volumes_are_on(dev_t device);
 
 #endif

@@ -22,7 +22,7 @@ from pytest_fcvm.guest.bodies import (
     workload_status,
 )
 from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind, new_secret
-from pytest_fcvm.guest.openings import logs_opening, open_session, personalise_opening
+from pytest_fcvm.guest.openings import logs_opening, open_session, personalise_opening, tar_in_opening
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.guest.served import ServedPort
 from pytest_fcvm.guest.session import Explain, Opening, Session
@@ -240,12 +240,21 @@ class Agent:
         stream.wait_reply(Deadline(timeout_s))
         return LogStream(stream)
 
-    def tar_in(self, path: str, *, user: str = "", timeout_s: float | None = DEFAULT_TIMEOUT_S) -> TarSink:
-        """Unpack a tar stream below the guest's directory `path`. The timeout is for the whole transfer."""
-        body: Body = [(FieldTag.PATH, path)]
-        if user:
-            body.append((FieldTag.USER, user))
-        stream = self._open(StreamKind.TAR_IN, body, f"copy to {path}")
+    def tar_in(
+        self,
+        path: str,
+        *,
+        user: str = "",
+        at_place: bool = False,
+        hides: bool = False,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    ) -> TarSink:
+        """Unpack a tar stream below the guest's directory `path`. The timeout is for the whole transfer.
+
+        With `at_place`, `path` is where the stream's one root goes: a file into a directory that is there, a directory
+        into one that it merges with. With `hides` nothing is left of what such a directory held.
+        """
+        stream = self.session.open(tar_in_opening(path, user, at_place=at_place, hides=hides))
         stream.wait_reply(Deadline(timeout_s))
         return TarSink(stream, timeout_s)
 

@@ -12,9 +12,9 @@ from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable
 
-__all__ = ["logs_opening", "open_session", "personalise_opening"]
+__all__ = ["logs_opening", "open_session", "personalise_opening", "tar_in_opening"]
 
-_ONLY_UNSENT = 8
+_ONLY_UNSENT, _AT_PLACE, _HIDES = 8, 16, 32
 
 
 def open_session(
@@ -48,3 +48,13 @@ def logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
     """Return the log's stream. A clone's leaves out what the base printed, which is on the host already."""
     fields: Body = [(FieldTag.FLAGS, _ONLY_UNSENT)] if only_unsent else []
     return Opening(kind=StreamKind.LOGS, what="logs", fields=fields, sink=sink)
+
+
+def tar_in_opening(path: str, user: str, *, at_place: bool, hides: bool) -> Opening:
+    """Return the stream that unpacks a tar in the guest, as `Agent.tar_in` has it."""
+    body: Body = [(FieldTag.PATH, path)]
+    if at_place or hides:
+        body.append((FieldTag.FLAGS, _AT_PLACE | (_HIDES if hides else 0)))
+    if user:
+        body.append((FieldTag.USER, user))
+    return Opening(kind=StreamKind.TAR_IN, what=f"copy to {path}", fields=body)

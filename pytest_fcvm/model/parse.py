@@ -56,6 +56,10 @@ _LONG_KEYS = {
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _SIGNAL = re.compile(r"(?P<number>[0-9]{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+?)(?P<more>[+-][0-9]{1,2})?")
 _REAL_TIME = {"RTMIN": 34, "RTMAX": 64}  # as images mean them: the C library of the host may keep others for itself
+_MAP = re.compile(
+    r"(?P<host>.+):(?P<guest>/[^:]*)(?::(?P<options>(?:ro|rw|owner=[^,]+)(?:,(?:ro|rw|owner=[^,]+))*))?", re.DOTALL
+)
+_MAP_SPELLING = "HOST:/GUEST[:ro,owner=USER:GROUP]"
 _COUNTED = re.compile(r"log@([1-9]\d{0,5})")
 _LEAST_DISK_MIB = 64
 _LAST_EXIT_CODE = 255
@@ -247,17 +251,20 @@ def parse_path(text: str | Path, base: Path) -> Path:
 
 
 def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
-    """Read `HOST:GUEST[:ro]`; a relative host path starts at `base`."""
+    """Read `HOST:GUEST[:OPTION,…]`, options being `ro` and `owner=USER[:GROUP]`; a relative path starts at `base`."""
     if isinstance(text, MappedPath):
         return text
-    rest = text.removesuffix(":ro")
-    host, colon, guest = rest.rpartition(":")
-    if not colon or not host or not guest.startswith("/"):
-        raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint="write HOST:/GUEST[:ro]")
-    path = parse_path(host, base)
+    match = _MAP.fullmatch(text)
+    if not match:
+        raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint=f"write {_MAP_SPELLING}")
+    if not match["guest"].strip("/"):
+        raise UsageProblem(f"map {text!r}: the guest's root cannot be hidden", hint="name a directory below it")
+    path = parse_path(match["host"], base)
     if not path.exists():
         raise UnresolvedSetting(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
-    return MappedPath(host=path, guest=guest, read_only=text.endswith(":ro"))
+    options = (match["options"] or "").split(",")
+    owners = [option.removeprefix("owner=") for option in options if option.startswith("owner=")]
+    return MappedPath(host=path, guest=match["guest"], read_only="ro" in options, owner=owners[-1] if owners else None)
 
 
 def parse_metadata(value: Mapping[str, Any] | str | Path, base: Path) -> dict[str, Any]:

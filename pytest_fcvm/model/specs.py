@@ -142,14 +142,20 @@ class Clock(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class MappedPath:
-    """A file or folder of the host that is copied into the guest before the workload starts."""
+    """A file or directory of the host that is copied into the guest before the workload starts.
+
+    It takes the place of what was there. `owner` is a user of the image, and a group, by name or number; without one,
+    the host's numbers are kept.
+    """
 
     host: Path
     guest: str
     read_only: bool = False
+    owner: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.guest}{':ro' if self.read_only else ''}"
+        options = ["ro"] * self.read_only + [f"owner={self.owner}"] * (self.owner is not None)
+        return f"{self.host}:{self.guest}" + f":{','.join(options)}" * bool(options)
 
 
 @dataclass(frozen=True)

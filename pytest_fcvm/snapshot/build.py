@@ -17,7 +17,7 @@ from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
-from pytest_fcvm.host import archive
+from pytest_fcvm.host.archive import pack_path
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.limits import descriptors_told
@@ -205,7 +205,7 @@ def _as_clone(parts: Ingredients, machine: Machine) -> Clone:
 
 
 def _start_workload(parts: Ingredients, agent: Agent) -> None:
-    for item in parts.spec.map:
+    for item in sorted(parts.spec.map, key=lambda item: len(PurePosixPath(item.guest).parts)):  # as mounts: outer first
         _copy_map(item, agent)
     defaults = parts.defaults
     workload = ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user)
@@ -213,9 +213,8 @@ def _start_workload(parts: Ingredients, agent: Agent) -> None:
 
 
 def _copy_map(item: MappedPath, agent: Agent) -> None:
-    guest = PurePosixPath(item.guest)
-    with agent.tar_in(str(guest.parent), timeout_s=_COPY_S) as sink:
-        archive.pack_path(item.host, guest.name, sink.write, read_only=item.read_only)
+    with agent.tar_in(item.guest, user=item.owner or "", hides=True, timeout_s=_COPY_S) as sink:
+        pack_path(item.host, "map", sink.write, read_only=item.read_only, keeps_owner=True)
 
 
 def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machine) -> None:

@@ -13,6 +13,7 @@ from pytest_fcvm.clone.clone import ExecDefaults
 from pytest_fcvm.engine.disk import DISK_FORMAT
 from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, MachineShape
 from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host.own import os
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.parse import parse_signal
 from pytest_fcvm.model.specs import MachineSpec, MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec
@@ -22,7 +23,7 @@ from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
 __all__ = ["Ingredients", "choose_ready", "snapshot_key"]
 
 _INITS = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
-_OWN_CODE = ("snapshot", "clone", "guest", "model/guest.py", "ready.py")
+_OWN_CODE = ("snapshot", "clone", "guest", "host/archive.py", "model/guest.py", "ready.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,14 +199,28 @@ def _ready_identity(ready: ReadySpec) -> Mapping[str, Any]:
 
 
 def _map_identity(item: MappedPath) -> list[str]:
-    digest = hashlib.sha256()
-    for path in sorted(item.host.rglob("*")) if item.host.is_dir() else [item.host]:
+    digest, root = hashlib.sha256(), Path(os.path.realpath(item.host))  # a link is what it leads to
+    for path in [root, *sorted(root.rglob("*"))]:
         status = path.lstat()
-        digest.update(f"{path.relative_to(item.host.parent)}\0{status.st_mode:o}\0".encode())
-        digest.update(
-            str(path.readlink()).encode() if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        )
-    return [item.guest, str(item.read_only), digest.hexdigest()]
+        owner = "" if item.owner else f"{status.st_uid}:{status.st_gid}"
+        digest.update(os.fsencode(f"{path.relative_to(root)}\0{status.st_mode:o}\0{owner}\0"))
+        digest.update(_content(path))
+    return [item.guest, str(item.read_only), item.owner or "", digest.hexdigest()]
+
+
+def _content(path: Path) -> bytes:
+    """Return a digest of what a file or link of the host is, b"" for what has no content."""
+    try:
+        if path.is_symlink():
+            return os.fsencode(path.readlink())
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UsageProblem(
+            f"map: {path} cannot be read: {error.strerror}", hint="map what this user may read"
+        ) from error
 
 
 @cache

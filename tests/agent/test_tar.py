@@ -197,7 +197,7 @@ def test_a_broken_archive_is_refused_with_the_reason(client, p, name):
 
 
 def test_a_full_disk_is_told(client, p):
-    stream = put(client, p, archive(entry("big", content=bytes(300 << 20))), "/tmp")
+    stream = put(client, p, archive(entry("big", content=b"x" * (300 << 20))), "/tmp")
     assert stream.code == 1
     assert "No space left on device" in stream.message
 
@@ -245,6 +245,15 @@ def test_a_file_of_proc_has_the_size_of_its_contents(client, p):
         assert b"proc" in tar.extractfile(member).read()
 
 
+def test_a_volume_comes_out_with_the_directory_it_is_in(client, p):
+    script = "mkdir -p /tmp/t/data /tmp/t/proc; mount -t tmpfs none /tmp/t/data; mount -t proc none /tmp/t/proc"
+    if client.run("sh", "-c", f"{script}; echo rows > /tmp/t/data/rows").code:
+        pytest.skip("the test's user may not mount here")
+    with tarfile.open(fileobj=io.BytesIO(bytes(get(client, p, "/tmp/t").data[0]))) as tar:
+        assert {"./data", "./data/rows", "./proc"} <= set(tar.getnames())
+        assert not [name for name in tar.getnames() if name.startswith("./proc/")]
+
+
 def test_other_file_systems_stay_out(client, p):
     with tarfile.open(fileobj=io.BytesIO(bytes(get(client, p, "/").data[0]))) as tar:
         names = tar.getnames()
@@ -266,3 +275,86 @@ def test_300_mb_go_through_in_bounded_memory(client, p):
     shell(client, "head -c 100000000 /dev/zero > /tmp/big")
     stream = get(client, p, "/tmp/big")
     assert (stream.code, len(stream.data[0])) == (0, 100000000 // 512 * 512 + 512 * 4)
+
+
+AT_PLACE, HIDES = 16, 48
+
+
+def place(client, p, data, path, flags=AT_PLACE, *more):
+    return put(client, p, data, path, (p.FLAGS, flags), *more)
+
+
+@pytest.mark.parametrize("path", ["/tmp", "/tmp/", "/link", "/link/", "/tmp/../tmp"])
+def test_a_file_goes_into_a_directory_that_is_there(client, p, path):
+    shell(client, "ln -s /tmp /link; chmod 1777 /tmp")
+    assert place(client, p, archive(entry("schema", content=b"text")), path).code == 0
+    assert shell(client, "cat /tmp/schema; readlink /link; stat -c %a /tmp") == "text/tmp\n1777\n"
+
+
+def test_a_file_takes_its_places_name_where_no_directory_is(client, p):
+    shell(client, "echo old > /tmp/old; ln -s old /tmp/link; ln -s /gone /tmp/dangling")
+    for name in ("old", "link", "dangling", "a/b c/new"):
+        assert place(client, p, archive(entry("schema", content=name.encode())), f"/tmp/{name}").code == 0
+    seen = shell(client, "cd /tmp; cat old dangling a/b*/new; readlink link; ls /gone")
+    assert seen == "linkdanglinga/b c/newold\n"
+
+
+TREE = [
+    entry("root", tarfile.DIRTYPE, mode=0o751, uid=5, gid=6, mtime=1000000000),
+    entry("root/f", content=b"new", uid=7),
+    entry("root/twin", tarfile.LNKTYPE, linkname="root/f"),
+]
+
+
+@pytest.mark.parametrize("path", ["/tmp/d", "/link", "/tmp/new/d"])
+def test_a_directory_is_its_place_and_merges_with_what_is_there(client, p, path):
+    shell(client, "mkdir -m 700 /tmp/d; echo old > /tmp/d/old; ln -s /tmp/d /link")
+    assert place(client, p, archive(*TREE), path).code == 0
+    made = path == "/tmp/new/d"
+    old = "" if made else "old\n"
+    assert shell(client, f"cd {path}/; ls; stat -c %h f") == f"f\n{old}twin\n2\n"
+    assert shell(client, f"stat -c '%a %u' {path}/") == ("751 5\n" if made else "700 0\n")
+
+
+@pytest.mark.parametrize("path", ["/tmp/d", "/link", "/tmp/new/d", "/tmp/file"])
+def test_a_directory_that_hides_leaves_nothing_of_what_was_there(client, p, path):
+    shell(
+        client,
+        "mkdir -p -m 700 /tmp/d/sub/sub; ln -s / /tmp/d/sub/root; echo x > /tmp/d/.hidden; echo x > /tmp/d/f;"
+        "ln -s /tmp/d /link; echo x > /tmp/file",
+    )
+    assert place(client, p, archive(*TREE), path, HIDES).code == 0
+    assert shell(client, f"cd {path}/; ls -A; cat f; stat -c '%a %u %g %Y' .") == "f\ntwin\nnew751 5 6 1000000000\n"
+    assert shell(client, "ls /bin/busybox") == "/bin/busybox\n"
+
+
+def test_a_directory_of_the_image_is_hidden(client, p):
+    assert place(client, p, archive(*TREE), "/etc", HIDES).code == 0
+    assert shell(client, "ls -A /etc") == "f\ntwin\n"
+
+
+def test_a_file_does_not_hide_a_directory(client, p):
+    shell(client, "mkdir /tmp/d; echo x > /tmp/d/x")
+    stream = place(client, p, archive(entry("f", content=b"1")), "/tmp/d", HIDES)
+    assert (stream.code, stream.message) == (1, "put a file in the place of /tmp/d: Is a directory")
+    assert shell(client, "ls /tmp/d") == "x\n"
+
+
+def test_a_user_owns_what_is_put_in_a_place(client, p):
+    assert place(client, p, archive(*TREE), "/tmp/a/b", AT_PLACE, (p.USER, "app")).code == 0
+    assert shell(client, "stat -c '%u:%g' /tmp/a /tmp/a/b /tmp/a/b/f").split() == ["1000:1001"] * 3
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nor_can_an_archive_leave_its_place(client, p, name):
+    shell(client, "mkdir /tmp/target; echo precious > /tmp/precious")
+    place(client, p, archive(*HOSTILE[name]), "/tmp/target", HIDES)
+    assert shell(client, "ls /tmp; ls / | grep outside; stat -c %h /etc/passwd") == "precious\ntarget\n1\n"
+
+
+def test_long_runs_of_zeros_take_no_memory_of_the_guest(client, p):
+    content = b"begin" + bytes(20 << 20) + b"end" + bytes(1 << 20)
+    assert put(client, p, archive(entry("f", content=content)), "/tmp").code == 0
+    size, blocks = shell(client, "stat -c '%s %b' /tmp/f").split()
+    assert (int(size), int(blocks) * 512 < 1 << 20) == (len(content), True)
+    assert shell(client, "tr -d '\\000' < /tmp/f") == "beginend"

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import errno
 import io
+import shutil
 import signal
 import socket
 import struct
@@ -215,7 +216,8 @@ class FakeAgent(Wire):
 
     async def _serve_tar_in(self, stream: FakeStream) -> None:
         target = self.root / stream.fields.text(FieldTag.PATH).lstrip("/")
-        if not target.is_dir():
+        flags = stream.fields.number(FieldTag.FLAGS)
+        if not flags and not target.is_dir():
             return self.reply(stream, error=(errno.ENOENT, f"open {target}: No such file or directory"))
         self.reply(stream)
         data = b""
@@ -223,6 +225,8 @@ class FakeAgent(Wire):
             data += piece
         try:
             with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                if flags:
+                    target = _place(tar.getmembers(), target, hides=bool(flags & 32))
                 tar.extractall(target, filter="data")
             return self._exit(stream, [(FieldTag.EXIT_CODE, 0)])
         except (tarfile.TarError, OSError) as error:
@@ -251,6 +255,22 @@ class FakeAgent(Wire):
         self.state, self.exit_fields = "exited", [(tag, int(value))]
         self.event(EventKind.WORKLOAD_EXIT, [*self.exit_fields, (FieldTag.OOM_KILLS, self.oom_kills)])
         self._log_end.set()
+
+
+def _place(members: list[tarfile.TarInfo], place: Path, *, hides: bool) -> Path:
+    """Rename the archive's root for its place, and return the directory that this is below."""
+    place, root = place.resolve(), members[0]
+    if place.is_dir() and not root.isdir():
+        if hides:
+            raise IsADirectoryError(errno.EISDIR, f"put a file in the place of {place}: Is a directory")
+        return place
+    if place.is_dir() and hides:
+        shutil.rmtree(place)
+    name = root.name
+    for member in members:
+        member.name = place.name + member.name.removeprefix(name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place.parent
 
 
 async def _pump_up(stream: FakeStream, writer: asyncio.StreamWriter) -> None:

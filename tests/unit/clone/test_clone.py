@@ -251,6 +251,28 @@ def test_files_and_folders_are_copied_both_ways(clone: Clone, root: Path, tmp_pa
     assert ((tmp_path / "back/a").read_text(), (tmp_path / "a").read_text()) == ("1", "1")
 
 
+def test_a_file_goes_into_a_directory_and_a_directory_merges(clone: Clone, root: Path, tmp_path: Path) -> None:
+    (root / "etc/app").mkdir(parents=True)
+    (root / "etc/app/old").write_text("old")
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/new").write_text("new")
+    clone.copy_in(tmp_path / "app/new", "/etc")
+    clone.copy_in(tmp_path / "app", "/etc/app")
+    assert {path.name for path in (root / "etc").iterdir()} == {"app", "new"}
+    assert {path.name for path in (root / "etc/app").iterdir()} == {"old", "new"}
+    clone.copy_out("/etc/new", f"{tmp_path}/made/")
+    assert (tmp_path / "made/new").read_text() == "new"
+
+
+@pytest.mark.parametrize(("owner", "told"), [("0:0", ""), (None, ""), ("app", "app"), ("5:staff", "5:staff")])
+def test_the_agent_is_told_who_is_to_own_what_is_copied(
+    owner: str | None, told: str, clone: Clone, root: Path, guest: FakeAgent, tmp_path: Path
+) -> None:
+    (tmp_path / "f").write_text("")
+    clone.copy_in(tmp_path / "f", "/", owner=owner)
+    assert guest.executed[-1][1].text(FieldTag.USER) == told
+
+
 def test_the_folder_one_is_in_is_copied_by_its_name(
     clone: Clone, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +292,8 @@ def test_text_is_written_and_read(clone: Clone, root: Path) -> None:
         clone.read_text("/gone")
     with pytest.raises(GuestError, match="not a regular file"):
         clone.read_text("/")
+    with pytest.raises(GuestError, match=r"put a file in the place of .*: Is a directory"):
+        clone.write_text("/", "text")
 
 
 # Watching it

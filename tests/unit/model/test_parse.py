@@ -122,6 +122,22 @@ def test_a_mapped_path_starts_at_the_place_of_its_setting_and_may_be_read_only(t
     assert str(parse.parse_map("conf:/c:ro", tmp_path)) == f"{tmp_path}/conf:/c:ro"
 
 
+@pytest.mark.parametrize(
+    ("options", "read_only", "owner"),
+    [("", False, None), (":rw", False, None), (":owner=app:staff", False, "app:staff"), (":ro,owner=5", True, "5")],
+)
+def test_a_mapped_path_has_options(options: str, read_only: bool, owner: str | None, tmp_path: Path) -> None:
+    mapped = parse.parse_map(f"{tmp_path}:/c{options}", tmp_path)
+    assert mapped == MappedPath(host=tmp_path, guest="/c", read_only=read_only, owner=owner)
+    assert parse.parse_map(str(mapped), tmp_path) == mapped
+
+
+@pytest.mark.parametrize("guest", ["/", "//"])
+def test_the_root_of_the_guest_is_no_place_for_a_mapped_path(guest: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="the guest's root cannot be hidden"):
+        parse.parse_map(f"{tmp_path}:{guest}", tmp_path)
+
+
 def test_a_home_folder_is_spelled_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse.parse_path("~/kernel", Path("/elsewhere")) == tmp_path / "kernel"

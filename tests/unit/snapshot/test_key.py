@@ -91,6 +91,20 @@ def test_an_environments_values_cannot_be_guessed_from_a_key(make_parts: _Make, 
         assert snapshot_key(parts, store) != snapshot_key(parts, Store(tmp_path / "other"))
 
 
+def test_a_mapped_link_is_in_the_key_as_what_it_leads_to(make_parts: _Make, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("1")
+    (tmp_path / "link").symlink_to("real")
+
+    def key(place: Path, **more: Any) -> str:
+        return snapshot_key(make_parts(map=(MappedPath(host=place, guest="/conf", **more),)), store)
+
+    before = key(tmp_path / "link")
+    assert key(tmp_path / "real") == before
+    assert key(tmp_path / "real", owner="app") != before
+    (tmp_path / "real").write_text("2")
+    assert key(tmp_path / "link") != before
+
+
 @pytest.mark.parametrize("change", ["content", "mode", "name", "link"])
 def test_mapped_files_are_in_the_key_by_their_content_and_not_by_their_place(
     change: str, make_parts: _Make, store: Store, tmp_path: Path

@@ -1,0 +1,89 @@
+#include "tar_root.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "tar_place.h"
+
+static char name[TAR_PATH]; /* the root's, below the base; "" is the base itself */
+
+static int empty_folder(int fd)
+{
+    struct dirent *item;
+    DIR *folder = fdopendir(fd);
+    int result = 0;
+
+    if (!folder)
+        return -1;
+    while (result == 0 && (item = readdir(folder))) {
+        if (strcmp(item->d_name, ".") == 0 || strcmp(item->d_name, "..") == 0)
+            continue;
+        if (unlinkat(fd, item->d_name, 0) == 0)
+            continue;
+        int inside = errno == EISDIR ? openat(fd, item->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
+        result = inside < 0 || empty_folder(inside) || unlinkat(fd, item->d_name, AT_REMOVEDIR) ? -1 : 0;
+    }
+    int error = errno;
+    closedir(folder);
+    errno = error;
+    return result;
+}
+
+/* An archive knows mode, owner and time of its root: the directory that was there is to be as that is. */
+static int hide_folder(const char *path)
+{
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+    return fd < 0 ? -1 : empty_folder(fd);
+}
+
+int tar_root_open(const char *place, const struct tar_entry *root, bool hides, const struct user *user)
+{
+    static char path[PATH_MAX];
+    struct stat status;
+
+    if (strlen(place) >= sizeof path) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    if (!realpath(place, path))
+        strcpy(path, place);
+    for (size_t length = strlen(path); length > 1 && path[length - 1] == '/'; length--)
+        path[length - 1] = 0;
+    bool is_there = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+    bool is_folder = root->type == TAR_DIRECTORY;
+    if (is_there && hides && !is_folder) {
+        errno = EISDIR;
+        return -1;
+    }
+    if (is_there && hides && hide_folder(path))
+        return -1;
+    if (is_there) {
+        strcpy(name, is_folder ? "" : root->path);
+        return tar_open_base(path, user);
+    }
+    char *slash = strrchr(path, '/');
+    strcpy(name, slash ? slash + 1 : path);
+    *(slash ? slash : path) = 0;
+    return tar_open_base(*path ? path : "/", user);
+}
+
+const char *tar_root_rename(char path[TAR_PATH])
+{
+    static char renamed[TAR_PATH];
+    const char *rest = path + strcspn(path, "/");
+
+    rest += *name ? 0 : strspn(rest, "/");
+    if (strlen(name) + strlen(rest) >= TAR_PATH)
+        return "a path is too long";
+    strcpy(renamed, name);
+    strcat(renamed, rest);
+    strcpy(path, renamed);
+    return NULL;
+}
