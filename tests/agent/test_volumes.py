@@ -8,7 +8,7 @@ import pytest
 
 SHOWN = (
     "find . -exec stat -c '%n %F %a %u:%g %Y %h' {} + | sort; cat file sub/*; wc -c other; readlink link; ls -id *|"
-    " awk '{print $1}' | sort | uniq -c | awk '{print $1}'"
+    " awk '{print $1}' | sort | uniq -c | awk '{print $1}' | sort"
 )
 
 
