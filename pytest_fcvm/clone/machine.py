@@ -195,7 +195,7 @@ class Machine:
         """Return the error of whoever needs the workload that has ended."""
         cause = ", killed for memory: give it more with mem" if self.agent.oom_kills else ""
         wanted = f", not with {self._may_end_with}" if self._may_end_with not in (None, status.exit_code) else ""
-        hint = self._log_hint() + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
+        hint = self._log_hint(status) + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
         return WorkloadExited(f"the workload ended with {status}{cause}{wanted}", hint=hint)
 
     def _workload_ended(self, status: ExitStatus) -> None:
@@ -204,7 +204,9 @@ class Machine:
         else:
             self._end(self.workload_exited(status))
 
-    def _log_hint(self) -> str:
+    def _log_hint(self, status: ExitStatus) -> str:
+        if status.message.startswith("ulimit "):
+            return "ask for less with ulimit=… or --fcvm-ulimit"
         with suppress(OSError, ValueError):
             if self.log.end().strip():
                 return "read the workload log below, or try another command"

@@ -17,6 +17,7 @@ from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
+from pytest_fcvm.guest.link import CallFailed
 from pytest_fcvm.host.archive import pack_path
 from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
 from pytest_fcvm.host.files import read_regular
@@ -118,8 +119,7 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
         machine = _boot_once(parts, plan, folder, timeline)
     try:
         timeline.mark("boot", monotonic())
-        copies = parts.image.volumes  # of what the image has there
-        machine.agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
+        _configure(parts, machine.agent)
         timeline.mark("configure", monotonic())
         yield machine
     finally:
@@ -129,6 +129,16 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
             machine.vm.wait(_CALL_S)
         finally:
             machine.close()
+
+
+def _configure(parts: Ingredients, agent: Agent) -> None:
+    try:
+        copies = parts.image.volumes  # of what the image has there
+        agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
+    except CallFailed as error:
+        if parts.spec.sysctls and "sysctl" in error.message:
+            error.hint = "correct sysctl=… or --fcvm-sysctl, or take another kernel with --fcvm-kernel"
+        raise
 
 
 class _BootHangs(EngineError):

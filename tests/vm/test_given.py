@@ -47,19 +47,20 @@ def test_what_docker_run_can_say_is_so_in_workload_and_commands(fcvm_clone: Clon
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong", "message", "hint"),
     [
-        ({"sysctl": {"net.core.nonesuch": 1}}, "the guest's kernel has no sysctl net.core.nonesuch"),
-        ({"sysctl": {"vm.max_map_count": "many"}}, "sysctl vm.max_map_count=many: Invalid argument"),
-        ({"ulimit": {"nofile": 2_000_000}}, "ulimit nofile=2000000: Operation not permitted"),
+        ({"sysctl": {"net.core.nonesuch": 1}}, "the guest's kernel has no sysctl net.core.nonesuch", "--fcvm-sysctl"),
+        ({"sysctl": {"vm.max_map_count": "many"}}, "sysctl vm.max_map_count=many: Invalid argument", "--fcvm-sysctl"),
+        ({"ulimit": {"nofile": 2_000_000}}, "ulimit nofile=2000000: Operation not permitted", "--fcvm-ulimit"),
     ],
 )
 def test_what_the_kernel_refuses_is_told(
-    wrong: dict[str, object], message: str, fcvm_clone_factory: CloneFactory
+    wrong: dict[str, object], message: str, hint: str, fcvm_clone_factory: CloneFactory
 ) -> None:
     with pytest.raises(FcvmError) as caught:
         fcvm_clone_factory(**wrong)
-    assert message in str(caught.value)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
 
 
 SHOW = (

@@ -26,6 +26,7 @@ from pytest_fcvm.errors import (
     WorkloadExited,
 )
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
+from pytest_fcvm.guest.streams import CallFailed
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.specs import MappedPath, Prepare, ReadyMode, ReadySpec
@@ -103,6 +104,21 @@ def test_the_guest_is_configured_as_image_and_spec_say(
     assert fields.texts(FieldTag.ULIMIT) == ["7:10:-1"]
     assert fields.texts(FieldTag.SYSCTL) == ["vm.swappiness=0"]
     assert fields.texts(FieldTag.HOSTS) == ["10.0.2.2 host.fcvm"]
+
+
+def test_a_kernel_setting_that_is_refused_says_where_it_was_asked_for(
+    make_parts: Callable[..., Ingredients], folder: Path, engine: FakeEngine
+) -> None:
+    prepare = engine.prepare_guest
+
+    def refuse(agent: FakeAgent) -> None:
+        prepare(agent)
+        agent.refusals[StreamKind.CONFIGURE] = (2, "the guest's kernel has no sysctl a.b")
+
+    engine.prepare_guest = refuse
+    error = _failure(make_parts(sysctls={"a.b": "1"}), folder, CallFailed)
+    assert "the guest's kernel has no sysctl a.b" in error.message
+    assert "--fcvm-sysctl" in error.hint
 
 
 def test_an_image_without_a_command_is_a_usage_problem(make_parts: Callable[..., Ingredients], folder: Path) -> None:
