@@ -192,7 +192,7 @@ ROWS: tuple[Row, ...] = (
     _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
     _machine("map", "map", _maps, "copy a host file or directory into the guest, in the place of what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
     _machine("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
-    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp), relay (through the agent), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
+    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp where it leads outside), relay (nothing outside), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
     _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
     _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
     _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),

@@ -35,7 +35,6 @@ from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import Supervisor
 from pytest_fcvm.kernel.initramfs import build_initramfs
 from pytest_fcvm.kernel.sources import STOCK, resolve_kernel
-from pytest_fcvm.model.net import Proto, PublishedPort
 
 SHAPE = MachineShape(mem_mib=128, cpus=1)
 # Another QEMU than the one on PATH, to run all of this against other versions.
@@ -138,9 +137,9 @@ def running_base(bench: Bench) -> Iterator[RunningBase]:
 
 @pytest.fixture(scope="module")
 def snapshot(bench: Bench) -> SnapshotFiles:
-    """A guest with a network, a service on port 80 and a value, saved."""
+    """A guest with a network and a value, saved."""
     with base(bench) as (vm, talk, files):
-        assert talk("net") == talk("serve 80 hello") == talk("set from the base") == "ok"
+        assert talk("net") == talk("set from the base") == "ok"
         vm.snapshot(files.state)
     return files
 
@@ -154,13 +153,8 @@ def open_snapshot(bench: Bench) -> SnapshotFiles:
     return files
 
 
-def restore(bench: Bench, files: SnapshotFiles, name: str = "clone", *ports: PublishedPort) -> QemuVm:
-    return bench.engine.restore(RestorePlan(name=name, shape=SHAPE, files=files, ports=ports))
-
-
-def fetch(endpoint: tuple[str, int]) -> bytes:
-    with socket.create_connection(endpoint, timeout=LIFE_S) as connection:
-        return connection.recv(100)
+def restore(bench: Bench, files: SnapshotFiles, name: str = "clone") -> QemuVm:
+    return bench.engine.restore(RestorePlan(name=name, shape=SHAPE, files=files))
 
 
 # -- probing
@@ -213,13 +207,6 @@ def test_a_base_boots_and_answers_and_shows_its_devices(running_base: RunningBas
     assert vm.vmm_log_path.read_text() == ""
     assert files.memory.stat().st_mode & 0o777 == 0o600
     assert files.memory.stat().st_size == SHAPE.mem_mib << 20
-
-
-def test_a_base_publishes_no_port(running_base: RunningBase) -> None:
-    vm, _, _ = running_base
-    assert vm.endpoint(80, Proto.TCP) is None
-    with pytest.raises(EngineError, match="is a base"):
-        vm.publish(PublishedPort(guest_port=80))
 
 
 def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(bench: Bench) -> None:
@@ -281,12 +268,11 @@ def test_every_clone_starts_from_the_snapshot_and_changes_nothing_but_itself(
 
 
 def test_clones_side_by_side_do_not_see_each_other(bench: Bench, snapshot: SnapshotFiles) -> None:
-    vms = [restore(bench, snapshot, f"side{n}", PublishedPort(guest_port=80)) for n in range(4)]
+    vms = [restore(bench, snapshot, f"side{n}") for n in range(4)]
     talks = [Talk(vm) for vm in vms]
     for n, talk in enumerate(talks):
         assert talk(f"set {n}") == "ok"
     assert [talk("get") for talk in talks] == ["0", "1", "2", "3"]
-    assert len({vm.endpoint(80, Proto.TCP) for vm in vms}) == 4
     for vm, talk in zip(vms, talks, strict=True):
         talk.socket.close()
         vm.kill()
@@ -349,46 +335,7 @@ def test_a_killed_clone_leaves_no_process_no_file_and_no_descriptor(bench: Bench
     assert not folder.exists()
 
 
-# -- ports
-
-
-def test_ports_are_there_from_the_start_and_later_ones_are_added(bench: Bench, snapshot: SnapshotFiles) -> None:
-    vm = restore(bench, snapshot, "ports", PublishedPort(guest_port=80))
-    with living(vm) as talk:
-        first = vm.endpoint(80, Proto.TCP)
-        assert first is not None
-        assert fetch(first) == b"hello"
-        assert vm.publish(PublishedPort(guest_port=80)) == first
-        assert vm.endpoint(81, Proto.TCP) is None
-        assert talk("serve 81 later") == "ok"
-        later = vm.publish(PublishedPort(guest_port=81))
-        assert later == vm.endpoint(81, Proto.TCP)
-        assert fetch(later) == b"later"
-        assert vm.publish(PublishedPort(guest_port=53, proto=Proto.UDP)).port > 0
-
-
-def test_a_fixed_host_port_is_the_one_that_was_asked_for(bench: Bench, snapshot: SnapshotFiles) -> None:
-    with socket.create_server(("127.0.0.9", 0)) as free:
-        port = free.getsockname()[1]
-    wanted = PublishedPort(guest_port=80, host_port=port, host_ip="127.0.0.9")
-    vm = restore(bench, snapshot, "fixed", wanted)
-    with living(vm) as talk:
-        assert talk("ping 1") == "pong 1"
-        assert vm.endpoint(80, Proto.TCP) == ("127.0.0.9", port)
-        assert fetch(("127.0.0.9", port)) == b"hello"
-
-
-def test_a_taken_host_port_is_a_host_error_that_names_it(bench: Bench, snapshot: SnapshotFiles) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        wanted = PublishedPort(guest_port=80, host_port=taken.getsockname()[1])
-        vm = restore(bench, snapshot, "taken", wanted)
-        with living(vm), pytest.raises(HostError, match=rf"127\.0\.0\.1:{wanted.host_port}/tcp: the port is taken"):
-            vm.wait_until_running(LIFE_S)
-        vm = restore(bench, snapshot, "taken-later")
-        with living(vm) as talk:
-            with pytest.raises(HostError, match=rf"127\.0\.0\.1:{wanted.host_port}/tcp: the port is taken"):
-                vm.publish(wanted)
-            assert talk("ping 1") == "pong 1"
+# -- the way out
 
 
 def test_a_clone_reaches_the_host_only_with_egress(

@@ -7,11 +7,13 @@ import socket
 import threading
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from pytest_fcvm import Clone, CloneFactory, MachineSpec
+from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.parse import parse_network
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -40,6 +42,30 @@ def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
     clones[0].reset()
     assert clones[0].endpoint(80) == endpoints[0]
     assert status(clones[0].url(80)) == 200
+
+
+@pytest.mark.parametrize("network", ["auto", "relay", "user,egress"])
+def test_a_hundred_connections_stand_at_once_and_all_are_served(
+    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, network: str
+) -> None:
+    clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network(network)}))
+    endpoint, threads = clone.endpoint(80), threading.active_count()
+    with ExitStack() as stack:
+        started = monotonic()
+        clients = [stack.enter_context(socket.create_connection(endpoint, timeout=60)) for _ in range(100)]
+        assert monotonic() - started < 0.9, "one that was dropped is tried again after a second"
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        for client in clients:
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        assert threading.active_count() <= threads + 5, "no thread for each connection"
+
+
+def test_why_a_port_gives_no_answer_is_in_the_report(fcvm_clone: Clone) -> None:
+    with socket.create_connection(fcvm_clone.endpoint(81), timeout=60) as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+    told = "a connection to guest port 81 was reset: nothing listens there over IPv4, or on a loopback address alone"
+    assert fcvm_clone.evidence()["ports"] == told
 
 
 def test_a_number_that_cannot_be_had_is_another_with_the_reason(fcvm_clone_factory: CloneFactory) -> None:
