@@ -204,7 +204,7 @@ ROWS: tuple[Row, ...] = (
     _machine("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program in place of the image's entrypoint and its arguments", metavar="COMMAND"),
     _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
     _machine("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload, which its clones keep", metavar="NAME", default="fcvm-base"),
-    _machine("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="half of the memory"),
+    _machine("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="what the memory allows"),
     _machine("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands, -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
     _machine("sysctl", "sysctls", _plain(settings.parse_sysctl), "setting of the guest's kernel", metavar="NAME=VALUE", kind=_LIST),
     _run("engine", "engine", _one_of(*_ENGINES), "what runs the machines", choices=_ENGINES, default="auto"),

@@ -12,9 +12,11 @@
 #include <unistd.h>
 
 #include "loop.h"
+#include "memory.h"
 #include "stuck.h"
 
 enum { FREEZE_DEADLINE_MS = 5000, LOOK_MS = 100, STUCK_LOOKS = 3 };
+enum { PROCESS_BYTES = 256 << 10 /* more than a small shell takes */ };
 
 #define MOUNTED_AT "/mnt/cgroup"
 
@@ -40,6 +42,24 @@ static void enable_controllers(void)
         close(fd);
 }
 
+/* A program that makes processes without end gets EAGAIN, before memory runs out for all of them. What the agent starts is
+ * not held up: a process that is moved into the group is not counted against its limit. */
+static void limit_processes(void)
+{
+    char text[24];
+    uint64_t available;
+    int limit = openat(directory, "pids.max", O_WRONLY | O_CLOEXEC);
+
+    if (limit < 0)
+        return;
+    if (memory_number("MemAvailable:", &available)) {
+        int length = snprintf(text, sizeof text, "%llu", (unsigned long long)available / PROCESS_BYTES);
+        ssize_t ignored = write(limit, text, (size_t)length);
+        (void)ignored;
+    }
+    close(limit);
+}
+
 int cgroup_make(const char *name, struct failure *failure)
 {
     mkdir(MOUNTED_AT, 0755);
@@ -53,6 +73,8 @@ int cgroup_make(const char *name, struct failure *failure)
     directory = open(group_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (directory < 0)
         return fail(failure, "open", group_path);
+    if (!report_test_mode)
+        limit_processes();
     freezer = openat(directory, "cgroup.freeze", O_WRONLY | O_CLOEXEC);
     state = openat(directory, "cgroup.events", O_RDONLY | O_CLOEXEC);
     if (freezer < 0 || state < 0)

@@ -23,13 +23,15 @@ int configure(const struct body *body, struct reply *reply, struct failure *fail
     static bool tried;
     char **volumes;
     struct writable_layer layer = {.device = body_text(body, FIELD_UPPER_DEVICE)};
+    uint64_t upper_mib = 0, shm_mib = 0;
 
     (void)reply;
     if (tried)
         return fail_with(failure, EALREADY, "the guest is configured already");
     tried = true;
-    body_number(body, FIELD_UPPER_MIB, &layer.mib);
-    body_number(body, FIELD_SHM_MIB, &layer.shm_mib);
+    body_number(body, FIELD_UPPER_MIB, &upper_mib);
+    body_number(body, FIELD_SHM_MIB, &shm_mib);
+    layer.shares = memory_share(upper_mib << 20, layer.device != NULL, shm_mib << 20);
     layer.volumes = volumes = body_texts(body, FIELD_VOLUME, 0);
     int made = volumes ? namespaces_make(body_text(body, FIELD_ROOT_DEVICE), &layer, failure)
                        : fail_with(failure, ENOMEM, "no memory for the volumes");

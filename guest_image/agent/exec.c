@@ -44,7 +44,8 @@ struct exec {
     struct sink sink;
     struct drain drains[2];
     uint8_t turn; /* the drain to ask first */
-    bool is_detached; /* it goes on whatever becomes of its stream */
+    uint64_t oom_kills; /* of the workload and all commands, before it */
+    bool is_detached;   /* it goes on whatever becomes of its stream */
     bool is_transfer; /* of files, of no use without its stream */
     bool has_terminal;
     bool has_ended;
@@ -264,6 +265,9 @@ static void send_exit(struct exec *exec)
     struct reply fields = {0};
 
     child_put_status(&fields, &exec->child, exec->child.status);
+    uint64_t oom_kills = cgroup_oom_kills();
+    if (oom_kills > exec->oom_kills)
+        reply_number(&fields, FIELD_OOM_KILLS, oom_kills - exec->oom_kills);
     output_in_turn(FRAME_EXIT, exec->stream.id, fields.bytes, fields.used);
     streams_end(&exec->stream);
     give_back(exec);
@@ -369,6 +373,7 @@ static int begin(uint32_t id, struct launch *how, uint64_t flags, struct termina
     struct exec *exec = calloc(1, sizeof *exec);
     if (!exec)
         return fail_with(failure, ENOMEM, "no memory for a stream");
+    exec->oom_kills = cgroup_oom_kills();
     exec->is_detached = flags & DETACHED;
     exec->is_transfer = how->run != NULL;
     exec->has_terminal = how->has_terminal = flags & ON_TERMINAL;

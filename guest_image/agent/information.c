@@ -12,6 +12,7 @@
 
 #include "cgroup.h"
 #include "logs.h"
+#include "memory.h"
 #include "namespaces.h"
 #include "protocol.h"
 
@@ -41,17 +42,11 @@ static void add_metric(struct reply *reply, const char *name, uint64_t value)
 
 static void add_meminfo(struct reply *reply)
 {
-    char line[128];
-    FILE *file = fopen("/proc/meminfo", "re");
+    uint64_t bytes;
 
-    while (file && fgets(line, sizeof line, file))
-        for (size_t i = 0; i < sizeof meminfo_metrics / sizeof meminfo_metrics[0]; i++) {
-            size_t length = strlen(meminfo_metrics[i].key);
-            if (strncmp(line, meminfo_metrics[i].key, length) == 0)
-                add_metric(reply, meminfo_metrics[i].name, strtoull(line + length, NULL, 10) * 1024);
-        }
-    if (file)
-        fclose(file);
+    for (size_t i = 0; i < sizeof meminfo_metrics / sizeof meminfo_metrics[0]; i++)
+        if (memory_number(meminfo_metrics[i].key, &bytes))
+            add_metric(reply, meminfo_metrics[i].name, bytes);
 }
 
 /* Threads that run or wait for a CPU, the agent left out: none is there in a guest at rest. */
@@ -84,6 +79,8 @@ int information_metrics(const struct body *body, struct reply *reply, struct fai
     if (namespaces_are_made() && statvfs(WORKLOAD_BASE, &layer) == 0) {
         add_metric(reply, "overlay_size_bytes", (uint64_t)layer.f_blocks * layer.f_frsize);
         add_metric(reply, "overlay_used_bytes", (uint64_t)(layer.f_blocks - layer.f_bfree) * layer.f_frsize);
+        add_metric(reply, "overlay_files", (uint64_t)layer.f_files);
+        add_metric(reply, "overlay_used_files", (uint64_t)(layer.f_files - layer.f_ffree));
     }
     add_metric(reply, "log_dropped_bytes", logs_dropped());
     return 0;

@@ -13,6 +13,7 @@
 #include "configure.h"
 #include "logs.h"
 #include "loop.h"
+#include "memory.h"
 #include "namespaces.h"
 #include "output.h"
 #include "report.h"
@@ -113,6 +114,8 @@ int main(int count, char **arguments)
     boot_raise_limits();
     loop_open();
     child_open();
+    if (!report_test_mode)
+        memory_end_thrashing();
     if (options.channel_fd >= 0)
         channel_use(options.channel_fd);
     else

@@ -18,7 +18,9 @@
 #define NEW_ROOT WORKLOAD_BASE "/root"
 #define VOLUMES WORKLOAD_BASE "/volumes"
 #define BOOT_ID WORKLOAD_BASE "/boot_id"
+#define INITS_TMP WORKLOAD_BASE "/tmp"
 #define BOOT_ID_SHOWN "/proc/sys/kernel/random/boot_id"
+#define SHARED_MEMORY "/dev/shm"
 
 enum { DEVICE_WAIT_S = 10 };
 
@@ -35,9 +37,9 @@ static const struct workload_mount {
 } workload_mounts[] = {
     {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
     {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
-    {"devtmpfs", "/dev", NULL, MS_NOSUID},
+    {"devtmpfs", "/dev", "mode=0755,size=4M", MS_NOSUID}, /* for nodes, not for what a program writes there by mistake */
     {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
-    {"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+    {"tmpfs", SHARED_MEMORY, "mode=1777", MS_NOSUID | MS_NODEV},
     {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
 };
 
@@ -59,6 +61,7 @@ static const struct device_node {
 static int own_mounts = -1, own_pids = -1;
 static int workload_mounts_fd = -1, workload_cgroups = -1;
 static int root = -1, boot_id = -1, terminals = -1;
+static struct memory_shares shares;
 static int given_directory = -1;
 
 void namespaces_use_directory(const char *path)
@@ -107,7 +110,7 @@ static int mount_lower(const char *device, struct failure *failure)
 
 static int mount_writable(const struct writable_layer *layer, struct failure *failure)
 {
-    char options[64] = "mode=0755";
+    char options[96];
 
     if (layer->device) {
         if (!boot_wait_for(exists, layer->device, DEVICE_WAIT_S))
@@ -117,8 +120,8 @@ static int mount_writable(const struct writable_layer *layer, struct failure *fa
                    ? fail(failure, "mount", layer->device)
                    : 0;
     }
-    if (layer->mib)
-        snprintf(options, sizeof options, "mode=0755,size=%lluM", (unsigned long long)layer->mib);
+    snprintf(options, sizeof options, "mode=0755,size=%llu,nr_inodes=%llu", (unsigned long long)layer->shares.layer,
+             (unsigned long long)layer->shares.files);
     return mount("fcvm", WORKLOAD_BASE, "tmpfs", 0, options) ? fail(failure, "mount", "tmpfs for the writable layer") : 0;
 }
 
@@ -131,7 +134,7 @@ static int make_layers(const struct writable_layer *layer, struct failure *failu
     for (size_t i = 0; i < sizeof directories / sizeof directories[0]; i++)
         if (mkdir(directories[i], 0755))
             return fail(failure, "mkdir", directories[i]);
-    return 0;
+    return mkdir(INITS_TMP, 01777) ? fail(failure, "mkdir", INITS_TMP) : 0;
 }
 
 static int copy_boot_id(struct failure *failure)
@@ -150,10 +153,11 @@ static int copy_boot_id(struct failure *failure)
 
 static int mount_root(struct failure *failure)
 {
-    static const char options[] =
-        "lowerdir=" LOWER ",upperdir=" WORKLOAD_UPPER ",workdir=" WORKLOAD_BASE "/work";
+#define LAYERS "lowerdir=" LOWER ",upperdir=" WORKLOAD_UPPER ",workdir=" WORKLOAD_BASE "/work"
 
-    if (mount("fcvm", NEW_ROOT, "overlay", 0, options))
+    /* Inode and device numbers stay when the kernel forgets or copies up; directories of the image can be renamed. */
+    if (mount("fcvm", NEW_ROOT, "overlay", 0, LAYERS ",xino=on,redirect_dir=on") &&
+        mount("fcvm", NEW_ROOT, "overlay", 0, LAYERS))
         return fail(failure, "mount", "overlay");
     root = open(NEW_ROOT, O_PATH | O_DIRECTORY | O_CLOEXEC);
     if (root < 0)
@@ -168,18 +172,13 @@ static void fill_test_devices(void)
             report("test mode goes on without %s: %s", test_nodes[i].name, strerror(errno));
 }
 
-static int mount_workload_views(const struct writable_layer *layer, struct failure *failure)
+static int mount_workload_views(struct failure *failure)
 {
-    char shm[64];
-
     for (size_t i = 0; i < sizeof workload_mounts / sizeof workload_mounts[0]; i++) {
         const struct workload_mount *view = &workload_mounts[i];
         bool test_devices = report_test_mode && strcmp(view->type, "devtmpfs") == 0;
-        bool is_sized = layer->shm_mib && strcmp(view->target, "/dev/shm") == 0;
-        snprintf(shm, sizeof shm, "mode=1777,size=%lluM", (unsigned long long)layer->shm_mib);
         mkdir(view->target, 0755);
-        if (mount(view->type, view->target, test_devices ? "tmpfs" : view->type, view->flags,
-                  is_sized ? shm : view->options) &&
+        if (mount(view->type, view->target, test_devices ? "tmpfs" : view->type, view->flags, view->options) &&
             fail_unless_test(failure, "mount", view->target))
             return -1;
         if (test_devices)
@@ -191,6 +190,15 @@ static int mount_workload_views(const struct writable_layer *layer, struct failu
     return 0;
 }
 
+static int size_shared_memory(uint64_t bytes)
+{
+    char options[96];
+
+    snprintf(options, sizeof options, "size=%llu,nr_inodes=%llu", (unsigned long long)bytes,
+             (unsigned long long)shares.files / 4);
+    return mount("tmpfs", SHARED_MEMORY, NULL, MS_REMOUNT | MS_NOSUID | MS_NODEV, options);
+}
+
 /* pivot_root cannot leave an initramfs; moving the new root over the old one does. */
 static int move_into_root(const struct writable_layer *layer, struct failure *failure)
 {
@@ -200,7 +208,9 @@ static int move_into_root(const struct writable_layer *layer, struct failure *fa
         return fail(failure, "open", VOLUMES);
     if (chdir(NEW_ROOT) || mount(".", "/", NULL, MS_MOVE, NULL) || chroot(".") || chdir("/"))
         return fail(failure, "changing root to", NEW_ROOT);
-    if (mount_workload_views(layer, failure))
+    if (mount_workload_views(failure))
+        return -1;
+    if (size_shared_memory(shares.shared) && fail_unless_test(failure, "remount", SHARED_MEMORY))
         return -1;
     volumes_mount(volumes, layer->volumes);
     close(volumes);
@@ -215,6 +225,7 @@ int namespaces_make(const char *device, const struct writable_layer *layer, stru
     own_pids = open("/proc/self/ns/pid", O_RDONLY | O_CLOEXEC);
     if (own_mounts < 0 || own_pids < 0)
         return fail(failure, "open", "/proc/self/ns");
+    shares = layer->shares;
     if (make_layers(layer, failure) || mount_lower(device, failure) || mount_root(failure))
         return -1;
     if (unshare(CLONE_NEWNS))
@@ -225,10 +236,18 @@ int namespaces_make(const char *device, const struct writable_layer *layer, stru
     return result;
 }
 
-/* A detached copy of the mount that carries the boot id, to be attached inside the workload's namespace. */
-static int clone_boot_id(void)
+/* A detached copy of a mount of ours, to be attached inside the workload's namespace. */
+static int clone_mount(const char *path)
 {
-    return (int)syscall(SYS_open_tree, AT_FDCWD, BOOT_ID, OPEN_TREE_CLONE | O_CLOEXEC);
+    return (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | O_CLOEXEC);
+}
+
+static int attach_mount(int tree, const char *target)
+{
+    int result = (int)syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH);
+
+    close(tree);
+    return result;
 }
 
 /* Mount /proc of the caller's PID namespace, with the boot id over the kernel's own. */
@@ -236,25 +255,32 @@ static const char *show_processes(int boot_id_tree)
 {
     umount2("/proc", MNT_DETACH);
     int failed = mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
-    if (boot_id_tree >= 0) {
-        syscall(SYS_move_mount, boot_id_tree, "", AT_FDCWD, BOOT_ID_SHOWN, MOVE_MOUNT_F_EMPTY_PATH);
-        close(boot_id_tree);
-    }
+    if (boot_id_tree >= 0)
+        attach_mount(boot_id_tree, BOOT_ID_SHOWN);
     return failed && !report_test_mode ? "mount /proc" : NULL;
 }
 
-/* What an init takes for left over from the last boot where it is not empty (systemd's container interface asks for it). */
-static const char *mount_for_init(void)
+/* What an init takes for left over from the last boot where it is not empty (systemd's container interface asks for it).
+ * /run has a part of what /dev/shm had, /tmp is a directory of the layer: together they take no more memory than without. */
+static const char *mount_for_init(int tmp_tree)
 {
-    static const struct {
+    char run_options[96];
+    const struct {
         const char *target, *options;
-    } mounts[] = {{"/run", "mode=0755"}, {"/run/lock", "mode=1777,size=5M"}, {"/tmp", "mode=1777"}};
+    } mounts[] = {{"/run", run_options}, {"/run/lock", "mode=1777,size=5M"}};
 
+    size_shared_memory(shares.shared - shares.shared / 4);
+    snprintf(run_options, sizeof run_options, "mode=0755,size=%llu,nr_inodes=%llu",
+             (unsigned long long)shares.shared / 4, (unsigned long long)shares.files / 4);
     for (size_t i = 0; i < sizeof mounts / sizeof mounts[0]; i++) {
         mkdir(mounts[i].target, 0755);
         if (mount("tmpfs", mounts[i].target, "tmpfs", MS_NOSUID | MS_NODEV, mounts[i].options))
             return mounts[i].target;
     }
+    mkdir("/tmp", 01777);
+    if (tmp_tree < 0 || attach_mount(tmp_tree, "/tmp") ||
+        mount(NULL, "/tmp", NULL, MS_REMOUNT | MS_BIND | MS_NOSUID | MS_NODEV, NULL))
+        return "/tmp";
     return NULL;
 }
 
@@ -262,7 +288,8 @@ const char *namespaces_enter(bool is_workload, bool is_init)
 {
     if (workload_mounts_fd < 0)
         return "not configured";
-    int boot_id_tree = is_workload ? clone_boot_id() : -1;
+    int boot_id_tree = is_workload ? clone_mount(BOOT_ID) : -1;
+    int tmp_tree = is_init ? clone_mount(INITS_TMP) : -1;
     if (setns(workload_mounts_fd, CLONE_NEWNS))
         return "setns mount";
     if (!is_workload) {
@@ -275,7 +302,7 @@ const char *namespaces_enter(bool is_workload, bool is_init)
         umount2("/sys/fs/cgroup", MNT_DETACH);
         mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
     }
-    const char *step = is_init ? mount_for_init() : NULL;
+    const char *step = is_init ? mount_for_init(tmp_tree) : NULL;
     return step ? step : show_processes(boot_id_tree);
 }
 
@@ -294,7 +321,7 @@ void namespaces_follow(pid_t pid)
     setns(own_pids, CLONE_NEWPID);
     if (!pid) {
         /* /proc of a dead PID namespace is empty: show our own to what runs from now on. */
-        int tree = clone_boot_id();
+        int tree = clone_mount(BOOT_ID);
         if (setns(workload_mounts_fd, CLONE_NEWNS) == 0)
             show_processes(tree);
         if (setns(own_mounts, CLONE_NEWNS))

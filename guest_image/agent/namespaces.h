@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "memory.h"
 #include "report.h"
 
 #define WORKLOAD_BASE "/mnt"
@@ -17,9 +18,8 @@ void namespaces_use_directory(const char *path);
 
 /* Where what the workload writes goes: the ext4 file system of a disk, or memory. */
 struct writable_layer {
-    const char *device; /* NULL: memory, at most so many MiB (0: half of it) */
-    uint64_t mib;
-    uint64_t shm_mib;     /* of /dev/shm; 0: half of the memory */
+    const char *device; /* NULL: memory */
+    struct memory_shares shares;
     char *const *volumes; /* absolute paths, outer ones first; NULL ends them */
 };
 

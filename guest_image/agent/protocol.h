@@ -59,7 +59,8 @@ enum frame_type {
     FRAME_EOF = 7,     /* both: u8 channel */
     FRAME_WINDOW = 8,  /* both: u8 channel, u32 bytes */
     FRAME_CLOSE = 9,   /* both: u32 errno, 0 = no longer wanted */
-    FRAME_EXIT = 10,   /* agent: fields EXIT_CODE or EXIT_SIGNAL, MESSAGE when the program could not be started */
+    FRAME_EXIT = 10,   /* agent: fields EXIT_CODE or EXIT_SIGNAL, MESSAGE when the program could not be started, OOM_KILLS
+                          when memory ran out meanwhile */
     FRAME_SIGNAL = 11, /* host: u8 signal, to the exec's process group */
     FRAME_EVENT = 12,  /* agent, stream 0: u8 event, fields */
     FRAME_ERROR = 13,  /* agent, stream 0: u64 offset, text */

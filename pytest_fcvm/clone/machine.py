@@ -17,7 +17,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.own import check_owner, getpid
-from pytest_fcvm.model.guest import ExitStatus
+from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, memory_ran_out
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
@@ -162,6 +162,8 @@ class Machine:
         tails["console"] = without_expected(tails["console"])
         shown = {title: text for title, text in tails.items() if text.strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
+        if self.agent.oom_kills:
+            notes["memory"] = f"{memory_ran_out(self.agent.oom_kills)}: {MORE_MEMORY}"
         own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 
@@ -193,10 +195,10 @@ class Machine:
 
     def workload_exited(self, status: ExitStatus) -> WorkloadExited:
         """Return the error of whoever needs the workload that has ended."""
-        cause = ", killed for memory: give it more with mem" if self.agent.oom_kills else ""
+        cause = f": {memory_ran_out(self.agent.oom_kills)}" if self.agent.oom_kills else ""
         wanted = f", not with {self._may_end_with}" if self._may_end_with not in (None, status.exit_code) else ""
-        hint = self._log_hint(status) + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
-        return WorkloadExited(f"the workload ended with {status}{cause}{wanted}", hint=hint)
+        hint = self._end_hint(status) + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
+        return WorkloadExited(f"the workload ended with {status}{wanted}{cause}", hint=hint)
 
     def _workload_ended(self, status: ExitStatus) -> None:
         if self._began_ended or status.exit_code == self._may_end_with:
@@ -204,9 +206,11 @@ class Machine:
         else:
             self._end(self.workload_exited(status))
 
-    def _log_hint(self, status: ExitStatus) -> str:
+    def _end_hint(self, status: ExitStatus) -> str:
         if status.message.startswith("ulimit "):
             return "ask for less with ulimit=… or --fcvm-ulimit"
+        if self.agent.oom_kills:
+            return MORE_MEMORY
         with suppress(OSError, ValueError):
             if self.log.end().strip():
                 return "read the workload log below, or try another command"

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.frames import Fields, FieldTag, FieldValue
-from pytest_fcvm.model.guest import ExitStatus, GuestConfig, Identity, ProcessSpec, WorkloadState, WorkloadStatus
+from pytest_fcvm.model.guest import (
+    MORE_MEMORY,
+    ExitStatus,
+    GuestConfig,
+    Identity,
+    ProcessSpec,
+    WorkloadState,
+    WorkloadStatus,
+    memory_ran_out,
+)
 from pytest_fcvm.model.net import Cable
 
 _STAYS_FROZEN = 16
@@ -94,7 +103,12 @@ def find_exit_status(fields: Fields) -> ExitStatus | None:
     code, signal = fields.find_number(FieldTag.EXIT_CODE), fields.find_number(FieldTag.EXIT_SIGNAL)
     if code is None and signal is None:
         return None
-    return ExitStatus(code=code, signal=None if code is not None else signal, message=fields.line(FieldTag.MESSAGE))
+    return ExitStatus(
+        code=code,
+        signal=None if code is not None else signal,
+        message=fields.line(FieldTag.MESSAGE),
+        oom_kills=fields.number(FieldTag.OOM_KILLS),
+    )
 
 
 def exit_status(fields: Fields) -> ExitStatus:
@@ -113,9 +127,16 @@ def workload_status(fields: Fields) -> WorkloadStatus:
 
 
 def metric_values(fields: Fields) -> dict[str, float | int | str]:
-    """Return the reply to METRICS by name; a value that is no number stays text."""
+    """Return the reply to METRICS by name; a value that is no number stays text.
+
+    `memory` is there, in words, once the guest's memory has run out.
+    """
     pairs = (text.partition("=") for text in fields.texts(FieldTag.METRIC))
-    return {name: _number_or_text(value) for name, _, value in pairs}
+    values = {name: _number_or_text(value) for name, _, value in pairs}
+    kills = values.get("workload_oom_kills")
+    if isinstance(kills, int) and kills:
+        values["memory"] = f"{memory_ran_out(kills)}: {MORE_MEMORY}"
+    return values
 
 
 def _machine_body(machine: GuestConfig | Identity) -> Body:

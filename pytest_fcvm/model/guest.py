@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 
 __all__ = [
+    "MORE_MEMORY",
     "ExitStatus",
     "GuestConfig",
     "Identity",
@@ -15,6 +16,7 @@ __all__ = [
     "ProcessSpec",
     "WorkloadState",
     "WorkloadStatus",
+    "memory_ran_out",
 ]
 
 
@@ -85,11 +87,15 @@ class ProcessSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitStatus:
-    """How a program of the guest ended: `code` or `signal`, never both; `message` says why it could not be started."""
+    """How a program of the guest ended: `code` or `signal`, never both; `message` says why it could not be started.
+
+    `oom_kills` is how many processes the guest's kernel killed for want of memory meanwhile, others' included.
+    """
 
     code: int | None = None
     signal: int | None = None
     message: str = ""
+    oom_kills: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -122,6 +128,15 @@ class WorkloadStatus:
     state: WorkloadState
     exit: ExitStatus | None = None
     oom_kills: int = 0
+
+
+MORE_MEMORY = "give it more with mem=SIZE or --fcvm-mem SIZE"
+
+
+def memory_ran_out(oom_kills: int) -> str:
+    """Say what the guest's kernel did when there was no memory left, "" where there was."""
+    killed = f"{oom_kills} processes" if oom_kills != 1 else "a process"
+    return f"the guest's memory ran out and its kernel killed {killed}" if oom_kills else ""
 
 
 class ListenState(IntEnum):

@@ -160,7 +160,7 @@ class FakeAgent(Wire):
             self.drop_channel()
 
     async def _serve_exec(self, stream: FakeStream) -> None:
-        program = self.programs.get(stream.argv[0])
+        program, oom_kills = self.programs.get(stream.argv[0]), self.oom_kills
         self.reply(stream, [(FieldTag.PID, 100 + stream.id)])
         if program is None:
             body: Body = [(FieldTag.EXIT_CODE, 127), (FieldTag.MESSAGE, f"{stream.argv[0]}: not found")]
@@ -172,7 +172,8 @@ class FakeAgent(Wire):
                 raise
             code = -stream.signals[-1]
         tag = FieldTag.EXIT_CODE if code >= 0 else FieldTag.EXIT_SIGNAL
-        return self._exit(stream, [(tag, abs(code))])
+        killed = [(FieldTag.OOM_KILLS, self.oom_kills - oom_kills)] if self.oom_kills > oom_kills else []
+        return self._exit(stream, [(tag, abs(code)), *killed])
 
     def _exit(self, stream: FakeStream, body: Body) -> None:
         if self.streams.pop(stream.id, None) is stream:

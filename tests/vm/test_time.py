@@ -18,7 +18,9 @@ SKEW_NS = 5_000_000
 # (clock_gettime is system call 228 of x86-64: what is in the image has no module for it.)
 PROGRAM = """
 use IO::Socket::INET;
-sub now { my $time = pack "qq", 0, 0; syscall 228, 0, $time; my ($s, $ns) = unpack "qq", $time; $s * 1_000_000_000 + $ns }
+sub now {
+    my $time = pack "qq", 0, 0; syscall 228, 0, $time; my ($s, $ns) = unpack "qq", $time; $s * 1_000_000_000 + $ns
+}
 if (fork) {
     my $server = IO::Socket::INET->new(LocalPort => 5400, Listen => 64, ReuseAddr => 1);
     while (my $client = $server->accept) { print $client now(); close $client }

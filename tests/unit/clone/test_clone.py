@@ -188,6 +188,20 @@ def test_a_killed_command_is_128_and_its_signal(clone: Clone, guest: FakeAgent) 
         assert process.wait(10).signal == signal.SIGKILL
 
 
+def test_a_command_in_which_memory_ran_out_says_so_whatever_its_exit_code(clone: Clone, guest: FakeAgent) -> None:
+    async def pipe(_stream: FakeStream) -> int:
+        guest.oom_kills += 1
+        return 0
+
+    guest.programs["pipe"] = pipe
+    result = clone.exec(["pipe"])
+    assert result.stderr.startswith("fcvm: the guest's memory ran out and its kernel killed a process: ")
+    assert "mem=" in result.stderr
+    assert clone.exec(["echo"]).stderr == ""
+    with pytest.raises(CommandFailed, match="the guest's memory ran out"):
+        clone.fail(["pipe"])
+
+
 def test_succeed_and_fail_demand_what_they_say(clone: Clone) -> None:
     assert clone.succeed(["echo", "x"]) == "x\n"
     assert clone.fail(["fail", "2"]) == ""

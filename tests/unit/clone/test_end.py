@@ -75,8 +75,12 @@ def test_whatever_waits_is_told_at_once_when_another_thread_kills_the_clone(name
 def test_a_workload_that_was_killed_for_memory_says_so(clone: Clone, guest: FakeAgent) -> None:
     guest.oom_kills = 1
     guest.exit_workload(number=signal.SIGKILL)
-    with pytest.raises(WorkloadExited, match=r"ended with signal SIGKILL, killed for memory: give it more with mem"):
+    with pytest.raises(WorkloadExited) as caught:
         clone.pause_for_exit(20)
+    said = "the workload ended with signal SIGKILL: the guest's memory ran out and its kernel killed a process"
+    assert caught.value.message == said
+    assert "mem=" in caught.value.hint
+    assert "mem=" in clone.evidence()["memory"]
 
 
 def test_the_last_words_of_a_workload_are_found_after_its_end(clone: Clone, guest: FakeAgent) -> None:

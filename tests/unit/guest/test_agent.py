@@ -122,6 +122,14 @@ def test_metrics_are_numbers_where_they_are(agent: Agent) -> None:
     assert [type(value) for value in metrics.values()] == [int, float, str]
 
 
+def test_metrics_say_in_words_that_memory_ran_out(fake: FakeAgent, agent: Agent) -> None:
+    fake.metrics = {"workload_oom_kills": "0"}
+    assert "memory" not in agent.metrics()
+    fake.metrics = {"workload_oom_kills": "2"}
+    said = "the guest's memory ran out and its kernel killed 2 processes: give it more with mem=SIZE or --fcvm-mem SIZE"
+    assert agent.metrics()["memory"] == said
+
+
 def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: Agent) -> None:
     fake.listening.update({80: 1, 5432: 2, 99: 77})
     assert agent.listening(80) is ListenState.OPEN

@@ -1,0 +1,101 @@
+#include "memory.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "loop.h"
+
+enum {
+    WINDOW_MS = 1000,
+    PATIENCE_MS = 900, /* two windows in a row */
+    FILE_BYTES = 1024, /* what an empty file costs: inode and name, of the tmpfs and for a while of the overlay */
+    SHARED_BYTES = 64 << 20 /* what programs have as /dev/shm in a container */
+};
+
+static int sysrq = -1;
+
+bool memory_number(const char *key, uint64_t *bytes)
+{
+    char line[128];
+    size_t length = strlen(key);
+    bool found = false;
+    FILE *file = fopen("/proc/meminfo", "re");
+
+    while (file && !found && fgets(line, sizeof line, file)) {
+        found = strncmp(line, key, length) == 0;
+        if (found)
+            *bytes = strtoull(line + length, NULL, 10) * 1024;
+    }
+    if (file)
+        fclose(file);
+    return found;
+}
+
+/* So little that what programs run on is read anew as soon as it is dropped. What the kernel can drop counts as there. */
+static bool is_exhausted(void)
+{
+    uint64_t all, available;
+
+    return memory_number("MemTotal:", &all) && memory_number("MemAvailable:", &available) && available < all / 16;
+}
+
+static void on_pressure(struct source *source, uint32_t events)
+{
+    static int64_t since, last;
+    int64_t now = loop_now_ms();
+
+    if (events & EPOLLERR) {
+        loop_close(source);
+        return;
+    }
+    if (!is_exhausted())
+        since = 0;
+    else if (!since || now - last > 2 * WINDOW_MS)
+        since = now;
+    else if (now - since >= PATIENCE_MS) {
+        ssize_t ignored = write(sysrq, "f", 1); /* the out-of-memory killer: it chooses, counts and tells the console */
+        (void)ignored;
+        since = 0;
+    }
+    last = now;
+}
+
+/* Without swap, the kernel finds pages of programs to drop for minutes before it says that memory has run out. */
+void memory_end_thrashing(void)
+{
+    static struct source pressure = {.ready = on_pressure};
+    static const char trigger[] = "some 400000 1000000"; /* us of stall in a window */
+
+    sysrq = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC);
+    pressure.fd = open("/proc/pressure/memory", O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    if (pressure.fd < 0)
+        return; /* a kernel that cannot tell */
+    if (sysrq < 0 || write(pressure.fd, trigger, sizeof trigger) < 0 || loop_add(&pressure, EPOLLPRI))
+        loop_close(&pressure);
+}
+
+static uint64_t smaller(uint64_t one, uint64_t other)
+{
+    return one < other ? one : other;
+}
+
+struct memory_shares memory_share(uint64_t layer, bool is_on_disk, uint64_t shared)
+{
+    uint64_t available = 0;
+
+    if (!memory_number("MemAvailable:", &available))
+        return (struct memory_shares){.layer = layer, .shared = shared};
+    bool is_wanted = shared != 0;
+    uint64_t all = available - available / 6; /* the rest is for processes */
+    if (!is_wanted)
+        shared = smaller(SHARED_BYTES, available / 8 * 3);
+    uint64_t left = shared < all ? all - shared : all / 8; /* who wants so much of the one has little for the other */
+    layer = is_on_disk ? 0 : smaller(layer ? layer : available / 2, left);
+    if (!is_wanted && shared < (available - layer) / 2)
+        shared = smaller((available - layer) / 2, all - layer);
+    return (struct memory_shares){.layer = layer, .shared = shared, .files = available / 4 / FILE_BYTES};
+}
