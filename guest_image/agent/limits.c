@@ -10,7 +10,9 @@
 
 #include "protocol.h"
 
-enum { FILES = 1048576, NAME = 200 };
+/* As many files as Docker allows. Not as many at first: what closes each that it might have, as Erlang does, takes seconds
+ * for a million of them. */
+enum { SOFT_FILES = 65536, HARD_FILES = 1048576, NAME = 200 };
 
 /* Docker's and podman's: nobody else is there to be protected from a low port, or from a ping. */
 static const char *const settings[] = {
@@ -24,7 +26,7 @@ static struct limit {
     bool is_set, is_asked_for;
     struct rlimit value;
 } limits[RLIM_NLIMITS] = {
-    [RLIMIT_NOFILE] = {.is_set = true, .value = {FILES, FILES}},
+    [RLIMIT_NOFILE] = {.is_set = true, .value = {SOFT_FILES, HARD_FILES}},
     [RLIMIT_NPROC] = {.is_set = true, .value = {RLIM_INFINITY, RLIM_INFINITY}},
     [RLIMIT_MEMLOCK] = {.is_set = true, .value = {RLIM_INFINITY, RLIM_INFINITY}},
 };

@@ -25,7 +25,7 @@ def may_raise_limits():
 @pytest.mark.parametrize("user", ["root", "app"])
 def test_files_processes_and_locked_memory_are_as_many_as_wanted(client, p, user):
     seen = limits(client, "-Sn", "-Hn", "-u", "-l", extra=[(p.USER, user)])
-    assert seen == ["1048576", "1048576", "unlimited", "unlimited"]
+    assert seen == ["65536", "1048576", "unlimited", "unlimited"]
     assert limits(client, "-Hc", extra=[(p.USER, user)]) == ["unlimited"]
 
 

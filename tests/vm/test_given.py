@@ -72,7 +72,7 @@ SHOW = (
 @pytest.mark.parametrize("user", ["root", "www-data"])
 def test_limits_and_kernel_settings_are_those_of_container_engines(fcvm_clone: Clone, user: str) -> None:
     soft, hard, processes, locked, core, maps, backlog = fcvm_clone.exec(SHOW, user=user, check=True).stdout.split()
-    assert (soft, hard) == ("1048576", "1048576")
+    assert (soft, hard) == ("65536", "1048576")
     assert (processes, locked, core) == ("unlimited", "unlimited", "unlimited")
     assert (int(maps), int(backlog)) == (262144, 4096)
     settings = "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range; readlink /etc/mtab"
