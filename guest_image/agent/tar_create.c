@@ -187,6 +187,12 @@ static bool is_of_the_kernel(int fd)
     return false;
 }
 
+/* FUSE: what another user has mounted is not root's to read, and what nobody serves any more is nobody's. */
+static bool is_closed_to_us(void)
+{
+    return errno == EACCES || errno == ENOTCONN;
+}
+
 static int put_folder(int fd, char *path);
 
 static int put_subfolder(int folder, const char *name, char *path, const struct stat *status)
@@ -197,7 +203,7 @@ static int put_subfolder(int folder, const char *name, char *path, const struct 
         return -1;
     int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
-        return complain("open", path);
+        return is_closed_to_us() ? 0 : complain("open", path);
     if (status->st_dev != device && is_of_the_kernel(fd)) {
         close(fd);
         return 0;
@@ -211,7 +217,7 @@ static int put_name(int folder, const char *name, char *path)
     struct stat status;
 
     if (fstatat(folder, name, &status, AT_SYMLINK_NOFOLLOW))
-        return errno == ENOENT ? 0 : complain("stat", path);
+        return errno == ENOENT || is_closed_to_us() ? 0 : complain("stat", path);
     switch (status.st_mode & S_IFMT) {
     case S_IFREG:
         return put_file(folder, name, path, &status);

@@ -13,6 +13,8 @@ from pytest_fcvm.host.own import os
 
 __all__ = ["pack_path", "pack_text"]
 
+_PIECE = 1 << 15  # a frame of the agent's protocol
+
 
 class _Sink(io.RawIOBase):
     def __init__(self, send: Callable[[bytes], object]) -> None:
@@ -47,7 +49,7 @@ def pack_path(
             member.mode &= ~0o222
         return member
 
-    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT, bufsize=_PIECE) as archive:
         try:
             archive.add(os.path.realpath(source), arcname=name, filter=change)
         except OSError as error:
@@ -61,5 +63,5 @@ def pack_text(data: bytes, name: str, mode: int, send: Callable[[bytes], object]
     """Send one file made of `data` as a tar stream."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = len(data), mode
-    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT) as archive:
+    with tarfile.open(fileobj=_Sink(send), mode="w|", format=tarfile.PAX_FORMAT, bufsize=_PIECE) as archive:
         archive.addfile(member, io.BytesIO(data))

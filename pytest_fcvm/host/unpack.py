@@ -21,7 +21,7 @@ __all__ = ["unpack_as", "unpack_file"]
 
 _log = logging.getLogger(__name__)
 
-_CHUNK = 1 << 16
+_PIECE, _CHUNK = 1 << 15, 1 << 16  # a frame of the agent's protocol; what may be a hole
 _ZEROS = bytes(_CHUNK)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,7 +43,7 @@ class _Archive:
 
     def __init__(self, stream: Source) -> None:
         self._stream, self._left = stream, _MAX_HEADER
-        self._tar = tarfile.open(fileobj=cast("IO[bytes]", self), mode="r|")  # noqa: SIM115  it holds no file
+        self._tar = tarfile.open(fileobj=cast("IO[bytes]", self), mode="r|", bufsize=_PIECE)  # noqa: SIM115  it holds no file
 
     def read(self, size: int = -1) -> bytes:
         """Hand on what comes, as far as one member's headers or one chunk may need it."""
