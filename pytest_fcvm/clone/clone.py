@@ -13,7 +13,7 @@ from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, ex
 from pytest_fcvm.clone.files import COPY_S, FileVerbs
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.clone.own_address import at_address, random_loopback
-from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem
+from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
@@ -224,10 +224,11 @@ class Clone(FileVerbs):
         if match is None:
             machine.raise_if_ended()
             self._live()
+            missing = f"no line matched {regex!r}{f' {times} times' * (times > 1)}"
             if (status := machine.agent.workload_exit) is not None:
-                raise machine.explain(machine.workload_exited(status))
-            wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
-            raise self._machine.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
+                ended = machine.workload_exited(status)
+                raise machine.explain(WorkloadExited(f"{missing}, and {ended.message}", hint=ended.hint))
+            raise self._machine.explain(GuestTimeout(f"{missing} within {timeout:g} s"))
         return match
 
     def console(self) -> str:

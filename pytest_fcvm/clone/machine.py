@@ -197,7 +197,8 @@ class Machine:
         """Return the error of whoever needs the workload that has ended."""
         cause = f": {memory_ran_out(self.agent.oom_kills)}" if self.agent.oom_kills else ""
         wanted = f", not with {self._may_end_with}" if self._may_end_with not in (None, status.exit_code) else ""
-        hint = self._end_hint(status) + (', or ready="exit:0" where it is to end' if status.exit_code == 0 else "")
+        is_meant = (status.exit_code, self._may_end_with) == (0, None)
+        hint = self._end_hint(status) + (', or ready="exit:0" where it is to end' if is_meant else "")
         return WorkloadExited(f"the workload ended with {status}{wanted}{cause}", hint=hint)
 
     def _workload_ended(self, status: ExitStatus) -> None:

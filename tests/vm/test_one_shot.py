@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_fcvm import Clone, CloneFactory, Prepare, WorkloadExited
+from pytest_fcvm import Clone, CloneFactory, GroupFactory, Prepare, WorkloadExited
 
 MIGRATE = "echo migrated; echo rows > /srv/out; exit {code}"
 
@@ -51,3 +51,11 @@ def test_a_workload_may_end_in_its_clone(fcvm_clone_factory: CloneFactory) -> No
     assert clone.wait().exit_code == 0
     assert clone.logs() == "migrated\n"
     assert clone.read_text("/srv/out") == "rows\n"
+
+
+def test_one_that_needs_others_ends_in_its_clone(fcvm_group: GroupFactory) -> None:
+    reach = "use IO::Socket::INET; sleep 1 until IO::Socket::INET->new('web:80'); print qq(reached\\n); exit 4"
+    migrate = {"command": ["perl", "-e", reach], "ready": "exit:4", "needs": ["web"]}
+    group = fcvm_group({"web": {}, "migrate": migrate})
+    assert group["migrate"].wait(0).exit_code == 4
+    assert group["migrate"].logs() == "reached\n"
