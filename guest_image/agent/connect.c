@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,8 @@ struct connection {
     struct source socket;
     struct sink sink; /* held until the connection stands */
     int error;        /* what ended it, when the end was not orderly */
+    bool owes_reply;  /* it stands, and the host has not been told */
+    bool spoken_to;   /* the host has sent something */
     bool readable;
     bool output_ended; /* EOF was sent to the host */
     bool input_shut;   /* EOF of the host was passed on */
@@ -81,6 +84,13 @@ static void push_input(struct connection *connection)
     }
 }
 
+static void stands(struct connection *connection)
+{
+    connection->sink.is_held = false;
+    connection->owes_reply = true;
+    streams_ready(&connection->stream);
+}
+
 static void on_socket(struct source *source, uint32_t events)
 {
     struct connection *connection = (struct connection *)(void *)((char *)source - offsetof(struct connection, socket));
@@ -94,8 +104,7 @@ static void on_socket(struct source *source, uint32_t events)
         }
         if (!(events & EPOLLOUT))
             return; /* not connected yet */
-        connection->sink.is_held = false;
-        output_reply(connection->stream.id, 0, NULL, 0);
+        stands(connection);
     }
     if (events & EPOLLOUT)
         push_input(connection);
@@ -109,6 +118,7 @@ static void on_data(struct stream *stream, const unsigned char *bytes, size_t le
 {
     struct connection *connection = (struct connection *)stream;
 
+    connection->spoken_to = true;
     sink_put(&connection->sink, bytes, length);
     if (connection->sink.is_broken)
         push_input(connection);
@@ -154,10 +164,24 @@ static bool send_output(struct connection *connection)
     return true;
 }
 
+/* Where the host has spoken at once, its answer goes along with the peer's: each word to the host wakes three processes. */
+static bool tell_that_it_stands(struct connection *connection)
+{
+    static const unsigned char no_error[4];
+
+    if (connection->spoken_to && !connection->readable && !connection->error)
+        return false;
+    output_in_turn(FRAME_REPLY, connection->stream.id, no_error, sizeof no_error);
+    connection->owes_reply = false;
+    return true;
+}
+
 static bool emit(struct stream *stream)
 {
     struct connection *connection = (struct connection *)stream;
 
+    if (connection->owes_reply)
+        return tell_that_it_stands(connection);
     if (send_output(connection))
         return true;
     /* A reset is told after what came before it. */
@@ -216,16 +240,20 @@ void connect_adopt(uint32_t id, int fd)
 static int open_connection(uint32_t id, const struct body *body, struct failure *failure)
 {
     struct target target;
+    struct connection *connection;
     int fd = dial(body, SOCK_STREAM, &target, failure);
+    struct pollfd event = {.fd = fd, .events = POLLOUT};
 
     if (fd < 0)
         return -1;
     send_at_once(fd);
     if (connect(fd, &target.address.any, target.size) && errno != EINPROGRESS)
         fail(failure, "connect", "");
-    else if (make(id, fd))
-        return 0; /* the REPLY follows when the connection stands */
-    else
+    else if ((connection = make(id, fd))) {
+        if (poll(&event, 1, 0) == 1 && event.revents == POLLOUT)
+            stands(connection); /* at once, as peers inside of the guest do */
+        return 0;               /* the REPLY follows when it does */
+    } else
         fail_with(failure, ENOMEM, "no memory for a connection");
     close(fd);
     return -1;

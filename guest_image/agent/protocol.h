@@ -98,7 +98,8 @@ enum stream_kind {
     KIND_EXEC = 32,    /* ARG+ ENV* CWD USER FLAGS(1 = detached: keeps running when the stream is closed or lost; 2 = on a
                           terminal of ROWS and COLUMNS: all output on channel 0, EOF types Ctrl-D); REPLY has PID */
     KIND_CONNECT = 33, /* PORT PROTO(tcp | udp) ADDRESS(default: the interface's own): a connection from the gateway's
-                          address; over udp DATA has datagrams, each behind its length, u16 */
+                          address; over udp DATA has datagrams, each behind its length, u16. Where DATA came with
+                          the OPEN, the REPLY may wait for the peer's first word */
     KIND_LOGS = 34,    /* FLAGS(8 = not what an earlier stream was sent): workload output, first what the ring holds; EOF
                           after the workload ended and all was sent */
     KIND_TAR_IN = 35,  /* PATH USER FLAGS: extract a tar stream (channel 0, host to guest) below the directory PATH; ends

@@ -87,10 +87,13 @@ class ServedPort:
                 return False
             return error.errno == errno.ECONNABORTED
         try:
-            self._clients.add(_Client(self, connection))
+            client = _Client(self, connection)
         except (OSError, FcvmError) as error:
             self.tell_fault("was reset", str(error))
             _reset(connection)
+        else:
+            self._clients.add(client)
+            client.ready(IN)  # what has come is sent along
         return True
 
 

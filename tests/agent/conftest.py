@@ -101,7 +101,7 @@ channel, address, port = sys.argv[1:]
 listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 if listener.family == socket.AF_INET6:
-    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, V6ONLY)
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, ONLY6)
 listener.bind((address, int(port)))
 listener.listen(1024)
 socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [listener.fileno()])
@@ -165,7 +165,7 @@ class Guest:
 
     def listen(self, port, address="0.0.0.0", of=None, *, only_ipv6=False):
         """Return a listening socket in the guest's network, or in that of a process."""
-        return self._open(LISTEN.replace("V6ONLY", str(int(only_ipv6))), port, address, of)
+        return self._open(LISTEN.replace("ONLY6", str(int(only_ipv6))), port, address, of)
 
     def bind_datagrams(self, port, address="0.0.0.0"):
         """Return a datagram socket in the guest's network."""

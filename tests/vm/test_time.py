@@ -19,7 +19,10 @@ SKEW_NS = 5_000_000
 PROGRAM = """
 use IO::Socket::INET;
 sub now {
-    my $time = pack "qq", 0, 0; syscall 228, 0, $time; my ($s, $ns) = unpack "qq", $time; $s * 1_000_000_000 + $ns
+    my $time = pack "qq", 0, 0;
+    syscall 228, 0, $time;
+    my ($s, $ns) = unpack "qq", $time;
+    $s * 1_000_000_000 + $ns
 }
 if (fork) {
     my $server = IO::Socket::INET->new(LocalPort => 5400, Listen => 64, ReuseAddr => 1);
