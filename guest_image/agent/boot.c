@@ -48,6 +48,7 @@ static void load_module(const char *name)
         report("module %s: %s", name, strerror(errno)); /* what needs it will say so in its turn */
     if (fd >= 0)
         close(fd);
+    unlink(path); /* the kernel has its own copy, and memory is dear */
 }
 
 void boot_load_modules(void)

@@ -18,12 +18,18 @@ from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.paths import cache_root, file_system_of, run_root
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.kernel.modules import find_lacking
 from pytest_fcvm.model.parse import parse_network
 from pytest_fcvm.options import Options
 
 __all__ = ["Finding", "examine", "render"]
 
 _ROOMY_BYTES = 2 << 30
+_ONLY_OURS = (
+    *("VXLAN", "WireGuard", "ipvlan", "ipset", "SCTP", "vcan", "XFS", "NFS", "CIFS", "device mapper"),
+    "user attributes, O_DIRECT and O_TMPFILE in the layer in memory (before Linux 6.6)",
+)
+_OUR_KERNEL = "where a test wants that, install our own kernel: make kernel, or the wheel pytest-fcvm-kernel-x86-64"
 _NETWORKS = ("rootless", "rootless,egress", "bridge,egress")  # the others need nothing of the host
 
 
@@ -53,6 +59,7 @@ def examine(cache_dir: str | None) -> list[Finding]:
                 ("cache folder", lambda: _cache(options.cache_dir), True),
                 ("run directory", lambda: str(run_root()), True),
                 ("guest kernel", lambda: _kernel(harness), True),
+                ("kernel for every program", lambda: _features(harness), False),
                 ("lifetimes", lambda: harness.supervisor.isolation, True),
                 ("engine", lambda: str(harness.choice), True),
                 ("KVM", lambda: _kvm(harness), False),
@@ -117,6 +124,15 @@ def _cache(option: Path | None) -> str:
 def _kernel(harness: Harness) -> str:
     kernel = harness.kernel
     return f"{kernel.release} ({kernel.origin})"
+
+
+def _features(harness: Harness) -> str:
+    """Say what programs of a guest may miss in a distribution's kernel."""
+    modules = harness.kernel.modules_dir
+    if modules is None:
+        return "everything is built in"
+    lacking = [*find_lacking(modules), *_ONLY_OURS]
+    raise FcvmError(f"{harness.kernel.release} lacks {', '.join(lacking)}", hint=_OUR_KERNEL)
 
 
 def _kvm(harness: Harness) -> str:

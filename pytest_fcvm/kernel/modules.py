@@ -14,7 +14,7 @@ from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.kernel.packing import unpack
 from pytest_fcvm.kernel.vmlinux import read_vmlinux
 
-__all__ = ["check_built_in", "read_module", "resolve_modules"]
+__all__ = ["check_built_in", "find_lacking", "read_module", "resolve_modules"]
 
 # What no guest can do without, and what a kernel shows when it has it built in: names of drivers and file systems.
 _REQUIRED = {
@@ -27,6 +27,46 @@ _REQUIRED = {
 # What a guest has if the kernel has it. dummy holds the address of a guest without a network card, tcp_diag lets the
 # agent reset connections after a restore, ext4 is for scratch disks.
 _WELCOME = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag", "ext4", "virtio_balloon")
+# What programs of the guest use and cannot load: an image has no modules for a kernel that is not its own. They take
+# some MiB of memory. What is large or rare (XFS, NFS, WireGuard, VXLAN, ipset, device mapper) only our own kernel has.
+_FEATURES = {
+    "nftables": (
+        *("nf_tables", "nft_chain_nat", "nft_nat", "nft_redir", "nft_masq", "nft_ct", "nft_reject_inet", "nft_limit"),
+        *("nft_log", "nft_numgen", "nft_hash", "nft_fib_inet", "nft_compat"),
+    ),
+    "iptables": (
+        *("ip_tables", "iptable_filter", "iptable_nat", "iptable_mangle", "iptable_raw", "ipt_REJECT"),
+        *("ip6_tables", "ip6table_filter", "ip6table_nat", "ip6table_mangle", "ip6t_REJECT"),
+        *(
+            "xt_tcpudp",
+            "xt_nat",
+            "xt_REDIRECT",
+            "xt_MASQUERADE",
+            "xt_conntrack",
+            "xt_state",
+            "xt_addrtype",
+            "xt_comment",
+        ),
+        *(
+            "xt_multiport",
+            "xt_limit",
+            "xt_LOG",
+            "xt_mark",
+            "xt_statistic",
+            "xt_owner",
+            "xt_connmark",
+            "xt_recent",
+            "xt_hl",
+        ),
+    ),
+    "bridges": ("bridge", "br_netfilter"),
+    "virtual network devices": ("veth", "macvlan", "8021q", "tun"),
+    "traffic control": ("sch_netem", "sch_tbf", "sch_ingress"),
+    "FUSE": ("fuse",),
+    "loop devices": ("loop",),
+    "FAT and ISO 9660": ("vfat", "nls_cp437", "nls_ascii", "nls_iso8859_1", "isofs"),
+}
+_USEFUL = tuple(name for names in _FEATURES.values() for name in names)
 _FILE = re.compile(r"(?P<name>.+)\.ko(?:\.(?:xz|zst|gz))?")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _ELF_MAGIC = b"\x7fELF"
@@ -45,9 +85,15 @@ def resolve_modules(tree: Path) -> list[Path]:
     if missing:
         raise _lacks(f"the guest kernel in {tree}", missing)
     ordered: dict[str, Path] = {}
-    for name in (*_REQUIRED, *_WELCOME):
+    for name in (*_REQUIRED, *_WELCOME, *_USEFUL):
         _add(name, files, ordered)
     return list(ordered.values())
+
+
+def find_lacking(tree: Path) -> list[str]:
+    """Return what programs may want of a kernel with modules, in words, and this one has neither there nor built in."""
+    there = {_name_of(path.name) for path in tree.rglob("*.ko*")} | _built_in(tree)
+    return [feature for feature, names in _FEATURES.items() if _plain(names[0]) not in there]
 
 
 def check_built_in(image: Path) -> None:

@@ -29,6 +29,7 @@ STOCK = "stock"
 """What `--fcvm-kernel` takes instead of a path, for a distribution's kernel."""
 
 _KEY = "kernel"
+_MODULES = 2  # counted up when guests get other modules of a kernel than before
 _IMAGE = "vmlinuz"
 _BUILT_IN = "modules.builtin"
 _WHEEL = "pytest_fcvm_kernel_x86_64"
@@ -71,6 +72,7 @@ def resolve_kernel(
         lambda: None if option == STOCK else _find_wheel(),
         lambda: _find_unpacked(shelf, progress),
         lambda: _download(shelf, progress),
+        lambda: _find_unpacked(shelf, progress, of_today=False),
         lambda: _resolve_host(root),
     )
     reasons = []
@@ -91,12 +93,14 @@ def _find_wheel() -> GuestKernel | None:
     return _describe(Path(places[0]) / "bzImage", None, f"package {_WHEEL}") if places else None
 
 
-def _find_unpacked(shelf: Shelf, progress: Progress) -> GuestKernel | None:
+def _find_unpacked(shelf: Shelf, progress: Progress, *, of_today: bool = True) -> GuestKernel | None:
     was_there = (shelf.path / _KEY).exists()
     entry = shelf.find(_KEY)
     if was_there and entry is None:
         progress("the unpacked guest kernel is not what it was, and is fetched anew")
-    return _of_entry(entry) if entry else None
+    if entry is None or (of_today and entry.facts.get("modules") != _MODULES and not shelf.is_in_use(_KEY)):
+        return None
+    return _of_entry(entry)
 
 
 def _of_entry(entry: Entry) -> GuestKernel:
@@ -136,7 +140,7 @@ def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
     shutil.rmtree(scratch)
     origin = "package " + " ".join(next(path for path in archives if "-image-" in path.name).stem.split("_")[:2])
     kernel = _describe(folder / _IMAGE, folder, origin)
-    return {"release": release, "origin": origin, "digest": kernel.digest}
+    return {"release": release, "origin": origin, "digest": kernel.digest, "modules": _MODULES}
 
 
 def _run(tool: str, *arguments: str | Path, timeout_s: float, cwd: Path | None = None) -> None:

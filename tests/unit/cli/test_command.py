@@ -8,11 +8,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pytest_fcvm.cli import main
-from pytest_fcvm.cli.doctor import Finding, examine, render
+from pytest_fcvm.cli.doctor import Finding, _features, examine, render
 from pytest_fcvm.errors import FcvmError, HostError, UsageProblem
 
 _GOOD = Finding(what="skopeo", ok=True, detail="skopeo version 1.9")
@@ -86,6 +88,17 @@ def test_the_doctor_leaves_no_process_and_no_run_directory(tmp_path: Path) -> No
         short.unlink()
     assert f"run directory: {short}/fcvm" in done.stdout
     assert [path for path in (tmp_path / "run/fcvm").iterdir() if path.is_dir()] == []
+
+
+def test_what_a_distributions_kernel_lacks_is_told_with_the_wheel_that_has_it(tmp_path: Path) -> None:
+    (tmp_path / "tun.ko").touch()
+    (tmp_path / "nf_tables.ko.xz").touch()
+    stock: Any = SimpleNamespace(kernel=SimpleNamespace(release="6.1.0-cloud", modules_dir=tmp_path))
+    with pytest.raises(FcvmError, match=r"6\.1\.0-cloud lacks iptables, .*, VXLAN, ") as caught:
+        _features(stock)
+    assert "pytest-fcvm-kernel-x86-64" in caught.value.hint
+    ours: Any = SimpleNamespace(kernel=SimpleNamespace(release="6.12", modules_dir=None))
+    assert _features(ours) == "everything is built in"
 
 
 def test_a_cache_that_cannot_be_used_is_told_with_the_option(tmp_path: Path) -> None:

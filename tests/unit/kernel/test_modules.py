@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.kernel.modules import check_built_in, read_module, resolve_modules
+from pytest_fcvm.kernel.modules import check_built_in, find_lacking, read_module, resolve_modules
 
 Tree = Callable[..., Path]
 
@@ -22,6 +22,16 @@ def test_modules_come_after_what_they_depend_on(tmp_path: Path, modules_tree: Tr
         "virtio_ring", "virtio", "virtio_mmio", "virtio_blk", "virtio_console", "squashfs", "overlay",
         "failover", "net_failover", "virtio_net", "virtio-rng",
     ]  # fmt: skip
+
+
+def test_a_guest_gets_what_programs_of_it_use(tmp_path: Path, modules_tree: Tree) -> None:
+    tree = modules_tree(tmp_path / "tree")
+    assert "nftables" in find_lacking(tree)
+    plain = next(tree.rglob("xfs.ko"))
+    for name in ("nf_tables", "tun", "nls_iso8859-1"):
+        plain.with_name(f"{name}.ko").write_bytes(plain.read_bytes())
+    assert {"nf_tables", "tun", "nls_iso8859-1"} <= set(names(tree))
+    assert "nftables" not in find_lacking(tree)
 
 
 def test_modules_nobody_needs_stay_out(tmp_path: Path, modules_tree: Tree) -> None:

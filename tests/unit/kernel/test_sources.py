@@ -175,6 +175,19 @@ def test_a_kernel_once_unpacked_is_used_without_apt(
     assert len(said) == 1
 
 
+def test_a_kernel_unpacked_with_fewer_modules_is_fetched_anew_or_used_where_it_cannot_be(
+    debian: object, resolve: Resolve, said: Said, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("pytest_fcvm.kernel.sources._MODULES", 1)
+        first = resolve()
+    assert resolve() == resolve() == first
+    assert len(said) == 2, "it is downloaded once more, and then kept"
+    monkeypatch.setattr("pytest_fcvm.kernel.sources._MODULES", 3)
+    request.getfixturevalue("no_apt")
+    assert resolve() == first
+
+
 def test_an_unpacked_kernel_that_was_changed_is_downloaded_anew(debian: object, resolve: Resolve, said: Said) -> None:
     first = resolve()
     data = bytearray(first.bzimage.read_bytes())
