@@ -115,8 +115,15 @@ class Agent:
         self, channel: socket.socket, tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Go on after `park` over the channel that the VM has now, and let the workload go on at the host's time."""
-        stream = self.session.go_on(channel, personalise_opening(Identity(stays_frozen=tell_time is not None)))
-        self._tell_time(stream, tell_time, Deadline(timeout_s))
+        deadline, holds = Deadline(timeout_s), tell_time is not None  # a call that waits would find it frozen
+        stream = self.session.go_on(channel, personalise_opening(Identity(stays_frozen=holds)), holds=holds)
+        try:
+            stream.wait_reply(deadline)
+        finally:
+            if tell_time:
+                stream = self.session.open_held(personalise_opening(Identity(realtime_ns=tell_time())))
+        if tell_time:
+            stream.wait_reply(deadline)
 
     def wake(
         self, resume: Callable[[], object], tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
@@ -127,10 +134,7 @@ class Agent:
         """
         stream = self.session.open(personalise_opening(Identity(stays_frozen=tell_time is not None)))
         resume()
-        self._tell_time(stream, tell_time, Deadline(timeout_s))
-
-    def _tell_time(self, stream: Stream, tell_time: TellTime | None, deadline: Deadline) -> None:
-        """Wait until the agent answers and tell it the time of then."""
+        deadline = Deadline(timeout_s)
         stream.wait_reply(deadline)
         if tell_time:
             self.session.open(personalise_opening(Identity(realtime_ns=tell_time()))).wait_reply(deadline)

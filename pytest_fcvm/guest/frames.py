@@ -7,7 +7,7 @@ does I/O.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -37,6 +37,7 @@ __all__ = [
     "decode_fields",
     "encode_fields",
     "encode_frame",
+    "encode_greeting",
     "encode_hello",
     "encode_open",
     "new_secret",
@@ -268,6 +269,17 @@ def encode_frame(kind: FrameType, stream: int, payload: bytes | bytearray | memo
 def encode_hello(nonce: bytes, next_secret: bytes) -> bytes:
     """Return the frame that starts a session; it must follow the secret."""
     return encode_frame(FrameType.HELLO, 0, _VERSION.pack(PROTOCOL_VERSION) + nonce + next_secret)
+
+
+def encode_greeting(secrets: Sequence[bytes], nonce: bytes) -> bytes:
+    """Return the bytes that start a session from whichever of `secrets` (but the last) the agent waits for.
+
+    Each secret leads to the next one. An agent that waits for a later one finds it in the middle of what comes before.
+    """
+    last = len(secrets) - 2
+    return b"".join(
+        secrets[i] + encode_hello(nonce if i == last else new_secret(), secrets[i + 1]) for i in range(last + 1)
+    )
 
 
 def encode_open(stream: int, kind: StreamKind, body: bytes) -> bytes:

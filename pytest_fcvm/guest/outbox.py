@@ -33,16 +33,17 @@ class Outbox:
         """Keep back what is put from now on."""
         self._held = deque()
 
-    def release(self) -> None:
-        """Let go what was kept back."""
-        self._queue.extend(self._held or ())
+    def release(self, first: bytes = b"") -> None:
+        """Let go `first` and then what was kept back."""
+        self._queue.extend((first, *(self._held or ())) if first else self._held or ())
         self._held = None
 
-    def move_to(self, sock: socket.socket, first: bytes) -> None:
-        """Go on over another channel with `first`, then what was kept back."""
+    def move_to(self, sock: socket.socket, first: bytes, *, holds: bool = False) -> None:
+        """Go on over another channel with `first`, then what was kept back, unless that is held on."""
         self._sock, self.fault = sock, None
         self._queue.append(first)
-        self.release()
+        if not holds:
+            self.release()
 
     def flush(self) -> None:
         """Send what the channel takes; a fault is kept in `fault`, for the reading side knows better why."""

@@ -24,7 +24,7 @@ from pytest_fcvm.guest.frames import (
     ProtocolError,
     StreamKind,
     encode_fields,
-    encode_hello,
+    encode_greeting,
     encode_open,
     new_secret,
 )
@@ -86,7 +86,7 @@ class Session:
         self.on_event: OnEvent | None = None
         self._agreed = new_secret()
         self._secrets = (*former, secret, self._agreed)  # one of these the agent waits for next
-        self._hello = _encode_greeting(self._secrets, nonce)
+        self._hello = encode_greeting(self._secrets, nonce)
         self._sock = sock
         self._explain = explain
         self._outbox = Outbox(sock)
@@ -97,7 +97,7 @@ class Session:
         self._final: Stream | None = None
         self._way_back: bytes | None = None  # of a session that is to be parked, or is
         self._parked = False
-        self._return_id = 0  # of the stream that is to be the first then
+        self._return_id = 0  # of the stream that is to be the first then, ahead of one more
         self._vague = self._closing = False
         self.changed = threading.Condition(self.lock)
         self._thread = ServiceThread(self._run, name="fcvm-session")
@@ -146,17 +146,17 @@ class Session:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
             self._way_back = way_back
-            self._last_id += 1
-            self._return_id = self._last_id  # ids grow, and calls that wait have later ones
+            self._return_id = self._last_id + 1
+            self._last_id += 2  # ids grow, and calls that wait have later ones
             self.transmit(encode_open(stream.id, opening.kind, body))
             self._outbox.hold()
             self._secrets = (*self._secrets, secret)
             return stream
 
-    def go_on(self, sock: socket.socket, opening: Opening) -> Stream:
+    def go_on(self, sock: socket.socket, opening: Opening, *, holds: bool = False) -> Stream:
         """Go on with a parked session over the channel that its VM has now; open a stream ahead of all that waits.
 
-        Raise why the session ended meanwhile.
+        Where it `holds`, all that goes on waiting for `open_held`. Raise why the session ended meanwhile.
         """
         with ExitStack() as undo:
             undo.callback(sock.close)
@@ -172,11 +172,21 @@ class Session:
                 undo.pop_all()  # `close` has it now
                 assert self._way_back is not None
                 stream = self._new_stream(opening, self._return_id)
-                self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body))
+                self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body), holds=holds)
                 self._outbox.flush()
                 self._parked = False
                 self._thread = ServiceThread(self._run, name="fcvm-session")
                 self._start_reading()
+        return stream
+
+    def open_held(self, opening: Opening) -> Stream:
+        """Open a stream ahead of what `go_on` holds, and let that go."""
+        body = encode_fields(opening.fields)
+        with self.lock:
+            self.raise_reason()
+            stream = self._new_stream(opening, self._return_id + 1)
+            self._outbox.release(encode_open(stream.id, stream.kind, body))
+            self.transmit(b"")
         return stream
 
     def wait_until_welcome(self, deadline: Deadline) -> str:
@@ -385,14 +395,3 @@ class Session:
         if not count:
             raise _ChannelEnded("end of file")
         self._demux.feed(view[:count])
-
-
-def _encode_greeting(secrets: Sequence[bytes], nonce: bytes) -> bytes:
-    """Return the bytes that start a session from whichever of `secrets` (but the last) the agent waits for.
-
-    Each secret leads to the next one. An agent that waits for a later one finds it in the middle of what comes before.
-    """
-    last = len(secrets) - 2
-    return b"".join(
-        secrets[i] + encode_hello(nonce if i == last else new_secret(), secrets[i + 1]) for i in range(last + 1)
-    )

@@ -60,6 +60,33 @@ def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tu
     assert old.sock.recv(1) == b""  # the channel it had is closed
 
 
+def test_calls_wait_until_the_time_is_told_because_the_workload_is_frozen_so_long(
+    cleanup: ExitStack, parked: tuple[Agent, Any, bytes]
+) -> None:
+    agent, old, way_back = parked
+    call = in_background(lambda: agent.metrics(timeout_s=10))
+    assert old.take_all() == []
+    host, guest = socket.socketpair()
+    new = type(old)(cleanup.enter_context(guest))
+    going = in_background(lambda: agent.go_on(host, lambda: 77))
+    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    (asked,) = new.take_all()
+    new.reply(asked.stream)
+    requests = [new.take(), new.take()]
+    assert [frame.payload[0] for frame in (asked, *requests)] == [
+        StreamKind.PERSONALISE,
+        StreamKind.PERSONALISE,
+        StreamKind.METRICS,
+    ]
+    assert decode_fields(asked.payload[5:]).number(FieldTag.FLAGS) == 16
+    assert decode_fields(requests[0].payload[5:]).number(FieldTag.REALTIME_NS) == 77
+    assert asked.stream < requests[0].stream < requests[1].stream
+    for frame in requests:
+        new.reply(frame.stream)
+    going.join()
+    call.join()
+
+
 def test_nothing_is_read_while_it_is_parked(parked: tuple[Agent, Any, bytes]) -> None:
     agent, old, _ = parked
     old.sock.sendall(b"no frame at all" * 100)
