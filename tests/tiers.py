@@ -19,7 +19,7 @@ _OLDEST = _ROOT / ".venv-oldest"
 # On a shared machine, a test with a deadline may miss it once; a rerun is printed.
 _RERUNS = ("--reruns", "2", "--reruns-delay", "1")
 _PYTEST = (sys.executable, "-m", "pytest", *_RERUNS)
-_STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_pool.py")
+_STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_kernel.py", "test_memory.py", "test_pool.py")
 _NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"  # built by the suite
 _PIP_INSTALL = ("-m", "pip", "install", "--quiet")
 
