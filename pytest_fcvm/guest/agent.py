@@ -22,7 +22,7 @@ from pytest_fcvm.guest.bodies import (
     workload_status,
 )
 from pytest_fcvm.guest.frames import EventKind, Fields, FieldTag, StreamKind, new_secret
-from pytest_fcvm.guest.openings import logs_opening, open_session, personalise_opening, tar_in_opening
+from pytest_fcvm.guest.openings import logs_opening, open_session, personalise_opening, quiesce_opening, tar_in_opening
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.guest.served import ServedPort
 from pytest_fcvm.guest.session import Explain, Opening, Session
@@ -97,10 +97,7 @@ class Agent:
         With `keeps_peer` the gateway's address stays the guest's own, for clones that have no other peer either.
         Afterwards nothing reads or writes the channel, so that the VM can be saved; `close` is for when it is dead.
         """
-        body: Body = [(FieldTag.SECRET, next_secret)]
-        if keeps_peer:
-            body.append((FieldTag.PEER_GATEWAY, 1))
-        self._end_input(Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body), next_secret, None, timeout_s)
+        self._end_input(quiesce_opening(next_secret, keeps_peer=keeps_peer), next_secret, None, timeout_s)
 
     def park(self, copy_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Freeze the workload and let the channel rest, so that the VM can be copied; calls wait for `go_on`.

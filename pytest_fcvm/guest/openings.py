@@ -12,7 +12,7 @@ from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable
 
-__all__ = ["logs_opening", "open_session", "personalise_opening", "tar_in_opening"]
+__all__ = ["logs_opening", "open_session", "personalise_opening", "quiesce_opening", "tar_in_opening"]
 
 _ONLY_UNSENT, _AT_PLACE, _HIDES = 8, 16, 32
 
@@ -42,6 +42,12 @@ def open_session(
 def personalise_opening(identity: Identity) -> Opening:
     """Return the stream that says who the guest is now."""
     return Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity))
+
+
+def quiesce_opening(next_secret: bytes, *, keeps_peer: bool) -> Opening:
+    """Return the stream that ends a session, as `Agent.quiesce` has it."""
+    body: Body = [(FieldTag.SECRET, next_secret), *([(FieldTag.PEER_GATEWAY, 1)] if keeps_peer else [])]
+    return Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body)
 
 
 def logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
