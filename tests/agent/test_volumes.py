@@ -69,8 +69,9 @@ def test_a_volume_has_what_the_image_has_there(declare, make_guest, data):
 
 
 def test_a_volume_is_not_on_the_overlay(declare, data):
-    client = declare("/srv/data", "/srv/data/inner").client
-    for place in ("/srv/data", "/srv/data/inner"):
+    client = (guest := declare("/srv/data", "/srv/data/inner", "/srv/data/sub")).client
+    assert "is on the overlay" not in guest.log.read_text()
+    for place in ("/srv/data", "/srv/data/inner", "/srv/data/sub"):
         assert seen(client, f"stat -f -c %T {place}").strip() == "tmpfs"
     assert seen(client, "stat -f -c %T /srv").strip() != "tmpfs"
     make = "mkdir l u w m && mount -t overlay none -o lowerdir=l,upperdir=u,workdir=w m"
