@@ -10,8 +10,8 @@
 
 #include "protocol.h"
 
-/* As many files as Docker allows. Not as many at first: what closes each that it might have, as Erlang does, takes seconds
- * for a million of them. */
+/* As many files as Docker allows. Not as many at first: what closes each that it might have takes seconds for a million
+ * of them. */
 enum { SOFT_FILES = 65536, HARD_FILES = 1048576, NAME = 200 };
 
 /* Docker's and podman's: nobody else is there to be protected from a low port, or from a ping. */
