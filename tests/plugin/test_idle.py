@@ -28,6 +28,7 @@ _OURS = {
     "pytest_fcvm.model",
     "pytest_fcvm.model.net",
     "pytest_fcvm.model.parse",
+    "pytest_fcvm.model.settings",
     "pytest_fcvm.model.specs",
     "pytest_fcvm.options",
     "pytest_fcvm.plugin",
