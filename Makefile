@@ -20,8 +20,8 @@ test-firecracker: setup-test kernel ## the VM tier on a real Firecracker, named 
 
 test-images: setup-test kernel ## public images, each configured as its page has it, on our own kernel and on the stock one
 	@$(MAKE) --no-print-directory packages PACKAGES="maven"
-	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest tests/services
-	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest --fcvm-kernel stock tests/services
+	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest tests/vm/test_services.py
+	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest --fcvm-kernel stock tests/vm/test_services.py
 
 test: setup-test ## every tier that this machine can run, then a summary; the VM tier on our own kernel, a part of it on the stock one
 	$(BIN)/python tests/tiers.py

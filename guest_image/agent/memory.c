@@ -13,7 +13,7 @@ enum {
     WINDOW_MS = 1000,
     PATIENCE_MS = 900, /* two windows in a row */
     FILE_BYTES = 1024, /* what an empty file costs: inode and name, of the tmpfs and for a while of the overlay */
-    SHARED_BYTES = 64 << 20 /* what programs have as /dev/shm in a container */
+    SHARED_BYTES = 65 << 20 /* a container's /dev/shm has 64 MiB */
 };
 
 static int sysrq = -1;

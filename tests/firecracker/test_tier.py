@@ -36,8 +36,8 @@ TESTS = (
     "test_images.py",
     "test_systemd.py",
 )
-# QEMU's own, and those that a test below runs by themselves.
-ELSEWHERE = ("test_engine.py", "test_jail.py", "test_network.py")
+# QEMU's own, those that a test below runs by themselves, and images that the emulated host has no room for.
+ELSEWHERE = ("test_engine.py", "test_jail.py", "test_network.py", "test_services.py")
 IN_JAIL = ("test_jail.py", "test_clone.py", "test_disk.py", "test_fork.py", "test_enclosed.py", "test_runs.py")
 OF_OTHER_PROCESSES = ("test_runs.py", "test_shell.py", "test_keep.py")
 

@@ -70,3 +70,15 @@ def test_a_clones_disk_leaves_nothing_in_the_store(fcvm_snapshot: Snapshot) -> N
 def test_a_disk_that_holds_no_file_system_is_refused(fcvm_clone_factory: CloneFactory) -> None:
     with pytest.raises(UsageProblem, match="'1M' is too small"):
         fcvm_clone_factory(disk="1M")
+
+
+def test_a_disk_has_a_file_for_each_block_and_a_touched_file_of_the_image_takes_direct_io(
+    fcvm_clone_factory: CloneFactory,
+) -> None:
+    clone = fcvm_clone_factory(disk="256M")
+    files, blocks = map(int, clone.succeed("stat -f -c '%c %b' /var").split())
+    assert files >= blocks
+    read = "dd if=/usr/sbin/nginx of=/dev/null bs=4096 count=1 iflag=direct"
+    assert "Invalid argument" in clone.exec(read).stderr
+    clone.succeed("touch -c /usr/sbin/nginx")
+    clone.succeed(read)

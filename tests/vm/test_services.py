@@ -19,7 +19,7 @@ import pytest
 
 from pytest_fcvm import Clone, SnapshotFactory
 from tests.patience import PATIENCE
-from tests.services.recipes import LAYERS, RECIPES, build
+from tests.vm.services import LAYERS, RECIPES, build
 
 ALL = "FCVM_TEST_ALL_IMAGES"  # set by `make test-images`
 _ROOT = Path(__file__).parents[2]
