@@ -98,7 +98,8 @@ These are not taken by the marker.
 
 Without one: `healthcheck` where the image has it, else `tcp` on every TCP port that it exposes, else `agent`. A port
 that is exposed and never served is given up when another one listens, and for 10 s no more opened and the workload used
-less than a tenth of a processor, or for 45 s no more opened.
+less than a tenth of a processor, or for three quarters of `ready_timeout` (45 s at
+least) no more opened.
 
 A line of the log ends at `\\n`, where `^` and `$` are (`re.MULTILINE`). A match may span lines, 256 KiB at most.
 

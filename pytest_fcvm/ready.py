@@ -26,7 +26,7 @@ _HUNG_UP = "the connection was closed"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
 _STANDS_S = 0.05  # a server that is still starting may accept and hang up
 _HANGS_UP_S = 3.0  # and one that does so for long is meant to: HAProxy without a server behind it
-_SERVED_S, _SERVED_BUSY_S, _BUSY_SHARE = 10.0, 45.0, 0.1
+_SERVED_S, _SERVED_BUSY_S, _SERVED_SHARE, _BUSY_SHARE = 10.0, 45.0, 0.75, 0.1
 _SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
 
 
@@ -124,12 +124,14 @@ class _Ports:
     """The TCP ports that an image exposes, of which some may never be served.
 
     They are ready when every one listens. When some do, the others are given up after 10 s in which neither one more
-    opened nor the workload used a tenth of a processor, or 45 s in which none opened: RabbitMQ's image exposes TLS that
-    it serves on demand alone, and its first port, which is another program's, listens long before the broker does.
+    opened nor the workload used a tenth of a processor, or three quarters of the time that a service may take, and 45 s
+    at least, in which none opened: RabbitMQ's image exposes TLS that it serves on demand alone; its first port, which
+    is another program's, listens long before the broker does.
     """
 
-    def __init__(self, target: ReadyTarget, ports: Sequence[int]) -> None:
+    def __init__(self, target: ReadyTarget, ports: Sequence[int], timeout_s: float) -> None:
         self._target, self._ports = target, ports
+        self._busy_s = max(_SERVED_BUSY_S, _SERVED_SHARE * timeout_s)
         self._hung_up: dict[int, float] = {}
         self._closed: dict[int, str] = dict.fromkeys(ports, "")
         self._opened_at = self._rests_since = monotonic()
@@ -146,7 +148,7 @@ class _Ports:
             self._opened_at = self._rests_since = now
         elif self._is_busy():
             self._rests_since = now
-        if now - self._rests_since >= _SERVED_S or now - self._opened_at >= _SERVED_BUSY_S:
+        if now - self._rests_since >= _SERVED_S or now - self._opened_at >= self._busy_s:
             return ""
         served = ", ".join(str(port) for port in self._ports if port not in self._closed)
         return "; ".join(self._closed.values()) + (f" ({served} can be reached)" if served else "")
@@ -239,7 +241,7 @@ def _probe_for(target: ReadyTarget, ready: ReadySpec, deadline: Deadline) -> Cal
         case ReadyMode.HTTP:
             return lambda: _ask_http(target, ready.port or 80, ready.text)
         case ReadyMode.TCP:
-            return _Ports(target, (ready.port or 0, *ready.others)).ask
+            return _Ports(target, (ready.port or 0, *ready.others), deadline.timeout_s or 0).ask
         case ReadyMode.EXEC:
             return _Command(target, ready.text, ready, deadline).ask
         case ReadyMode.HEALTHCHECK:

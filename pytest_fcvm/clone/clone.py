@@ -224,11 +224,11 @@ class Clone(FileVerbs):
         if match is None:
             machine.raise_if_ended()
             self._live()
-            missing = f"no line matched {regex!r}{f' {times} times' * (times > 1)}"
+            wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
             if (status := machine.agent.workload_exit) is not None:
                 ended = machine.workload_exited(status)
-                raise machine.explain(WorkloadExited(f"{missing}, and {ended.message}", hint=ended.hint))
-            raise self._machine.explain(GuestTimeout(f"{missing} within {timeout:g} s"))
+                raise machine.explain(WorkloadExited(f"no line matched {wanted}, and {ended.message}", hint=ended.hint))
+            raise self._machine.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
         return match
 
     def console(self) -> str:

@@ -23,6 +23,7 @@ _MARIADB = """\
 #!/bin/sh
 set -e
 [ "$1" = mariadbd ] || exec "$@"
+install -d -o mysql -g mysql /run/mysqld
 if [ ! -d /var/lib/mysql/mysql ]; then
   [ -n "$MARIADB_ROOT_PASSWORD" ] || { echo "MARIADB_ROOT_PASSWORD is not set" >&2; exit 1; }
   chown mysql:mysql /var/lib/mysql
@@ -136,7 +137,11 @@ RECIPES: dict[str, Any] = {
     "mariadb": _recipe(
         "mariadb-server",
         "util-linux",
-        hooks=("rm -rf $1/var/lib/mysql/*", _file("/usr/local/bin/docker-entrypoint.sh", _MARIADB)),
+        hooks=(
+            "rm -rf $1/var/lib/mysql/*",
+            _file("/usr/local/bin/docker-entrypoint.sh", _MARIADB),
+            _file("/etc/mysql/mariadb.conf.d/99-docker.cnf", "[mariadbd]\nbind-address = 0.0.0.0\n", "644"),
+        ),
         Entrypoint=["docker-entrypoint.sh"],
         Cmd=["mariadbd"],
         ExposedPorts=_ports("3306/tcp"),
