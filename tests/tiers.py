@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Run every tier of the tests, sum up, and fail at the end: one that fails does not keep the others from running.
 
-tiers.py [TIER ...]
+    tiers.py [TIER ...]
+
+Tiers that boot VMs run beside those that do not: emulation fills one processor, and much of the rest is waiting.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +30,24 @@ _PIP_INSTALL = ("-m", "pip", "install", "--quiet")
 
 @dataclass(frozen=True)
 class Tier:
-    """Commands that run one after the other; the tier has failed with the first of them that fails."""
+    """Commands that run one after the other; the tier has failed with the first of them that fails.
+
+    Tiers of one `lane` run one after the other. Those without a lane come before all others.
+    """
 
     name: str
     commands: tuple[tuple[str, ...], ...]
+    lane: str = ""
     kernel: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a tier went."""
+
+    name: str
+    passed: bool
+    took_s: float
 
 
 TIERS = (
@@ -42,10 +59,11 @@ TIERS = (
             (sys.executable, "-m", "mypy"),
         ),
     ),
-    Tier("kernel", (("make", "--no-print-directory", "kernel"),)),
     Tier("agent", ((sys.executable, "guest_image/build", "--arch", platform.machine()),)),
-    Tier("suite", ((*_PYTEST, "tests"),)),
-    Tier("stock kernel", ((*_PYTEST, *(f"tests/vm/{name}" for name in _STOCK)),), kernel="stock"),
+    Tier("kernel", (("make", "--no-print-directory", "kernel"),), lane="VMs"),
+    Tier("vm", ((*_PYTEST, "tests/vm"),), lane="VMs"),
+    Tier("stock kernel", ((*_PYTEST, *(f"tests/vm/{name}" for name in _STOCK)),), lane="VMs", kernel="stock"),
+    Tier("suite", ((*_PYTEST, "tests", "--ignore=tests/vm"),), lane="others"),
     Tier(
         "oldest versions",
         (
@@ -70,9 +88,12 @@ TIERS = (
                 _NGINX,
             ),
         ),
+        lane="others",
     ),
-    Tier("packaging", ((sys.executable, "tests/packaging.py"),)),
+    Tier("packaging", ((sys.executable, "tests/packaging.py"),), lane="others"),
 )
+_WIDTH = max(len(tier.name) for tier in TIERS)
+_printing = threading.Lock()
 
 
 def main(wanted: list[str]) -> int:
@@ -80,23 +101,56 @@ def main(wanted: list[str]) -> int:
     if unknown := set(wanted) - {tier.name for tier in TIERS}:
         print(f"no such tier: {', '.join(sorted(unknown))}; there are: {', '.join(tier.name for tier in TIERS)}")
         return 2
-    results = [(tier.name, *_run(tier)) for tier in TIERS if not wanted or tier.name in wanted]
+    chosen = [tier for tier in TIERS if not wanted or tier.name in wanted]
+    lanes: dict[str, list[Tier]] = {"": []}
+    for tier in chosen:
+        lanes.setdefault(tier.lane, []).append(tier)
+    results = _run_lane(lanes.pop(""))
+    with ThreadPoolExecutor(max_workers=max(1, len(lanes))) as workers:
+        results += [result for lane in workers.map(_run_lane, lanes.values()) for result in lane]
     print("\n== tiers")
-    for name, passed, took_s in results:
-        print(f"{name:16} {'passed' if passed else 'FAILED'} in {took_s:.0f} s")
-    failed = sum(not passed for _, passed, _ in results)
+    for result in results:
+        print(f"{result.name:{_WIDTH}} {'passed' if result.passed else 'FAILED'} in {result.took_s:.0f} s")
+    failed = sum(not result.passed for result in results)
     print(f"tiers: {len(results) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 
-def _run(tier: Tier) -> tuple[bool, float]:
-    print(f"\n== {tier.name}", flush=True)
-    environment = dict(os.environ, FCVM_KERNEL=tier.kernel) if tier.kernel else None
+def _run_lane(tiers: list[Tier]) -> list[Result]:
+    return [_run(tier) for tier in tiers]
+
+
+def _run(tier: Tier) -> Result:
     started = time.monotonic()
-    passed = all(
-        subprocess.run(command, cwd=_ROOT, env=environment, check=False).returncode == 0 for command in tier.commands
+    passed = all(_run_command(tier, command) for command in tier.commands)
+    took_s = time.monotonic() - started
+    _say(tier, f"== {'passed' if passed else 'FAILED'} in {took_s:.0f} s")
+    return Result(name=tier.name, passed=passed, took_s=took_s)
+
+
+def _run_command(tier: Tier, command: tuple[str, ...]) -> bool:
+    """Run a command, whose lines are shown with the tier's name, and say whether it succeeded."""
+    environment = dict(os.environ, FCVM_KERNEL=tier.kernel) if tier.kernel else None
+    process = subprocess.Popen(
+        command,
+        cwd=_ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
-    return passed, time.monotonic() - started
+    with process:
+        assert process.stdout
+        for line in process.stdout:
+            _say(tier, line.rstrip("\n"))
+    return process.returncode == 0
+
+
+def _say(tier: Tier, line: str) -> None:
+    with _printing:
+        print(f"{tier.name:{_WIDTH}} | {line}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,10 @@ def built_image() -> Callable[[str], str]:
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         pytest.skip(f"the VM tier needs {', '.join(missing)}: run `make test`, which installs them")
-    build = runpy.run_path(str(_ROOT / "examples/images/build.py"))["build"]
+    build = runpy.run_path(str(_ROOT / "tests/images/library.py"))["build_image"]
 
     def reference(name: str) -> str:
-        folder = _ROOT / ".demo"
-        folder.mkdir(exist_ok=True)
-        return f"oci:{build(name, folder)}:latest"
+        return f"oci:{build(name, _ROOT / '.demo')}:latest"
 
     return reference
 
