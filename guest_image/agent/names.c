@@ -60,18 +60,23 @@ static void open_upper(struct etc_file *file)
     file->upper = -1;
 }
 
-/* A regular file of our own; a symlink in its place (resolv.conf often is one) goes. */
+/* A regular file of our own; a symlink in its place (resolv.conf often is one) goes. A clone whose layer is full lives without
+ * a file that its workload has removed. */
 static int replace_file(struct etc_file *file, const char *text, size_t length, struct failure *failure)
 {
     unlinkat(etc, file->name, 0);
     int fd = openat(etc, file->name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
     bool written = fd >= 0 && write(fd, text, length) == (ssize_t)length;
-    if (!written)
+    bool is_full = !written && is_configured && errno == ENOSPC;
+    if (is_full) {
+        report("no room for /etc/%s", file->name);
+        unlinkat(etc, file->name, 0);
+    } else if (!written)
         fail(failure, "write", file->name);
     if (fd >= 0)
         close(fd);
     open_upper(file);
-    return written ? 0 : -1;
+    return written || is_full ? 0 : -1;
 }
 
 /* Straight into the writable layer's file: through the overlay it takes a clone ten times as long. */

@@ -263,14 +263,20 @@ static int put_folder(int fd, char *path)
     return result;
 }
 
-/* Files of /proc say they are empty and those of /sys that they have a page: their size is what reading them gives. */
+static size_t smaller(size_t one, size_t other)
+{
+    return one < other ? one : other;
+}
+
+/* Files of /proc say they are empty and those of /sys that they have a page: their size is what reading them gives. The
+ * kernel makes room for all that is asked for, and has not much. */
 static int put_virtual_file(int fd, const char *path)
 {
     static unsigned char contents[VIRTUAL_MAX];
     size_t used = 0;
     ssize_t got;
 
-    while (used < sizeof contents && (got = read(fd, contents + used, sizeof contents - used)) != 0) {
+    while (used < sizeof contents && (got = read(fd, contents + used, smaller(sizeof contents - used, BUFFER))) != 0) {
         if (got < 0)
             return complain("read", path);
         used += (size_t)got;

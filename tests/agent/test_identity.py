@@ -183,6 +183,18 @@ def test_names_reach_files_that_the_workload_put_in_place_of_ours(client, p):
     )
 
 
+def test_a_full_layer_takes_no_file_that_the_workload_has_removed_and_the_clone_lives(client, p):
+    seen(
+        client,
+        "rm /etc/hosts /etc/machine-id; dd if=/dev/zero of=/fill bs=65536; dd if=/dev/zero of=/fill2 bs=64; true",
+    )
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.15 clone"), (p.MACHINE_ID, "a" * 32))
+    assert "machine-id" not in seen(client, "ls /etc")
+    seen(client, "rm /fill /fill2")
+    client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.16 again"), (p.MACHINE_ID, "b" * 32))
+    assert seen(client, "cd /etc; cat machine-id; grep again hosts") == f"{'b' * 32}\n10.0.2.16 again\n"
+
+
 def test_the_machine_id_of_dbus_follows_only_where_it_is_a_file_of_its_own(make_guest, p, rootfs):
     folder = rootfs / "var/lib/dbus"
     folder.mkdir(parents=True, exist_ok=True)

@@ -219,7 +219,7 @@ def test_metrics_tell_a_guest_that_works_from_one_that_rests(fcvm_clone: Clone) 
     runnable = lambda: fcvm_clone.metrics()["runnable_threads"]  # noqa: E731
     assert wait_until(lambda: runnable() == 0, Deadline(30 * PATIENCE))
     with fcvm_clone.popen("while :; do :; done"):
-        assert wait_until(lambda: runnable() == 1, Deadline(30 * PATIENCE))
+        assert wait_until(lambda: runnable() >= 1, Deadline(30 * PATIENCE))
 
 
 def test_evidence_has_a_line_that_was_on_its_way(fcvm_clone: Clone) -> None:
