@@ -152,12 +152,14 @@ class _Client:
 
     def _something_came(self) -> None:
         with self._port.lock, self._breaks():
-            if not self._over and (self._stands or self._has_reply()):
+            if self._over:
+                return
+            if self._stands or self._has_reply():
                 self._bring_down()
-                self._settle()
-                if self._rests and self._stream.room():
-                    self._rests = False
-                    self._attach(self._wanted)
+            self._settle()  # without a reply too: the guest takes what was said before its peer speaks
+            if self._rests and self._stream.room():
+                self._rests = False
+                self._attach(self._wanted)
 
     def _rest(self) -> None:
         """Leave a client alone that has hung up until the guest takes the rest of what it said: it is always ready."""
