@@ -62,8 +62,8 @@ def _left(harness: Harness) -> tuple[set[str], set[str], set[str]]:
 
 def _without_standby(snapshot: Snapshot) -> None:
     """Give back the VMM that is started ahead of the next clone, and let no other follow."""
-    snapshot._cloner._spares._useful = False
     spares = snapshot._cloner._spares
+    spares.refill = lambda: None  # type: ignore[method-assign]
     spares._threads.join(_WAIT_S)
     with spares._lock:
         spare, spares._spare = spares._spare, None
