@@ -47,13 +47,13 @@ static void enable_controllers(void)
 static void limit_processes(void)
 {
     char text[24];
-    uint64_t available;
+    struct memory memory;
     int limit = openat(directory, "pids.max", O_WRONLY | O_CLOEXEC);
 
     if (limit < 0)
         return;
-    if (memory_number("MemAvailable:", &available)) {
-        int length = snprintf(text, sizeof text, "%llu", (unsigned long long)available / PROCESS_BYTES);
+    if (memory_read(&memory)) {
+        int length = snprintf(text, sizeof text, "%llu", (unsigned long long)memory.available / PROCESS_BYTES);
         ssize_t ignored = write(limit, text, (size_t)length);
         (void)ignored;
     }

@@ -28,10 +28,6 @@ static const struct cgroup_metric {
     {"workload_oom_kills", "memory.events", "oom_kill"},
 };
 
-static const struct meminfo_metric {
-    const char *name, *key;
-} meminfo_metrics[] = {{"memory_total_bytes", "MemTotal:"}, {"memory_available_bytes", "MemAvailable:"}};
-
 static void add_metric(struct reply *reply, const char *name, uint64_t value)
 {
     char text[80];
@@ -40,13 +36,14 @@ static void add_metric(struct reply *reply, const char *name, uint64_t value)
     reply_text(reply, FIELD_METRIC, text);
 }
 
-static void add_meminfo(struct reply *reply)
+static void add_memory(struct reply *reply)
 {
-    uint64_t bytes;
+    struct memory memory;
 
-    for (size_t i = 0; i < sizeof meminfo_metrics / sizeof meminfo_metrics[0]; i++)
-        if (memory_number(meminfo_metrics[i].key, &bytes))
-            add_metric(reply, meminfo_metrics[i].name, bytes);
+    if (!memory_read(&memory))
+        return;
+    add_metric(reply, "memory_total_bytes", memory.total);
+    add_metric(reply, "memory_available_bytes", memory.available);
 }
 
 /* Threads that run or wait for a CPU, the agent left out: none is there in a guest at rest. */
@@ -71,7 +68,7 @@ int information_metrics(const struct body *body, struct reply *reply, struct fai
     (void)failure;
     clock_gettime(CLOCK_BOOTTIME, &up);
     add_metric(reply, "uptime_ms", (uint64_t)up.tv_sec * 1000 + (uint64_t)up.tv_nsec / 1000000);
-    add_meminfo(reply);
+    add_memory(reply);
     add_runnable(reply);
     for (size_t i = 0; i < sizeof cgroup_metrics / sizeof cgroup_metrics[0]; i++)
         if (cgroup_number(cgroup_metrics[i].file, cgroup_metrics[i].key, &value))

@@ -100,7 +100,7 @@ static void enter_directory(const struct launch *launch)
     if (chdir(directory) == 0)
         return;
     if (errno == ENOENT && launch->is_workload)
-        directories_make(directory);
+        directories_make(AT_FDCWD, directory);
     if (chdir(directory))
         give_up(launch->notice, "chdir", directory, EXIT_CANNOT_START);
 }

@@ -18,29 +18,33 @@ enum {
 
 static int sysrq = -1;
 
-bool memory_number(const char *key, uint64_t *bytes)
+bool memory_read(struct memory *memory)
 {
+    static const char total[] = "MemTotal:", available[] = "MemAvailable:";
     char line[128];
-    size_t length = strlen(key);
-    bool found = false;
+    bool has_total = false, has_available = false; /* none at all may be available */
     FILE *file = fopen("/proc/meminfo", "re");
 
-    while (file && !found && fgets(line, sizeof line, file)) {
-        found = strncmp(line, key, length) == 0;
-        if (found)
-            *bytes = strtoull(line + length, NULL, 10) * 1024;
+    while (file && !(has_total && has_available) && fgets(line, sizeof line, file)) {
+        if (strncmp(line, total, sizeof total - 1) == 0) {
+            memory->total = strtoull(line + sizeof total - 1, NULL, 10) * 1024;
+            has_total = true;
+        } else if (strncmp(line, available, sizeof available - 1) == 0) {
+            memory->available = strtoull(line + sizeof available - 1, NULL, 10) * 1024;
+            has_available = true;
+        }
     }
     if (file)
         fclose(file);
-    return found;
+    return has_total && has_available;
 }
 
 /* So little that what programs run on is read anew as soon as it is dropped. What the kernel can drop counts as there. */
 static bool is_exhausted(void)
 {
-    uint64_t all, available;
+    struct memory memory;
 
-    return memory_number("MemTotal:", &all) && memory_number("MemAvailable:", &available) && available < all / 16;
+    return memory_read(&memory) && memory.available < memory.total / 16;
 }
 
 static void on_pressure(struct source *source, uint32_t events)
@@ -85,11 +89,12 @@ static uint64_t smaller(uint64_t one, uint64_t other)
 
 struct memory_shares memory_share(uint64_t layer, bool is_on_disk, uint64_t shared)
 {
-    uint64_t available = 0;
+    struct memory memory;
 
-    if (!memory_number("MemAvailable:", &available))
+    if (!memory_read(&memory))
         return (struct memory_shares){.layer = layer, .shared = shared};
     bool is_wanted = shared != 0;
+    uint64_t available = memory.available;
     uint64_t all = available - available / 6; /* the rest is for processes */
     if (!is_wanted)
         shared = smaller(SHARED_BYTES, available / 8 * 3);

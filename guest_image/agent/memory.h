@@ -11,8 +11,13 @@ struct memory_shares {
     uint64_t layer, shared, files;
 };
 
-/* A line of /proc/meminfo in bytes, by its name with the colon. */
-bool memory_number(const char *key, uint64_t *bytes);
+/* All of the guest's memory, and what programs may still have of it, in bytes. */
+struct memory {
+    uint64_t total, available;
+};
+
+/* False where the kernel does not tell. */
+bool memory_read(struct memory *memory);
 
 /* From now on, have the kernel kill for memory where it would read the same pages of programs again and again. Needs a kernel
  * with CONFIG_PSI and CONFIG_MAGIC_SYSRQ. */

@@ -18,23 +18,8 @@ enum { SHARE = 2 }; /* of the room that is left: what a volume's content may tak
 /* Make a directory of the volume's own path below the store, so that whoever reads a disk finds it. */
 static int make_place(int store, const char *path)
 {
-    char part[4096];
-    size_t length = strlen(path);
-
-    if (length >= sizeof part) {
-        errno = ENAMETOOLONG;
+    if (directories_make(store, path + 1))
         return -1;
-    }
-    memcpy(part, path, length + 1);
-    for (size_t i = 1; i <= length; i++) {
-        if (part[i] != '/' && part[i] != 0)
-            continue;
-        char kept = part[i];
-        part[i] = 0;
-        if (mkdirat(store, part + 1, 0755) && errno != EEXIST)
-            return -1;
-        part[i] = kept;
-    }
     return openat(store, path + 1, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 }
 
@@ -82,7 +67,7 @@ void volumes_mount(int store, char *const *paths)
     struct stat root;
 
     for (; *paths && stat("/", &root) == 0; paths++) {
-        directories_make(*paths);
+        directories_make(AT_FDCWD, *paths); /* what fails shows when it is opened */
         int from = open(*paths, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         const char *step = from < 0 ? "open" : is_on_overlay(from, &root) ? mount_one(store, *paths, from) : NULL;
         if (step)
