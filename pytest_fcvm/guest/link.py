@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError, GuestError
 from pytest_fcvm.guest.frames import PROTOCOL_WINDOW
-
-if TYPE_CHECKING:
-    from pytest_fcvm.guest.streams import Stream
 
 __all__ = ["CallFailed", "Inbound", "Link"]
 
@@ -34,8 +31,8 @@ class Link(Protocol):
     def retire(self, stream_id: int) -> None:
         """Forget a stream that has ended. The lock is held."""
 
-    def note(self, stream: Stream) -> None:
-        """Let the watcher of a stream be called soon, on the session's thread."""
+    def note(self, watcher: Callable[[], object]) -> None:
+        """Let a watcher be called soon, on the session's thread. The lock is held."""
 
     def check_may_wait(self) -> None:
         """Raise UsageProblem on the thread that everybody waits for. The lock is held."""

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import errno
 import socket
-import struct
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
@@ -18,13 +17,13 @@ from pytest_fcvm.guest.poller import ERROR, HANG_UP, IN, OUT
 from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.host.sockets import Socket
+from pytest_fcvm.net.links import reset
 from pytest_fcvm.net.relay import NOBODY
 
 __all__ = ["ServedPort"]
 
 _AT_ONCE = 64  # connections taken before anything else has its turn
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _NOW = Deadline(0)
 
 
@@ -90,7 +89,7 @@ class ServedPort:
             client = _Client(self, connection)
         except (OSError, FcvmError) as error:
             self.tell_fault("was reset", str(error))
-            _reset(connection)
+            reset(connection)
         else:
             self._clients.add(client)
             client.ready(IN)  # what has come is sent along
@@ -148,7 +147,7 @@ class _Client:
             if not self._over:
                 self._stream.abandon(errno.ECONNRESET)
                 self._end()
-                _reset(self._socket)
+                reset(self._socket)
 
     def _something_came(self) -> None:
         with self._port.lock, self._breaks():
@@ -228,28 +227,10 @@ class _Client:
         self._port.session.poller.detach(self._socket.fileno())
         self._port.forget(self)
 
-    def _breaks(self) -> _Breaks:
-        return _Breaks(self)
-
-
-class _Breaks:
-    """Where one end breaks, both are reset."""
-
-    def __init__(self, client: _Client) -> None:
-        self._client = client
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: object, __: object) -> bool:
-        broken = isinstance(error, OSError | FcvmError)
-        if broken:
-            self._client.reset()
-        return broken
-
-
-def _reset(connection: Socket) -> None:
-    """Close a socket so that its peer sees a reset."""
-    with suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    connection.close()
+    @contextmanager
+    def _breaks(self) -> Iterator[None]:
+        """Reset both ends where one breaks."""
+        try:
+            yield
+        except (OSError, FcvmError):
+            self.reset()

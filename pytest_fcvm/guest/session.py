@@ -92,7 +92,7 @@ class Session:
         self._outbox = Outbox(sock)
         self._demux = Demultiplexer(self, nonce)
         self._streams: dict[int, Stream] = {}
-        self._noted: dict[Stream, None] = {}
+        self._noted: dict[Callable[[], object], None] = {}
         self._last_id = 0
         self._final: Stream | None = None
         self._way_back: bytes | None = None  # of a session that is to be parked, or is
@@ -247,9 +247,9 @@ class Session:
         """Forget a stream that has ended; its late frames are ignored."""
         self._streams.pop(stream_id, None)
 
-    def note(self, stream: Stream) -> None:
-        """Let the watcher of a stream be called, on the session's thread, when all that has come is dealt with."""
-        self._noted[stream] = None
+    def note(self, watcher: Callable[[], object]) -> None:
+        """Let a watcher be called, on the session's thread, when all that has come is dealt with. The lock is held."""
+        self._noted[watcher] = None
 
     def check_may_wait(self) -> None:
         """Raise UsageProblem when the session's own thread is about to wait for itself."""
@@ -329,8 +329,8 @@ class Session:
     def _tell_watchers(self) -> None:
         """Call who watches streams to which something has come."""
         while self._noted:
-            stream, _ = self._noted.popitem()
-            stream.tell_watcher()
+            watcher, _ = self._noted.popitem()
+            watcher()
 
     def _start_reading(self) -> None:
         """Start the thread. The lock is held; without a thread, nobody may wait for an answer."""

@@ -189,11 +189,6 @@ class Stream:
         """Have a function called on the session's thread after whatever comes to this stream; it must not raise."""
         self._watcher = watcher
 
-    def tell_watcher(self) -> None:
-        """Call the watcher."""
-        if self._watcher:
-            self._watcher()
-
     def room(self) -> int:
         """Return how many bytes `write` takes now without waiting."""
         return min(self._credit, _PIECE)
@@ -302,7 +297,7 @@ class Stream:
         """Let every waiter look again, and the watcher."""
         self._changed.notify_all()
         if self._watcher:
-            self._link.note(self)
+            self._link.note(self._watcher)
 
     def _wait(self, ready: Callable[[], bool], deadline: Deadline, verb: str) -> None:
         link = self._link
