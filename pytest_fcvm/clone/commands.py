@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pytest_fcvm.errors import CommandFailed, GuestError, UsageProblem
 from pytest_fcvm.host.own import os
-from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, ProcessSpec, memory_ran_out
+from pytest_fcvm.model.guest import ExitStatus, ProcessSpec, memory_advice
 from pytest_fcvm.model.results import ExecResult
 
 __all__ = ["SHELL", "Command", "ExecDefaults", "command_failed", "exec_result", "spell"]
@@ -51,9 +51,8 @@ def exec_result(cmd: Command, stdout: bytes, stderr: bytes, status: ExitStatus, 
     if status.message:
         stderr += f"fcvm: {status.message}\n".encode()
     if status.oom_kills:
-        stderr += f"fcvm: {memory_ran_out(status.oom_kills)}: {MORE_MEMORY}\n".encode()
-    code = status.code if status.code is not None else 128 + (status.signal or 0)
-    return ExecResult(exit_code=code, stdout_bytes=stdout, stderr_bytes=stderr, duration_s=duration_s)
+        stderr += f"fcvm: {memory_advice(status.oom_kills)}\n".encode()
+    return ExecResult(exit_code=status.exit_code, stdout_bytes=stdout, stderr_bytes=stderr, duration_s=duration_s)
 
 
 def command_failed(cmd: Command, result: ExecResult, how: str) -> CommandFailed:

@@ -17,7 +17,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.own import check_owner, getpid
-from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, memory_ran_out
+from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, memory_advice, memory_ran_out
 from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
@@ -163,7 +163,7 @@ class Machine:
         shown = {title: text for title, text in tails.items() if text.strip()}
         notes = {title: text for title, tell in self._notes.items() if (text := tell())}
         if self.agent.oom_kills:
-            notes["memory"] = f"{memory_ran_out(self.agent.oom_kills)}: {MORE_MEMORY}"
+            notes["memory"] = memory_advice(self.agent.oom_kills)
         own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 

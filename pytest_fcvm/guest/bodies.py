@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.guest.frames import Fields, FieldTag, FieldValue
 from pytest_fcvm.model.guest import (
-    MORE_MEMORY,
     ExitStatus,
     GuestConfig,
     Identity,
     ProcessSpec,
     WorkloadState,
     WorkloadStatus,
-    memory_ran_out,
+    memory_advice,
 )
 from pytest_fcvm.model.net import Cable
 
@@ -135,7 +134,7 @@ def metric_values(fields: Fields) -> dict[str, float | int | str]:
     values = {name: _number_or_text(value) for name, _, value in pairs}
     kills = values.get("workload_oom_kills")
     if isinstance(kills, int) and kills:
-        values["memory"] = f"{memory_ran_out(kills)}: {MORE_MEMORY}"
+        values["memory"] = memory_advice(kills)
     return values
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "ProcessSpec",
     "WorkloadState",
     "WorkloadStatus",
+    "memory_advice",
     "memory_ran_out",
 ]
 
@@ -137,6 +138,11 @@ def memory_ran_out(oom_kills: int) -> str:
     """Say what the guest's kernel did when there was no memory left, "" where there was."""
     killed = f"{oom_kills} processes" if oom_kills != 1 else "a process"
     return f"the guest's memory ran out and its kernel killed {killed}" if oom_kills else ""
+
+
+def memory_advice(oom_kills: int) -> str:
+    """Say what happened and what to do, of a guest in which memory ran out."""
+    return f"{memory_ran_out(oom_kills)}: {MORE_MEMORY}"
 
 
 class ListenState(IntEnum):
