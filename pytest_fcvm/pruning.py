@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.store import Entry, Shelf, Store
 
 __all__ = ["Bounds", "Outcome", "make_room", "make_room_beside", "prune", "remove"]

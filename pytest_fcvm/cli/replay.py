@@ -11,7 +11,7 @@ from pytest_fcvm.cli.shell import read_settings, run_in, say, shell_harness
 from pytest_fcvm.cli.table import render_age, render_json, render_size, render_table
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import UsageProblem
-from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.store import Entry, Store
 

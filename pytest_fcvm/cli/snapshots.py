@@ -10,7 +10,7 @@ from typing import Any
 from pytest_fcvm import pruning
 from pytest_fcvm.cli.table import render_age, render_json, render_size, render_table
 from pytest_fcvm.errors import UsageProblem
-from pytest_fcvm.host.clock import real_time_ns
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.pruning import Bounds, Outcome
 from pytest_fcvm.store import Entry, Shelf, Store

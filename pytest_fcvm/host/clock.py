@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from pytest_fcvm.host.own import CLOCK_MONOTONIC, clock_gettime, os
+from pytest_fcvm.host.own import CLOCK_MONOTONIC, clock_gettime
 
-__all__ = ["Deadline", "monotonic", "real_time_ns", "wait_on", "wait_until"]
+__all__ = ["Deadline", "monotonic", "wait_on", "wait_until"]
 
 T = TypeVar("T")
 
@@ -20,19 +20,6 @@ T = TypeVar("T")
 def monotonic() -> float:
     """Return the seconds since boot that no test library can stop."""
     return clock_gettime(CLOCK_MONOTONIC)
-
-
-def real_time_ns() -> int:
-    """Return the host's time of day in ns since 1970, a timer tick (4 ms) late at most; no library moves it.
-
-    time-machine patches every clock of Python's `time` that tells it; the kernel's stamp on a file is its own.
-    """
-    descriptor = os.memfd_create("fcvm-clock", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, b"\0")
-        return os.fstat(descriptor).st_mtime_ns
-    finally:
-        os.close(descriptor)
 
 
 class Deadline:

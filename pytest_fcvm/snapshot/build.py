@@ -19,8 +19,9 @@ from pytest_fcvm.guest.agent import Agent, start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
 from pytest_fcvm.guest.link import CallFailed
 from pytest_fcvm.host.archive import pack_path
-from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns
+from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec

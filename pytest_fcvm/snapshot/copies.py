@@ -9,7 +9,8 @@ from typing import Any
 
 from pytest_fcvm.clone.machine import Machine, time_teller
 from pytest_fcvm.guest.frames import new_secret
-from pytest_fcvm.host.clock import monotonic, real_time_ns
+from pytest_fcvm.host.clock import monotonic
+from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 from pytest_fcvm.snapshot.build import BASE_LOG, snapshot_files
 from pytest_fcvm.snapshot.ingredients import Ingredients

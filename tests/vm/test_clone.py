@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm import Clone, CommandFailed, GuestError, GuestTimeout, Snapshot, UsageProblem
-from pytest_fcvm.host.clock import Deadline, monotonic, real_time_ns, wait_until
+from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
+from pytest_fcvm.host.libc import real_time_ns
 from tests.patience import PATIENCE
 
 

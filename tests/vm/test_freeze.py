@@ -7,7 +7,8 @@ import re
 import pytest
 
 from pytest_fcvm import Snapshot
-from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.libc import real_time_ns
 from tests.patience import PATIENCE
 
 # Prints as fast as it can: what the kernel gives as random, the time of day, and who it believes to be.

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm import Clone, Snapshot
-from pytest_fcvm.host.clock import Deadline, real_time_ns, wait_until
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.libc import real_time_ns
 from tests.patience import PATIENCE
 
 _AHEAD_S = 60 * PATIENCE
