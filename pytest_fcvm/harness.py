@@ -101,7 +101,7 @@ class Harness:
         check_owner(self._owner)
         self._options.check_resolved()
         with self._lock:
-            self.who = who
+            self.who = self.who or who
             if spec.image is None:
                 raise UsageProblem(
                     "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'

@@ -143,7 +143,10 @@ def test_a_failing_test_shows_log_console_and_timeline(run: Run, pytester: pytes
     assert "GET / HTTP" in kept.read_text()
 
 
-def test_who_holds_the_only_clone_is_named_by_its_test(run: Run, pytester: pytest.Pytester, own_runtime: Path) -> None:
+@pytest.mark.parametrize("chosen", ["test_", "test_second"])  # the test that has the snapshot built is another, or not
+def test_who_holds_the_only_clone_is_named_by_its_test(
+    run: Run, pytester: pytest.Pytester, own_runtime: Path, chosen: str
+) -> None:
     pytester.makepyfile(
         """
         import pytest
@@ -159,7 +162,9 @@ def test_who_holds_the_only_clone_is_named_by_its_test(run: Run, pytester: pytes
             fcvm_clone_factory(snapshot)
         """
     )
-    code, output = ends(run("--fcvm-max-clones=1", "--fcvm-pool=0", env={"XDG_RUNTIME_DIR": str(own_runtime)}))
+    code, output = ends(
+        run("-k", chosen, "--fcvm-max-clones=1", "--fcvm-pool=0", env={"XDG_RUNTIME_DIR": str(own_runtime)})
+    )
     assert code == 1
     assert re.search(r"HostError: .*held by \S+::test_second ", output), output
 
