@@ -29,7 +29,7 @@ from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.model.specs import MachineSpec
 from pytest_fcvm.options import Options
 from pytest_fcvm.snapshot import Snapshot
-from pytest_fcvm.snapshot.build import snapshot_files
+from pytest_fcvm.snapshot.builder import snapshot_files
 from pytest_fcvm.snapshot.cloner import Cloner
 
 _PAUSE_S = 0.2  # a test's body, in which the next VMM starts up

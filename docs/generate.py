@@ -16,7 +16,8 @@ from typing import Any
 from pytest_fcvm import Clone, Network, Prepare, Snapshot, cli, errors, fixtures, hookspecs, store
 from pytest_fcvm.model import parse
 from pytest_fcvm.options import ROWS, Row, RowKind
-from pytest_fcvm.snapshot import build, ingredients
+from pytest_fcvm.snapshot import builder as build
+from pytest_fcvm.snapshot import inputs as ingredients
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTE = "<!-- Written by docs/generate.py (make docs). Change the code, not this page. -->"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_fcvm.model.net import Endpoint
     from pytest_fcvm.model.results import ExecResult
     from pytest_fcvm.model.specs import MachineSpec, Prepare
-    from pytest_fcvm.network import Network
+    from pytest_fcvm.network.private import Network
     from pytest_fcvm.snapshot import Snapshot
 
 __all__ = [

@@ -14,7 +14,7 @@ from pytest_fcvm.host.threads import block_signals
 
 if TYPE_CHECKING:
     from pytest_fcvm.clone import Clone
-    from pytest_fcvm.network import Network
+    from pytest_fcvm.network.private import Network
     from pytest_fcvm.snapshot import Snapshot
 
 __all__ = ["Group", "check_needs", "start_group"]

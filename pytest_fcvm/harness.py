@@ -18,14 +18,14 @@ from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
 from pytest_fcvm.errors import EngineUnavailable, UsageProblem
 from pytest_fcvm.failures import Failures, plain_message
 from pytest_fcvm.guest.binary import resolve_agent
-from pytest_fcvm.host.admission import Admission, Ticket
+from pytest_fcvm.host.admission.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.files import leave_mark
-from pytest_fcvm.host.janitor import sweep, sweep_temporary
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.own import check_owner, environment, getpid, os
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root, working_dir
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.janitor import sweep, sweep_temporary
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.rootfs import ROOTFS_FORMAT, build_rootfs
@@ -35,8 +35,8 @@ from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import MachineSpec, NetworkSpec, ReadyMode, ReadySpec
-from pytest_fcvm.namespaces import Namespaces
-from pytest_fcvm.network import Network
+from pytest_fcvm.network.netns.client import Namespaces
+from pytest_fcvm.network.private import Network
 from pytest_fcvm.options import Options, named_programs, proxy_variables
 from pytest_fcvm.pruning import make_room_beside
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, choose_ready, snapshot_key

@@ -275,7 +275,10 @@ def decorator_name(decorator: ast.expr) -> str:
 
 
 def test_nobody_asks_for_our_pid_by_a_name_that_tests_replace() -> None:
-    programs = {f"{PACKAGE}.host.guard", f"{PACKAGE}.host.spawner"}  # of processes where no test runs
+    programs = {
+        f"{PACKAGE}.host.supervisor.guard",
+        f"{PACKAGE}.host.supervisor.spawner",
+    }  # of processes where no test runs
     assert not [
         module.at(node.lineno)
         for module in load()

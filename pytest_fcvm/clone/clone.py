@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.files import COPY_S, FileVerbs
 from pytest_fcvm.clone.machine import Machine
-from pytest_fcvm.clone.own_address import at_address, random_loopback
 from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host.clock import Deadline, monotonic
@@ -23,6 +22,7 @@ from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
 from pytest_fcvm.model.results import ExecResult, Timeline
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.network.ports.own_address import at_address, random_loopback
 
 if TYPE_CHECKING:
     import httpx

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pytest_fcvm.engine.protocol import Accelerator, Engine, EngineReport, GuestFiles
-from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.errors import EngineUnavailable, UsageProblem
+from pytest_fcvm.host.supervisor.protocol import Spawner
 
 __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 

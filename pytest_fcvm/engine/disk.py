@@ -10,11 +10,11 @@ import errno
 import weakref
 from pathlib import Path
 
-from pytest_fcvm.engine.sparse import NOT_HERE, copy_sparse, unmakable
 from pytest_fcvm.errors import GuestError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import resolve_tool, run_tool
+from pytest_fcvm.host.sparse import NOT_HERE, copy_sparse, unmakable
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import read_cpu
-from pytest_fcvm.engine.records import Digests, boot_id, open_record
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.own import os
+from pytest_fcvm.host.records import Digests, boot_id, open_record
 
 __all__ = ["AGENT_SIGN", "SmokeTimeout", "explain_missing_device", "recall_or_prove"]
 

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_fcvm.engine.sparse import unmakable
-from pytest_fcvm.engine.spawner import Child, Spawner
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.own import environment, os, shutil
 from pytest_fcvm.host.sockets import Socket, socket_pair
+from pytest_fcvm.host.sparse import unmakable
+from pytest_fcvm.host.supervisor.protocol import Child, Spawner
 
 __all__ = ["BASE_MACS", "Launched", "check_memory_file", "launch", "make_memory_file", "open_state", "unreadable"]
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.protocol import Vm, VmExit
-from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
 
 __all__ = ["VmProcess", "discard", "started"]

@@ -17,8 +17,8 @@ from pytest_fcvm.guest.poller import ERROR, HANG_UP, IN, OUT
 from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.host.sockets import Socket
-from pytest_fcvm.net.links import reset
-from pytest_fcvm.net.relay import NOBODY
+from pytest_fcvm.network.links import reset
+from pytest_fcvm.network.ports.relay import NOBODY
 
 __all__ = ["ServedPort"]
 

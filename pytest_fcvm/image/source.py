@@ -14,7 +14,7 @@ from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
 from pytest_fcvm.image.manifest import digest_of, listed_digests, read_image_folder
-from pytest_fcvm.image.records import Record, Stamp, find_record, save_record, stamp_path
+from pytest_fcvm.image.pull_cache import Record, Stamp, find_record, save_record, stamp_path
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 from pytest_fcvm.image.skopeo import ask_docker, ask_manifest, copy_image
 from pytest_fcvm.store import canonical_digest

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_fcvm.errors import FcvmError, HostError
-from pytest_fcvm.kernel.packing import unpack
+from pytest_fcvm.kernel.decompress import unpack
 from pytest_fcvm.kernel.vmlinux import read_vmlinux
 
 __all__ = ["check_built_in", "find_lacking", "read_module", "resolve_modules"]

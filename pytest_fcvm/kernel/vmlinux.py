@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, UsageProblem
-from pytest_fcvm.kernel.packing import GZIP_MAGIC, unpack
+from pytest_fcvm.kernel.decompress import GZIP_MAGIC, unpack
 
 __all__ = ["extract_vmlinux", "read_release", "read_vmlinux"]
 

@@ -20,14 +20,14 @@ from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import ReadyMode
+from pytest_fcvm.network.addresses import fresh_identity
+from pytest_fcvm.network.netns.attach import Enclose, no_enclosure, prepare_enclosed
+from pytest_fcvm.network.ports.open import open_host_ports, open_ports
 from pytest_fcvm.ready import ClientPath, wait_until_ready
-from pytest_fcvm.snapshot.addresses import fresh_identity
-from pytest_fcvm.snapshot.build import BASE_LOG, abandon, snapshot_files
-from pytest_fcvm.snapshot.enclosed import Enclose, no_enclosure, prepare_enclosed
-from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.inputs import Ingredients
 from pytest_fcvm.snapshot.pool import Pooled
-from pytest_fcvm.snapshot.ports import open_host_ports, open_ports
-from pytest_fcvm.snapshot.spares import Spares
+from pytest_fcvm.snapshot.standby import Spares
 from pytest_fcvm.store import Entry
 
 __all__ = ["Cloner"]

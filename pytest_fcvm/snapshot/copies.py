@@ -12,8 +12,8 @@ from pytest_fcvm.guest.frames import new_secret
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
-from pytest_fcvm.snapshot.build import BASE_LOG, snapshot_files
-from pytest_fcvm.snapshot.ingredients import Ingredients
+from pytest_fcvm.snapshot.builder import BASE_LOG, snapshot_files
+from pytest_fcvm.snapshot.inputs import Ingredients
 
 __all__ = ["as_copied", "copy_machine"]
 

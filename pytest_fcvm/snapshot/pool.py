@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import FcvmError
-from pytest_fcvm.host.admission import NoRoomAhead
+from pytest_fcvm.host.admission.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, wait_on
 from pytest_fcvm.host.threads import Crew, ServiceThread
 

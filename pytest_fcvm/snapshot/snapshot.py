@@ -20,15 +20,15 @@ from pytest_fcvm.host.limits import descriptors_told
 from pytest_fcvm.host.own import check_owner, getpid, os
 from pytest_fcvm.model.net import Cable, PublishedPort
 from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.network.addresses import hosts_of
+from pytest_fcvm.network.netns.attach import Enclose, no_enclosure
 from pytest_fcvm.ready import wait_until_ready
-from pytest_fcvm.snapshot.addresses import hosts_of
-from pytest_fcvm.snapshot.build import BASE_LOG
+from pytest_fcvm.snapshot.builder import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.snapshot.copies import as_copied, copy_machine
-from pytest_fcvm.snapshot.enclosed import Enclose, no_enclosure
-from pytest_fcvm.snapshot.ingredients import Ingredients
-from pytest_fcvm.snapshot.kept import read_ingredients, write_ingredients
+from pytest_fcvm.snapshot.inputs import Ingredients
 from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
+from pytest_fcvm.snapshot.saved import read_ingredients, write_ingredients
 from pytest_fcvm.store import Entry
 
 __all__ = ["Snapshot", "Workshop"]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor import Child, Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Child, Supervisor
 
 # A child in the same group, one in a session of its own, and one whose parent has ended.
 FAMILY = "sleep 600 & setsid sleep 600 & (sleep 600 & exec true); exec sleep 600"

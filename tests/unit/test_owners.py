@@ -15,25 +15,28 @@ from typing import Any, cast
 import pytest
 
 from pytest_fcvm.cli import shell
-from pytest_fcvm.engine import spawner as engine_spawner
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.guest.session import Session
-from pytest_fcvm.host import mounts, own, paths, supervisor, wire
-from pytest_fcvm.host import spawner as host_spawner
-from pytest_fcvm.host.admission import Admission
+from pytest_fcvm.host import mounts, own, paths
+from pytest_fcvm.host.admission.admission import Admission
+from pytest_fcvm.host.admission.reservations import close_ledger, open_ledger
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.ledger import close_ledger, open_ledger
 from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor import messages, supervisor
+from pytest_fcvm.host.supervisor import protocol as engine_spawner
+from pytest_fcvm.host.supervisor import spawner as host_spawner
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.host.threads import Crew, ServiceThread
 from pytest_fcvm.model.net import Namespace, Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
-from pytest_fcvm.namespaces import Namespaces, maker, outside
-from pytest_fcvm.net.datagrams import DatagramPort
-from pytest_fcvm.net.host_ports import HostPorts
-from pytest_fcvm.net.links import Links
-from pytest_fcvm.net.relay import Dialled, Relay
-from pytest_fcvm.network import Network
+from pytest_fcvm.network.links import Links
+from pytest_fcvm.network.netns import client as maker
+from pytest_fcvm.network.netns import egress as outside
+from pytest_fcvm.network.netns.client import Namespaces
+from pytest_fcvm.network.ports.datagrams import DatagramPort
+from pytest_fcvm.network.ports.relay import Dialled, Relay
+from pytest_fcvm.network.ports.reverse import HostPorts
+from pytest_fcvm.network.private import Network
 
 NO_THREAD = RuntimeError("can't start new thread")
 FAULTS = (OSError(24, "Too many open files"), KeyboardInterrupt("injected"))
@@ -366,7 +369,7 @@ def test_a_spawn_without_a_thread_to_hear_of_its_end_is_undone_and_the_next_one_
 
 def test_descriptors_are_lifted_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    original = wire.fcntl.fcntl
+    original = messages.fcntl.fcntl
 
     def fail_second(descriptor: int, *arguments: int) -> int:
         calls.append(descriptor)
@@ -375,9 +378,9 @@ def test_descriptors_are_lifted_all_or_none(monkeypatch: pytest.MonkeyPatch) -> 
         return original(descriptor, *arguments)
 
     before = descriptors()
-    monkeypatch.setattr(wire.fcntl, "fcntl", fail_second)
+    monkeypatch.setattr(messages.fcntl, "fcntl", fail_second)
     with pytest.raises(OSError, match="Too many"):
-        wire.lift({1000: 0, 1: 1, 2: 2})
+        messages.lift({1000: 0, 1: 1, 2: 2})
     assert descriptors() == before
 
 
@@ -391,7 +394,7 @@ _DIES = """
 import os, sys
 from pathlib import Path
 from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 root = Path(sys.argv[1])
 shared, run = RunDir(root).__enter__(), RunDir(root).__enter__()
 supervisor = Supervisor.start(run.path, also_removed=shared.path)

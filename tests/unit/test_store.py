@@ -18,7 +18,7 @@ import pytest
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.janitor import sweep_temporary
+from pytest_fcvm.host.supervisor.janitor import sweep_temporary
 from pytest_fcvm.store import Entry, Shelf, Store, canonical_digest
 
 _KEY = canonical_digest({"what": "a test's entry"})

@@ -32,7 +32,7 @@ from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.kernel.initramfs import build_initramfs
 from pytest_fcvm.kernel.sources import STOCK, resolve_kernel
 

@@ -32,13 +32,13 @@ from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
 from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
-from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.host.own import os, shutil
+from pytest_fcvm.host.supervisor.protocol import Spawner
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
-from pytest_fcvm.net.router import CARDS
+from pytest_fcvm.network.netns.server import CARDS
 
 __all__ = ["FirecrackerEngine"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
-from pytest_fcvm.engine.records import Digests, open_record, stamp
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.host.records import Digests, open_record, stamp
 
 __all__ = ["PROGRAM", "Installation", "find_firecracker", "inspect", "tools_dir"]
 

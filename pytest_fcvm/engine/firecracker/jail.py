@@ -24,11 +24,11 @@ from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import unreadable
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
-from pytest_fcvm.engine.sparse import move_file
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.mounts import open_mounts
 from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.host.sparse import move_file
 
 __all__ = ["Cell", "Jailer", "NotJailed", "find_jailer"]
 

@@ -17,7 +17,7 @@ from pytest_fcvm.engine.protocol import MachineShape
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.model.net import Namespace
-from pytest_fcvm.net.router import CARDS
+from pytest_fcvm.network.netns.server import CARDS
 
 __all__ = [
     "AGENT_PORT",

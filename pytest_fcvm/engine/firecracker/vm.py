@@ -20,14 +20,14 @@ from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
-from pytest_fcvm.engine.sparse import copy_file
-from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.process import find_tool, run_tool
 from pytest_fcvm.host.sockets import Socket
+from pytest_fcvm.host.sparse import copy_file
+from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
 
 __all__ = ["FirecrackerVm"]

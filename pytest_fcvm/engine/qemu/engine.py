@@ -30,11 +30,11 @@ from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
-from pytest_fcvm.engine.sparse import copy_file
-from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sparse import copy_file
+from pytest_fcvm.host.supervisor.protocol import Spawner
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pytest_fcvm.engine.protocol import Accelerator
 from pytest_fcvm.engine.qemu.version import QemuVersion, parse_version
-from pytest_fcvm.engine.records import Digests, open_record, stamp
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.host.process import find_tool, run_tool
+from pytest_fcvm.host.records import Digests, open_record, stamp
 
 __all__ = ["PROGRAM", "Installation", "find_qemu", "inspect"]
 

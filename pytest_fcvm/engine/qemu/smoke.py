@@ -12,9 +12,9 @@ from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
 from pytest_fcvm.engine.qemu.command import AGENT_FD, CONSOLE_FD, MONITOR_FD, NIC_FDS, Platform, base_command
 from pytest_fcvm.engine.qemu.installation import Installation
 from pytest_fcvm.engine.qemu.post_mortem import tell_end
-from pytest_fcvm.engine.spawner import Spawner
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.host.own import shutil
+from pytest_fcvm.host.supervisor.protocol import Spawner
 
 __all__ = ["boot_smoke"]
 

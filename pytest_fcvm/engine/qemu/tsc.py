@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import CpuIdentity
-from pytest_fcvm.engine.records import boot_id, open_record
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.own import CLOCK_MONOTONIC_RAW, clock_gettime_ns
+from pytest_fcvm.host.records import boot_id, open_record
 
 __all__ = ["measure_tsc_khz", "stable_tsc_khz"]
 

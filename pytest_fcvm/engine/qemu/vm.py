@@ -10,18 +10,18 @@ from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.memory import save_private_pages
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
+from pytest_fcvm.engine.qemu.memory import save_private_pages
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
-from pytest_fcvm.engine.sparse import copy_file, unmakable
-from pytest_fcvm.engine.spawner import ChildExit
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sparse import copy_file, unmakable
+from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
 
 __all__ = ["QemuVm"]

@@ -20,7 +20,7 @@ from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.snapshot.ports import open_ports
+from pytest_fcvm.network.ports.open import open_ports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 

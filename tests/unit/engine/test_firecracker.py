@@ -35,9 +35,9 @@ from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
-from pytest_fcvm.namespaces import Namespaces
+from pytest_fcvm.network.netns.client import Namespaces
 
 TESTS = Path(__file__).resolve().parents[2]
 FAKE, FAKE_JAILER = TESTS / "fakes" / "firecracker.py", TESTS / "fakes" / "jailer.py"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.memory import save_private_pages
-from pytest_fcvm.engine.sparse import copy_file
+from pytest_fcvm.engine.qemu.memory import save_private_pages
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import own
+from pytest_fcvm.host.sparse import copy_file
 
 PAGE = mmap.PAGESIZE
 PAGES = 4096

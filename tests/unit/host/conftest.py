@@ -18,7 +18,7 @@ import pytest
 
 import pytest_fcvm
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
 
 OWNER = Path(__file__).parents[2] / "fakes" / "owner.py"
 TOKEN = "FCVM_TEST_TOKEN"

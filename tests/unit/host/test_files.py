@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.sparse import move_file
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.sparse import move_file
 
 
 def _link(path: Path) -> None:

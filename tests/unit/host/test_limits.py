@@ -92,7 +92,7 @@ def read_only(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str
 def test_a_cache_that_can_only_be_read_serves_what_it_has(
     tmp_path: Path, read_only: Callable[[str], subprocess.CompletedProcess[str]]
 ) -> None:
-    from pytest_fcvm.engine.records import open_record
+    from pytest_fcvm.host.records import open_record
     from pytest_fcvm.store import Store
 
     shelf = Store(tmp_path).shelf("images")
@@ -103,9 +103,9 @@ def test_a_cache_that_can_only_be_read_serves_what_it_has(
     spare = tmp_path.parent / f"{tmp_path.name}-spare"
     spare.mkdir()
     done = read_only(f"""
-from pytest_fcvm.engine.records import open_record
+from pytest_fcvm.host.records import open_record
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.janitor import sweep_temporary
+from pytest_fcvm.host.supervisor.janitor import sweep_temporary
 from pytest_fcvm.store import Store
 store = Store(Path(root))
 shelf = store.shelf("images")

@@ -21,7 +21,7 @@ from fakes.images import HandmadeImage, entry, hardlink, sha256, symlink, tar_of
 
 from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host import own
-from pytest_fcvm.host.janitor import sweep_temporary
+from pytest_fcvm.host.supervisor.janitor import sweep_temporary
 from pytest_fcvm.image.reference import parse_reference
 from pytest_fcvm.image.source import PulledImage, PullPolicy, resolve_image
 

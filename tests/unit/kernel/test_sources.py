@@ -208,7 +208,7 @@ def test_what_a_killed_download_left_is_swept(debian: object, resolve: Resolve, 
 def test_no_sweeper_takes_a_download_under_way(
     debian: Any, resolve: Resolve, kernels_dir: Path, tmp_path: Path
 ) -> None:
-    sweep = "import sys, pathlib; from pytest_fcvm.host.janitor import sweep_temporary"
+    sweep = "import sys, pathlib; from pytest_fcvm.host.supervisor.janitor import sweep_temporary"
     sweep += "; print(sweep_temporary(pathlib.Path(sys.argv[1])))"
     command = shlex.join([sys.executable, "-c", sweep, str(kernels_dir)])
     debian.during_download(f"{command} > {shlex.quote(str(tmp_path / 'swept'))}")

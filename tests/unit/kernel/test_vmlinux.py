@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import FcvmError, HostError, UsageProblem
-from pytest_fcvm.kernel.packing import unpack
+from pytest_fcvm.kernel.decompress import unpack
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux, read_release
 
 PACKINGS = ("gz", "xz", "zst", "lz4")

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from fakes.vm import FakeEngine, FakeVm
 
-import pytest_fcvm.snapshot.build
+import pytest_fcvm.network.ports.open
+import pytest_fcvm.snapshot.builder
 import pytest_fcvm.snapshot.cloner
-import pytest_fcvm.snapshot.ports
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.machine import Machine
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.net.relay import Relay
+from pytest_fcvm.network.ports.relay import Relay
 from pytest_fcvm.ready import ClientPath
 from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
 from pytest_fcvm.snapshot.cloner import Cloner
@@ -40,9 +40,9 @@ _STEPS: tuple[tuple[Any, str], ...] = (
     (Relay, "publish"),
     (ClientPath, "prove"),
     (Cloner, "_warm_up"),
-    (pytest_fcvm.snapshot.ports, "HostPorts"),
+    (pytest_fcvm.network.ports.open, "HostPorts"),
     (pytest_fcvm.snapshot.cloner, "fresh_identity"),
-    (pytest_fcvm.snapshot.build, "base_config"),
+    (pytest_fcvm.snapshot.builder, "base_config"),
 )
 _FAULTS = (EngineError("injected"), OSError(5, "injected", "/injected"), KeyboardInterrupt("injected"))
 
@@ -110,7 +110,7 @@ def _life(parts: Ingredients, folder: Path) -> None:
 @pytest.fixture
 def injector(monkeypatch: pytest.MonkeyPatch) -> _Injector:
     for name in ("_SETTLE_S", "_QUIET_S"):
-        monkeypatch.setattr(pytest_fcvm.snapshot.build, name, 0.01)
+        monkeypatch.setattr(pytest_fcvm.snapshot.builder, name, 0.01)
     return _Injector(monkeypatch)
 
 

@@ -15,7 +15,7 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.protocol import RestorePlan
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
-from pytest_fcvm.host.admission import NoRoomAhead
+from pytest_fcvm.host.admission.admission import NoRoomAhead
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.image.config import Healthcheck, ImageConfig

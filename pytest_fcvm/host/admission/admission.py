@@ -1,0 +1,211 @@
+"""Let clones in as memory allows, over all pytest processes of this user on this host.
+
+A clone is charged the number its caller gives, from admission until the ticket is released or its process dies; nothing
+is measured per clone. It is let in when both hold:
+
+- what is available now (MemAvailable, and what our control groups leave) covers the charge and a reserve for the rest
+  of the machine: so that we do not take what others have taken meanwhile;
+- all charges together fit in what was available when there was no clone yet: so that clones that were let in and have
+  not touched their memory yet are not counted as free.
+
+A test that holds a clone already goes before all that want their first, so that tests with several clones do not sit
+on some of them and wait for each other longer than they must. What is left of that is ended by the deadline.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.admission.memory import HostMemory
+from pytest_fcvm.host.admission.reservations import Holder, Ledger, Totals, close_ledger, open_ledger
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.own import getpid
+
+__all__ = ["Admission", "NoRoomAhead", "Ticket"]
+
+_FOLDER = "admission"
+_CAPACITY = "capacity"
+_RESERVE_MIB = 256
+_NAMED = 3
+_OWN_S = 10.0  # for clones of this process to end that are ending already
+_RETRY_S = 0.001  # the first retry is for a lock that is held for 0.2 ms; memory comes back without an event
+_LONGEST_RETRY_S = 0.05
+
+
+class NoRoomAhead(HostError):
+    """A clone that no test has asked for yet would be in the way of others. Nobody has to act."""
+
+
+@dataclass(kw_only=True)
+class _Request:
+    mem_mib: int
+    holder: str
+    first: bool
+    queued: bool = False
+
+
+class Ticket:
+    """The right to one clone's memory; a context manager. In a forked child releasing does nothing."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._owner = getpid()
+
+    def release(self) -> None:
+        """Give the memory back; idempotent."""
+        if getpid() == self._owner:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Admission:
+    """The gate of one process. `max_clones` counts the clones of all processes; None is no limit."""
+
+    def __init__(self, run_root: Path, max_clones: int | None = None, *, memory: HostMemory | None = None) -> None:
+        self._folder = run_root / _FOLDER
+        self._max_clones = max_clones
+        self._memory = memory or HostMemory()
+        self._released = threading.Event()
+
+    def admit(
+        self,
+        mem_mib: int,
+        *,
+        holder: str,
+        first: bool,
+        deadline_s: float,
+        on_wait: Callable[[], None] = lambda: None,
+    ) -> Ticket:
+        """Wait until a clone of `mem_mib` may be started and return its ticket.
+
+        holder: the test's id, for the messages others get. first: the test holds no clone yet. on_wait: called once
+        before a wait, to give back what can be spared.
+        Raise HostError when the clone can never fit, after seconds where all that `max_clones` lets in are this
+        process's own, and at the deadline, naming who holds the memory.
+        """
+        total = self._memory.total_mib()
+        if mem_mib > total:
+            raise HostError(
+                f"a clone of {mem_mib} MiB does not fit in the {total} MiB of this machine or its control group",
+                hint="give it less memory with --fcvm-mem",
+            )
+        ledger = self._open_ledger()
+        request = _Request(mem_mib=mem_mib, holder=holder, first=first)
+        number = self._try(ledger, request)
+        if not number:
+            on_wait()
+            alone = self._max_clones is not None and ledger.own_clones() >= self._max_clones
+            number = self._wait(ledger, request, min(deadline_s, _OWN_S) if alone else deadline_s)
+        return Ticket(lambda: self._give_back(ledger, number))
+
+    def admit_ahead(self, mem_mib: int, *, holder: str) -> Ticket:
+        """Return the ticket of a clone that no test has asked for yet; it may fill half of the room.
+
+        Raise NoRoomAhead, at once, where it would be in the way of those that are asked for.
+        """
+        ledger = self._open_ledger()
+        with ledger.try_lock() as locked:
+            if locked and self._fits_ahead(ledger, mem_mib):
+                number = ledger.add(holder, mem_mib)
+                return Ticket(lambda: self._give_back(ledger, number))
+        raise NoRoomAhead("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
+
+    def close(self) -> None:
+        """Let go of the ledger: nobody is admitted any more. Idempotent; tickets may be released later."""
+        close_ledger(self._folder, self)
+
+    def _open_ledger(self) -> Ledger:
+        try:
+            return open_ledger(self._folder, self)
+        except OSError as error:
+            raise HostError(
+                f"{self._folder} cannot be used: {error.strerror}",
+                hint="set XDG_RUNTIME_DIR to a directory of your own",
+            ) from error
+
+    def _try(self, ledger: Ledger, request: _Request) -> int:
+        """Return the number of the clone in the ledger, 0 when it has to wait."""
+        with ledger.try_lock() as locked:
+            if not locked:
+                return 0
+            totals = ledger.totals()
+            if self._fits(ledger, totals, request):
+                return ledger.add(request.holder, request.mem_mib)
+            if not (request.first or request.queued):
+                ledger.wait_again(1)
+                request.queued = True
+            return 0
+
+    def _fits(self, ledger: Ledger, totals: Totals, request: _Request) -> bool:
+        if request.first and totals.waiting_again:
+            return False
+        if self._max_clones is not None and totals.clones >= self._max_clones:
+            return False
+        available = self._memory.available_mib()
+        known = ledger.read_note(_CAPACITY) if totals.clones else 0
+        capacity = max(known, available)
+        if capacity != known:
+            ledger.write_note(_CAPACITY, capacity)
+        wanted = request.mem_mib + (_RESERVE_MIB if totals.clones else 0)  # alone, it may as well try
+        return wanted <= available and totals.mem_mib + wanted <= capacity
+
+    def _fits_ahead(self, ledger: Ledger, mem_mib: int) -> bool:
+        totals = ledger.totals()
+        if self._max_clones is not None and 2 * (totals.clones + 1) > self._max_clones:
+            return False
+        return self._fits(ledger, totals, _Request(mem_mib=totals.mem_mib + 2 * mem_mib, holder="", first=True))
+
+    def _wait(self, ledger: Ledger, request: _Request, deadline_s: float) -> int:
+        try:
+            number = wait_until(
+                lambda: self._try(ledger, request),
+                Deadline(deadline_s),
+                interval_s=_RETRY_S,
+                longest_interval_s=_LONGEST_RETRY_S,
+                wake=self._released,
+            )
+        finally:
+            if request.queued:
+                ledger.wait_again(-1)
+        if not number:
+            raise self._refusal(ledger, request, deadline_s)
+        return number
+
+    def _give_back(self, ledger: Ledger, number: int) -> None:
+        ledger.remove(number)
+        self._released.set()
+
+    def _refusal(self, ledger: Ledger, request: _Request, deadline_s: float) -> HostError:
+        holders = wait_until(lambda: _list_holders(ledger), Deadline(1.0), interval_s=_RETRY_S) or []
+        named = ", ".join(map(str, holders[:_NAMED])) or "nobody of ours"
+        more = f" and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
+        if self._max_clones is not None and ledger.own_clones() >= self._max_clones:
+            return HostError(
+                f"this process holds all {self._max_clones} clones of --fcvm-max-clones itself; held by {named}{more}",
+                hint="raise --fcvm-max-clones, or end a clone before the next one is started",
+            )
+        limit = f", at most {self._max_clones} clones" if self._max_clones is not None else ""
+        return HostError(
+            f"no room for a clone of {request.mem_mib} MiB within {deadline_s:g} s "
+            f"({self._memory.available_mib()} MiB are available{limit}); held by {named}{more}",
+            hint="run fewer workers (-n), give clones less memory (--fcvm-mem) or raise --fcvm-max-clones",
+            evidence={"clones on this host": "\n".join(map(str, holders))} if holders else None,
+        )
+
+
+def _list_holders(ledger: Ledger) -> list[Holder] | None:
+    with ledger.try_lock() as locked:
+        return ledger.holders() if locked else None

@@ -1,0 +1,119 @@
+"""What an engine needs from whoever starts processes. `supervisor.py` is the one that does it for real."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.own import shutil
+from pytest_fcvm.host.sockets import socket_pair
+
+__all__ = ["CONTROL_FD", "Child", "ChildExit", "Program", "Spawner", "start_program"]
+
+CONTROL_FD = 3  # of a program of ours
+
+
+class ChildExit(Protocol):
+    """How a process ended: `code` or `signal`, the other is None."""
+
+    @property
+    def code(self) -> int | None:
+        """Return the exit code."""
+        ...
+
+    @property
+    def signal(self) -> int | None:
+        """Return the number of the signal that ended it."""
+        ...
+
+
+class Child(Protocol):
+    """A process that ends with us, however we end."""
+
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        ...
+
+    def kill(self) -> None:
+        """Send SIGKILL and return at once; idempotent."""
+        ...
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to this process alone; nothing when it has ended."""
+        ...
+
+    def wait(self, timeout_s: float) -> ChildExit:
+        """Wait for its end. Raise HostError at the deadline."""
+        ...
+
+    def on_exit(self, callback: Callable[[ChildExit], None]) -> None:
+        """Call back once when it has ended, at once if it already has."""
+        ...
+
+
+class Spawner(Protocol):
+    """Starts processes whose life is bound to ours."""
+
+    def make_dir(self, name: str) -> Path:
+        """Make a private directory (0700) for one child."""
+        ...
+
+    def spawn(
+        self,
+        argv: Sequence[str],
+        *,
+        name: str,
+        fds: Mapping[int, int],
+        stdout: Path,
+        cwd: Path | None,
+        env: Mapping[str, str] | None,
+        owned_dir: Path | None,
+    ) -> Child:
+        """Start a process; `fds` maps its descriptor numbers to ours, `stdout` receives stderr as well."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A program of ours that runs, our end of its control, and the file of what it prints, which goes with it."""
+
+    child: Child
+    control: socket.socket
+    log: Path
+
+    def close(self) -> None:
+        """End it. Idempotent."""
+        self.child.kill()
+        self.control.close()
+
+
+def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) -> Program:
+    """Run a Python file of ours, which needs no packages, in a new directory that goes with it.
+
+    The control is a socket of sequenced packets, the program's CONTROL_FD. Raise HostError; nothing is left then.
+    """
+    with descriptors_told(name), ExitStack() as undo:
+        directory = spawner.make_dir(name)
+        undo.callback(shutil.rmtree, directory, ignore_errors=True)
+        control, theirs = socket_pair(socket.SOCK_SEQPACKET)
+        undo.callback(control.close)
+        log = directory / f"{script.stem}.log"
+        with theirs:
+            child = spawner.spawn(
+                [sys.executable, "-I", "-S", str(script), *arguments],
+                name=directory.name,
+                fds={CONTROL_FD: theirs.fileno()},
+                stdout=log,
+                cwd=directory,
+                env=None,
+                owned_dir=directory,
+            )
+        undo.pop_all()
+    return Program(child=child, control=control, log=log)

@@ -1,0 +1,72 @@
+"""Ports of this host that a guest reaches: its agent listens, and each connection is made here to 127.0.0.1."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from pytest_fcvm.errors import FcvmError
+from pytest_fcvm.host.sockets import connect
+from pytest_fcvm.network.links import ByteStream, Links, MakeThread
+
+__all__ = ["HostPorts"]
+
+_THREAD = "fcvm-host-port"
+_CONNECT_S = 10.0
+
+
+class HostPorts:
+    """The host's ports that one machine may use; a thread waits for the guest's next connection to each.
+
+    `accept` returns the guest's next connection to a port, and raises when there will be none.
+    """
+
+    def __init__(self, accept: Callable[[int], ByteStream], ports: Iterable[int], make_thread: MakeThread) -> None:
+        self._accept, self._make_thread = accept, make_thread
+        self._links = Links(make_thread)
+        self._over = threading.Event()
+        self.fault = ""  # why a connection of the guest's was last refused
+        try:
+            for port in ports:
+                make_thread(self._serve, port, name=_THREAD).start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Reset all connections; idempotent. The waiting ends with the machine."""
+        self._over.set()
+        self._links.close()
+
+    def _serve(self, port: int) -> None:
+        while not self._over.is_set():
+            try:
+                guest = self._accept(port)
+            except (OSError, FcvmError) as error:
+                if not self._over.is_set():
+                    self.fault = f"host port {port} is not to be had in the guest: {error}"
+                return
+            if self._over.is_set():
+                guest.reset()
+                guest.close()
+                return
+            try:
+                self._make_thread(self._join, guest, port, name=_THREAD).start()
+            except (RuntimeError, FcvmError) as error:
+                self._refuse(guest, port, error)
+
+    def _refuse(self, guest: ByteStream, port: int, error: Exception) -> None:
+        self.fault = f"a connection of the guest's to host port {port} was reset: {error}"
+        guest.reset()
+        guest.close()
+
+    def _join(self, guest: ByteStream, port: int) -> None:
+        try:
+            server = connect(("127.0.0.1", port), timeout_s=_CONNECT_S)
+        except OSError as error:
+            self.fault = f"a connection of the guest's to host port {port} was reset: {error.strerror or error}"
+            guest.reset()
+            guest.close()
+            return
+        server.settimeout(None)
+        self._links.join(server, guest)

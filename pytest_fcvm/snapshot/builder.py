@@ -1,0 +1,290 @@
+"""The cold path: boot a base, start the workload, wait for it, prepare it, quiesce, snapshot."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pytest_fcvm.clone.clone import Clone
+from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.engine.disk import make_image
+from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
+from pytest_fcvm.errors import EngineError, FcvmError, GuestError
+from pytest_fcvm.guest.agent import Agent, start_session
+from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET, new_secret
+from pytest_fcvm.guest.link import CallFailed
+from pytest_fcvm.host.archive import pack_path
+from pytest_fcvm.host.clock import Deadline, monotonic
+from pytest_fcvm.host.files import read_regular
+from pytest_fcvm.host.libc import real_time_ns
+from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.threads import ServiceThread
+from pytest_fcvm.model.guest import ProcessSpec
+from pytest_fcvm.model.net import Namespace, PublishedPort
+from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.model.specs import MappedPath, Prepare
+from pytest_fcvm.network.addresses import base_config
+from pytest_fcvm.network.netns.attach import Enclose, enclosed_base, no_enclosure
+from pytest_fcvm.network.ports.open import open_ports
+from pytest_fcvm.ready import wait_until_ready
+from pytest_fcvm.snapshot.inputs import Ingredients
+
+__all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
+
+BASE_LOG = "base.log"
+_MEMORY, _STATE, _DISK = "memory", "state", "disk"
+_BOOT_S = 120.0  # emulated guests on a loaded machine, or on a host that is itself emulated
+_SILENT_S = 30.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_QUIET_S, _QUIET_SHARE, _QUIET_DEADLINE_S = 0.1, 0.1, 3.0
+_SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen workload is done once, not in every clone
+_CALL_S = 60.0
+_COPY_S = 600.0
+
+Phase = Callable[[str], None]
+
+
+def snapshot_files(folder: Path, parts: Ingredients, *, of_clone: bool = False) -> SnapshotFiles:
+    """Return the files of a snapshot that an engine reads."""
+    disk = folder / _DISK if parts.shape.disk_mib else None
+    return SnapshotFiles(
+        memory=folder / _MEMORY, state=folder / _STATE, rootfs=parts.rootfs, disk=disk, of_clone=of_clone
+    )
+
+
+@descriptors_told("the build of a snapshot")
+def build_snapshot(parts: Ingredients, folder: Path, phase: Phase, enclose: Enclose = no_enclosure) -> dict[str, Any]:
+    """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
+
+    Raise WorkloadExited, GuestTimeout, EngineError, or GuestError for what a prepare function raised; the base is gone
+    either way.
+    """
+    started = monotonic()
+    timings: dict[str, float] = {}
+    with enclosed_base(parts, enclose) as namespace, _booted(parts, folder, phase, namespace) as machine:
+        timings["boot_ms"] = _elapsed_ms(started)
+        ports = open_ports(machine)
+        base = _as_clone(parts, machine)
+        phase("starting the workload")
+        _start_workload(parts, machine.agent)
+        phase(f"waiting until it is ready ({parts.ready})")
+        try:
+            _wait_until_ready_and_quiet(parts, base, machine)
+            timings["ready_ms"] = _elapsed_ms(started)
+            if parts.spec.prepare is not None:
+                phase("preparing it")
+                _prepare(parts, base)
+                _wait_until_ready_and_quiet(parts, base, machine)
+            client_port = _client_port(parts, base)
+        except FcvmError as error:
+            raise machine.explain(error) from None
+        phase("taking the snapshot")
+        ports.close()
+        secret = _quiesce(machine, keeps_peer=parts.is_relayed)
+        stopped = monotonic()
+        machine.vm.snapshot(folder / _STATE)
+        timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
+    return {
+        "secret": secret.hex(),
+        "client_port": client_port,
+        "timings": timings,
+        "base": str(machine.timeline),
+        "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
+    }
+
+
+@contextmanager
+def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace | None) -> Iterator[Machine]:
+    disk = folder / _DISK if parts.shape.disk_mib else None
+    if disk:
+        make_image(disk, parts.shape.disk_mib)
+    plan = BootPlan(
+        name="base",
+        shape=parts.shape,
+        files=parts.files,
+        memory=folder / _MEMORY,
+        disk=disk,
+        namespace=namespace,
+        metadata=parts.spec.metadata,
+    )
+    timeline = Timeline(monotonic())
+    phase("booting the kernel")
+    try:
+        machine = _boot_once(parts, plan, folder, timeline)
+    except _BootHangs:
+        phase("booting the kernel again (the first boot hung)")
+        machine = _boot_once(parts, plan, folder, timeline)
+    try:
+        timeline.mark("boot", monotonic())
+        _configure(parts, machine.agent)
+        timeline.mark("configure", monotonic())
+        yield machine
+    finally:
+        try:
+            machine.vm.kill()
+            # Its channel stays untouched until it is gone: a stopped VMM still writes guest memory.
+            machine.vm.wait(_CALL_S)
+        finally:
+            machine.close()
+
+
+def _configure(parts: Ingredients, agent: Agent) -> None:
+    try:
+        copies = parts.image.volumes  # of what the image has there
+        agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
+    except CallFailed as error:
+        if parts.spec.sysctls and "sysctl" in error.message:
+            error.hint = "correct sysctl=… or --fcvm-sysctl, or take another kernel with --fcvm-kernel"
+        raise
+
+
+class _BootHangs(EngineError):
+    """Nothing was seen of a boot for so long that it is tried again."""
+
+
+def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timeline) -> Machine:
+    plan.memory.unlink(missing_ok=True)
+    hangs = threading.Event()
+    with ExitStack() as undo:
+        vm = parts.engine.boot(plan)
+        undo.callback(vm.kill)
+        log = WorkloadLog(folder / BASE_LOG)
+        undo.callback(log.close)
+        try:
+            with _watched(vm, hangs):
+                agent = start_session(
+                    vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=_BOOT_S, explain=vm.explain
+                )
+        except FcvmError as error:
+            abandon(vm, error)
+            if hangs.is_set():
+                raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
+            raise error from None
+        undo.callback(agent.close)
+        machine = Machine(vm, agent, log, timeline, may_end_with=parts.ready_joined.may_end_with)
+        undo.pop_all()
+        return machine
+
+
+@contextmanager
+def _watched(vm: Vm, hangs: threading.Event) -> Iterator[None]:
+    """Kill a VM whose console stays empty meanwhile, and say so by `hangs`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        if not over.wait(_SILENT_S):
+            _kill_if_silent(vm, hangs)
+
+    thread = ServiceThread(watch, name="fcvm-boot")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
+    with suppress(FileNotFoundError):
+        if vm.console_path.stat().st_size:
+            return
+    hangs.set()
+    vm.kill()
+
+
+def abandon(vm: Vm, error: FcvmError) -> FcvmError:
+    """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
+    for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
+        with suppress(OSError):
+            error.evidence.setdefault(title, tail(read_regular(path)))
+    vm.kill()
+    with suppress(EngineError):  # the error that was first is the one to tell
+        vm.wait(_CALL_S)
+    return error
+
+
+def _as_clone(parts: Ingredients, machine: Machine) -> Clone:
+    def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  the relay maps ports when they are asked for
+        return machine
+
+    spec = parts.spec_before_tests
+    return Clone(name="fcvm-base", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
+
+
+def _start_workload(parts: Ingredients, agent: Agent) -> None:
+    for item in sorted(parts.spec.map, key=lambda item: len(PurePosixPath(item.guest).parts)):  # as mounts: outer first
+        _copy_map(item, agent)
+    defaults = parts.defaults
+    workload = ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user)
+    agent.start(workload, is_init=parts.is_init, timeout_s=_CALL_S)
+
+
+def _copy_map(item: MappedPath, agent: Agent) -> None:
+    with agent.tar_in(item.guest, user=item.owner or "", hides=True, timeout_s=_COPY_S) as sink:
+        pack_path(item.host, "map", sink.write, read_only=item.read_only, keeps_owner=True)
+
+
+def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machine) -> None:
+    """Wait for the service, then until its processes rest, 3 s at most.
+
+    A server may listen before it serves (PostgreSQL answers "the database system is starting up"), and what it still
+    does after its first answer is better done once than in every clone.
+    """
+    wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+    deadline, before = Deadline(_QUIET_DEADLINE_S), -1.0
+    while not deadline.expired:
+        used = float(machine.agent.metrics(timeout_s=_CALL_S).get("workload_cpu_us", 0))  # a kernel may lack cgroups
+        if before >= 0 and used - before < _QUIET_SHARE * _QUIET_S * 1e6:
+            return
+        before = used
+        machine.pause_for_exit(_QUIET_S)
+
+
+def _prepare(parts: Ingredients, base: Clone) -> None:
+    prepare = parts.spec.prepare
+    try:
+        if isinstance(prepare, Prepare):
+            _call(prepare, base)
+        elif prepare is not None:
+            base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
+    finally:
+        base.close_clients()
+
+
+def _call(prepare: Prepare, base: Clone) -> None:
+    """Call a prepare function; whatever it raises is a failed build, which is remembered and not tried again."""
+    try:
+        prepare.func(base)
+    except FcvmError:
+        raise
+    except Exception as error:
+        raise GuestError(
+            f"the prepare function {prepare.func.__name__} failed: {type(error).__name__}: {error}",
+            hint="mend the function; its traceback is below",
+            evidence={"prepare": traceback.format_exc()},
+        ) from error
+
+
+def _client_port(parts: Ingredients, base: Clone) -> int | None:
+    """Return the port on which every clone must answer before a test gets it: one that listens now."""
+    if parts.ready.port is not None and not parts.ready.others:
+        return parts.ready.port
+    tcp = (port for port, proto in parts.image.exposed_ports if proto == "tcp")
+    return next((port for port in tcp if not base.why_silent(port)), None)
+
+
+def _quiesce(machine: Machine, *, keeps_peer: bool) -> bytes:
+    """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
+    secret = new_secret()
+    machine.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
+    machine.agent.quiesce(secret, keeps_peer=keeps_peer, timeout_s=_CALL_S)
+    machine.pause_for_exit(_SETTLE_S)
+    return secret
+
+
+def _elapsed_ms(since: float) -> float:
+    return round((monotonic() - since) * 1000, 1)

@@ -1,0 +1,235 @@
+"""What a snapshot is made of, and the key that says when two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pytest_fcvm.clone.clone import ExecDefaults
+from pytest_fcvm.engine.disk import DISK_FORMAT
+from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, MachineShape
+from pytest_fcvm.errors import UsageProblem
+from pytest_fcvm.host.own import os
+from pytest_fcvm.image.config import ImageConfig
+from pytest_fcvm.model.parse import parse_signal
+from pytest_fcvm.model.specs import MachineSpec, MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec
+from pytest_fcvm.ready import finalize_ready
+from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
+
+__all__ = ["Ingredients", "choose_ready", "snapshot_key"]
+
+_INITS = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
+_OWN_CODE = ("snapshot", "clone", "guest", "network", "host/archive.py", "model/guest.py", "ready.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingredients:
+    """Everything a snapshot is built from. Digests name the files' contents.
+
+    A base is snapshotted when it is `ready`; a clone that needs others is `ready_joined` when it has them.
+    """
+
+    spec: MachineSpec
+    ready: ReadySpec
+    ready_joined: ReadySpec
+    image: ImageConfig
+    image_digest: str
+    rootfs_key: str
+    files: GuestFiles
+    kernel_digest: str
+    kernel_release: str
+    initramfs_key: str
+    engine: Engine
+    report: EngineReport
+    network: NetworkSpec
+
+    @property
+    def spec_before_tests(self) -> MachineSpec:
+        """Return the spec of a machine that no test has yet: an own address is its test's."""
+        return replace(self.spec, own_address=False)
+
+    @property
+    def network_note(self) -> str:
+        """Say which network `auto` has become, where it is not the engine's first one."""
+        wanted, engine = self.spec.network, self.engine
+        if wanted.mode is not NetworkMode.AUTO or self.network.mode is engine.networks[0]:
+            return ""
+        return f"the network {wanted} is {self.network} on {engine.name}"
+
+    @property
+    def is_relayed(self) -> bool:
+        """Say whether the ports of clones go through their agents."""
+        return not self.network.mode.is_enclosed
+
+    @property
+    def shape(self) -> MachineShape:
+        """Return what base and clones must have in common."""
+        spec = self.spec
+        return MachineShape(
+            mem_mib=spec.mem_mib,
+            cpus=spec.cpus,
+            network=self.network.mode,
+            egress=self.network.egress,
+            disk_mib=spec.disk_mib or 0,
+            balloon=spec.balloon,
+            metadata=spec.metadata is not None,
+        )
+
+    @property
+    def rootfs(self) -> Path:
+        """Return the image as one read-only file."""
+        assert self.files.rootfs is not None
+        return self.files.rootfs
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """Return the workload's command line. Raise UsageProblem for an image without one."""
+        argv = tuple(self.image.argv(self.spec.command, self.spec.entrypoint))
+        if not argv:
+            raise UsageProblem(f"{self.spec.image} names no command to run", hint="give one with --fcvm-command")
+        return argv
+
+    @property
+    def is_init(self) -> bool:
+        """Say whether the workload is the init of a system, as podman tells: by its program."""
+        return self.argv[0] in _INITS or self.argv[0].rpartition("/")[2] == "systemd"
+
+    @property
+    def defaults(self) -> ExecDefaults:
+        """Return environment, folder, user and stop signal for the workload and for commands beside it.
+
+        An init is told that it runs in a container (systemd's container interface): devices and network are not its to
+        set up.
+        """
+        image_env = dict(item.partition("=")[::2] for item in self.image.env)
+        if self.is_init:
+            image_env.setdefault("container", "fcvm")
+        return ExecDefaults(
+            stop_signal=parse_signal(self.image.stop_signal or ("SIGRTMIN+3" if self.is_init else "SIGTERM")),
+            env={"HOSTNAME": self.spec.hostname, **image_env, **self.spec.env},
+            cwd=self.spec.workdir or self.image.working_dir or "/",
+            user=self.spec.user or self.image.user or "",
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Return what a person wants to know of the snapshot; of the environment, the names alone."""
+        spec, report = self.spec, self.report
+        return {
+            "image": spec.image,
+            "image_digest": self.image_digest,
+            "engine": f"{report.engine} {report.version}, {report.accelerator}",
+            "engine_name": report.engine,
+            "accelerator": str(report.accelerator),
+            "kernel": self.kernel_release,
+            "mem_mib": spec.mem_mib,
+            "cpus": spec.cpus,
+            "disk_mib": spec.disk_mib or 0,
+            "command": list(self.argv),
+            "env": sorted(spec.env),
+            "hostname": spec.hostname,
+            "network": str(self.network),
+            "ready": str(self.ready),
+            "prepared": spec.prepare is not None,
+            "rootfs": self.rootfs_key,
+        }
+
+
+def choose_ready(wanted: ReadySpec | None, image: ImageConfig) -> ReadySpec:
+    """Return the wanted condition, or what the image says of itself; see `finalize_ready`."""
+    health = image.healthcheck
+    if health is None:
+        return finalize_ready(wanted, (), image.exposed_ports)
+    return finalize_ready(
+        wanted,
+        health.test,
+        image.exposed_ports,
+        shell=image.shell,
+        check_s=health.timeout_s,
+        interval_s=health.interval_s,
+    )
+
+
+def snapshot_key(parts: Ingredients, store: Store) -> str:
+    """Return the SHA-256 over everything that changes what a clone would be. Environment values enter as an HMAC."""
+    spec = parts.spec
+    return canonical_digest(
+        {
+            "schema": MANIFEST_SCHEMA,
+            "code": _own_code(),
+            "image": parts.image_digest,
+            "config": parts.image.to_json(),
+            "rootfs": parts.rootfs_key,
+            "kernel": parts.kernel_digest,
+            "initramfs": parts.initramfs_key,
+            "engine": parts.report.engine,
+            "accelerator": str(parts.report.accelerator),
+            "host": dict(parts.report.identity),
+            "arguments": list(parts.engine.base_arguments(parts.shape)),
+            "disk": [parts.shape.disk_mib, DISK_FORMAT],
+            "command": list(parts.argv),
+            "user": spec.user,
+            "workdir": spec.workdir,
+            "hostname": spec.hostname,
+            "shm": spec.shm_mib,
+            "ulimits": dict(spec.ulimits),
+            "sysctls": dict(spec.sysctls),
+            "env": store.hidden_digest(spec.env),
+            "metadata": store.hidden_digest(spec.metadata) if spec.metadata is not None else None,
+            "network": str(parts.network),
+            "map": [_map_identity(item) for item in spec.map],
+            "ready": _ready_identity(parts.ready),
+            "prepare": spec.prepare.identity() if isinstance(spec.prepare, Prepare) else spec.prepare,
+        }
+    )
+
+
+def _ready_identity(ready: ReadySpec) -> Mapping[str, Any]:
+    return {
+        "mode": str(ready.mode),
+        "port": ready.port,
+        "text": ready.text,
+        "times": ready.times,
+        "argv": list(ready.argv),
+        "others": list(ready.others),
+    }
+
+
+def _map_identity(item: MappedPath) -> list[str]:
+    digest, root = hashlib.sha256(), Path(os.path.realpath(item.host))  # a link is what it leads to
+    for path in [root, *sorted(root.rglob("*"))]:
+        status = path.lstat()
+        owner = "" if item.owner else f"{status.st_uid}:{status.st_gid}"
+        digest.update(os.fsencode(f"{path.relative_to(root)}\0{status.st_mode:o}\0{owner}\0"))
+        digest.update(_content(path))
+    return [item.guest, str(item.read_only), item.owner or "", digest.hexdigest()]
+
+
+def _content(path: Path) -> bytes:
+    """Return a digest of what a file or link of the host is, b"" for what has no content."""
+    try:
+        if path.is_symlink():
+            return os.fsencode(path.readlink())
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise UsageProblem(
+            f"map: {path} cannot be read: {error.strerror}", hint="map what this user may read"
+        ) from error
+
+
+@cache
+def _own_code() -> str:
+    """Return a digest of our own code that configures guests, so that a new version never reuses an old one's bases."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for name in _OWN_CODE:
+        place = package / name
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,96 @@
+"""Clones that outlive their test: what a copy needs besides its own files to be brought back by another process."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path, PurePath
+from typing import Any
+
+from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.store import Entry
+
+__all__ = ["read_ingredients", "write_ingredients"]
+
+_FILE = "ingredients"
+_NOT_KEPT = ("engine", "files")  # they hold processes and functions
+
+
+def write_ingredients(parts: Ingredients, folder: Path) -> None:
+    """Write a file, as private as the memory beside it: the environment is in both.
+
+    The functions of the spec are left out, they have done their work.
+    """
+    parts = replace(parts, spec=replace(parts.spec, prepare=None, warm=None))
+    kept = {field.name: getattr(parts, field.name) for field in fields(parts) if field.name not in _NOT_KEPT}
+    files = parts.files.kernel, parts.files.initramfs, parts.rootfs
+    path = folder / _FILE
+    path.touch(mode=0o600)
+    path.write_bytes(pickle.dumps((version("pytest-fcvm"), files, kept)))
+
+
+def read_ingredients(entry: Entry, engine: Engine, report: EngineReport) -> Ingredients:
+    """Return what a kept clone was made of, to be run by an engine of this process.
+
+    Raise HostError when another version kept it, its image is gone, or the engine or the host are not the same.
+    """
+    made_by, files, kept = _read(entry.file(_FILE))
+    if made_by != version("pytest-fcvm"):
+        raise HostError(f"it was kept by pytest-fcvm {made_by}", hint=f"pip install pytest-fcvm=={made_by}")
+    parts = Ingredients(**kept, files=files, engine=engine)
+    if not parts.rootfs.exists():
+        raise HostError(f"the file system of {parts.spec.image} has been removed", hint="run the test again")
+    if difference := _difference(parts.report, report):
+        raise HostError(f"it was kept on another machine or engine: {difference}", hint="run the test again")
+    return parts
+
+
+class _Values(pickle.Unpickler):
+    """Reads values of ours and nothing that could act: a cache may have come from elsewhere, as a job's artifact."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of our data classes or enumerations, or a path. Raise UnpicklingError for everything else."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member
+        if module == "pathlib" or module.startswith(f"{__package__.partition('.')[0]}."):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, (Enum, PurePath))):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration: Python before 3.11.4 pickles those as attributes of their class."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind[name]
+    raise pickle.UnpicklingError(f"an attribute {name} does not belong there")
+
+
+def _read(path: Path) -> tuple[str, GuestFiles, dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            made_by, (kernel, initramfs, rootfs), kept = _Values(file).load()
+            return made_by, GuestFiles(kernel=kernel, initramfs=initramfs, rootfs=rootfs), kept
+    except (
+        OSError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise HostError(f"{path} cannot be read: {error}", hint="run the test again") from error
+
+
+def _difference(kept: EngineReport, now: EngineReport) -> str:
+    """Return the first thing by which two engines differ, "" where a machine of one runs on the other."""
+    before: dict[str, Any] = {"engine": kept.engine, **kept.identity}
+    after: dict[str, Any] = {"engine": now.engine, **now.identity}
+    names = (name for name in before if before[name] != after.get(name))
+    return next((f"{name} was {before[name]}, is {after.get(name)}" for name in names), "")

@@ -1,0 +1,178 @@
+"""A private network as a test holds it, with its real switch; clones are played by the ends of their cables."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.errors import EngineError, GuestTimeout, HostError, UsageProblem
+from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.host.paths import RunDir
+from pytest_fcvm.host.supervisor.supervisor import Supervisor
+from pytest_fcvm.model.net import Cable
+from pytest_fcvm.network.private import Network
+
+BROADCAST = b"\xff" * 6
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    with RunDir() as run, Supervisor.start(run.path) as supervisor, Network(supervisor, 5) as network:
+        yield network
+
+
+@pytest.fixture
+def plug(network: Network) -> Iterator[Callable[..., list[Cable]]]:
+    """Plug in clones by their names and return their cables."""
+    with ExitStack() as stack:
+
+        def plug(*names: str) -> list[Cable]:
+            cables = [network.plug(name) for name in names]
+            for cable in cables:
+                stack.enter_context(cable.end)
+                cable.end.settimeout(0.3)
+            return cables
+
+        yield plug
+
+
+def _hears(speaker: Cable, listener: Cable) -> bool:
+    """Say whether a broadcast arrives."""
+    speaker.end.send(BROADCAST + bytes.fromhex(speaker.mac.replace(":", "")) + b"\x08\x00words")
+    try:
+        return listener.end.recv(100).endswith(b"words")
+    except TimeoutError:
+        return False
+
+
+def test_names_have_addresses_that_stay(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    assert network.address("db") == "10.77.5.10"
+    web, db = plug("web", "db")
+    assert (db.addresses, web.addresses) == (
+        ("10.77.5.10/24", "fd77:0:0:5::a/64"),
+        ("10.77.5.11/24", "fd77:0:0:5::b/64"),
+    )
+    assert db.hosts == ("10.77.5.10 db", "fd77:0:0:5::a ip6-db", "10.77.5.11 web", "fd77:0:0:5::b ip6-web")
+    assert len({db.mac, web.mac}) == 2
+    assert network.names == ("db", "web")
+    network.unplug("db")
+    assert network.names == ("web",)
+    (again,) = plug("db")
+    assert (again.addresses, again.mac) == (db.addresses, db.mac)
+
+
+def test_whoever_is_there_is_told_of_whoever_comes(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    told: list[tuple[str, tuple[str, ...]]] = []
+
+    def fail(_lines: tuple[str, ...]) -> None:
+        raise GuestTimeout("it is paused")
+
+    plug("a", "b", "c")
+    network.joined("a", lambda lines: told.append(("a", lines)), lambda _up: None)
+    network.joined("b", fail, lambda _up: None)
+    network.joined("c", lambda lines: told.append(("c", lines)), lambda _up: None)
+    assert [name for name, _ in told] == ["a", "a"]
+    assert told[0][1] == told[1][1]
+    assert [line.split()[1] for line in told[0][1]] == ["a", "ip6-a", "b", "ip6-b", "c", "ip6-c"]
+
+
+def test_cables_are_out_until_the_block_ends_or_the_network_is_healed(network: Network) -> None:
+    done: list[tuple[str, bool]] = []
+    for name in ("a", "b"):
+        network.joined(name, lambda _lines: None, lambda up, name=name: done.append((name, up)))  # type: ignore[misc]
+    with network.link_down("a"):
+        assert done == [("a", False)]
+    assert done == [("a", False), ("a", True)]
+    network.link_down("b", "later")
+    network.joined("later", lambda _lines: None, lambda up: done.append(("later", up)))
+    assert done[2:] == [("b", False), ("later", False)]
+    network.heal()
+    assert sorted(done[4:]) == [("b", True), ("later", True)]
+
+
+def test_a_name_is_on_a_network_once(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    plug("a")
+    with pytest.raises(UsageProblem, match="'a' is on this network already"):
+        network.plug("a")
+
+
+def test_a_partition_lasts_as_long_as_its_block(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    a, b, c = plug("a", "b", "c")
+    assert _hears(a, b)
+    c.end.recv(100)
+    with network.partition({"a"}, {"b", "c"}):
+        assert not _hears(a, b)
+        assert not _hears(b, a)
+        assert _hears(b, c)
+    assert _hears(a, b)
+
+
+def test_what_was_made_worse_is_healed(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    a, b = plug("a", "b")
+    network.partition({"a"}, {"b"})
+    network.impair("b", "a", loss=1)
+    network.impair(latency=0.1)
+    assert not _hears(a, b)
+    network.heal()
+    assert _hears(a, b)
+    assert _hears(b, a)
+
+
+def test_a_later_impairment_goes_before_an_earlier_one(network: Network, plug: Callable[..., list[Cable]]) -> None:
+    a, b = plug("a", "b")
+    network.impair(loss=1)
+    assert not _hears(a, b)
+    network.impair("a", "b")
+    assert _hears(a, b)
+    assert not _hears(b, a)
+    counters = network.counters()
+    assert (counters["a", "b"].delivered, counters["a", "b"].lost, counters["b", "a"].lost) == (1, 1, 1)
+
+
+def test_many_names_are_apart_at_once(network: Network) -> None:
+    halves = [{f"n{side}-{number}" for number in range(100)} for side in range(2)]
+    with network.partition(*halves):
+        assert network.names == ()
+
+
+@pytest.mark.parametrize("groups", [(), ({"a"},), ({"a"}, {"a", "b"})])
+def test_a_partition_that_is_none_is_refused(network: Network, groups: tuple[set[str], ...]) -> None:
+    with pytest.raises(UsageProblem, match="two groups or more"):
+        network.partition(*groups)
+
+
+@pytest.mark.parametrize("faults", [{"loss": 1.5}, {"latency": -1}, {"corrupt": 2}])
+def test_an_impossible_fault_is_refused(network: Network, faults: dict[str, float]) -> None:
+    with pytest.raises(UsageProblem, match=next(iter(faults))):
+        network.impair(**faults)
+
+
+def test_a_capture_ends_with_its_block(network: Network, plug: Callable[..., list[Cable]], tmp_path: Path) -> None:
+    a, b = plug("a", "b")
+    with network.capture(tmp_path / "net.pcapng") as file:
+        assert _hears(a, b)
+    size = file.stat().st_size
+    assert _hears(a, b)
+    assert file.stat().st_size == size > 100
+    with pytest.raises(HostError, match="No such file or directory"), network.capture(tmp_path / "gone" / "x"):
+        pass
+
+
+def test_the_end_of_a_switch_is_told(network: Network) -> None:
+    os.kill(network._child.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="the network's switch has ended"):
+        network.counters()
+
+
+def test_a_closed_network_leaves_no_process_and_no_directory(network: Network) -> None:
+    pid, folder = network._child.pid, network._log.parent
+    assert folder.exists()
+    network.close()
+    network.close()
+    assert wait_until(lambda: not folder.exists() and not Path(f"/proc/{pid}").exists(), Deadline(20))
+    network.unplug("nobody")

@@ -1,0 +1,115 @@
+"""What is kept beside a copied machine: read back as it was, and never more than values."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pytest_fcvm.errors import HostError
+from pytest_fcvm.model.specs import Clock, MachineSpec, Prepare
+from pytest_fcvm.snapshot import Ingredients
+from pytest_fcvm.snapshot.saved import read_ingredients, write_ingredients
+from pytest_fcvm.store import Entry
+
+Make = Callable[..., Ingredients]
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> Entry:
+    """An empty entry, and the image that it needs."""
+    (tmp_path / "rootfs").touch()
+    folder = tmp_path / "entry"
+    folder.mkdir()
+    return Entry(path=folder, key="0" * 64, facts={})
+
+
+def _file(entry: Entry) -> Path:
+    return entry.file("ingredients")
+
+
+def test_ingredients_come_back_as_they_were_without_functions(make_parts: Make, entry: Entry) -> None:
+    parts = make_parts(
+        env={"TOKEN": "secret"}, clock=Clock.SNAPSHOT, prepare=Prepare(print), warm=lambda _clone: None, mem_mib=512
+    )
+    write_ingredients(parts, entry.path)
+    assert _file(entry).stat().st_mode & 0o777 == 0o600
+    found = read_ingredients(entry, parts.engine, parts.report)
+    assert found.spec == replace(parts.spec, prepare=None, warm=None)
+    assert found.files.rootfs == parts.files.rootfs
+    assert (found.engine, found.defaults, found.about()) == (
+        parts.engine,
+        parts.defaults,
+        {**parts.about(), "prepared": False},
+    )
+
+
+class _Acts:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch acted",)
+
+
+class _ActsAsOurs:
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[list[str]]]:
+        from pytest_fcvm.host.process import run_tool
+
+        return run_tool, (["touch", "acted"],)
+
+
+class _ByAttribute:
+    """Is pickled as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._parts = kind, name
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[type, str]]:
+        return getattr, self._parts
+
+
+def test_a_member_of_an_enumeration_may_be_pickled_as_an_attribute(make_parts: Make, entry: Entry) -> None:
+    parts = make_parts()
+    write_ingredients(parts, entry.path)
+    made_by, files, kept = pickle.loads(_file(entry).read_bytes())
+    kept["kernel_release"] = _ByAttribute(Clock, "SNAPSHOT")
+    _file(entry).write_bytes(pickle.dumps((made_by, files, kept)))
+    assert read_ingredients(entry, parts.engine, parts.report).kernel_release is Clock.SNAPSHOT
+
+
+@pytest.mark.parametrize("harmful", [_Acts(), _ActsAsOurs(), _ByAttribute(MachineSpec, "merged")])
+def test_what_would_act_is_refused(
+    harmful: object, make_parts: Make, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts = make_parts()
+    _file(entry).write_bytes(pickle.dumps(("1", (), {"spec": harmful})))
+    with pytest.raises(HostError, match="does not belong there"):
+        read_ingredients(entry, parts.engine, parts.report)
+    assert not (tmp_path / "acted").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"no pickle"])
+def test_what_cannot_be_read_is_told(content: bytes, make_parts: Make, entry: Entry) -> None:
+    parts = make_parts()
+    _file(entry).write_bytes(content)
+    with pytest.raises(HostError, match="run the test again"):
+        read_ingredients(entry, parts.engine, parts.report)
+
+
+def test_another_version_engine_or_image_is_told(
+    make_parts: Make, entry: Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = make_parts()
+    write_ingredients(parts, entry.path)
+    with pytest.raises(HostError, match="engine was"):
+        read_ingredients(entry, parts.engine, replace(parts.report, engine="another"))
+    with monkeypatch.context() as changed:
+        changed.setattr("pytest_fcvm.snapshot.saved.version", lambda _name: "99.0")
+        with pytest.raises(HostError, match="kept by pytest-fcvm"):
+            read_ingredients(entry, parts.engine, parts.report)
+    parts.rootfs.unlink()
+    with pytest.raises(HostError, match="has been removed"):
+        read_ingredients(entry, parts.engine, parts.report)
