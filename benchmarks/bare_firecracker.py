@@ -26,7 +26,7 @@ from pytest_fcvm.guest.frames import encode_hello, new_secret
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.paths import cache_root
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.options import Options
 from pytest_fcvm.snapshot import Snapshot
 from pytest_fcvm.snapshot.builder import snapshot_files
@@ -44,7 +44,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as shared:
         harness = Harness(Options(engine="firecracker", pool=0), shared_dir=Path(shared), announce=_say)
         try:
-            snapshot = harness.snapshot(MachineSpec(image=options.image), "benchmark")
+            snapshot = harness.snapshot(VmSpec(image=options.image), "benchmark")
             return _compare(snapshot, options.rounds)
         finally:
             harness.close()
@@ -88,8 +88,8 @@ def _timed(start: Callable[[], Callable[[], object]]) -> float:
 
 
 def _bare(firecracker: Path, state: Path, memory: Path, rootfs: Path | None, secret: bytes) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
         for name, target in (("rootfs", rootfs or "/dev/null"), ("drive1", "/dev/null"), ("drive2", "/dev/null")):
             (place / name).symlink_to(target)
         begun = monotonic()

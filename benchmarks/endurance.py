@@ -27,7 +27,7 @@ from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.paths import run_root
 from pytest_fcvm.model.parse import parse_pool, parse_ready
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.options import Options
 
 _SCRIPT = (
@@ -62,7 +62,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fcvm-endurance-") as shared:
         harness = Harness(Options(pool=parse_pool(arguments.pool)), shared_dir=Path(shared), announce=_say)
         try:
-            snapshot = harness.snapshot(MachineSpec(image=image, ready=parse_ready("http:80/")), "endurance")
+            snapshot = harness.snapshot(VmSpec(image=image, ready=parse_ready("http:80/")), "endurance")
             seen: list[set[int]] = [set() for _ in _NAMES]
             times: list[float] = []
             print(_row(("clones", "ms", "files", "threads", "MiB", "guard MiB", "run dir", "store")), flush=True)
@@ -138,12 +138,12 @@ def _resident_mib(pid: int | str) -> float:
     return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
 
 
-def _count(folder: Path) -> int:
-    return sum(1 for _ in folder.iterdir())
+def _count(directory: Path) -> int:
+    return sum(1 for _ in directory.iterdir())
 
 
-def _count_files(folder: Path) -> int:
-    return sum(len(names) for _, _, names in os.walk(folder))
+def _count_files(directory: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(directory))
 
 
 def _growth(samples: list[Sample]) -> list[str]:
@@ -165,8 +165,8 @@ def _shown(value: float) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "".join(f"{cell:>11}" for cell in cells)
+def _row(jail_dirs: Iterable[str]) -> str:
+    return "".join(f"{jail_dir:>11}" for jail_dir in jail_dirs)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ _PRIVATE = re.compile(r"^(Private_\w+|Anonymous):\s+(\d+) kB", re.MULTILINE)
 
 
 def machine_facts() -> dict[str, str | float]:
-    """Return the processor, its cores, the load average of the last minute, the kernel and Python."""
+    """Return the CPU, its cores, the load average of the last minute, the kernel and Python."""
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return {
         "cpu": model[1] if model else platform.machine(),

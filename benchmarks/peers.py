@@ -3,7 +3,7 @@
 
     benchmarks/peers.py [--tests 200] [--workers 2] [--databases 20] [--json FILE]
 
-Each suite is a generated folder, run by a pytest of its own, one after the other. Set-up and teardown are what pytest
+Each suite is a generated directory, run by a pytest of its own, one after the other. Set-up and teardown are what pytest
 measures; a test's own time is that of its one request or query. What is not installed is left out, and said.
 """
 
@@ -171,11 +171,11 @@ def main() -> int:
     arguments = _parse()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="fcvm-peers-") as scratch:
-        folder = Path(scratch)
-        folder.chmod(0o755)
-        network = _compare_nginx(rows, folder, arguments.tests, arguments.workers)
+        directory = Path(scratch)
+        directory.chmod(0o755)
+        network = _compare_nginx(rows, directory, arguments.tests, arguments.workers)
         if arguments.databases:
-            _compare_postgres(rows, folder, arguments.databases, network)
+            _compare_postgres(rows, directory, arguments.databases, network)
     print(_table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -191,28 +191,28 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compare_nginx(rows: list[Row], folder: Path, count: int, workers: int) -> str:
+def _compare_nginx(rows: list[Row], directory: Path, count: int, workers: int) -> str:
     """Return the network by which podman's containers are reached, "" without podman."""
     layout = _image("nginx")
     options = [f"--fcvm-image=oci:{layout}:latest", "--fcvm-ready=http:80/"]
-    _run(rows, folder / "nginx-clone", "nginx, clones", _NGINX_CLONE.format(count=count), options, count, workers)
+    _run(rows, directory / "nginx-clone", "nginx, clones", _NGINX_CLONE.format(count=count), options, count, workers)
     with ExitStack() as stack:
-        podman = _enter_podman(stack, layout, folder / "podman-nginx")
+        podman = _enter_podman(stack, layout, directory / "podman-nginx")
         if podman:
             text = _NGINX_PODMAN.format(count=count, **_facts(podman))
-            _run(rows, folder / "nginx-podman", "nginx, podman", text, [], count, workers)
+            _run(rows, directory / "nginx-podman", "nginx, podman", text, [], count, workers)
         return podman.network if podman else ""
 
 
-def _compare_postgres(rows: list[Row], folder: Path, count: int, network: str) -> None:
+def _compare_postgres(rows: list[Row], directory: Path, count: int, network: str) -> None:
     layout = _image("postgres")
     options = [f"--fcvm-image=oci:{layout}:latest"]
-    _run(rows, folder / "pg-clone", "PostgreSQL, clones", _POSTGRES_CLONE.format(count=count), options, count, 0)
+    _run(rows, directory / "pg-clone", "PostgreSQL, clones", _POSTGRES_CLONE.format(count=count), options, count, 0)
     with ExitStack() as stack:
-        podman = _enter_podman(stack, layout, folder / "podman-pg", network) if network else None
+        podman = _enter_podman(stack, layout, directory / "podman-pg", network) if network else None
         if podman:
             text = _POSTGRES_PODMAN.format(count=count, **_facts(podman))
-            _run(rows, folder / "pg-podman", "PostgreSQL, podman", text, [], count, 0)
+            _run(rows, directory / "pg-podman", "PostgreSQL, podman", text, [], count, 0)
     server = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
     if server is None or find_spec("pytest_postgresql") is None:
         _say("without pytest-postgresql: it or a PostgreSQL server is not installed")
@@ -220,7 +220,7 @@ def _compare_postgres(rows: list[Row], folder: Path, count: int, network: str) -
     text = _POSTGRES_TEMPLATE.format(count=count, pg_ctl=server)
     # A PostgreSQL server does not run as root.
     prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-    _run(rows, folder / "pg-template", "PostgreSQL, pytest-postgresql", text, ["-p", "no:fcvm"], count, 0, prefix)
+    _run(rows, directory / "pg-template", "PostgreSQL, pytest-postgresql", text, ["-p", "no:fcvm"], count, 0, prefix)
 
 
 def _image(name: str) -> Path:
@@ -228,9 +228,9 @@ def _image(name: str) -> Path:
     return layout.resolve()
 
 
-def _enter_podman(stack: ExitStack, layout: Path, folder: Path, network: str = "") -> Podman | None:
+def _enter_podman(stack: ExitStack, layout: Path, directory: Path, network: str = "") -> Podman | None:
     try:
-        return stack.enter_context(start_podman(layout, folder, network))
+        return stack.enter_context(start_podman(layout, directory, network))
     except NotHere as why:
         _say(f"without podman: {why}")
         return None
@@ -247,7 +247,7 @@ def _facts(podman: Podman) -> dict[str, object]:
 
 def _run(
     rows: list[Row],
-    folder: Path,
+    directory: Path,
     suite: str,
     text: str,
     options: list[str],
@@ -256,18 +256,18 @@ def _run(
     prefix: list[str] | None = None,
 ) -> None:
     _say(f"{suite}: {count} tests")
-    folder.mkdir()
-    folder.chmod(0o777)
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "test_it.py").write_text(text)
+    directory.mkdir()
+    directory.chmod(0o777)
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    (directory / "conftest.py").write_text(CONFTEST)
+    (directory / "test_it.py").write_text(text)
     try:
-        run = run_suite(folder, [*options, "-p", "no:randomly", "-p", "no:asyncio"], count, workers, prefix or [])
+        run = run_suite(directory, [*options, "-p", "no:randomly", "-p", "no:asyncio"], count, workers, prefix or [])
     except SuiteFailed as why:
         _say(f"without {suite}: {why}")
         return
     rows.append(_row(suite, run, count, workers))
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _row(suite: str, run: SuiteRun, count: int, workers: int) -> Row:

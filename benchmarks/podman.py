@@ -82,7 +82,7 @@ class Podman:
 
 
 @contextmanager
-def start_podman(layout: Path, folder: Path, network: str = "") -> Iterator[Podman]:
+def start_podman(layout: Path, directory: Path, network: str = "") -> Iterator[Podman]:
     """Yield a podman that holds the image of an OCI layout and has run it once. Raise NotHere where that fails.
 
     With the `network` of another one that has run, the image is only pulled: it need not be a web server.
@@ -93,10 +93,10 @@ def start_podman(layout: Path, folder: Path, network: str = "") -> Iterator[Podm
     library = runpy.run_path(str(_LIBRARY))
     # runc, as most container hosts have it, and podman's own choice where there is none.
     runtime = ["--runtime=runc"] if shutil.which("runc") else []
-    command = ["podman", "--root", f"{folder}/root", "--runroot", f"{folder}/run", *runtime]
+    command = ["podman", "--root", f"{directory}/root", "--runroot", f"{directory}/run", *runtime]
     with ExitStack() as stack:
         try:
-            registry = stack.enter_context(library["start_registry"](folder / "registry"))
+            registry = stack.enter_context(library["start_registry"](directory / "registry"))
             image = library["push"](layout, registry)
         except (FcvmError, RuntimeError, OSError) as error:
             raise NotHere(f"the image cannot be served to it: {error}") from error

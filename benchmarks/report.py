@@ -29,7 +29,7 @@ class Report:
 
     measures: Sequence[Measure]
     rounds: int
-    machine: Mapping[str, str | float] = field(default_factory=dict)
+    running: Mapping[str, str | float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -68,7 +68,7 @@ def render_table(report: Report) -> str:
         if measure.section != section:
             section = measure.section
             lines.append((section,))
-        lines.append(_cells(report, measure, samples))
+        lines.append(_jail_dirs(report, measure, samples))
     text = _align(lines)
     for name, why in report.skipped.items():
         text += f"\nleft out: {name}: {why}"
@@ -82,7 +82,7 @@ def render_json(report: Report) -> dict[str, object]:
     return {
         "format": 1,
         "rounds": report.rounds,
-        "machine": dict(report.machine),
+        "machine": dict(report.running),
         "measures": {measure.key: _entry(measure, report.samples[measure.key]) for measure in shown},
         "podman_per_clone": {key: round(ratio, 3) for key, ratio in ratios.items()},
         "skipped": dict(report.skipped),
@@ -100,7 +100,7 @@ def _entry(measure: Measure, samples: Sequence[float]) -> dict[str, object]:
     }
 
 
-def _cells(report: Report, measure: Measure, samples: Sequence[float]) -> tuple[str, ...]:
+def _jail_dirs(report: Report, measure: Measure, samples: Sequence[float]) -> tuple[str, ...]:
     ratio = report.ratio(measure)
     figures = [_figure(value) for value in (statistics.median(samples), min(samples), max(samples))]
     title = f"  {measure.title} [{measure.unit}]"
@@ -116,8 +116,8 @@ def _align(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
+            jail_dir.rjust(width) if column else jail_dir.ljust(width)
+            for column, (jail_dir, width) in enumerate(zip(line, widths, strict=False))
         ).rstrip()
         for line in lines
     )

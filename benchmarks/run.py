@@ -20,16 +20,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from http200 import fetch_until_200
-from machine import cpu_ms_of, machine_facts, private_kib_of
 from podman import NotHere, Podman, start_podman
 from report import Measure, Report, load_warning, render_json, render_table
+from running import cpu_ms_of, machine_facts, private_kib_of
 from suite import SuiteFailed, run_suite, write_suite
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.parse import parse_ready
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.options import Options
 from pytest_fcvm.snapshot import Snapshot
 
@@ -121,23 +121,23 @@ def main() -> int:
     print(warning, end="\n" if warning else "", flush=True)
     layout = _build_image()
     image = f"oci:{layout}:latest"
-    report = Report(measures=MEASURES, rounds=arguments.rounds, machine=facts)
+    report = Report(measures=MEASURES, rounds=arguments.rounds, running=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
-        folder = Path(scratch)
+        directory = Path(scratch)
         options = Options(pool=0, kernel=arguments.kernel)
-        _measure_builds(report, image, options, folder)
+        _measure_builds(report, image, options, directory)
         with ExitStack() as stack:
-            podman = _enter_podman(stack, layout, folder / "podman", report)
-            snapshot = stack.enter_context(_opened(image, options, folder / "rounds", report))
-            served = stack.enter_context(_opened(image, options, folder / "served", report, ready="http:80/"))
+            podman = _enter_podman(stack, layout, directory / "podman", report)
+            snapshot = stack.enter_context(_opened(image, options, directory / "rounds", report))
+            served = stack.enter_context(_opened(image, options, directory / "served", report, ready="http:80/"))
             pooled = stack.enter_context(
-                _opened(image, replace(options, pool=1), folder / "pool", report, ready="http:80/")
+                _opened(image, replace(options, pool=1), directory / "pool", report, ready="http:80/")
             )
-            report.machine = {**report.machine, **(podman.facts() if podman else {})}
-            _print_facts({name: value for name, value in report.machine.items() if name not in facts})
+            report.running = {**report.running, **(podman.facts() if podman else {})}
+            _print_facts({name: value for name, value in report.running.items() if name not in facts})
             _measure_rounds(report, snapshot, served, pooled, podman)
         kernel = [f"--fcvm-kernel={arguments.kernel}"] if arguments.kernel else []
-        _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], folder)
+        _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], directory)
     print(f"\n{render_table(report)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(render_json(report), indent=2) + "\n")
@@ -181,11 +181,11 @@ def _opened(image: str, options: Options, shared: Path, report: Report, *, ready
     shared.mkdir()
     harness = Harness(options, shared_dir=shared, announce=_say)
     try:
-        spec = MachineSpec(image=image, env=_ENV, ready=parse_ready(ready) if ready else None)
+        spec = VmSpec(image=image, env=_ENV, ready=parse_ready(ready) if ready else None)
         snapshot = harness.snapshot(spec, "benchmark")
         found, kernel = harness.choice.report, harness.kernel.release
-        report.machine = {
-            **report.machine,
+        report.running = {
+            **report.running,
             "engine": str(harness.choice),
             "version": f"{found.engine} {found.version}",
             "guest kernel": kernel,
@@ -195,9 +195,9 @@ def _opened(image: str, options: Options, shared: Path, report: Report, *, ready
         harness.close()
 
 
-def _measure_builds(report: Report, image: str, options: Options, folder: Path) -> None:
+def _measure_builds(report: Report, image: str, options: Options, directory: Path) -> None:
     for number in range(min(_REPEATS, report.rounds)):
-        with _opened(image, replace(options, rebuild=True), folder / f"build-{number}", report) as snapshot:
+        with _opened(image, replace(options, rebuild=True), directory / f"build-{number}", report) as snapshot:
             timings = snapshot.facts["timings"]
             for key in ("boot_ms", "ready_ms", "save_ms", "total_ms"):
                 report.add(key, timings[key])
@@ -270,7 +270,7 @@ def _measure_idle(report: Report, snapshot: Snapshot) -> None:
     before = time.process_time()
     with snapshot.clone() as clone:
         spent = time.process_time() - before
-        pid = clone._machine.vm.pid  # tests have no use for it
+        pid = clone._running.vm.pid  # tests have no use for it
         report.add("vmm_cpu", cpu_ms_of(pid))
         report.add("host_cpu", spent * 1e3)
         _add_phases(report, clone, "")
@@ -310,21 +310,21 @@ def _add_phases(report: Report, clone: Clone, prefix: str) -> None:
 # -- podman and pytest
 
 
-def _enter_podman(stack: ExitStack, layout: Path, folder: Path, report: Report) -> Podman | None:
+def _enter_podman(stack: ExitStack, layout: Path, directory: Path, report: Report) -> Podman | None:
     try:
-        return stack.enter_context(start_podman(layout, folder))
+        return stack.enter_context(start_podman(layout, directory))
     except NotHere as why:
         report.skipped["podman"] = str(why)
         _say(f"without podman: {why}")
         return None
 
 
-def _measure_suites(report: Report, options: list[str], folder: Path) -> None:
+def _measure_suites(report: Report, options: list[str], directory: Path) -> None:
     kinds = {"serial": 0, "workers": 2}
     if find_spec("xdist") is None:
         report.skipped["-n 2"] = "pytest-xdist is not installed"
         del kinds["workers"]
-    suite = folder / "suite"
+    suite = directory / "suite"
     write_suite(suite, report.rounds)
     for _ in range(min(_REPEATS, report.rounds)):
         for kind, workers in kinds.items():

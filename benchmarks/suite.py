@@ -54,25 +54,29 @@ class SuiteRun:
     test_ms: list[float]
 
 
-def write_suite(folder: Path, count: int) -> None:
+def write_suite(directory: Path, count: int) -> None:
     """Write `count` tests, each with a clone of its own and one GET, and the conftest that notes durations."""
-    folder.mkdir(parents=True)
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    (folder / "conftest.py").write_text(CONFTEST)
-    (folder / "test_nginx.py").write_text(_TESTS.format(count=count))
+    directory.mkdir(parents=True)
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    (directory / "conftest.py").write_text(CONFTEST)
+    (directory / "test_nginx.py").write_text(_TESTS.format(count=count))
 
 
-def run_suite(folder: Path, options: Sequence[str], count: int, workers: int, prefix: Sequence[str] = ()) -> SuiteRun:
+def run_suite(
+    directory: Path, options: Sequence[str], count: int, workers: int, prefix: Sequence[str] = ()
+) -> SuiteRun:
     """Run the file; `workers` 0 is pytest's own process, `prefix` goes before the command.
 
     Raise SuiteFailed unless all tests passed.
     """
-    noted = folder / "durations"
+    noted = directory / "durations"
     noted.unlink(missing_ok=True)
     command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     command += ["-n", str(workers)] if workers else []
     started = monotonic()
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_RUN_S)
+    done = subprocess.run(
+        command, cwd=directory, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_RUN_S
+    )
     wall_s = monotonic() - started
     if done.returncode:
         raise SuiteFailed((done.stdout + done.stderr)[-1500:])

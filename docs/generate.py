@@ -67,8 +67,8 @@ line, `FCVM_READY_TIMEOUT` in the environment, `fcvm_ready_timeout` in the ini f
 `ready_timeout` in the marker `@pytest.mark.fcvm(…)` and in the factories.
 
 Nearer wins: marker, `fcvm_spec`, command line, environment, ini file, default. `env` and `publish` are merged by name
-and port; every other option is replaced. Relative paths start at the folder of the ini file, at the folder where pytest
-was started, or at the folder of the test file, wherever they were written. Options that may be given several times take
+and port; every other option is replaced. Relative paths start at the directory of the ini file, at the directory where pytest
+was started, or at the directory of the test file, wherever they were written. Options that may be given several times take
 one value a line in the environment and in the ini file, and a list in the marker.
 
 ## Options of machines
@@ -99,7 +99,7 @@ These are not taken by the marker.
 
 Without one: `healthcheck` where the image has it, else `tcp` on every TCP port that it exposes, else `agent`. A port
 that is exposed and never served is given up when another one listens, and for 10 s no more opened and the workload used
-less than a tenth of a processor, or for three quarters of `ready_timeout` (45 s at
+less than a tenth of a CPU, or for three quarters of `ready_timeout` (45 s at
 least) no more opened.
 
 A line of the log ends at `\\n`, where `^` and `$` are (`re.MULTILINE`). A match may span lines, 256 KiB at most.
@@ -117,18 +117,18 @@ def _spellings() -> str:
 
 def _option_table(rows: Iterable[Row]) -> str:
     lines = ["| option | default | what it is |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| `{_usage(row)}` | {_code(row.default)} | {_cell(row.help)} |" for row in rows)])
+    return "\n".join([*lines, *(f"| `{_usage(row)}` | {_code(row.default)} | {_jail_dir(row.help)} |" for row in rows)])
 
 
 def _usage(row: Row) -> str:
     if row.kind is RowKind.FLAG:
         return row.flag
-    value = "\\|".join(row.choices) or _cell(row.metavar)
+    value = "\\|".join(row.choices) or _jail_dir(row.metavar)
     return f"{row.flag} {value}{' …' if row.kind is RowKind.LIST else ''}"
 
 
 def _hooks() -> str:
-    parts = ["# Hooks", "Plugins and the `conftest.py` of the root folder may implement these."]
+    parts = ["# Hooks", "Plugins and the `conftest.py` of the root directory may implement these."]
     for name, hook in _public(hookspecs, inspect.isfunction):
         parts += [f"## `{name}`", _signature(hook), _document(hook)]
     return "\n\n".join(parts) + "\n"
@@ -157,13 +157,13 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 def _manifest() -> str:
     return f"""# The manifest of a cache entry
 
-Every entry of the cache (`snapshots/KEY`, `images/KEY`, `kernels/KEY`) is a folder with a `manifest.json`, written
+Every entry of the cache (`snapshots/KEY`, `images/KEY`, `kernels/KEY`) is a directory with a `manifest.json`, written
 last: what has no manifest is not there. `fcvm snapshot inspect KEY` shows it. Schema {store.MANIFEST_SCHEMA}:
 
 | field | what it is |
 | --- | --- |
 | `schema` | the number of this description; another one makes the entry one of another version, which is built anew |
-| `key` | the name of the folder |
+| `key` | the name of the directory |
 | `files` | for each file `sha256`, over its blocks that are not all zeros, and `stamp` |
 | `facts` | what the builder wanted to remember |
 | `seal` | a SHA-256 over all of the above as canonical JSON |
@@ -175,7 +175,7 @@ A stamp is device, inode, size, mtime and ctime in ns. Contents are hashed again
 
 {_keys_of(build.build_snapshot)}. The `secret` is the word by which its clones are woken; it protects nothing else.
 
-`about` has {_keys_of(ingredients.Ingredients.about)}. Of the environment it has the names alone.
+`about` has {_keys_of(ingredients.SnapshotInputs.about)}. Of the environment it has the names alone.
 
 Of a machine that `--fcvm-keep` has saved, `of_clone` is true, and `about` has `test` and `clone` too.
 
@@ -274,10 +274,10 @@ def _document(thing: object) -> str:
 
 
 def _code(text: str) -> str:
-    return text if " " in text or not text else f"`{_cell(text)}`"
+    return text if " " in text or not text else f"`{_jail_dir(text)}`"
 
 
-def _cell(text: str) -> str:
+def _jail_dir(text: str) -> str:
     return text.replace("|", "\\|")
 
 

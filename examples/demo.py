@@ -36,9 +36,9 @@ def _is_reachable(image: str) -> bool:
 
 def _build() -> str | None:
     print(f"no public registry has {_PUBLIC} for us: building nginx from the distribution's packages", flush=True)
-    folder = Path(".demo")
-    command = [sys.executable, str(_HERE / "images/build.py"), "nginx", str(folder)]
-    return f"oci:{folder / 'nginx'}:latest" if subprocess.run(command, check=False).returncode == 0 else None
+    directory = Path(".demo")
+    command = [sys.executable, str(_HERE / "images/build.py"), "nginx", str(directory)]
+    return f"oci:{directory / 'nginx'}:latest" if subprocess.run(command, check=False).returncode == 0 else None
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ class AgentHook(BuildHookInterface[Any]):
         """Build the agents. Elsewhere than on Linux the wheel has none, and says so when a machine is asked for."""
         if self.target_name != "wheel" or sys.platform != "linux":
             return
-        machines = [platform.machine()] if version == "editable" else list(_MACHINES)
+        vms = [platform.machine()] if version == "editable" else list(_MACHINES)
         dest = Path(self.root) / "pytest_fcvm" / "agents"
-        _load_builder(Path(self.root) / "guest_image" / "build").build_agents(machines, dest)
-        build_data["artifacts"] += [f"pytest_fcvm/agents/agent-{machine}" for machine in machines]
+        _load_builder(Path(self.root) / "guest_image" / "build").build_agents(vms, dest)
+        build_data["artifacts"] += [f"pytest_fcvm/agents/agent-{running}" for running in vms]
 
 
 def _load_builder(path: Path) -> Any:

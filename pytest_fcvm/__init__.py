@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pytest_fcvm.group import Group
     from pytest_fcvm.model.net import Endpoint
     from pytest_fcvm.model.results import ExecResult
-    from pytest_fcvm.model.specs import MachineSpec, Prepare
+    from pytest_fcvm.model.specs import Prepare, VmSpec
     from pytest_fcvm.network.private import Network
     from pytest_fcvm.snapshot import Snapshot
 
@@ -45,12 +45,12 @@ __all__ = [
     "GuestTimeout",
     "HostError",
     "ImageError",
-    "MachineSpec",
     "Network",
     "Prepare",
     "Snapshot",
     "SnapshotFactory",
     "UsageProblem",
+    "VmSpec",
     "WorkloadExited",
 ]
 
@@ -61,7 +61,7 @@ _HOMES = {
     "ExecResult": "model.results",
     "Group": "group",
     "GroupFactory": "fixtures",
-    "MachineSpec": "model.specs",
+    "VmSpec": "model.specs",
     "Network": "network",
     "Prepare": "model.specs",
     "Snapshot": "snapshot",

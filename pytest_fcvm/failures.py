@@ -24,15 +24,15 @@ def plain_message(error: FcvmError) -> str:
 
 
 class Failures:
-    """The failures of a run, kept in a private folder that its processes share."""
+    """The failures of a run, kept in a private directory that its processes share."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def check(self, name: str) -> None:
         """Raise what `once` has recorded under a name, in this process or in another worker of the run."""
         with suppress(OSError, pickle.UnpicklingError, EOFError):
-            known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private folder
+            known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private directory
             known.message = f"{plain_message(known)}{_AGAIN}"
             known.args = (known.message,)
             known.evidence = {}
@@ -45,10 +45,10 @@ class Failures:
             return make()
         except FcvmError as error:
             with suppress(OSError):  # no room for it: the next test tries once more
-                fresh = self._folder / f"{name}.{getpid()}"
+                fresh = self._directory / f"{name}.{getpid()}"
                 fresh.write_bytes(pickle.dumps(error))
                 fresh.replace(self._record(name))
             raise
 
     def _record(self, name: str) -> Path:
-        return self._folder / f"failed-{name}"
+        return self._directory / f"failed-{name}"

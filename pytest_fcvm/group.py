@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING
 
 from pytest_fcvm.errors import FcvmError, UsageProblem
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.threads import block_signals
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Group", "check_needs", "start_group"]
 
-Needs = Mapping[str, tuple[str, ...]]
+DependsOn = Mapping[str, tuple[str, ...]]
 Failed = Callable[[str, FcvmError], object]
 
 
@@ -43,7 +43,7 @@ class Group(Mapping[str, "Clone"]):
         self._closers.close()
 
 
-def check_needs(needs: Needs) -> None:
+def check_needs(needs: DependsOn) -> None:
     """Raise UsageProblem for a name that is not in the group, and for names that need each other."""
     for name, others in needs.items():
         for other in others:
@@ -59,7 +59,7 @@ def check_needs(needs: Needs) -> None:
         ) from None
 
 
-def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Network, failed: Failed) -> Group:
+def start_group(snapshots: Mapping[str, Snapshot], needs: DependsOn, network: Network, failed: Failed) -> Group:
     """Start a clone of each snapshot under its name, those at once that do not need each other.
 
     One that needs others is started when they are ready, and is ready when its own condition holds. Raise what the
@@ -71,7 +71,7 @@ def start_group(snapshots: Mapping[str, Snapshot], needs: Needs, network: Networ
     starting: dict[Future[Clone], str] = {}
     with (
         ExitStack() as closers,
-        descriptors_told("a group"),
+        translating_emfile("a group"),
         ThreadPoolExecutor(thread_name_prefix="fcvm-group", initializer=block_signals) as workers,
         ExitStack() as late,
     ):
@@ -96,7 +96,7 @@ def _starter(
         clone = snapshot.clone(name=name, networks=[network])
         closers.callback(clone.close)
         if is_dependent:
-            snapshot.prove(clone)
+            snapshot.verify(clone)
         return clone
 
     return start

@@ -21,7 +21,7 @@ from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.host.admission.admission import Admission, Ticket
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.files import leave_mark
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import check_owner, environment, getpid, os
 from pytest_fcvm.host.paths import RunDir, cache_root, run_root, working_dir
 from pytest_fcvm.host.supervisor.janitor import sweep, sweep_temporary
@@ -34,12 +34,12 @@ from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
 from pytest_fcvm.model.net import Namespace
-from pytest_fcvm.model.specs import MachineSpec, NetworkSpec, ReadyMode, ReadySpec
+from pytest_fcvm.model.specs import NetworkSpec, ReadyMode, ReadySpec, VmSpec
 from pytest_fcvm.network.netns.client import Namespaces
 from pytest_fcvm.network.private import Network
 from pytest_fcvm.options import Options, named_programs, proxy_variables
 from pytest_fcvm.pruning import make_room_beside
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot, choose_ready, snapshot_key
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot, choose_ready, snapshot_key
 from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
 
 __all__ = ["Harness"]
@@ -72,7 +72,7 @@ class Harness:
 
     def __init__(self, options: Options, *, shared_dir: Path, announce: Announce, owns_shared: bool = False) -> None:
         self._options, self._shared, self._announce = options, shared_dir, announce
-        self.born: Callable[[Clone], object] = lambda _clone: None
+        self.on_created: Callable[[Clone], object] = lambda _clone: None
         self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock = threading.RLock()
@@ -91,8 +91,8 @@ class Harness:
         if getpid() == self._owner:
             self._resources.close()
 
-    @descriptors_told("the snapshot")
-    def snapshot(self, spec: MachineSpec, who: str) -> Snapshot:
+    @translating_emfile("the snapshot")
+    def snapshot(self, spec: VmSpec, who: str) -> Snapshot:
         """Return the snapshot of a spec: known to this process, found in the store, built here, or built by another.
 
         `who` (a test's id) is shown to those who wait for the build. A failure is remembered for the whole run: every
@@ -106,7 +106,7 @@ class Harness:
                 raise UsageProblem(
                     "no image is set", hint='give --fcvm-image IMAGE, or mark the test with fcvm(image="nginx:latest")'
                 )
-            parts = self._ingredients(spec, who)
+            parts = self._inputs(spec, who)
             if parts.network_note and parts.network_note not in self._notes:
                 self._notes.append(parts.network_note)
             key = snapshot_key(parts, self.store)
@@ -115,45 +115,45 @@ class Harness:
                 self._resources.enter_context(self._entries[key].in_use())
             wanted = key, spec.of_clones
             if wanted not in self._snapshots:
-                snapshot = Snapshot(entry=self._entries[key], parts=parts, workshop=self._workshop)
+                snapshot = Snapshot(entry=self._entries[key], parts=parts, runtime=self._runtime)
                 self._resources.callback(snapshot.close)
                 self._snapshots[wanted] = snapshot
             self._keep_few_pools(wanted)
             return self._snapshots[wanted]
 
-    @descriptors_told("a copy of the clone")
+    @translating_emfile("a copy of the clone")
     def keep(self, clone: Clone, test: str, number: int = 0) -> None:
         """Save what a clone is now for `replay`, in place of what the test's clone of that number left before.
 
         Raise FcvmError when it cannot be copied; nothing is left of it then.
         """
         key = canonical_digest({"kept of": test, "number": number})
-        shelf = self.store.shelf("snapshots")
-        with clone.snapshot() as copied, shelf.locked(key, test, self._announce):
+        collection = self.store.collection("snapshots")
+        with clone.snapshot() as copied, collection.locked(key, test, self._announce):
 
-            def make(folder: Path) -> Mapping[str, Any]:
-                facts = copied.move_to(folder)
+            def make(directory: Path) -> Mapping[str, Any]:
+                facts = copied.move_to(directory)
                 return {**facts, "about": {**facts["about"], "test": test, "clone": clone.name}}
 
-            shelf.build(key, make)
+            collection.build(key, make)
             self._kept.add(key)
 
-    @descriptors_told("the clone that was kept")
+    @translating_emfile("the clone that was kept")
     def replay(self, entry: Entry) -> Snapshot:
         """Return a kept clone as a snapshot. Raise HostError when it cannot run here any more."""
         with self._lock:
             self._resources.enter_context(entry.in_use())
-            snapshot = Snapshot.reopen(entry, self.choice.engine, self.choice.report, self._workshop)
+            snapshot = Snapshot.reopen(entry, self.choice.engine, self.choice.report, self._runtime)
             self._resources.callback(snapshot.close)
             return snapshot
 
-    @descriptors_told("a private network")
+    @translating_emfile("a private network")
     def network(self, *, seed: int = 0) -> Network:
         """Return a new private network, the caller's to close."""
         with self._lock:
             return Network(self.supervisor, next(self._network_numbers), seed=seed)
 
-    def enclose(self, joined: bool, network: NetworkSpec) -> Namespace:
+    def open_namespace(self, joined: bool, network: NetworkSpec) -> Namespace:
         """Return a network namespace for a VM, which joins it or not, the caller's to close. Raise HostError."""
         with self._lock:
             namespaces = self._namespaces
@@ -180,7 +180,7 @@ class Harness:
         """Return the cache, swept of what killed builders left."""
         store = Store(cache_root(self._options.cache_dir), note=self._notes.append)
         for kind in ("images", "kernels", "snapshots"):
-            sweep_temporary(store.folder(kind))
+            sweep_temporary(store.directory(kind))
         return store
 
     @cached_property
@@ -217,12 +217,12 @@ class Harness:
     @cached_property
     def kernel(self) -> GuestKernel:
         """Return the kernel that guests boot; found, or downloaded once."""
-        shelf = self.store.shelf("kernels")
-        with shelf.locked("kernel", "guest kernel", self._announce):
+        collection = self.store.collection("kernels")
+        with collection.locked("kernel", "guest kernel", self._announce):
             return self._failures.once(
                 "kernel",
                 lambda: resolve_kernel(
-                    option=self._options.kernel, kernels_dir=self.store.folder("kernels"), progress=self._announce
+                    option=self._options.kernel, kernels_dir=self.store.directory("kernels"), progress=self._announce
                 ),
             )
 
@@ -232,8 +232,8 @@ class Harness:
         parts = {"agent": content_digest(agent), "kernel": self.kernel.digest, "format": INITRAMFS_FORMAT}
         key = canonical_digest(parts)
 
-        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
-            build_initramfs(agent=agent, kernel=self.kernel, dest=folder / _INITRAMFS)
+        def make(directory: Path, _note: Announce) -> Mapping[str, Any]:
+            build_initramfs(agent=agent, kernel=self.kernel, dest=directory / _INITRAMFS)
             return {"kernel": self.kernel.release}
 
         return self._obtain("kernels", key, make, "guest kernel")[0]
@@ -249,8 +249,8 @@ class Harness:
     def _unpack_kernel(self) -> Path:
         """Return the ELF kernel, unpacked once per kernel."""
 
-        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
-            extract_vmlinux(self.kernel.bzimage, folder / _VMLINUX)
+        def make(directory: Path, _note: Announce) -> Mapping[str, Any]:
+            extract_vmlinux(self.kernel.bzimage, directory / _VMLINUX)
             return {"kernel": self.kernel.release}
 
         key = canonical_digest({"vmlinux of": self.kernel.digest})
@@ -265,24 +265,24 @@ class Harness:
         return self._resources.enter_context(closing(Admission(run_root(), self._options.max_clones)))
 
     @cached_property
-    def _workshop(self) -> Workshop:
+    def _runtime(self) -> SnapshotRuntime:
         admission = self._admission
-        return Workshop(
+        return SnapshotRuntime(
             admit=self._admit,
-            admit_ahead=lambda mem_mib: admission.admit_ahead(mem_mib, holder=f"a pool, ahead of {self.who}"),
-            ahead=self._options.pool,
+            admit_prewarmed=lambda mem_mib: admission.admit_prewarmed(mem_mib, holder=f"a pool, ahead of {self.who}"),
+            prewarmed=self._options.pool,
             makers=max(1, len(os.sched_getaffinity(0)) // int(environment().get("PYTEST_XDIST_WORKER_COUNT", "1"))),
-            scratch=lambda: self.store.shelf("snapshots").scratch(self.supervisor.run_dir),
-            born=self._count_clone,
-            enclose=self.enclose,
+            scratch=lambda: self.store.collection("snapshots").scratch(self.supervisor.run_dir),
+            on_created=self._count_clone,
+            open_namespace=self.open_namespace,
         )
 
-    def _ingredients(self, spec: MachineSpec, who: str) -> Ingredients:
+    def _inputs(self, spec: VmSpec, who: str) -> SnapshotInputs:
         if spec.network.proxy:
             spec = replace(spec, env={**proxy_variables(), **spec.env})
         image = self._image(spec.image or "", who)
         ready = choose_ready(spec.ready, image.config)
-        parts = Ingredients(
+        parts = SnapshotInputs(
             spec=spec,
             ready=ReadySpec(mode=ReadyMode.AGENT) if spec.needs else ready,
             ready_joined=ready,
@@ -304,7 +304,7 @@ class Harness:
         if text not in self._images:
             name = canonical_digest({"image": text})
             self._failures.check(f"image-{name}")
-            with self.store.shelf("images").locked(name, who, self._speaker(text)) as phase:
+            with self.store.collection("images").locked(name, who, self._speaker(text)) as phase:
                 self._images[text] = self._failures.once(f"image-{name}", lambda: self._resolve_image(text, phase, who))
                 self._resources.enter_context(self._images[text].rootfs.in_use())
         return self._images[text]
@@ -317,28 +317,28 @@ class Harness:
         pull = PullPolicy(self._options.pull)
         if pull is PullPolicy.ALWAYS and asked.exists():
             pull = PullPolicy.MISSING
-        pulled = resolve_image(reference, images_dir=self.store.folder("images"), pull=pull, progress=progress)
+        pulled = resolve_image(reference, images_dir=self.store.directory("images"), pull=pull, progress=progress)
         leave_mark(asked)
         key = canonical_digest({"image": pulled.digest, "format": ROOTFS_FORMAT})
 
-        def make(folder: Path, _note: Announce) -> Mapping[str, Any]:
-            build_rootfs(pulled, folder / _ROOTFS, progress=progress)
+        def make(directory: Path, _note: Announce) -> Mapping[str, Any]:
+            build_rootfs(pulled, directory / _ROOTFS, progress=progress)
             return {"image": text, "digest": pulled.digest}
 
         rootfs, _ = self._obtain("images", key, make, who)
         pulled.discard()
         return _Image(digest=pulled.digest, config=pulled.config, rootfs=rootfs)
 
-    def _find_or_build(self, key: str, parts: Ingredients, who: str) -> Entry:
+    def _find_or_build(self, key: str, parts: SnapshotInputs, who: str) -> Entry:
         announce = self._speaker(parts.spec.image or "")
         started = monotonic()
 
-        def make(folder: Path, note: Announce) -> Mapping[str, Any]:
+        def make(directory: Path, note: Announce) -> Mapping[str, Any]:
             def tell(text: str) -> None:
                 note(text)
                 announce(text)
 
-            return build_snapshot(parts, folder, tell, self.enclose)
+            return build_snapshot(parts, directory, tell, self.open_namespace)
 
         entry, built = self._obtain("snapshots", key, make, who, fresh=self._options.rebuild)
         if built:
@@ -352,18 +352,20 @@ class Harness:
     def _obtain(self, kind: str, key: str, make: _Make, who: str, *, fresh: bool = False) -> tuple[Entry, bool]:
         """Return an entry and whether it was built here. `fresh` builds it anew, once in a run.
 
-        `make` gets a folder to fill, and a function to note its phase for those who wait.
+        `make` gets a directory to fill, and a function to note its phase for those who wait.
         """
-        shelf = self.store.shelf(kind)
+        collection = self.store.collection(kind)
         renewed = self._shared / f"renewed-{key}"
-        if not fresh and (entry := shelf.find(key)):
+        if not fresh and (entry := collection.find(key)):
             return entry, False
         self._failures.check(f"{kind}-{key}")
-        with shelf.locked(key, who, self._announce) as phase:
-            if (not fresh or renewed.exists()) and (entry := shelf.find(key)):
+        with collection.locked(key, who, self._announce) as phase:
+            if (not fresh or renewed.exists()) and (entry := collection.find(key)):
                 return entry, False
             phase("building")
-            entry = self._failures.once(f"{kind}-{key}", lambda: shelf.build(key, lambda folder: make(folder, phase)))
+            entry = self._failures.once(
+                f"{kind}-{key}", lambda: collection.build(key, lambda directory: make(directory, phase))
+            )
             leave_mark(renewed)
             return entry, True
 
@@ -389,7 +391,7 @@ class Harness:
     def _count_clone(self, clone: Clone) -> None:
         self._clones += 1
         self._live.add(clone)
-        self.born(clone)
+        self.on_created(clone)
         if self._options.timings:
             self._timings.append(f"{clone.name}: {clone.timeline}")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pytest_fcvm.clone import Clone
     from pytest_fcvm.errors import FcvmError
     from pytest_fcvm.harness import Harness
-    from pytest_fcvm.model.specs import MachineSpec
+    from pytest_fcvm.model.specs import VmSpec
     from pytest_fcvm.options import Options
 
 __all__ = [
@@ -34,7 +34,7 @@ class RunReporter(Protocol):
     """What fixtures need of whoever talks to the person."""
 
     def shared_dir(self) -> Path:
-        """Return the folder that all workers of this run share."""
+        """Return the directory that all workers of this run share."""
         ...
 
     @property
@@ -56,12 +56,12 @@ HARNESS: pytest.StashKey[Harness] = pytest.StashKey()
 REPORTER: pytest.StashKey[RunReporter] = pytest.StashKey()
 RECORDINGS: pytest.StashKey[list[Path]] = pytest.StashKey()
 RUNNING: pytest.StashKey[pytest.Item | None] = pytest.StashKey()
-WORKER_SPEC: pytest.StashKey[MachineSpec] = pytest.StashKey()
+WORKER_SPEC: pytest.StashKey[VmSpec] = pytest.StashKey()
 TIMER: pytest.StashKey[tuple[pytest.Item, Any] | None] = pytest.StashKey()
 
 
 @pytest.hookspec(firstresult=True)
-def pytest_fcvm_modify_spec(spec: MachineSpec, item: pytest.Item | None) -> MachineSpec | None:
+def pytest_fcvm_modify_spec(spec: VmSpec, item: pytest.Item | None) -> VmSpec | None:
     """Return another spec, or None to leave it. Called before a snapshot is looked up, markers already merged.
 
     `item` is the test that asks, None for session fixtures. The first hook that returns a spec wins.
@@ -72,5 +72,5 @@ def pytest_fcvm_clone_created(clone: Clone, item: pytest.Item | None) -> None:
     """Learn of a clone that answers, before the test gets it."""
 
 
-def pytest_fcvm_clone_failed(spec: MachineSpec, error: FcvmError, item: pytest.Item | None) -> None:
+def pytest_fcvm_clone_failed(spec: VmSpec, error: FcvmError, item: pytest.Item | None) -> None:
     """Learn of a clone that did not come to life, before the error is raised."""

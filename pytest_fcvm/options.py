@@ -16,7 +16,7 @@ from typing import Any
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.model import parse, settings
-from pytest_fcvm.model.specs import MachineSpec, Prepare
+from pytest_fcvm.model.specs import Prepare, VmSpec
 
 __all__ = [
     "ROWS",
@@ -54,7 +54,7 @@ Parser = Callable[[Any, Origin], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One option under all its names. `field` is a field of MachineSpec when `of_machine`, else of Options."""
+    """One option under all its names. `field` is a field of VmSpec when `of_machine`, else of Options."""
 
     name: str
     field: str
@@ -163,7 +163,7 @@ def _one_of(*words: str) -> Parser:
     return parser
 
 
-def _machine(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
+def _running(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
     return Row(name=name, field=field_name, parser=parser, help=help, of_machine=True, **more)
 
 
@@ -181,34 +181,34 @@ _STOCK = "stock"  # as in kernel/sources.py
 _LIST = RowKind.LIST
 
 ROWS: tuple[Row, ...] = (
-    _machine("image", "image", _image, "OCI image, rootfs tar or folder each machine starts from", metavar="IMAGE"),
-    _machine("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
-    _machine("cpus", "cpus", _plain(parse.parse_count), "processors of a machine", metavar="N", default="1"),
-    _machine("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
-    _machine("balloon", "balloon", _plain(parse.parse_bool), "let clone.take_memory take memory from machines (Firecracker)", kind=RowKind.FLAG),
-    _machine("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
-    _machine("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
-    _machine("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
-    _machine("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
-    _machine("map", "map", _maps, "copy a host file or directory into the guest, in the place of what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
-    _machine("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
-    _machine("network", "network", _plain(parse.parse_network), "auto, user (slirp where it leads outside), relay (nothing outside), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
-    _machine("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
-    _machine("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
-    _machine("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
-    _machine("warm", "warm", _warm, "command run in each clone that is made ahead of its test", metavar="COMMAND"),
-    _machine("hook", "hook", _text, "command run in each clone before its workload goes on", metavar="COMMAND"),
-    _machine("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
-    _machine("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
-    _machine("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
-    _machine("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program in place of the image's entrypoint and its arguments", metavar="COMMAND"),
-    _machine("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
-    _machine("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload, which its clones keep", metavar="NAME", default="fcvm-base"),
-    _machine("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="what the memory allows"),
-    _machine("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands, -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
-    _machine("sysctl", "sysctls", _plain(settings.parse_sysctl), "setting of the guest's kernel", metavar="NAME=VALUE", kind=_LIST),
+    _running("image", "image", _image, "OCI image, rootfs tar or directory each machine starts from", metavar="IMAGE"),
+    _running("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
+    _running("cpus", "cpus", _plain(parse.parse_count), "CPUs of a machine", metavar="N", default="1"),
+    _running("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
+    _running("balloon", "balloon", _plain(parse.parse_bool), "let clone.inflate_balloon take memory from machines (Firecracker)", kind=RowKind.FLAG),
+    _running("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
+    _running("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
+    _running("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
+    _running("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
+    _running("map", "map", _maps, "copy a host file or directory into the guest, in the place of what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
+    _running("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
+    _running("network", "network", _plain(parse.parse_network), "auto, user (slirp where it leads outside), relay (nothing outside), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
+    _running("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
+    _running("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
+    _running("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
+    _running("warm", "warm", _warm, "command run in each clone that is made ahead of its test", metavar="COMMAND"),
+    _running("hook", "hook", _text, "command run in each clone before its workload goes on", metavar="COMMAND"),
+    _running("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
+    _running("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
+    _running("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
+    _running("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program in place of the image's entrypoint and its arguments", metavar="COMMAND"),
+    _running("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
+    _running("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload, which its clones keep", metavar="NAME", default="fcvm-base"),
+    _running("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="what the memory allows"),
+    _running("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands, -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
+    _running("sysctl", "sysctls", _plain(settings.parse_sysctl), "setting of the guest's kernel", metavar="NAME=VALUE", kind=_LIST),
     _run("engine", "engine", _one_of(*_ENGINES), "what runs the machines", choices=_ENGINES, default="auto"),
-    _run("accel", "accel", _one_of(*_ACCELS), "hardware or software processors", choices=_ACCELS, default="auto"),
+    _run("accel", "accel", _one_of(*_ACCELS), "hardware or software CPUs", choices=_ACCELS, default="auto"),
     _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
     _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
     _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
@@ -233,7 +233,7 @@ _BY_MARKER = {row.marker: row for row in ROWS}
 class Options:
     """Everything said outside of tests, read once per process. `given` names the rows that somebody set."""
 
-    spec: MachineSpec = field(default_factory=MachineSpec)
+    spec: VmSpec = field(default_factory=VmSpec)
     engine: str = "auto"
     accel: str = "auto"
     require_kvm: bool = False
@@ -298,7 +298,7 @@ def environment_layer(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def build_options(layers: Sequence[Mapping[str, Any]]) -> Options:
     """Lay parsed layers over the defaults, the last one on top."""
-    spec, run = MachineSpec(), {}
+    spec, run = VmSpec(), {}
     machine_fields = {row.field for row in ROWS if row.of_machine}
     unresolved: dict[str, UsageProblem] = {}
     for raw in layers:
@@ -313,7 +313,7 @@ def build_options(layers: Sequence[Mapping[str, Any]]) -> Options:
 
 
 def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) -> dict[str, Any]:
-    """Parse marker or factory arguments into changes of a MachineSpec. Raise UsageProblem naming a wrong argument."""
+    """Parse marker or factory arguments into changes of a VmSpec. Raise UsageProblem naming a wrong argument."""
     allowed = [row.marker for row in ROWS if row.of_machine]
     for name in arguments:
         if name not in allowed:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_fcvm.host.libc import real_time_ns
-from pytest_fcvm.store import Entry, Shelf, Store
+from pytest_fcvm.store import Collection, Entry, Store
 
 __all__ = ["Bounds", "Outcome", "make_room", "make_room_beside", "prune", "remove"]
 
@@ -34,11 +34,11 @@ class Outcome:
     size_bytes: int = 0
 
 
-def remove(kind: str, entry: Entry, shelf: Shelf) -> Outcome:
+def remove(kind: str, entry: Entry, collection: Collection) -> Outcome:
     """Remove an entry unless somebody uses it."""
     size = entry.size_bytes
-    with shelf.locked(entry.key, _WHO, lambda _text: None):
-        gone = shelf.remove(entry.key)
+    with collection.locked(entry.key, _WHO, lambda _text: None):
+        gone = collection.remove(entry.key)
     what = "removed" if gone else "kept: a run uses it"
     return Outcome(kind=kind, key=entry.key, what=what, bad=not gone, size_bytes=size if gone else 0)
 
@@ -48,7 +48,7 @@ def prune(store: Store, bounds: Bounds, *, dry_run: bool = False) -> list[Outcom
 
     What is in use stays, and counts. With `dry_run` it is only said what would go.
     """
-    snapshots, images = store.shelf(_SNAPSHOTS), store.shelf(_IMAGES)
+    snapshots, images = store.collection(_SNAPSHOTS), store.collection(_IMAGES)
     before_s = real_time_ns() / 1e9 - bounds.older_than_s if bounds.older_than_s else None
     doomed = _choose(snapshots, bounds, before_s)
     needed = {_rootfs_of(entry) for entry in snapshots.entries() if entry.key not in {one.key for one in doomed}}
@@ -67,13 +67,13 @@ def prune(store: Store, bounds: Bounds, *, dry_run: bool = False) -> list[Outcom
     if dry_run:
         what = "would be removed"
         return [Outcome(kind=kind, key=entry.key, what=what, size_bytes=entry.size_bytes) for kind, entry, _ in chosen]
-    return [remove(kind, entry, shelf) for kind, entry, shelf in chosen]
+    return [remove(kind, entry, collection) for kind, entry, collection in chosen]
 
 
 def make_room(store: Store, max_mib: int) -> int:
     """Prune once all snapshots together take more than so much; return how many bytes that has freed."""
     bounds = Bounds(max_mib=max_mib)
-    if not _choose(store.shelf(_SNAPSHOTS), bounds, None):
+    if not _choose(store.collection(_SNAPSHOTS), bounds, None):
         return 0
     return sum(outcome.size_bytes for outcome in prune(store, bounds))
 
@@ -87,16 +87,16 @@ def make_room_beside(newest: Entry, store: Store, max_mib: int | None) -> Sequen
     return [f"the cache had grown over --fcvm-cache-limit: {freed >> 20} MiB of it were freed"] if freed else ()
 
 
-def _choose(shelf: Shelf, bounds: Bounds, before_s: float | None) -> Sequence[Entry]:
+def _choose(collection: Collection, bounds: Bounds, before_s: float | None) -> Sequence[Entry]:
     doomed, kept, room = [], 0, (bounds.max_mib or 0) << 20
-    for entry in shelf.entries():  # those wanted last come first
+    for entry in collection.entries():  # those wanted last come first
         size = entry.size_bytes
         room -= size
         kept += 1
         too_old = before_s is not None and entry.used_s < before_s
         too_many = bounds.keep is not None and kept > bounds.keep
         too_large = bounds.max_mib is not None and room < 0
-        if (too_old or too_many or too_large) and not shelf.is_in_use(entry.key):
+        if (too_old or too_many or too_large) and not collection.is_in_use(entry.key):
             doomed.append(entry)
             room, kept = room + size, kept - 1
     return doomed

@@ -58,7 +58,7 @@ class ReadyTarget(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float | int | str]:
-        """Return the guest's figures; `workload_cpu_us` is what the workload has used of its processors."""
+        """Return the guest's figures; `workload_cpu_us` is what the workload has used of its CPUs."""
         ...
 
     def wait_for_log(self, regex: str, *, timeout: float, times: int) -> object:
@@ -124,7 +124,7 @@ class _Ports:
     """The TCP ports that an image exposes, of which some may never be served.
 
     They are ready when every one listens. When some do, the others are given up after 10 s in which neither one more
-    opened nor the workload used a tenth of a processor, or three quarters of the time that a service may take, and 45 s
+    opened nor the workload used a tenth of a CPU, or three quarters of the time that a service may take, and 45 s
     at least, in which none opened: RabbitMQ's image exposes TLS that it serves on demand alone; its first port, which
     is another program's, listens long before the broker does.
     """
@@ -200,7 +200,7 @@ class ClientPath:
         port = PublishedPort(guest_port=service_port if self._http else PROBE_PORT)
         self._find_endpoint: Callable[[], Endpoint] = lambda: publish(port)
 
-    def prove(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
+    def verify(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
         """Wait until the clone, whose agent has answered, answers on the path too.
 
         Raise GuestTimeout with the last answer, or what `pause_for_exit` raises when the clone has ended.

@@ -37,7 +37,7 @@ _LONGEST = 16 * 1024  # of a report's section
 
 
 def prepare_fork(item: pytest.Item) -> None:
-    """Make the run's shared folder before pytest-forked forks: a child that ends by `os._exit` would leave its own."""
+    """Make the run's shared directory before pytest-forked forks: a child that ends by `os._exit` would leave its own."""
     if "fcvm" in item.keywords and (getattr(item.config.option, "forked", None) or item.get_closest_marker("forked")):
         with suppress(FcvmError):  # told by whoever asks for it
             item.config.stash[REPORTER].shared_dir()
@@ -61,7 +61,7 @@ class Reporter:
     # -- progress
 
     def shared_dir(self) -> Path:
-        """Return the folder that all workers of this run share; made when first asked for."""
+        """Return the directory that all workers of this run share; made when first asked for."""
         if self._shared_dir is None:
             from pytest_fcvm.host.paths import RunDir  # it needs a POSIX system
 
@@ -108,9 +108,9 @@ class Reporter:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker which folder the run shares, and start to listen to its progress.
+        """Tell a worker which directory the run shares, and start to listen to its progress.
 
-        Where there can be no such folder, the tests that ask for a machine are told, and no other.
+        Where there can be no such directory, the tests that ask for a machine are told, and no other.
         """
         if not hasattr(os, "mkfifo"):
             return
@@ -233,12 +233,12 @@ class Reporter:
         error = call.excinfo.value if call.excinfo else None
         if isinstance(error, FcvmError) and call.excinfo:
             info = call.excinfo
-            call.excinfo = self._spare("the traceback was not cut", lambda: _for_people(info, error)) or info
+            call.excinfo = self._standby("the traceback was not cut", lambda: _for_people(info, error)) or info
         report = yield
         if isinstance(error, FcvmError) and report.when == "setup" and report.failed:
             report.longrepr = f"{type(error).__name__}: {error}"
         before = len(self._lost)
-        self._spare("no evidence was gathered", lambda: self._add_evidence(item, report, error))
+        self._standby("no evidence was gathered", lambda: self._add_evidence(item, report, error))
         if report.failed:
             report.sections += [("fcvm: not kept", line) for line in dict.fromkeys(self._lost[before:])]
         return report
@@ -249,7 +249,7 @@ class Reporter:
         options = self._config.stash[OPTIONS]
         if report.failed or options.artifacts == "all":
             for clone in clones:
-                told[clone.name] = self._spare(f"{clone.name} told nothing", clone.evidence) or {}
+                told[clone.name] = self._standby(f"{clone.name} told nothing", clone.evidence) or {}
         if report.failed:
             shown = {} if self._shown and report.when == "teardown" else told
             report.sections += _sections_of_error(error, told)
@@ -262,7 +262,7 @@ class Reporter:
 
             root = self._config.rootpath / _ARTIFACTS
             recordings = item.stash.get(RECORDINGS, [])
-            self._spare(
+            self._standby(
                 f"nothing was kept in {root}",
                 lambda: write_artifacts(root / directory_of(item.nodeid), told, recordings),
             )
@@ -292,13 +292,15 @@ class Reporter:
     def _keep_machine(self, item: pytest.Item, clone: Clone, number: int) -> tuple[str, str]:
         """Save a clone of a test, and return how to get at it."""
         before = len(self._lost)
-        self._spare(f"{clone.name} was not kept", lambda: self._config.stash[HARNESS].keep(clone, item.nodeid, number))
+        self._standby(
+            f"{clone.name} was not kept", lambda: self._config.stash[HARNESS].keep(clone, item.nodeid, number)
+        )
         title = f"fcvm {clone.name}: kept"
         if len(self._lost) > before:
             return title, f"not kept: {self._lost.pop()}"
         return title, f"fcvm replay {shlex.quote(item.nodeid)}    opens a shell in it, as it was"
 
-    def _spare(self, what: str, do: Callable[[], T]) -> T | None:
+    def _standby(self, what: str, do: Callable[[], T]) -> T | None:
         """Return what `do` does. Whatever it raises is a line for the person, and not the test's affair.
 
         A test may have patched anything that it needs, with something that calls `pytest.fail` or exits.

@@ -1,6 +1,6 @@
 """The on-disk cache: entries of a kind under a key, built once per host, checked before use, never changed.
 
-An entry is a folder of files with `manifest.json`, written last. It is made in a temporary folder, synced and renamed,
+An entry is a directory of files with `manifest.json`, written last. It is made in a temporary directory, synced and renamed,
 under a lock per key that all processes of the host respect. Beside the lock lies a note of who builds and how far.
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.files import SEALED, replace_file, sync_folder, sync_path
+from pytest_fcvm.host.files import SEALED, replace_file, sync_directory, sync_path
 from pytest_fcvm.host.own import getpid, os, shutil
 
-__all__ = ["MANIFEST_SCHEMA", "Entry", "Shelf", "Store", "canonical_digest", "content_digest"]
+__all__ = ["MANIFEST_SCHEMA", "Collection", "Entry", "Store", "canonical_digest", "content_digest"]
 
 MANIFEST_SCHEMA = 1
 _MANIFEST = "manifest.json"
@@ -47,7 +47,7 @@ class Entry:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the entry from being removed or replaced, and note that it was wanted."""
-        # The folder's own inode: the manifest is replaced when a copied or touched entry is proven anew.
+        # The directory's own inode: the manifest is replaced when a copied or touched entry is proven anew.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -69,7 +69,7 @@ class Entry:
 
 
 @dataclass(kw_only=True)
-class Shelf:
+class Collection:
     """All entries of one kind. `note` is told, in a sentence, of anything a person should know."""
 
     path: Path
@@ -82,10 +82,10 @@ class Shelf:
         One that is not is put aside, with a note, by the holder of the key's lock: without it, the entry that is moved
         away could be the one that another process has just built.
         """
-        folder = self.path / key
+        directory = self.path / key
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
-            fault = _fault(folder, manifest, key)
+            manifest = json.loads((directory / _MANIFEST).read_bytes())
+            fault = _fault(directory, manifest, key)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,18 +93,18 @@ class Shelf:
             manifest = {}
         if fault:
             if key in self._held:
-                self._put_aside(folder, fault)
+                self._quarantine(directory, fault)
             return None
-        return Entry(path=folder, key=key, facts=manifest["facts"])
+        return Entry(path=directory, key=key, facts=manifest["facts"])
 
     def entries(self) -> list[Entry]:
         """Return all entries with a readable manifest, unproven, those that were wanted last first."""
         found = []
-        for folder in self.path.iterdir():
+        for directory in self.path.iterdir():
             with suppress(OSError, ValueError, KeyError, TypeError):
-                manifest = json.loads((folder / _MANIFEST).read_bytes())
-                if manifest["key"] == folder.name:
-                    found.append(Entry(path=folder, key=folder.name, facts=manifest["facts"]))
+                manifest = json.loads((directory / _MANIFEST).read_bytes())
+                if manifest["key"] == directory.name:
+                    found.append(Entry(path=directory, key=directory.name, facts=manifest["facts"]))
         return sorted(found, key=lambda entry: entry.used_s, reverse=True)
 
     def is_in_use(self, key: str) -> bool:
@@ -125,7 +125,7 @@ class Shelf:
         """Remove an entry unless somebody uses it; return whether it is gone. The key's lock must be held."""
         if self.is_in_use(key):
             return False
-        shutil.rmtree(self._put_aside(self.path / key, ""), ignore_errors=True)
+        shutil.rmtree(self._quarantine(self.path / key, ""), ignore_errors=True)
         return True
 
     def verify(self, key: str) -> str:
@@ -133,16 +133,16 @@ class Shelf:
 
         The key's lock must be held.
         """
-        folder = self.path / key
+        directory = self.path / key
         try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
+            manifest = json.loads((directory / _MANIFEST).read_bytes())
             for known in manifest["files"].values():
                 known["stamp"] = [0, 0, known["stamp"][2], 0, 0]
-            fault = _fault(folder, {**manifest, "seal": _seal(manifest)}, key)
+            fault = _fault(directory, {**manifest, "seal": _seal(manifest)}, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fault = f"its manifest is not readable ({error})"
         if fault:
-            self._put_aside(folder, "")
+            self._quarantine(directory, "")
         return fault
 
     @contextmanager
@@ -181,45 +181,45 @@ class Shelf:
 
     @contextmanager
     def scratch(self, otherwise: Path | None = None) -> Iterator[Path]:
-        """Yield a folder that is gone after the block, and by the next start where the process was killed in it.
+        """Yield a directory that is gone after the block, and by the next start where the process was killed in it.
 
         It lies in `otherwise` where nothing can be written here.
         """
         key = f"copy-{os.urandom(8).hex()}"
         with self.locked(key, "a copy", lambda _text: None):
             place = self.path if key in self._held or otherwise is None else otherwise
-            folder = place / f"{key}.tmp-{getpid()}"
+            directory = place / f"{key}.tmp-{getpid()}"
             try:
-                folder.mkdir(mode=0o700)
-                yield folder
+                directory.mkdir(mode=0o700)
+                yield directory
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(directory, ignore_errors=True)
                 with suppress(OSError):
                     (self.path / f"{key}.lock").unlink()
 
     def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
-        """Let `make` fill a folder and return the facts, then publish it. The key's lock must be held.
+        """Let `make` fill a directory and return the facts, then publish it. The key's lock must be held.
 
-        Raise HostError naming the folder when the disk is full, or when another run uses the entry that would be
+        Raise HostError naming the directory when the disk is full, or when another run uses the entry that would be
         replaced; nothing is left of an entry that failed.
         """
         self._check_replaceable(key)
         self._sweep_key(key)
-        folder = self.path / f"{key}.tmp-{getpid()}"
+        directory = self.path / f"{key}.tmp-{getpid()}"
         try:
-            _make_dir(folder)
-            facts = dict(make(folder))
-            _write_manifest(folder, key, facts)
-            sync_folder(folder)
+            _make_dir(directory)
+            facts = dict(make(directory))
+            _write_manifest(directory, key, facts)
+            sync_directory(directory)
             final = self.path / key
             self._check_replaceable(key)
             if final.exists():
-                shutil.rmtree(self._put_aside(final, ""), ignore_errors=True)
-            folder.rename(final)
+                shutil.rmtree(self._quarantine(final, ""), ignore_errors=True)
+            directory.rename(final)
             sync_path(self.path)
         except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            _raise_if_full(error, folder)
+            shutil.rmtree(directory, ignore_errors=True)
+            _raise_if_full(error, directory)
             raise
         return Entry(path=final, key=key, facts=facts)
 
@@ -231,33 +231,33 @@ class Shelf:
             )
 
     def _sweep_key(self, key: str) -> None:
-        for folder in self.path.glob(f"{key}.tmp-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for directory in self.path.glob(f"{key}.tmp-*"):
+            shutil.rmtree(directory, ignore_errors=True)
 
-    def _put_aside(self, folder: Path, fault: str) -> Path:
-        aside = self.path / f"{folder.name}.bad-{os.urandom(4).hex()}"
+    def _quarantine(self, directory: Path, fault: str) -> Path:
+        aside = self.path / f"{directory.name}.bad-{os.urandom(4).hex()}"
         with suppress(OSError):
-            for old in self.path.glob(f"{folder.name}.bad-*"):
+            for old in self.path.glob(f"{directory.name}.bad-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            folder.rename(aside)
+            directory.rename(aside)
         if fault:
-            self.note(f"cache entry {folder.name[:12]} is put aside and built anew: {fault} ({aside})")
+            self.note(f"cache entry {directory.name[:12]} is put aside and built anew: {fault} ({aside})")
         return aside
 
 
 class Store:
-    """The cache folder of one user."""
+    """The cache directory of one user."""
 
     def __init__(self, root: Path, note: Note = lambda _text: None) -> None:
         self.root = root
         self._note = note
 
-    def shelf(self, kind: str) -> Shelf:
+    def collection(self, kind: str) -> Collection:
         """Return the shelf of a kind (images, kernels, snapshots), made when it is first asked for."""
-        return Shelf(path=self.folder(kind), note=self._note)
+        return Collection(path=self.directory(kind), note=self._note)
 
-    def folder(self, name: str) -> Path:
-        """Return a folder of the store that manages its own content."""
+    def directory(self, name: str) -> Path:
+        """Return a directory of the store that manages its own content."""
         path = self.root / name
         if not path.is_dir():
             with suppress(FileExistsError):
@@ -323,25 +323,25 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _write_manifest(folder: Path, key: str, facts: Mapping[str, Any]) -> None:
+def _write_manifest(directory: Path, key: str, facts: Mapping[str, Any]) -> None:
     files = {
         path.name: {"sha256": content_digest(path), "stamp": _stamp(path)}
-        for path in sorted(folder.iterdir())
+        for path in sorted(directory.iterdir())
         if path.is_file() and not path.is_symlink()
     }
-    _replace_manifest(folder, {"schema": MANIFEST_SCHEMA, "key": key, "facts": facts, "files": files})
+    _replace_manifest(directory, {"schema": MANIFEST_SCHEMA, "key": key, "facts": facts, "files": files})
 
 
-def _replace_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
     sealed = {**manifest, "seal": _seal(manifest)}
-    replace_file(folder / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
+    replace_file(directory / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     return canonical_digest({name: value for name, value in manifest.items() if name != "seal"})
 
 
-def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
+def _fault(directory: Path, manifest: Mapping[str, Any], key: str) -> str:
     if manifest["schema"] != MANIFEST_SCHEMA or manifest["key"] != key:
         return "it is from another version"
     if manifest["seal"] != _seal(manifest):
@@ -349,16 +349,16 @@ def _fault(folder: Path, manifest: Mapping[str, Any], key: str) -> str:
     changed = False
     for name, known in manifest["files"].items():
         try:
-            stamp = _stamp(folder / name)
+            stamp = _stamp(directory / name)
         except FileNotFoundError:
             return f"{name} is missing"
         if stamp != known["stamp"]:
-            if stamp[2] != known["stamp"][2] or content_digest(folder / name) != known["sha256"]:
+            if stamp[2] != known["stamp"][2] or content_digest(directory / name) != known["sha256"]:
                 return f"{name} has changed"
             known["stamp"], changed = stamp, True
     if changed:
         with suppress(OSError):  # no room for it: the entry is sound all the same, and is hashed again next time
-            _replace_manifest(folder, manifest)
+            _replace_manifest(directory, manifest)
     return ""
 
 
@@ -374,10 +374,11 @@ def _make_dir(path: Path) -> None:
         raise
 
 
-def _raise_if_full(error: BaseException, folder: Path) -> None:
+def _raise_if_full(error: BaseException, directory: Path) -> None:
     if isinstance(error, OSError) and error.errno in _FULL:
         raise HostError(
-            f"no room left in {folder.parent}: {error.strerror}", hint="free some disk or name another --fcvm-cache-dir"
+            f"no room left in {directory.parent}: {error.strerror}",
+            hint="free some disk or name another --fcvm-cache-dir",
         ) from error
 
 

@@ -23,12 +23,12 @@ def test_home(fcvm_clone):
 def main() -> int:
     """Build, install, run; print a closing line that counts."""
     with tempfile.TemporaryDirectory(prefix="fcvm-packaging-") as scratch:
-        folder = Path(scratch)
-        wheel = _build(folder)
+        directory = Path(scratch)
+        wheel = _build(directory)
         _check_contents(wheel)
-        python = _install(wheel, folder / "clean")
+        python = _install(wheel, directory / "clean")
         image = _run([sys.executable, str(_ROOT / "examples/images/build.py"), "nginx", str(_ROOT / ".demo")]).strip()
-        (folder / "test_wheel.py").write_text(_SUITE)
+        (directory / "test_wheel.py").write_text(_SUITE)
         # Isolated, and far from the checkout: it must not shadow the installed wheel.
         output = _run(
             [
@@ -41,8 +41,8 @@ def main() -> int:
                 "test_wheel.py",
                 f"--fcvm-image=oci:{image}:latest",
             ],
-            cwd=folder,
-            env={"PATH": _path_without_compilers(folder), "HOME": os.environ.get("HOME", "/root")},
+            cwd=directory,
+            env={"PATH": _path_without_compilers(directory), "HOME": os.environ.get("HOME", "/root")},
         )
     print(output)
     if "1 passed" not in output:
@@ -52,11 +52,11 @@ def main() -> int:
     return 0
 
 
-def _build(folder: Path) -> Path:
-    _run([sys.executable, "-m", "build", "--sdist", "--outdir", str(folder), str(_ROOT)])
-    (sdist,) = folder.glob("*.tar.gz")
-    _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(sdist)])
-    (wheel,) = folder.glob("*.whl")
+def _build(directory: Path) -> Path:
+    _run([sys.executable, "-m", "build", "--sdist", "--outdir", str(directory), str(_ROOT)])
+    (sdist,) = directory.glob("*.tar.gz")
+    _run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(directory), str(sdist)])
+    (wheel,) = directory.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl"), wheel.name
     return wheel
 
@@ -67,16 +67,16 @@ def _check_contents(wheel: Path) -> None:
         assert wanted in names, f"{wanted} is not in {wheel.name}"
 
 
-def _install(wheel: Path, folder: Path) -> str:
-    venv.create(folder, with_pip=True)
-    python = str(folder / "bin/python")
+def _install(wheel: Path, directory: Path) -> str:
+    venv.create(directory, with_pip=True)
+    python = str(directory / "bin/python")
     _run([python, "-m", "pip", "install", "--quiet", str(wheel)])
     return python
 
 
-def _path_without_compilers(folder: Path) -> str:
+def _path_without_compilers(directory: Path) -> str:
     """Return a PATH with the tools that a machine needs, and no compiler."""
-    tools = folder / "tools"
+    tools = directory / "tools"
     tools.mkdir()
     for name in (
         "qemu-system-x86_64",

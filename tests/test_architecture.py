@@ -16,7 +16,7 @@ import pytest
 PACKAGE = "pytest_fcvm"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-# Top floor first. Parts of one floor do not import each other; a folder is one part.
+# Top floor first. Parts of one floor do not import each other; a directory is one part.
 FLOORS = (
     {"plugin"},
     {"fixtures", "reporting", "cli"},

@@ -3,7 +3,7 @@
 
     tiers.py [TIER ...]
 
-Tiers that boot VMs run beside those that do not: emulation fills one processor, and much of the rest is waiting.
+Tiers that boot VMs run beside those that do not: emulation fills one CPU, and much of the rest is waiting.
 """
 
 from __future__ import annotations

@@ -114,17 +114,17 @@ RECIPES = {
 }
 
 
-def build(name: str, folder: Path, recipe: Recipe | None = None) -> Path:
+def build(name: str, directory: Path, recipe: Recipe | None = None) -> Path:
     """Return the OCI layout of an image, built unless this very recipe has built it there before."""
     recipe = recipe or RECIPES[name]
-    layout = folder / name
+    layout = directory / name
     script = _ENTRYPOINTS / recipe.entrypoint if recipe.entrypoint else None
     stamp = hashlib.sha256(repr(recipe).encode() + (script.read_bytes() if script else b"")).hexdigest()
     made = layout / "recipe"
     if made.exists() and made.read_text() == stamp:
         return layout
     shutil.rmtree(layout, ignore_errors=True)
-    fresh = folder / f"{name}.tmp-{os.getpid()}"
+    fresh = directory / f"{name}.tmp-{os.getpid()}"
     (fresh / "blobs/sha256").mkdir(parents=True)
     try:
         layer = fresh / "layer.tar"
@@ -144,7 +144,7 @@ def _bootstrap(recipe: Recipe, script: Path | None, layer: Path) -> None:
     if script:
         hooks.append(f'install -m 755 "{script}" "$1/usr/local/bin/{script.name}"')
     unwanted = ("usr/share/doc", "usr/share/man", "usr/share/locale", "var/cache/apt", "var/lib/apt/lists")
-    hooks += [f'rm -rf "$1/{folder}"' for folder in unwanted]
+    hooks += [f'rm -rf "$1/{directory}"' for directory in unwanted]
     command = ["mmdebstrap", "--quiet", "--variant=essential", f"--include={','.join(recipe.packages)}"]
     command += ['--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Check-Date "false"']
     command += [f"--customize-hook={hook}" for hook in hooks]
@@ -164,9 +164,9 @@ def _apt_sources() -> bytes:
     return b"\n\n".join(path.read_bytes() for path in files)
 
 
-def write_layout(folder: Path, layer: bytes, image_config: dict[str, object]) -> None:
-    """Make an OCI layout, with the tag `latest`, of one layer (an uncompressed tar) in a folder with `blobs/sha256`."""
-    layer_blob = _add_blob(folder, layer, "application/vnd.oci.image.layer.v1.tar")
+def write_layout(directory: Path, layer: bytes, image_config: dict[str, object]) -> None:
+    """Make an OCI layout, with the tag `latest`, of one layer (an uncompressed tar) in a directory with `blobs/sha256`."""
+    layer_blob = _add_blob(directory, layer, "application/vnd.oci.image.layer.v1.tar")
     config = {
         "architecture": "amd64",
         "os": "linux",
@@ -176,18 +176,18 @@ def write_layout(folder: Path, layer: bytes, image_config: dict[str, object]) ->
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": _add_blob(folder, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
+        "config": _add_blob(directory, json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json"),
         "layers": [layer_blob],
     }
-    entry = _add_blob(folder, json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
+    entry = _add_blob(directory, json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
     tagged = {**entry, "annotations": {"org.opencontainers.image.ref.name": "latest"}}
-    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [tagged]}))
-    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [tagged]}))
+    (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
 
-def _add_blob(folder: Path, data: bytes, media_type: str) -> dict[str, object]:
+def _add_blob(directory: Path, data: bytes, media_type: str) -> dict[str, object]:
     digest = hashlib.sha256(data).hexdigest()
-    (folder / "blobs/sha256" / digest).write_bytes(data)
+    (directory / "blobs/sha256" / digest).write_bytes(data)
     return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
 
 
@@ -206,11 +206,11 @@ def main() -> int:
     if len(sys.argv) < 3 or not set(sys.argv[1:-1]) <= set(RECIPES):
         print(f"usage: build.py {{{'|'.join(RECIPES)}}} … DIR", file=sys.stderr)
         return 2
-    folder = Path(sys.argv[-1])
-    folder.mkdir(parents=True, exist_ok=True)
+    directory = Path(sys.argv[-1])
+    directory.mkdir(parents=True, exist_ok=True)
     try:
         for name in sys.argv[1:-1]:
-            print(build(name, folder))
+            print(build(name, directory))
     except subprocess.CalledProcessError as error:
         print(f"{error.cmd[0]} failed; when not root, it needs the package uidmap", file=sys.stderr)
         return 1

@@ -28,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = words.index("--") if takes_command and "--" in words else len(words)
     options = make_parser(full=words[:1]).parse_args(words[:end])
     options.command = words[end + 1 :]
-    from pytest_fcvm.host.limits import descriptors_told  # help needs none
+    from pytest_fcvm.host.limits import translating_emfile  # help needs none
 
     try:
-        with descriptors_told(f"fcvm {words[0]}"):
+        with translating_emfile(f"fcvm {words[0]}"):
             return int(options.run(options))
     except FcvmError as error:
         print(f"fcvm: {error}", file=sys.stderr)  # noqa: T201
@@ -84,7 +84,7 @@ def _add_setup(commands: _Commands) -> None:
 def _add_shell(commands: _Commands, *, with_options: bool) -> None:
     """Add it, its machine's options only when they are needed: the table is as much to import as all the rest."""
     parser = _add(commands, "shell", _shell, "start a fresh machine of an image, and a shell in it")
-    parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or folder")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or directory")
     parser.epilog = _COMMAND_HELP
     if with_options:
         _add_rows(parser, _SHELL_ROWS, of_machines=True)

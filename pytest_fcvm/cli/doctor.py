@@ -56,7 +56,7 @@ def examine(cache_dir: str | None) -> list[Finding]:
                 ("skopeo (pulls images)", lambda: _tool("skopeo", "skopeo"), True),
                 ("mksquashfs (packs images)", lambda: _tool("mksquashfs", "squashfs-tools"), True),
                 ("zstd (zstd layers, Ubuntu's modules)", lambda: _tool("zstd", "zstd"), False),
-                ("cache folder", lambda: _cache(options.cache_dir), True),
+                ("cache directory", lambda: _cache(options.cache_dir), True),
                 ("run directory", lambda: str(run_root()), True),
                 ("guest kernel", lambda: _kernel(harness), True),
                 ("kernel for every program", lambda: _features(harness), False),
@@ -98,11 +98,11 @@ def _talk(text: str) -> None:
 
 
 def _host() -> str:
-    system, machine = platform.system(), platform.machine()
-    if (system, machine) != ("Linux", "x86_64"):
-        raise FcvmError(f"{system} on {machine}", hint='machines need Linux on x86_64; deselect with -m "not fcvm"')
+    system, running = platform.system(), platform.machine()
+    if (system, running) != ("Linux", "x86_64"):
+        raise FcvmError(f"{system} on {running}", hint='machines need Linux on x86_64; deselect with -m "not fcvm"')
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    return f"Linux {platform.release()} on {machine}, {os.cpu_count()} processors, {memory_mib} MiB"
+    return f"Linux {platform.release()} on {running}, {os.cpu_count()} CPUs, {memory_mib} MiB"
 
 
 def _tool(name: str, package: str) -> str:
@@ -146,5 +146,5 @@ def _kvm(harness: Harness) -> str:
 
 def _network(harness: Harness, text: str) -> str:
     """Make a namespace as a machine of Firecracker's would get it, with all cards."""
-    harness.enclose(True, parse_network(text)).close()  # noqa: FBT003
+    harness.open_namespace(True, parse_network(text)).close()  # noqa: FBT003
     return "a namespace was made" + (", and led outside" if "egress" in text else "")

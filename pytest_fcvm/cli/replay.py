@@ -39,7 +39,7 @@ def find_kept(cache_dir: str | None) -> list[Kept]:
     store = Store(cache_root(Path(cache_dir).resolve() if cache_dir else None))
     kept = [
         _kept(entry)
-        for entry in store.shelf("snapshots").entries()
+        for entry in store.collection("snapshots").entries()
         if {"test", "accelerator"} <= entry.facts.get("about", {}).keys()
     ]
     return sorted(kept, key=lambda one: one.created_s, reverse=True)

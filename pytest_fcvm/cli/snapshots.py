@@ -13,7 +13,7 @@ from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.pruning import Bounds, Outcome
-from pytest_fcvm.store import Entry, Shelf, Store
+from pytest_fcvm.store import Collection, Entry, Store
 
 __all__ = [
     "Listing",
@@ -55,7 +55,8 @@ def find_all(cache_dir: str | None, *, everything: bool = False) -> list[Listing
     """Return the snapshots of a cache, with `everything` the root file systems and kernels too; used last first."""
     store = _store(cache_dir)
     return [
-        _list(kind, entry, store.shelf(kind)) for kind, entry in _entries(store, _KINDS if everything else _KINDS[:1])
+        _list(kind, entry, store.collection(kind))
+        for kind, entry in _entries(store, _KINDS if everything else _KINDS[:1])
     ]
 
 
@@ -85,7 +86,7 @@ def inspect(cache_dir: str | None, prefix: str) -> dict[str, Any]:
     store = _store(cache_dir)
     kind, entry = _resolve(store, prefix)
     facts = {name: value for name, value in entry.facts.items() if name not in _HIDDEN}
-    return {**asdict(_list(kind, entry, store.shelf(kind))), "path": str(entry.path), **facts}
+    return {**asdict(_list(kind, entry, store.collection(kind))), "path": str(entry.path), **facts}
 
 
 def render_facts(facts: dict[str, Any], *, as_json: bool) -> str:
@@ -104,7 +105,7 @@ def remove(cache_dir: str | None, prefixes: Sequence[str]) -> list[Outcome]:
     """Remove entries that nobody uses."""
     store = _store(cache_dir)
     chosen = [_resolve(store, prefix) for prefix in prefixes]
-    return [pruning.remove(kind, entry, store.shelf(kind)) for kind, entry in chosen]
+    return [pruning.remove(kind, entry, store.collection(kind)) for kind, entry in chosen]
 
 
 def prune(cache_dir: str | None, bounds: Bounds, *, dry_run: bool = False) -> list[Outcome]:
@@ -133,10 +134,10 @@ def _store(cache_dir: str | None) -> Store:
 
 
 def _entries(store: Store, kinds: Sequence[str]) -> list[tuple[str, Entry]]:
-    return [(kind, entry) for kind in kinds for entry in store.shelf(kind).entries()]
+    return [(kind, entry) for kind in kinds for entry in store.collection(kind).entries()]
 
 
-def _list(kind: str, entry: Entry, shelf: Shelf) -> Listing:
+def _list(kind: str, entry: Entry, collection: Collection) -> Listing:
     about = entry.facts.get("about", {})
     return Listing(
         kind=kind,
@@ -147,7 +148,7 @@ def _list(kind: str, entry: Entry, shelf: Shelf) -> Listing:
         size_bytes=entry.size_bytes,
         created_s=about.get("created_s", 0),
         used_s=int(entry.used_s),
-        in_use=shelf.is_in_use(entry.key),
+        in_use=collection.is_in_use(entry.key),
         test=about.get("test", ""),
         rootfs=about.get("rootfs", ""),
     )
@@ -169,9 +170,9 @@ def _resolve(store: Store, prefix: str) -> tuple[str, Entry]:
 
 
 def _verify(store: Store, kind: str, entry: Entry) -> Outcome:
-    shelf = store.shelf(kind)
-    with shelf.locked(entry.key, _WHO, lambda _text: None):
-        fault = shelf.verify(entry.key)
+    collection = store.collection(kind)
+    with collection.locked(entry.key, _WHO, lambda _text: None):
+        fault = collection.verify(entry.key)
     what = f"put aside, will be built anew: {fault}" if fault else "sound"
     return Outcome(kind=kind, key=entry.key, what=what, bad=bool(fault))
 

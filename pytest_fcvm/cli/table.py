@@ -13,8 +13,10 @@ _AGES = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 def render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows in columns as wide as their widest cell, two spaces apart."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    widths = [max(len(jail_dir) for jail_dir in column) for column in zip(head, *rows, strict=True)]
+    lines = (
+        "  ".join(jail_dir.ljust(width) for jail_dir, width in zip(row, widths, strict=True)) for row in (head, *rows)
+    )
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 

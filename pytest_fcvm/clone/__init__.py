@@ -2,6 +2,6 @@
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 
-__all__ = ["Clone", "Machine", "WorkloadLog"]
+__all__ = ["Clone", "RunningVm", "WorkloadLog"]

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
 from pytest_fcvm.clone.files import COPY_S, FileVerbs
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem, WorkloadExited
 from pytest_fcvm.guest.process import GuestProcess
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
 from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
 from pytest_fcvm.model.results import ExecResult, Timeline
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import VmSpec
+from pytest_fcvm.network.addresses import GUEST_ADDRESS
 from pytest_fcvm.network.ports.own_address import at_address, random_loopback
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     from pytest_fcvm.snapshot.snapshot import Snapshot
 
-__all__ = ["Clone", "CopyMachine", "ExecDefaults", "StartMachine"]
+__all__ = ["Clone", "ExecDefaults", "StartVm", "TakeSnapshot"]
 
-StartMachine = Callable[[tuple[PublishedPort, ...]], Machine]
-CopyMachine = Callable[[Machine, str], "Snapshot"]
+StartVm = Callable[[tuple[PublishedPort, ...]], RunningVm]
+TakeSnapshot = Callable[[RunningVm, str], "Snapshot"]
 
 _TERM = "xterm-256color"
 _CALL_S = 30.0  # a short call to the agent, and emulated guests are slow under load
@@ -49,11 +50,11 @@ class Clone(FileVerbs):
         self,
         *,
         name: str,
-        spec: MachineSpec,
+        spec: VmSpec,
         engine: str,
         defaults: ExecDefaults,
-        start: StartMachine,
-        copy: CopyMachine | None = None,
+        start: StartVm,
+        copy: TakeSnapshot | None = None,
     ) -> None:
         self.name, self.spec, self.engine = name, spec, engine
         self._defaults, self._start, self._copy = defaults, start, copy
@@ -63,7 +64,7 @@ class Clone(FileVerbs):
         self._paused = False
         self._own_ip = random_loopback() if spec.own_address else ""
         self._mapped = {(port.proto, port.guest_port): port for port in spec.publish}
-        self._machine = start(tuple(self._mapped.values()))
+        self._running = start(tuple(self._mapped.values()))
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +75,7 @@ class Clone(FileVerbs):
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._machine.closed else "paused" if self._paused else "running"
+        state = "closed" if self._running.closed else "paused" if self._paused else "running"
         return f"<Clone {self.name} of {self.spec.image} on {self.engine}, {state}>"
 
     # -- reaching it
@@ -82,17 +83,17 @@ class Clone(FileVerbs):
     @property
     def ip(self) -> str:
         """Return the guest's own address, as it sees itself."""
-        return "10.0.2.15"
+        return GUEST_ADDRESS
 
     @property
     def timeline(self) -> Timeline:
         """Return where the start-up time of this clone went."""
-        return self._machine.timeline
+        return self._running.timeline
 
     @property
     def closed(self) -> bool:
         """Say whether it has been given back."""
-        return self._machine.closed
+        return self._running.closed
 
     def endpoint(self, guest_port: int, proto: str = "tcp") -> Endpoint:
         """Return the host address of a guest port; it is mapped on first use and stays for the clone's life."""
@@ -115,7 +116,7 @@ class Clone(FileVerbs):
         path = f"/{path}" if path and not path.startswith("/") else path
         return f"{scheme}://{self.endpoint(guest_port).netloc}{path}"
 
-    @descriptors_told("an HTTP client")
+    @translating_emfile("an HTTP client")
     def http(self, guest_port: int = 80) -> httpx.Client:
         """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
         from pytest_fcvm.clone.http import make_client  # httpx takes 0.1 s, and most tests have clients of their own
@@ -147,7 +148,7 @@ class Clone(FileVerbs):
             status = process.wait(_CALL_S)
         result = exec_result(cmd, stdout, stderr, status, monotonic() - started)
         if check and result.exit_code:
-            raise self._machine.explain(command_failed(cmd, result, "failed"))
+            raise self._running.explain(command_failed(cmd, result, "failed"))
         return result
 
     def popen(
@@ -186,7 +187,7 @@ class Clone(FileVerbs):
         """Run a command that must not exit with 0 and return its standard output. Raise CommandFailed."""
         result = self.exec(cmd, timeout=timeout)
         if result.exit_code == 0:
-            raise self._machine.explain(command_failed(cmd, result, "succeeded, and must not have"))
+            raise self._running.explain(command_failed(cmd, result, "succeeded, and must not have"))
         return result.stdout
 
     def wait_until_succeeds(self, cmd: Command, *, timeout: float = 60) -> str:
@@ -201,7 +202,7 @@ class Clone(FileVerbs):
                 return result.stdout
             if deadline.expired:
                 said = (result.stderr or result.stdout)[-400:]
-                raise self._machine.explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
+                raise self._running.explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
             self._live().pause_for_exit(pause)
             pause = min(pause * 1.5, 0.25)
 
@@ -216,19 +217,19 @@ class Clone(FileVerbs):
 
         Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
         """
-        machine, pattern = self._live(), parse_regex(regex)
-        match = machine.log.search(pattern, Deadline(timeout), lambda: machine.is_silent, times=times)
-        if match is None and machine.is_silent:
-            machine.agent.wait_for_last_words()
-            match = machine.log.search(pattern, Deadline(0), lambda: True, times=times)
+        running, pattern = self._live(), parse_regex(regex)
+        match = running.log.search(pattern, Deadline(timeout), lambda: running.is_silent, times=times)
+        if match is None and running.is_silent:
+            running.agent.wait_for_last_words()
+            match = running.log.search(pattern, Deadline(0), lambda: True, times=times)
         if match is None:
-            machine.raise_if_ended()
+            running.raise_if_ended()
             self._live()
             wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
-            if (status := machine.agent.workload_exit) is not None:
-                ended = machine.workload_exited(status)
-                raise machine.explain(WorkloadExited(f"no line matched {wanted}, and {ended.message}", hint=ended.hint))
-            raise self._machine.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
+            if (status := running.agent.workload_exit) is not None:
+                ended = running.workload_exited(status)
+                raise running.explain(WorkloadExited(f"no line matched {wanted}, and {ended.message}", hint=ended.hint))
+            raise self._running.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
         return match
 
     def console(self) -> str:
@@ -242,32 +243,32 @@ class Clone(FileVerbs):
     @property
     def printed_bytes(self) -> int:
         """Return how much the workload has printed here; a reset begins anew."""
-        return self._machine.log.size_bytes
+        return self._running.log.size_bytes
 
     def evidence(self) -> dict[str, str]:
         """Return titled tails of log, console and VMM log, and the timeline, for a report."""
-        return self._machine.evidence(settled=not self._paused)
+        return self._running.evidence(settled=not self._paused)
 
     # -- its life
 
     def pause(self) -> None:
-        """Stop the guest's processors. Calls into the guest are refused until `resume`."""
+        """Stop the guest's CPUs. Calls into the guest are refused until `resume`."""
         self._live().vm.pause()
         self._paused = True
 
     def resume(self) -> None:
         """Let the guest go on, with the time of day that its spec wants."""
-        self._machine.check_ours()
-        self._machine.wake(self.spec.clock)
+        self._running.check_ours()
+        self._running.wake(self.spec.clock)
         self._paused = False
 
-    def take_memory(self, size: str | int, timeout: float = 30) -> int:
+    def inflate_balloon(self, size: str | int, timeout: float = 30) -> int:
         """Take so much of the guest's free memory ("64M" in all; 0 gives all back), and return how many MiB are taken.
 
         It may take `timeout` seconds. The spec needs a `balloon`.
         """
         self._check_has("balloon", self.spec.balloon)
-        return self._live().take_memory(parse_size_mib(size) if size else 0, timeout)
+        return self._live().inflate_balloon(parse_size_mib(size) if size else 0, timeout)
 
     def set_metadata(self, data: Mapping[str, Any]) -> None:
         """Replace what the guest reads at http://169.254.169.254, for a spec that has `metadata` to begin with."""
@@ -284,12 +285,12 @@ class Clone(FileVerbs):
 
         Raise GuestTimeout when it does not end in time.
         """
-        machine = self._live()
+        running = self._live()
         try:
-            status = machine.agent.wait_until_workload_exit(timeout)
+            status = running.agent.wait_until_workload_exit(timeout)
         except GuestTimeout as error:
-            raise machine.explain(error) from None
-        machine.agent.wait_for_last_words()
+            raise running.explain(error) from None
+        running.agent.wait_for_last_words()
         return status
 
     def stop(self, timeout: float = 30) -> ExitStatus:
@@ -306,7 +307,7 @@ class Clone(FileVerbs):
         What the guest had synced is on the disk, and what it had not may be lost, as with a machine of one's own.
         """
         self.close_clients()
-        self._machine.close()
+        self._running.close()
 
     def snapshot(self, name: str = "") -> Snapshot:
         """Return a snapshot of what the clone is now, processes and memory included; the clone itself goes on.
@@ -338,26 +339,26 @@ class Clone(FileVerbs):
         It holds an ext4 file system: `upper` is what the guest has written over its image, `volumes` what is in the
         image's volumes. Raise GuestError for a clone without a disk.
         """
-        disk = self._machine.vm.disk
+        disk = self._running.vm.disk
         if disk is None:
             raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
-        if not self._machine.closed:
+        if not self._running.closed:
             self._live().agent.sync(timeout_s=COPY_S)
         disk.save(Path(dest))
 
     def reset(self) -> None:
         """Replace the VM by a fresh one of the same snapshot behind the same host ports."""
-        self._machine.close()
-        self._machine.vm.wait(_CALL_S)  # its ports are free when the process has gone
+        self._running.close()
+        self._running.vm.wait(_CALL_S)  # its ports are free when the process has gone
         self._paused = False
-        self._machine = self._start(tuple(self._mapped.values()))
+        self._running = self._start(tuple(self._mapped.values()))
 
     def close(self) -> None:
         """End the clone and what was copied of it; idempotent. Nothing of it is left."""
         with ExitStack() as last:
-            if self._machine.vm.disk is not None:
-                last.callback(self._machine.vm.disk.close)
-            last.callback(self._machine.close)
+            if self._running.vm.disk is not None:
+                last.callback(self._running.vm.disk.close)
+            last.callback(self._running.close)
             last.callback(self.close_clients)
             self._copies.close()
 
@@ -376,13 +377,13 @@ class Clone(FileVerbs):
         """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
         self._live().pause_for_exit(timeout_s)
 
-    def _live(self) -> Machine:
-        self._machine.check_ours()
-        if self._machine.closed:
+    def _live(self) -> RunningVm:
+        self._running.check_ours()
+        if self._running.closed:
             raise GuestError(f"{self.name} is closed", hint="ask for a new clone")
         if self._paused:
             raise GuestError(f"{self.name} is paused", hint="call resume() first")
-        return self._machine
+        return self._running
 
     def _check_has(self, what: str, has: bool) -> None:
         if not has:

@@ -11,7 +11,7 @@ from pytest_fcvm.host.own import os
 from pytest_fcvm.host.unpack import unpack_as, unpack_file
 
 if TYPE_CHECKING:
-    from pytest_fcvm.clone.machine import Machine
+    from pytest_fcvm.clone.running import RunningVm
 
 __all__ = ["COPY_S", "FileVerbs"]
 
@@ -23,7 +23,7 @@ class FileVerbs(ABC):
     """The verbs of a clone that copy. All raise GuestError with the agent's reason."""
 
     @abstractmethod
-    def _live(self) -> Machine:
+    def _live(self) -> RunningVm:
         """Return the VM. Raise GuestError when it takes no calls."""
 
     def copy_in(self, source: str | Path, dest: str, *, owner: str | None = _ROOT) -> None:

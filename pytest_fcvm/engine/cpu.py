@@ -1,4 +1,4 @@
-"""Which processor the host has: a snapshot is of it."""
+"""Which CPU the host has: a snapshot is of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["CpuIdentity", "read_cpu"]
 
 
 class CpuIdentity:
-    """The host's processor as /proc/cpuinfo tells it."""
+    """The host's CPU as /proc/cpuinfo tells it."""
 
     def __init__(self, text: str) -> None:
         self.model = _field(text, "model name") or "unknown"
@@ -19,7 +19,7 @@ class CpuIdentity:
 
 
 def read_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> CpuIdentity:
-    """Read the first processor's identity."""
+    """Read the first CPU's identity."""
     with cpuinfo.open() as file:
         return CpuIdentity(file.read(4096))
 

@@ -94,13 +94,13 @@ class Disk:
         self._finalizer()
 
 
-def _open_nameless(folder: Path) -> int:
+def _open_nameless(directory: Path) -> int:
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
         if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
             raise
-    path = folder / f"disk-{getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
+    path = directory / f"disk-{getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
     descriptor = create_private(path)
     path.unlink()
     return descriptor

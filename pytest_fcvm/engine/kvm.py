@@ -14,12 +14,12 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.records import Digests, boot_id, open_record
 
-__all__ = ["AGENT_SIGN", "SmokeTimeout", "explain_missing_device", "recall_or_prove"]
+__all__ = ["AGENT_SIGN", "SmokeTimeout", "cached_or_probe", "explain_missing_device"]
 
 AGENT_SIGN = b"fcvm-agent:"
 """What the agent prints first on the console."""
 
-_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the processor's flag
+_MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the CPU's flag
 _DOUBTFUL_FOR_S = 600.0  # a deadline may have passed because the host was busy
 
 
@@ -42,7 +42,7 @@ def explain_missing_device(root: Path = Path("/")) -> tuple[str, str]:
 
 
 def _explain_absence(root: Path) -> tuple[str, str]:
-    """Return why there is no device: hidden, without its module, or without a processor for it."""
+    """Return why there is no device: hidden, without its module, or without a CPU for it."""
     flags = read_cpu(root / "proc/cpuinfo").flags
     module = next((name for flag, name in _MODULES.items() if flag in flags), "")
     if module and (root / "sys/module" / module).exists():
@@ -54,10 +54,10 @@ def _explain_absence(root: Path) -> tuple[str, str]:
             "let the host of this virtual machine nest: kvm_intel or kvm_amd with nested=1, and its CPU passed through"
         )
         return "there is no /dev/kvm: this virtual machine may not have virtual machines of its own", hint
-    return "there is no /dev/kvm: the processor does not offer it", "enable virtualisation (VT-x, SVM) in the firmware"
+    return "there is no /dev/kvm: the CPU does not offer it", "enable virtualisation (VT-x, SVM) in the firmware"
 
 
-def recall_or_prove(record_file: Path, vmm_digest: str, kernel: Path, prove: Callable[[], str]) -> str:
+def cached_or_probe(record_file: Path, vmm_digest: str, kernel: Path, verify: Callable[[], str]) -> str:
     """Return why KVM does not work, "" when it does.
 
     `prove` boots the kernel, says the same, and raises SmokeTimeout at its deadline. It runs in one process at a time,
@@ -72,7 +72,7 @@ def recall_or_prove(record_file: Path, vmm_digest: str, kernel: Path, prove: Cal
             return str(known["reason"])
         until: float | None = None
         try:
-            reason = prove()
+            reason = verify()
         except SmokeTimeout as error:
             reason, until = str(error), monotonic() + _DOUBTFUL_FOR_S
         record["verdict"] = {"name": name, "reason": reason, "until": until}

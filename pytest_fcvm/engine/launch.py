@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import environment, os, shutil
 from pytest_fcvm.host.sockets import Socket, socket_pair
 from pytest_fcvm.host.sparse import unmakable
@@ -62,7 +62,7 @@ def launch(
 
     It runs in `directory`, else in a new one, which goes when the VMM has ended and was killed by us. Raise HostError.
     """
-    with descriptors_told(name), ExitStack() as far_ends, ExitStack() as near_ends:
+    with translating_emfile(name), ExitStack() as far_ends, ExitStack() as near_ends:
         if directory is None:
             directory = spawner.make_dir(name)
             near_ends.callback(shutil.rmtree, directory, ignore_errors=True)

@@ -12,7 +12,7 @@ from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.host.files import open_regular
 from pytest_fcvm.host.limits import lacks_process, more_processes
 
-__all__ = ["Speech", "explain_death", "read_tail", "tell_end", "without_expected"]
+__all__ = ["Speech", "describe_exit", "explain_death", "read_tail", "without_expected"]
 
 _TAIL_BYTES = 16384
 _NO_PCI = re.compile(r"^(?:\[ *[\d.]+\] )?PCI: Fatal: No config space access function found\r*(?:\n|\Z)", re.MULTILINE)
@@ -58,7 +58,7 @@ def without_expected(console: str) -> str:
     return _NO_PCI.sub("", console)
 
 
-def tell_end(speech: Speech, code: int | None, signal_number: int | None, log: str) -> str:
+def describe_exit(speech: Speech, code: int | None, signal_number: int | None, log: str) -> str:
     """Say in one line how a VMM ended, with its own last words."""
     # What failed is said before the assertion that ends it.
     words = _last_line(speech, log, preferred=speech.abort_mark if signal_number == signal.SIGABRT else "")
@@ -79,7 +79,7 @@ def _tell(speech: Speech, how: VmExit | None, console: str, log: str) -> tuple[s
         return f"the guest's kernel panicked: {panic[1].strip()}", ""
     if how.code == 0:
         return "the guest shut down or reset itself", ""
-    return tell_end(speech, how.code, how.signal, log), _hint(speech, how, log)
+    return describe_exit(speech, how.code, how.signal, log), _hint(speech, how, log)
 
 
 def _hint(speech: Speech, how: VmExit, log: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.errors import EngineError, FcvmError
-from pytest_fcvm.model.net import Cable, Namespace
+from pytest_fcvm.model.net import Attachment, Namespace
 from pytest_fcvm.model.specs import NetworkMode
 
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
     "Engine",
     "EngineReport",
     "GuestFiles",
-    "MachineShape",
     "RestorePlan",
     "SnapshotFiles",
     "Vm",
     "VmExit",
+    "VmShape",
 ]
 
 
@@ -59,7 +59,7 @@ class GuestFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineShape:
+class VmShape:
     """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside.
 
     `network` is one of the engine's own. `disk_mib` is the size of the scratch disk, 0 without one. With `metadata` it
@@ -83,7 +83,7 @@ class BootPlan:
     """
 
     name: str
-    shape: MachineShape
+    shape: VmShape
     files: GuestFiles
     memory: Path
     disk: Path | None = None
@@ -115,14 +115,14 @@ class SnapshotFiles:
 class RestorePlan:
     """A clone to restore.
 
-    `cables` lead to private networks, at most as many as `Engine.private_networks` says. With a network that is
+    `attachments` lead to private networks, at most as many as `Engine.private_networks` says. With a network that is
     enclosed it has a `namespace`, and the VMM is killed before that is closed.
     """
 
     name: str
-    shape: MachineShape
+    shape: VmShape
     files: SnapshotFiles
-    cables: tuple[Cable, ...] = ()
+    attachments: tuple[Attachment, ...] = ()
     namespace: Namespace | None = None
     metadata: Mapping[str, Any] | None = None
 
@@ -205,16 +205,16 @@ class Vm(Protocol):
         """Wait until the restored guest executes. A booted VM runs from the start."""
         ...
 
-    def set_link(self, cable: int, up: bool) -> None:
-        """Plug one of the plan's cables in or out, counted from 0; the guest's card notices."""
+    def set_link(self, attachment: int, up: bool) -> None:
+        """Plug one of the plan's attachments in or out, counted from 0; the guest's card notices."""
         ...
 
     def pause(self) -> None:
-        """Stop the guest's processors."""
+        """Stop the guest's CPUs."""
         ...
 
     def resume(self) -> None:
-        """Let the guest's processors run again."""
+        """Let the guest's CPUs run again."""
         ...
 
     def snapshot(self, state: Path) -> None:
@@ -282,7 +282,7 @@ class Engine(Protocol):
         """Return the engine's name as `--fcvm-engine` takes it."""
         ...
 
-    def check(self, shape: MachineShape) -> None:
+    def check(self, shape: VmShape) -> None:
         """Raise UsageProblem, with the way out, for a machine that this engine cannot make."""
         ...
 
@@ -306,6 +306,6 @@ class Engine(Protocol):
         """Spawn a clone's VMM, start it and return at once; the guest comes to life meanwhile."""
         ...
 
-    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+    def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
         ...

@@ -40,13 +40,13 @@ from pytest_fcvm.model.guest import (
     WorkloadState,
     WorkloadStatus,
 )
-from pytest_fcvm.model.net import Cable, Proto
+from pytest_fcvm.model.net import Attachment, Proto
 
 __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 2.0
-TellTime = Callable[[], int]  # in ns since 1970
+ClockSource = Callable[[], int]  # in ns since 1970
 
 _DETACHED, _ON_TERMINAL, _IS_INIT = 1, 2, 4
 _NAME_LENGTH = 60  # of a command in messages
@@ -99,42 +99,44 @@ class Agent:
         """
         self._end_input(quiesce_opening(next_secret, keeps_peer=keeps_peer), next_secret, None, timeout_s)
 
-    def park(self, copy_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Freeze the workload and let the channel rest, so that the VM can be copied; calls wait for `go_on`.
+    def suspend(self, copy_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        """Freeze the workload and let the channel rest, so that the VM can be copied; calls wait for `resume_session`.
 
         The agent of a copy waits for `copy_secret`.
         """
-        way_back = new_secret()
-        body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RETURN, way_back)]
-        self._end_input(Opening(kind=StreamKind.PARK, what="park", fields=body), copy_secret, way_back, timeout_s)
+        resume_token = new_secret()
+        body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RETURN, resume_token)]
+        self._end_input(
+            Opening(kind=StreamKind.SUSPEND, what="park", fields=body), copy_secret, resume_token, timeout_s
+        )
 
-    def go_on(
-        self, channel: socket.socket, tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    def resume_session(
+        self, channel: socket.socket, clock_ns: ClockSource | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Go on after `park` over the channel that the VM has now, and let the workload go on at the host's time."""
-        deadline, holds = Deadline(timeout_s), tell_time is not None  # a call that waits would find it frozen
-        stream = self.session.go_on(channel, personalise_opening(Identity(stays_frozen=holds)), holds=holds)
+        deadline, holds = Deadline(timeout_s), clock_ns is not None  # a call that waits would find it frozen
+        stream = self.session.resume_session(channel, personalise_opening(Identity(stays_frozen=holds)), holds=holds)
         try:
             stream.wait_reply(deadline)
         finally:
-            if tell_time:
-                stream = self.session.open_held(personalise_opening(Identity(realtime_ns=tell_time())))
-        if tell_time:
+            if clock_ns:
+                stream = self.session.open_held(personalise_opening(Identity(realtime_ns=clock_ns())))
+        if clock_ns:
             stream.wait_reply(deadline)
 
     def wake(
-        self, resume: Callable[[], object], tell_time: TellTime | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self, resume: Callable[[], object], clock_ns: ClockSource | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         """Let a VM go on that `resume` resumes, and its workload at the host's time.
 
         The question whether it runs is in the channel before it does.
         """
-        stream = self.session.open(personalise_opening(Identity(stays_frozen=tell_time is not None)))
+        stream = self.session.open(personalise_opening(Identity(stays_frozen=clock_ns is not None)))
         resume()
         deadline = Deadline(timeout_s)
         stream.wait_reply(deadline)
-        if tell_time:
-            self.session.open(personalise_opening(Identity(realtime_ns=tell_time()))).wait_reply(deadline)
+        if clock_ns:
+            self.session.open(personalise_opening(Identity(realtime_ns=clock_ns()))).wait_reply(deadline)
 
     def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Let the workload execute nothing more until `personalise`; the session goes on."""
@@ -335,9 +337,9 @@ class Agent:
     def _call(self, kind: StreamKind, body: Body, timeout_s: float, what: str = "") -> Fields:
         return self._open(kind, body, what or kind.name.lower()).wait_reply(Deadline(timeout_s))
 
-    def _end_input(self, opening: Opening, secret: bytes, way_back: bytes | None, timeout_s: float) -> None:
+    def _end_input(self, opening: Opening, secret: bytes, resume_token: bytes | None, timeout_s: float) -> None:
         try:
-            stream = self.session.open_last(opening, secret, way_back)
+            stream = self.session.open_last(opening, secret, resume_token)
             stream.wait_reply(Deadline(timeout_s))
         except GuestTimeout as error:
             self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
@@ -370,15 +372,15 @@ def start_session(
     secret: bytes,
     *,
     identity: Identity | None = None,
-    cables: Sequence[Cable] = (),
+    attachments: Sequence[Attachment] = (),
     log_sink: Sink | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     explain: Explain | None = None,
-    tell_time: TellTime | None = None,
+    clock_ns: ClockSource | None = None,
 ) -> Agent:
     """Start a session and return its agent once that has answered, personalised if there is an `identity`.
 
-    Hello, private networks, identity and the log's stream go in one write. With `tell_time`, which returns ns since
+    Hello, private networks, identity and the log's stream go in one write. With `clock_ns`, which returns ns since
     1970, the workload stays frozen until the agent has answered and been told the time of then: what was written first
     is read when the guest comes to life, a hundred milliseconds later on a busy host. The session owns the socket, and
     has closed it when this raises.
@@ -389,11 +391,11 @@ def start_session(
         sock.close()
         raise
     try:
-        first = replace(identity, hook=(), stays_frozen=True) if identity and tell_time else identity
-        agent._log = open_session(agent.session, first, cables, log_sink, Deadline(timeout_s))
-        if identity and tell_time:
+        first = replace(identity, hook=(), stays_frozen=True) if identity and clock_ns else identity
+        agent._log = open_session(agent.session, first, attachments, log_sink, Deadline(timeout_s))
+        if identity and clock_ns:
             hook, env = identity.hook, identity.hook_env
-            agent.personalise(Identity(realtime_ns=tell_time(), hook=hook, hook_env=env), timeout_s=timeout_s)
+            agent.personalise(Identity(realtime_ns=clock_ns(), hook=hook, hook_env=env), timeout_s=timeout_s)
     except BaseException:
         agent.close()
         raise

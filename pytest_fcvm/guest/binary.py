@@ -8,14 +8,14 @@ from pytest_fcvm.errors import HostError
 
 __all__ = ["resolve_agent"]
 
-_FOLDER = Path(__file__).parent.parent / "agents"
+_DIRECTORY = Path(__file__).parent.parent / "agents"
 
 
-def resolve_agent(machine: str = "x86_64") -> Path:
+def resolve_agent(running: str = "x86_64") -> Path:
     """Return the static agent for a machine type. Raise HostError when the package was installed without it."""
-    path = _FOLDER / f"agent-{machine}"
+    path = _DIRECTORY / f"agent-{running}"
     if not path.is_file():
         raise HostError(
-            f"this pytest-fcvm has no guest agent for {machine}", hint="run guest_image/build, or reinstall"
+            f"this pytest-fcvm has no guest agent for {running}", hint="run guest_image/build, or reinstall"
         )
     return path

@@ -15,7 +15,7 @@ from pytest_fcvm.model.guest import (
     WorkloadStatus,
     memory_advice,
 )
-from pytest_fcvm.model.net import Cable
+from pytest_fcvm.model.net import Attachment
 
 _STAYS_FROZEN = 16
 
@@ -69,14 +69,14 @@ def identity_body(identity: Identity) -> Body:
     return body
 
 
-def join_body(hosts: Sequence[str], cable: Cable | None = None, interface: str = "") -> Body:
+def join_body(hosts: Sequence[str], attachment: Attachment | None = None, interface: str = "") -> Body:
     """Return the fields of JOIN: an interface of a private network, or the lines of /etc/hosts alone."""
     body: Body = []
-    if cable is not None:
+    if attachment is not None:
         body += [
             (FieldTag.INTERFACE, interface),
-            (FieldTag.MAC, _mac_bytes(cable.mac)),
-            *((FieldTag.ADDRESS, address) for address in cable.addresses),
+            (FieldTag.MAC, _mac_bytes(attachment.mac)),
+            *((FieldTag.ADDRESS, address) for address in attachment.addresses),
         ]
     body += ((FieldTag.HOSTS, line) for line in hosts)
     return body
@@ -138,21 +138,21 @@ def metric_values(fields: Fields) -> dict[str, float | int | str]:
     return values
 
 
-def _machine_body(machine: GuestConfig | Identity) -> Body:
+def _machine_body(running: GuestConfig | Identity) -> Body:
     """Return the fields that a boot and a clone have in common; what is empty is left out."""
     texts = (
-        (FieldTag.MACHINE_ID, machine.machine_id),
-        (FieldTag.INTERFACE, machine.interface),
-        (FieldTag.ADDRESS, machine.address),
-        (FieldTag.GATEWAY, machine.gateway),
+        (FieldTag.MACHINE_ID, running.machine_id),
+        (FieldTag.INTERFACE, running.interface),
+        (FieldTag.ADDRESS, running.address),
+        (FieldTag.GATEWAY, running.gateway),
     )
     body: Body = [(tag, text) for tag, text in texts if text]
-    if machine.mac:
-        body.append((FieldTag.MAC, _mac_bytes(machine.mac)))
-    body += ((FieldTag.DNS, server) for server in machine.dns)
-    body += ((FieldTag.HOSTS, line) for line in machine.hosts)
-    if machine.peer_gateway is not None:
-        body.append((FieldTag.PEER_GATEWAY, int(machine.peer_gateway)))
+    if running.mac:
+        body.append((FieldTag.MAC, _mac_bytes(running.mac)))
+    body += ((FieldTag.DNS, server) for server in running.dns)
+    body += ((FieldTag.HOSTS, line) for line in running.hosts)
+    if running.peer_gateway is not None:
+        body.append((FieldTag.PEER_GATEWAY, int(running.peer_gateway)))
     return body
 
 

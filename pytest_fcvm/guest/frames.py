@@ -89,7 +89,7 @@ class StreamKind(IntEnum):
     SYNC = 10
     FREEZE = 11
     JOIN = 12
-    PARK = 13
+    SUSPEND = 13
     EXEC = 32
     CONNECT = 33
     LOGS = 34

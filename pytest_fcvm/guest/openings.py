@@ -10,7 +10,7 @@ from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.guest.streams import Sink, Stream
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import Cable
+from pytest_fcvm.model.net import Attachment
 
 __all__ = ["logs_opening", "open_session", "personalise_opening", "quiesce_opening", "tar_in_opening"]
 
@@ -18,22 +18,26 @@ _ONLY_UNSENT, _AT_PLACE, _HIDES = 8, 16, 32
 
 
 def open_session(
-    session: Session, identity: Identity | None, cables: Sequence[Cable], log_sink: Sink | None, deadline: Deadline
+    session: Session,
+    identity: Identity | None,
+    attachments: Sequence[Attachment],
+    log_sink: Sink | None,
+    deadline: Deadline,
 ) -> Stream | None:
     """Start a session with the streams that it begins with, in one write, and return the log's stream."""
     opening = [
-        Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), cable, f"eth{number}"))
-        for number, cable in enumerate(cables, start=1)
+        Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), attachment, f"eth{number}"))
+        for number, attachment in enumerate(attachments, start=1)
     ]
     if identity is not None:
         opening.append(personalise_opening(identity))
     if log_sink is not None:
         opening.append(logs_opening(log_sink, only_unsent=identity is not None))
     streams: Sequence[Stream] = session.start(opening)
-    for stream in streams[: len(cables)]:
+    for stream in streams[: len(attachments)]:
         stream.wait_reply(deadline)
     if identity is not None:
-        streams[len(cables)].wait_reply(deadline)
+        streams[len(attachments)].wait_reply(deadline)
     else:
         session.wait_until_welcome(deadline)
     return streams[-1] if log_sink is not None else None

@@ -97,7 +97,7 @@ class Poller:
             self._channel_events = wanted
         ready = dict(self._epoll.poll(0 if at_once else _RETRY_S if self._rests else None))
         if self._rests:
-            self._go_on()
+            self._resume_session()
         if ready.pop(self._wake_fd, 0):
             os.eventfd_read(self._wake_fd)
         channel_is_ready = bool(ready.pop(self._channel_fd, 0))
@@ -122,7 +122,7 @@ class Poller:
             os.close(descriptor)
         self._epoll.close()
 
-    def _go_on(self) -> None:
+    def _resume_session(self) -> None:
         with self._lock:
             resting, self._rests = self._rests, {}
             for descriptor, events in resting.items():

@@ -95,8 +95,8 @@ class Session:
         self._noted: dict[Callable[[], object], None] = {}
         self._last_id = 0
         self._final: Stream | None = None
-        self._way_back: bytes | None = None  # of a session that is to be parked, or is
-        self._parked = False
+        self._resume_token: bytes | None = None  # of a session that is to be parked, or is
+        self._suspended = False
         self._return_id = 0  # of the stream that is to be the first then, ahead of one more
         self._vague = self._closing = False
         self.changed = threading.Condition(self.lock)
@@ -133,19 +133,19 @@ class Session:
             self.transmit(encode_open(stream.id, stream.kind, body))
             return stream
 
-    def open_last(self, opening: Opening, secret: bytes, way_back: bytes | None = None) -> Stream:
+    def open_last(self, opening: Opening, secret: bytes, resume_token: bytes | None = None) -> Stream:
         """Open the stream that ends the session when it succeeds; the agent then waits for `secret`.
 
         Nothing else is sent until its reply, and nothing is read after it: the channel must rest while its VM is saved.
-        With a `way_back`, the session does not end but is parked: what is sent waits for `go_on`.
+        With a `resume_token`, the session does not end but is parked: what is sent waits for `resume_session`.
         """
         body = encode_fields(opening.fields)
         with self.lock:
             self.raise_reason()
-            if self._final is not None or self._parked:
+            if self._final is not None or self._suspended:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
-            self._way_back = way_back
+            self._resume_token = resume_token
             self._return_id = self._last_id + 1
             self._last_id += 2  # ids grow, and calls that wait have later ones
             self.transmit(encode_open(stream.id, opening.kind, body))
@@ -153,7 +153,7 @@ class Session:
             self._secrets = (*self._secrets, secret)
             return stream
 
-    def go_on(self, sock: socket.socket, opening: Opening, *, holds: bool = False) -> Stream:
+    def resume_session(self, sock: socket.socket, opening: Opening, *, holds: bool = False) -> Stream:
         """Go on with a parked session over the channel that its VM has now; open a stream ahead of all that waits.
 
         Where it `holds`, all that goes on waiting for `open_held`. Raise why the session ended meanwhile.
@@ -170,17 +170,17 @@ class Session:
                 self._sock = sock
                 self.poller.use_channel(sock)
                 undo.pop_all()  # `close` has it now
-                assert self._way_back is not None
+                assert self._resume_token is not None
                 stream = self._new_stream(opening, self._return_id)
-                self._outbox.move_to(sock, self._way_back + encode_open(stream.id, stream.kind, body), holds=holds)
+                self._outbox.move_to(sock, self._resume_token + encode_open(stream.id, stream.kind, body), holds=holds)
                 self._outbox.flush()
-                self._parked = False
+                self._suspended = False
                 self._thread = ServiceThread(self._run, name="fcvm-session")
                 self._start_reading()
         return stream
 
     def open_held(self, opening: Opening) -> Stream:
-        """Open a stream ahead of what `go_on` holds, and let that go."""
+        """Open a stream ahead of what `resume_session` holds, and let that go."""
         body = encode_fields(opening.fields)
         with self.lock:
             self.raise_reason()
@@ -290,8 +290,8 @@ class Session:
         self._final = None
         if succeeded:
             self._secrets = self._secrets[-1:]
-            if self._way_back is not None:
-                self._parked = True
+            if self._resume_token is not None:
+                self._suspended = True
                 return
             self._end(GuestError("the session ended when the guest was made quiet", hint="start a new session"))
         else:
@@ -373,7 +373,7 @@ class Session:
 
     def _read_until_end(self) -> None:
         view = memoryview(bytearray(_RECEIVE_BYTES))
-        while self.reason is None and not self._parked:
+        while self.reason is None and not self._suspended:
             fault = self._outbox.fault
             ready = self.poller.wait(writes=self._outbox.blocked, at_once=fault is not None)
             if self.reason is None and ready:
@@ -382,7 +382,7 @@ class Session:
             elif fault:
                 raise _ChannelEnded(str(fault))
             with self.lock:
-                if self.reason is None and not self._parked:
+                if self.reason is None and not self._suspended:
                     self._outbox.flush()
 
     def _receive(self, view: memoryview) -> None:

@@ -39,7 +39,7 @@ def pack_path(
     """
     if not source.exists():
         what = "is a link that leads nowhere" if source.is_symlink() else "does not exist"
-        raise UsageProblem(f"{source} {what}", hint="copy_in takes an existing file or folder")
+        raise UsageProblem(f"{source} {what}", hint="copy_in takes an existing file or directory")
 
     def change(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uname = member.gname = ""

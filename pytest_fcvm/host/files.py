@@ -17,7 +17,7 @@ __all__ = [
     "open_regular",
     "read_regular",
     "replace_file",
-    "sync_folder",
+    "sync_directory",
     "sync_path",
 ]
 
@@ -65,7 +65,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk. Raise OSError."""
+    """Bring a file, or the names in a directory, to the disk. Raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -73,9 +73,9 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder and the files in it to the disk. Raise OSError."""
-    for path in folder.iterdir():
+def sync_directory(directory: Path) -> None:
+    """Bring a directory and the files in it to the disk. Raise OSError."""
+    for path in directory.iterdir():
         if path.is_file() and not path.is_symlink():
             sync_path(path)
-    sync_path(folder)
+    sync_path(directory)

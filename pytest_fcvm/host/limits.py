@@ -13,7 +13,7 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import SEALED
 
-__all__ = ["descriptors_told", "host_error", "lacks_process", "more_processes"]
+__all__ = ["host_error", "lacks_process", "more_processes", "translating_emfile"]
 
 _DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,7 +27,7 @@ _PLACES = "the run directory (XDG_RUNTIME_DIR) and the cache (--fcvm-cache-dir)"
 
 
 @contextmanager
-def descriptors_told(what: str) -> Iterator[None]:
+def translating_emfile(what: str) -> Iterator[None]:
     """Raise HostError where `what` failed by an OSError, or because no thread could start; the hint says what lacks."""
     try:
         yield

@@ -33,7 +33,7 @@ __all__ = [
 PATH_LIMIT = 100
 LOCK_NAME = "lock"
 
-_ROOT_LIMIT = 45  # leaves room below PATH_LIMIT for /<run id>/<child's folder>/<file>
+_ROOT_LIMIT = 45  # leaves room below PATH_LIMIT for /<run id>/<child's directory>/<file>
 _CHILD_NAME_LIMIT = 20
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"})
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -44,13 +44,13 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def cache_root(option: Path | None, *, mounts: Path = _MOUNTS) -> Path:
-    """Return the cache folder, made with mode 0700 if it is not there: `option`, else `$XDG_CACHE_HOME/pytest-fcvm`.
+    """Return the cache directory, made with mode 0700 if it is not there: `option`, else `$XDG_CACHE_HOME/pytest-fcvm`.
 
     Raise HostError when it cannot be made, is on a network file system (locks and shared pages do not hold there),
     belongs to another user, or can be read by others: memory images hold environment values in clear.
     """
     root = option if option is not None else _default_cache_root()
-    hint = "name another folder with --fcvm-cache-dir"
+    hint = "name another directory with --fcvm-cache-dir"
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = root.stat()
@@ -58,14 +58,14 @@ def cache_root(option: Path | None, *, mounts: Path = _MOUNTS) -> Path:
             root.chmod(0o700)
             found = root.stat()
     except OSError as error:
-        raise HostError(f"the cache folder {root} cannot be used: {error.strerror}", hint=hint) from error
+        raise HostError(f"the cache directory {root} cannot be used: {error.strerror}", hint=hint) from error
     if found.st_uid != os.geteuid():
-        raise HostError(f"the cache folder {root} belongs to another user (uid {found.st_uid})", hint=hint)
+        raise HostError(f"the cache directory {root} belongs to another user (uid {found.st_uid})", hint=hint)
     if found.st_mode & 0o077:
-        raise HostError(f"the cache folder {root} is open to other users", hint=f"chmod 700 {root}, or {hint}")
+        raise HostError(f"the cache directory {root} is open to other users", hint=f"chmod 700 {root}, or {hint}")
     kind = file_system_of(root, mounts=mounts)
     if kind in _REMOTE:
-        raise HostError(f"the cache folder {root} is on a network file system ({kind})", hint=hint)
+        raise HostError(f"the cache directory {root} is on a network file system ({kind})", hint=hint)
     return root.resolve()
 
 
@@ -86,7 +86,7 @@ def file_system_of(path: Path, *, mounts: Path = _MOUNTS) -> str:
 
 
 def run_root(tmp: Path = _TMP) -> Path:
-    """Return the folder of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if fit, else `/tmp/fcvm-<uid>`.
+    """Return the directory of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if fit, else `/tmp/fcvm-<uid>`.
 
     Raise HostError when somebody else has put something in its place.
     """

@@ -35,7 +35,7 @@ class ToolFailed(HostError):
 
 
 def find_tool(name: str) -> Path | None:
-    """Return the program's path or None, looking in the system's own sbin folders as well."""
+    """Return the program's path or None, looking in the system's own sbin directories as well."""
     found = find_program(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
     return Path(found) if found else None
 

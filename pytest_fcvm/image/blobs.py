@@ -43,16 +43,16 @@ class _Decoder(Protocol):
     def decompress(self, data: bytes, max_length: int = ..., /) -> bytes: ...
 
 
-def spool_layer(blob: LayerBlob, folder: Path, *, max_bytes: int) -> IO[bytes]:
+def spool_layer(blob: LayerBlob, directory: Path, *, max_bytes: int) -> IO[bytes]:
     """Return the layer's tar, open for reading at any place: the blob itself, or an unnamed decompressed copy.
 
-    `folder` takes the copy. Raise ImageError for a wrong digest, a broken stream or more than `max_bytes`; OSError
+    `directory` takes the copy. Raise ImageError for a wrong digest, a broken stream or more than `max_bytes`; OSError
     when the disk is full.
     """
     with blob.path.open("rb") as head:
         magic = head.read(8)
     compressed = not _is_plain(magic)
-    copy = tempfile.TemporaryFile(dir=folder) if compressed else None  # noqa: SIM115  it is what we return
+    copy = tempfile.TemporaryFile(dir=directory) if compressed else None  # noqa: SIM115  it is what we return
     try:
         whole, plain = _new_hash(blob.digest), _new_hash(blob.diff_id)
         with closing(_plain_chunks(blob.path, magic, whole.update)) as chunks:

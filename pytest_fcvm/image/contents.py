@@ -97,8 +97,8 @@ def _walk(root: Path) -> Iterator[Path]:
         raise _unreadable(Path(str(error.filename)), error) from error
 
     yield root
-    for folder, folders, files in os.walk(root, onerror=refuse):
-        yield from (Path(folder, name) for name in (*folders, *files))
+    for directory, directories, files in os.walk(root, onerror=refuse):
+        yield from (Path(directory, name) for name in (*directories, *files))
 
 
 def _node(path: Path, kind: NodeKind, status: os.stat_result) -> Node:

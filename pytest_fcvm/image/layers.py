@@ -30,26 +30,26 @@ Write = Callable[[bytes], object]
 
 
 def flatten(
-    blobs: Sequence[LayerBlob], write: Write, *, folder: Path, whiteouts: bool = True, limits: Limits | None = None
+    blobs: Sequence[LayerBlob], write: Write, *, directory: Path, whiteouts: bool = True, limits: Limits | None = None
 ) -> None:
     """Write the layers, lowest first, as one uncompressed tar stream, the same bytes for the same layers.
 
-    `folder` takes the decompressed copies while this runs; `whiteouts=False` is for a plain root filesystem. Raise
+    `directory` takes the decompressed copies while this runs; `whiteouts=False` is for a plain root filesystem. Raise
     ImageError for layers that are damaged, leave the root or exceed the limits.
     """
     with ExitStack() as stack:
-        tree, contents = _read_layers(blobs, stack, folder=folder, whiteouts=whiteouts, limits=limits or Limits())
+        tree, contents = _read_layers(blobs, stack, directory=directory, whiteouts=whiteouts, limits=limits or Limits())
         write_tree(tree, contents, write)
 
 
 def _read_layers(
-    blobs: Sequence[LayerBlob], stack: ExitStack, *, folder: Path, whiteouts: bool, limits: Limits
+    blobs: Sequence[LayerBlob], stack: ExitStack, *, directory: Path, whiteouts: bool, limits: Limits
 ) -> tuple[RootTree, LayerContents]:
     """Return the file system the layers make and its contents, whose files `stack` closes."""
     tree, files = RootTree(), list[IO[bytes]]()
     budget = _Budget(limits)
     for number, blob in enumerate(blobs):
-        file = stack.enter_context(spool_layer(blob, folder, max_bytes=budget.bytes))
+        file = stack.enter_context(spool_layer(blob, directory, max_bytes=budget.bytes))
         budget.spend_bytes(os.fstat(file.fileno()).st_size)
         files.append(file)
         members = []

@@ -14,7 +14,7 @@ from pytest_fcvm.errors import ImageError
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 
-__all__ = ["ImageFolder", "digest_of", "listed_digests", "read_image_folder"]
+__all__ = ["ImageDirectory", "digest_of", "listed_digests", "read_image_directory"]
 
 _DIGEST = re.compile(r"(sha256|sha384|sha512):[0-9a-f]{64,128}")
 _LARGEST_JSON = 16 << 20
@@ -22,7 +22,7 @@ _ARCH_NAMES = {"amd64": ("amd64", "x86_64"), "arm64": ("arm64", "aarch64")}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder:
+class ImageDirectory:
     """What a `dir:` layout holds. `digest` is the manifest's, layers are lowest first."""
 
     digest: str
@@ -35,9 +35,9 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def read_image_folder(folder: Path, *, arch: str) -> ImageFolder:
+def read_image_directory(directory: Path, *, arch: str) -> ImageDirectory:
     """Read manifest and configuration. Raise ImageError when they are broken, of an old kind or of another platform."""
-    raw = _read(folder / "manifest.json")
+    raw = _read(directory / "manifest.json")
     manifest = _document(raw, "manifest")
     if "config" not in manifest or "layers" not in manifest:
         raise ImageError(
@@ -45,15 +45,15 @@ def read_image_folder(folder: Path, *, arch: str) -> ImageFolder:
             hint="push the image anew with a tool that writes OCI or Docker schema 2 manifests",
         )
     try:
-        config = _read(folder / _blob_name(manifest["config"]["digest"]))
+        config = _read(directory / _blob_name(manifest["config"]["digest"]))
         if digest_of(config) != manifest["config"]["digest"]:
             raise _broken("its configuration has another digest than the manifest says")
         document = _document(config, "configuration")
-        layers = _layers(folder, manifest["layers"], document)
+        layers = _layers(directory, manifest["layers"], document)
     except (KeyError, TypeError, AttributeError) as error:
         raise _broken(f"its manifest lacks a field ({error})") from error
     _check_platform(document, arch)
-    return ImageFolder(digest=digest_of(raw), config=ImageConfig.from_image(document), layers=layers)
+    return ImageDirectory(digest=digest_of(raw), config=ImageConfig.from_image(document), layers=layers)
 
 
 def listed_digests(raw: bytes) -> frozenset[str]:
@@ -62,7 +62,7 @@ def listed_digests(raw: bytes) -> frozenset[str]:
     return frozenset(str(entry.get("digest")) for entry in entries or () if isinstance(entry, dict))
 
 
-def _layers(folder: Path, entries: list[Mapping[str, Any]], document: Mapping[str, Any]) -> tuple[LayerBlob, ...]:
+def _layers(directory: Path, entries: list[Mapping[str, Any]], document: Mapping[str, Any]) -> tuple[LayerBlob, ...]:
     diff_ids = document.get("rootfs", {}).get("diff_ids") or []
     if diff_ids and len(diff_ids) != len(entries):
         raise _broken(f"it has {len(entries)} layers but {len(diff_ids)} diff_ids")
@@ -72,7 +72,7 @@ def _layers(folder: Path, entries: list[Mapping[str, Any]], document: Mapping[st
             raise ImageError("a layer of the image is encrypted", hint="name an image whose layers are not")
         diff_id = diff_ids[number] if diff_ids else ""
         _blob_name(diff_id or entry["digest"])
-        blobs.append(LayerBlob(path=folder / _blob_name(entry["digest"]), digest=entry["digest"], diff_id=diff_id))
+        blobs.append(LayerBlob(path=directory / _blob_name(entry["digest"]), digest=entry["digest"], diff_id=diff_id))
     return tuple(blobs)
 
 

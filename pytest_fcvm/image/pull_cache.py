@@ -17,7 +17,7 @@ from pytest_fcvm.image.reference import ImageKind, ImageReference
 __all__ = ["Record", "Stamp", "find_record", "save_record", "stamp_path"]
 
 _SCHEMA = 2
-# The file that changes whenever what the folder holds under its tags does
+# The file that changes whenever what the directory holds under its tags does
 _ENTRANCE = {ImageKind.OCI: "index.json", ImageKind.DIR: "manifest.json"}
 
 Stamp = str | list[int]
@@ -32,10 +32,10 @@ class Record:
     stamp: Stamp = ""
 
 
-def find_record(folder: Path, reference: ImageReference, arch: str) -> Record | None:
+def find_record(directory: Path, reference: ImageReference, arch: str) -> Record | None:
     """Return what is known of a reference, None when that is nothing or cannot be read."""
     try:
-        data = json.loads(_path(folder, reference, arch).read_text())
+        data = json.loads(_path(directory, reference, arch).read_text())
         if (data["schema"], data["name"], data["arch"]) != (_SCHEMA, reference.source, arch):
             return None
         return Record(digest=data["digest"], config=ImageConfig.from_json(data["config"]), stamp=data["stamp"])
@@ -43,7 +43,7 @@ def find_record(folder: Path, reference: ImageReference, arch: str) -> Record | 
         return None
 
 
-def save_record(folder: Path, reference: ImageReference, arch: str, record: Record) -> None:
+def save_record(directory: Path, reference: ImageReference, arch: str, record: Record) -> None:
     """Remember a reference. Raise HostError when it cannot be written; nothing is left of it then."""
     data: dict[str, Any] = {
         "schema": _SCHEMA,
@@ -53,7 +53,7 @@ def save_record(folder: Path, reference: ImageReference, arch: str, record: Reco
         "digest": record.digest,
         "config": record.config.to_json(),
     }
-    path = _path(folder, reference, arch)
+    path = _path(directory, reference, arch)
     fresh = path.with_name(f"{path.stem}.tmp-{getpid()}")
     try:
         fresh.touch(mode=0o600)
@@ -73,6 +73,6 @@ def stamp_path(kind: ImageKind, path: Path) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _path(folder: Path, reference: ImageReference, arch: str) -> Path:
+def _path(directory: Path, reference: ImageReference, arch: str) -> Path:
     name = hashlib.sha256(f"{arch} {reference.source}".encode("utf-8", "surrogateescape")).hexdigest()
-    return folder / f"reference-{name[:32]}.json"
+    return directory / f"reference-{name[:32]}.json"

@@ -1,4 +1,4 @@
-"""The names people give images: what skopeo knows, a bare name as Docker reads it, a rootfs as a tar or a folder."""
+"""The names people give images: what skopeo knows, a bare name as Docker reads it, a rootfs as a tar or a directory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageKind(StrEnum):
 
     @property
     def has_path(self) -> bool:
-        """Say whether the reference names a file or a folder of this machine."""
+        """Say whether the reference names a file or a directory of this machine."""
         return self in _WITH_PATH or self.is_rootfs
 
 
@@ -47,7 +47,7 @@ class ImageKind(StrEnum):
 class ImageReference:
     """One image. `text` is what the person wrote, `skopeo` the reference skopeo takes, None for a plain rootfs.
 
-    `path` is the absolute file or folder of a local kind, `registry` the host[:port] of a remote one.
+    `path` is the absolute file or directory of a local kind, `registry` the host[:port] of a remote one.
     """
 
     text: str
@@ -111,14 +111,14 @@ _REGISTRY = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9a-fA
 _REGISTRY_NAME = re.compile(rf"(?:{_REGISTRY.pattern}/)?{_NAME.pattern}", re.ASCII)
 _FORMS = (
     "write nginx:latest, registry:5000/name:tag, oci:PATH:TAG, docker-archive:PATH, containers-storage:NAME, "
-    "rootfs.tar or ./folder"
+    "rootfs.tar or ./directory"
 )
 
 
 def parse_reference(text: str, *, base: Path) -> ImageReference:
     """Read what a person calls an image; relative paths start at `base`.
 
-    A bare name is docker.io's, as Docker reads it. A folder is meant by an absolute path, by a leading `./`, `../` or
+    A bare name is docker.io's, as Docker reads it. A directory is meant by an absolute path, by a leading `./`, `../` or
     `~/`, or by a relative path with a slash that exists. Raise UsageProblem, which never repeats a password.
     """
     _refuse_hostile(text)
@@ -167,14 +167,14 @@ def _find_rootfs(text: str, base: Path) -> ImageReference | None:
             raise UsageProblem(f"{path} does not exist", hint="name an existing rootfs tar, or write oci-archive:PATH")
         return ImageReference(text=text, kind=ImageKind.ROOTFS_TAR, skopeo=None, path=path)
     if (explicit or "/" in text) and path.is_dir():
-        return _folder(text, path)
+        return _directory(text, path)
     if explicit:
-        cause = "is neither a folder nor a rootfs tar" if path.exists() else "does not exist"
+        cause = "is neither a directory nor a rootfs tar" if path.exists() else "does not exist"
         raise UsageProblem(f"{path} {cause}", hint=f"a tar ends in {', '.join(_ROOTFS_SUFFIXES)}")
     return None
 
 
-def _folder(text: str, path: Path) -> ImageReference:
+def _directory(text: str, path: Path) -> ImageReference:
     if (path / "oci-layout").is_file():
         raise UsageProblem(f"{path} is an OCI layout, not a root file system", hint=f"write oci:{text}")
     if (path / "version").is_file() and (path / "manifest.json").is_file():

@@ -57,7 +57,7 @@ def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], No
                 tree, contents = read_directory(image.reference.path)
                 write_tree(tree, contents, write)
             else:
-                flatten(layers, write, folder=dest.parent, whiteouts=not image.reference.kind.is_rootfs)
+                flatten(layers, write, directory=dest.parent, whiteouts=not image.reference.kind.is_rootfs)
         _settle_root_time(dest)
     except OSError as error:
         dest.unlink(missing_ok=True)

@@ -74,8 +74,8 @@ def ask_docker(reference: ImageReference) -> str | None:
         return None
 
 
-def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
-    """Copy one platform's image into a new folder in skopeo's `dir:` layout, which keeps Docker's HEALTHCHECK.
+def copy_image(reference: ImageReference, directory: Path, *, arch: str) -> None:
+    """Copy one platform's image into a new directory in skopeo's `dir:` layout, which keeps Docker's HEALTHCHECK.
 
     Raise ImageError with skopeo's reason, HostError without skopeo or when the disk is full.
     """
@@ -84,33 +84,33 @@ def copy_image(reference: ImageReference, folder: Path, *, arch: str) -> None:
     argv += _tls(reference, "--src-tls-verify=false")
     try:
         try:
-            _skopeo([*argv, reference.skopeo, f"dir:{folder}"], timeout_s=_COPY_S)
+            _skopeo([*argv, reference.skopeo, f"dir:{directory}"], timeout_s=_COPY_S)
         except ToolFailed:
-            if reference.kind is not ImageKind.DOCKER_ARCHIVE or not _copy_without_links(argv, reference, folder):
+            if reference.kind is not ImageKind.DOCKER_ARCHIVE or not _copy_without_links(argv, reference, directory):
                 raise
     except ToolFailed as error:
         if _FULL.search(error.stderr):
             raise HostError(
-                f"no room left in {folder.parent} for the image {reference.text}",
+                f"no room left in {directory.parent} for the image {reference.text}",
                 hint="free some disk or name another --fcvm-cache-dir",
             ) from None
         raise _image_error(error, reference, arch) from None
 
 
-def _copy_without_links(argv: Sequence[str], reference: ImageReference, folder: Path) -> bool:
+def _copy_without_links(argv: Sequence[str], reference: ImageReference, directory: Path) -> bool:
     """Copy from an archive in which layers are links to others, which skopeo cannot read.
 
     Return False when there are no links in it. Raise ToolFailed when skopeo cannot read the copy without them either.
     """
     assert reference.path is not None
     assert reference.skopeo is not None
-    plain = folder.with_name("plain.tar")
+    plain = directory.with_name("plain.tar")
     try:
         if not write_without_links(reference.path, plain):
             return False
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         chosen = reference.skopeo.removeprefix(f"{reference.kind}:{reference.path}")
-        _skopeo([*argv, f"{reference.kind}:{plain}{chosen}", f"dir:{folder}"], timeout_s=_COPY_S)
+        _skopeo([*argv, f"{reference.kind}:{plain}{chosen}", f"dir:{directory}"], timeout_s=_COPY_S)
     except (OSError, EOFError, tarfile.TarError):
         return False
     else:
@@ -128,7 +128,7 @@ def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:
 def _environment(logins: Path = _LOGINS) -> dict[str, str] | None:
     """Return skopeo's environment, None for our own.
 
-    Without a runtime directory (a session of su, a container) it looks for logins in a folder that may be root's alone,
+    Without a runtime directory (a session of su, a container) it looks for logins in a directory that may be root's alone,
     and fails. It is given a directory of ours then, and goes on to the user's other places for logins.
     """
     if "XDG_RUNTIME_DIR" in environment() or not logins.exists() or os.access(logins, os.X_OK):

@@ -13,7 +13,7 @@ from pytest_fcvm.image.archives import name_archive
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
-from pytest_fcvm.image.manifest import digest_of, listed_digests, read_image_folder
+from pytest_fcvm.image.manifest import digest_of, listed_digests, read_image_directory
 from pytest_fcvm.image.pull_cache import Record, Stamp, find_record, save_record, stamp_path
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 from pytest_fcvm.image.skopeo import ask_docker, ask_manifest, copy_image
@@ -35,13 +35,13 @@ class PullPolicy(StrEnum):
 class PulledImage:
     """An image whose digest and configuration are known. Its layers are fetched when they are first asked for.
 
-    They lie in `folder`, which is made with them; `discard` removes it. The lock under which the store's sweeper finds
+    They lie in `directory`, which is made with them; `discard` removes it. The lock under which the store's sweeper finds
     it in use is that of `canonical_digest({"image": reference.text})` in `images_dir`, and the caller's to hold.
     """
 
     def __init__(self, reference: ImageReference, images_dir: Path, arch: str, progress: Progress) -> None:
         self.reference, self.arch = reference, arch
-        self.folder = images_dir / f"{canonical_digest({'image': reference.text})}.tmp-{getpid()}"
+        self.directory = images_dir / f"{canonical_digest({'image': reference.text})}.tmp-{getpid()}"
         self.digest, self.config = "", ImageConfig(architecture=arch)
         self._progress = progress
         self._layers: tuple[LayerBlob, ...] | None = None
@@ -64,19 +64,19 @@ class PulledImage:
         self.digest = ""
         self.digest = self._copy(self.reference)
 
-    def _make_folder(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _make_directory(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
         try:
-            self.folder.mkdir(mode=0o700, parents=True)
+            self.directory.mkdir(mode=0o700, parents=True)
         except OSError as error:
             raise HostError(
-                f"{self.folder.parent} cannot be written: {error.strerror}", hint="name another --fcvm-cache-dir"
+                f"{self.directory.parent} cannot be written: {error.strerror}", hint="name another --fcvm-cache-dir"
             ) from error
 
     def discard(self) -> None:
         """Remove the layers. Digest and configuration stay; layers asked for later are fetched again."""
         self._layers = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def know(self, record: Record) -> None:
         """Take digest and configuration from last time."""
@@ -85,11 +85,11 @@ class PulledImage:
     def _copy(self, reference: ImageReference) -> str:
         if reference.kind.is_rootfs:
             return self._read_rootfs()
-        self._make_folder()
+        self._make_directory()
         try:
             self._progress(f"pulling {reference.text}")
-            copy_image(reference, self.folder / "image", arch=self.arch)
-            found = read_image_folder(self.folder / "image", arch=self.arch)
+            copy_image(reference, self.directory / "image", arch=self.arch)
+            found = read_image_directory(self.directory / "image", arch=self.arch)
         except BaseException:
             self.discard()
             raise

@@ -78,7 +78,7 @@ def split_name(name: str, *, max_path: int) -> tuple[str, ...]:
     Raise ImageError for names that leave the root or cannot be stored. `..` takes the part before it away, whatever
     that is, as Docker and containerd clean names (Go's path.Clean).
     """
-    # interned: a large layer names the same folders a hundred thousand times
+    # interned: a large layer names the same directories a hundred thousand times
     parts = tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
         parts = _climb_back(name, parts)

@@ -16,7 +16,7 @@ __all__ = ["INITRAMFS_FORMAT", "build_initramfs"]
 
 # Part of the cache key: to be raised whenever the same agent and modules make another archive.
 INITRAMFS_FORMAT = "2"
-_FOLDERS = ("dev", "proc", "sys", "mnt", "newroot", "modules")
+_DIRECTORIES = ("dev", "proc", "sys", "mnt", "newroot", "modules")
 _DEVICES = {"dev/console": (0o600, 5, 1), "dev/null": (0o666, 1, 3)}
 
 
@@ -43,8 +43,8 @@ def _numbered_modules(kernel: GuestKernel) -> dict[str, bytes]:
 
 def _pack(agent: Path, modules: dict[str, bytes]) -> bytes:
     archive = _Archive()
-    for folder in _FOLDERS:
-        archive.add(folder, stat.S_IFDIR | 0o755)
+    for directory in _DIRECTORIES:
+        archive.add(directory, stat.S_IFDIR | 0o755)
     for name, (mode, major, minor) in _DEVICES.items():
         archive.add(name, stat.S_IFCHR | mode, device=(major, minor))
     archive.add("init", stat.S_IFREG | 0o755, agent.read_bytes())
@@ -62,7 +62,7 @@ class _Archive:
         self._inode = 0
 
     def add(self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        """Append an entry; folders come before what is in them. `device` is (major, minor) of a device node."""
+        """Append an entry; directories come before what is in them. `device` is (major, minor) of a device node."""
         self._inode += 1
         links = 2 if stat.S_ISDIR(mode) else 1
         path = name.encode() + b"\0"

@@ -76,7 +76,7 @@ _HINT = "name a kernel for virtual machines with --fcvm-kernel, with its modules
 def resolve_modules(tree: Path) -> list[Path]:
     """Return the module files a guest needs, dependencies first, those built in left out.
 
-    `tree` is a /lib/modules/RELEASE folder, or any folder with modules and modules.builtin. Raise HostError naming the
+    `tree` is a /lib/modules/RELEASE directory, or any directory with modules and modules.builtin. Raise HostError naming the
     modules that no guest can do without and that are neither there nor built in.
     """
     files = {_name_of(path.name): path for path in sorted(tree.rglob("*.ko*")) if _FILE.fullmatch(path.name)}

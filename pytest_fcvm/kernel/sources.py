@@ -1,7 +1,7 @@
 """Find a kernel for the guests: named, installed as a wheel, unpacked before, a distribution's package, the host's own.
 
 A downloaded kernel is the entry `kernel` of the store's shelf: vmlinuz, the modules that guests need and the list of
-those built in, all in one folder.
+those built in, all in one directory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pytest_fcvm.host.own import environment, os, shutil
 from pytest_fcvm.host.process import ToolFailed, ends_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
-from pytest_fcvm.store import Entry, Shelf
+from pytest_fcvm.store import Collection, Entry
 
 __all__ = ["STOCK", "GuestKernel", "resolve_kernel"]
 
@@ -67,12 +67,12 @@ def resolve_kernel(
     """
     if isinstance(option, Path):
         return _named(option, "--fcvm-kernel", root)
-    shelf = Shelf(path=kernels_dir)
+    collection = Collection(path=kernels_dir)
     sources: tuple[Callable[[], GuestKernel | None], ...] = (
         lambda: None if option == STOCK else _find_wheel(),
-        lambda: _find_unpacked(shelf, progress),
-        lambda: _download(shelf, progress),
-        lambda: _find_unpacked(shelf, progress, of_today=False),
+        lambda: _find_unpacked(collection, progress),
+        lambda: _download(collection, progress),
+        lambda: _find_unpacked(collection, progress, of_today=False),
         lambda: _resolve_host(root),
     )
     reasons = []
@@ -93,12 +93,12 @@ def _find_wheel() -> GuestKernel | None:
     return _describe(Path(places[0]) / "bzImage", None, f"package {_WHEEL}") if places else None
 
 
-def _find_unpacked(shelf: Shelf, progress: Progress, *, of_today: bool = True) -> GuestKernel | None:
-    was_there = (shelf.path / _KEY).exists()
-    entry = shelf.find(_KEY)
+def _find_unpacked(collection: Collection, progress: Progress, *, of_today: bool = True) -> GuestKernel | None:
+    was_there = (collection.path / _KEY).exists()
+    entry = collection.find(_KEY)
     if was_there and entry is None:
         progress("the unpacked guest kernel is not what it was, and is fetched anew")
-    if entry is None or (of_today and entry.facts.get("modules") != _MODULES and not shelf.is_in_use(_KEY)):
+    if entry is None or (of_today and entry.facts.get("modules") != _MODULES and not collection.is_in_use(_KEY)):
         return None
     return _of_entry(entry)
 
@@ -108,20 +108,20 @@ def _of_entry(entry: Entry) -> GuestKernel:
     return GuestKernel(bzimage=entry.file(_IMAGE), modules_dir=entry.path, **facts)
 
 
-def _download(shelf: Shelf, progress: Progress) -> GuestKernel:
+def _download(collection: Collection, progress: Progress) -> GuestKernel:
     for tool, package in (("apt-get", "apt"), ("apt-cache", "apt"), ("dpkg-deb", "dpkg")):
         resolve_tool(tool, package=package)
     packages = _choose_packages()
     progress(f"downloading the guest kernel {packages[0]}")
     try:
-        return _of_entry(shelf.build(_KEY, lambda folder: _fill(folder, packages)))
+        return _of_entry(collection.build(_KEY, lambda directory: _fill(directory, packages)))
     except OSError as error:
-        raise HostError(f"{error.filename or shelf.path}: {error.strerror}") from error
+        raise HostError(f"{error.filename or collection.path}: {error.strerror}") from error
 
 
-def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
-    """Put a kernel from packages into a folder. Neither root nor the packages' scripts are needed for that."""
-    scratch = folder / "scratch"
+def _fill(directory: Path, packages: list[str]) -> Mapping[str, Any]:
+    """Put a kernel from packages into a directory. Neither root nor the packages' scripts are needed for that."""
+    scratch = directory / "scratch"
     unpacked = scratch / "unpacked"
     scratch.mkdir()
     _run("apt-get", "download", *packages, timeout_s=_APT_S, cwd=scratch)
@@ -135,11 +135,11 @@ def _fill(folder: Path, packages: list[str]) -> Mapping[str, Any]:
         raise HostError(f"{archives[0].name} has no modules for {release}")
     built_in = tree / _BUILT_IN
     for path in [*resolve_modules(tree), *([built_in] if built_in.exists() else [])]:
-        path.rename(folder / path.name)
-    image.rename(folder / _IMAGE)
+        path.rename(directory / path.name)
+    image.rename(directory / _IMAGE)
     shutil.rmtree(scratch)
     origin = "package " + " ".join(next(path for path in archives if "-image-" in path.name).stem.split("_")[:2])
-    kernel = _describe(folder / _IMAGE, folder, origin)
+    kernel = _describe(directory / _IMAGE, directory, origin)
     return {"release": release, "origin": origin, "digest": kernel.digest, "modules": _MODULES}
 
 
@@ -188,8 +188,8 @@ def _resolve_host(root: Path) -> GuestKernel:
 
 def _named(image: Path, origin: str, root: Path) -> GuestKernel:
     release = read_release(image)
-    folder = image.resolve().parent
-    beside = (*_module_places(folder, release), folder / "modules", *_module_places(folder.parent, release))
+    directory = image.resolve().parent
+    beside = (*_module_places(directory, release), directory / "modules", *_module_places(directory.parent, release))
     tree = next((place for place in (*beside, root / "lib/modules" / release) if place.is_dir()), None)
     return _describe(image.resolve(), tree, f"{origin} ({image})")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["PROBE_PORT", "Cable", "Endpoint", "Namespace", "Proto", "PublishedPort"]
+__all__ = ["PROBE_PORT", "Attachment", "Endpoint", "Namespace", "Proto", "PublishedPort"]
 
 
 PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
@@ -34,7 +34,7 @@ class Endpoint(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cable:
+class Attachment:
     """A clone's end of a private network: a datagram socket for Ethernet frames, and who the clone is on it.
 
     There is no `end` where the VM's card has a wire of its own.

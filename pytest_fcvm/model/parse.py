@@ -241,9 +241,9 @@ def _parse_host_ip(text: str) -> str:
 
 
 def parse_path(text: str | Path, base: Path) -> Path:
-    """Read a path of the host; `~` is a home folder, a relative one starts at `base`."""
+    """Read a path of the host; `~` is a home directory, a relative one starts at `base`."""
     if not str(text):
-        raise UsageProblem("the path is empty", hint="name a file or folder")
+        raise UsageProblem("the path is empty", hint="name a file or directory")
     try:
         return Path(os.path.normpath(base / Path(text).expanduser()))
     except RuntimeError as error:  # what pathlib says of ~nobody
@@ -261,7 +261,7 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
         raise UsageProblem(f"map {text!r}: the guest's root cannot be hidden", hint="name a directory below it")
     path = parse_path(match["host"], base)
     if not path.exists():
-        raise UnresolvedSetting(f"map {text!r}: {path} does not exist", hint="name an existing file or folder")
+        raise UnresolvedSetting(f"map {text!r}: {path} does not exist", hint="name an existing file or directory")
     options = (match["options"] or "").split(",")
     owners = [option.removeprefix("owner=") for option in options if option.startswith("owner=")]
     return MappedPath(host=path, guest=match["guest"], read_only="ro" in options, owner=owners[-1] if owners else None)

@@ -17,13 +17,13 @@ from pytest_fcvm.model.settings import Ulimit
 
 __all__ = [
     "Clock",
-    "MachineSpec",
     "MappedPath",
     "NetworkMode",
     "NetworkSpec",
     "Prepare",
     "ReadyMode",
     "ReadySpec",
+    "VmSpec",
 ]
 
 
@@ -91,12 +91,12 @@ class NetworkMode(StrEnum):
     BRIDGE = "bridge"
 
     @property
-    def leads_outside(self) -> bool:
+    def has_egress(self) -> bool:
         """Say whether the guest can be let out through it."""
         return self is not NetworkMode.RELAY
 
     @property
-    def is_enclosed(self) -> bool:
+    def uses_netns(self) -> bool:
         """Say whether the VM has a network namespace of its own."""
         return self in (NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
 
@@ -116,9 +116,7 @@ class NetworkSpec:
 
     def finalize(self, offered: Sequence[NetworkMode], engine: str) -> NetworkSpec:
         """Return what it comes to on an engine that offers these, the first by preference. Raise UsageProblem."""
-        fit = [
-            mode for mode in offered if (mode.leads_outside or not self.egress) and (mode.is_enclosed or not self.allow)
-        ]
+        fit = [mode for mode in offered if (mode.has_egress or not self.egress) and (mode.uses_netns or not self.allow)]
         if self.mode is NetworkMode.AUTO and fit:
             return replace(self, mode=fit[0])
         if self.mode in fit:
@@ -163,7 +161,7 @@ class Prepare:
     """Work on the ready base before it is snapshotted: load rows, warm caches.
 
     `func` is called with the base (a `Clone`). It runs again whenever its source file, the bytes of a file in `inputs`
-    or `version` change. Relative `inputs` start at the folder of the source file.
+    or `version` change. Relative `inputs` start at the directory of the source file.
     """
 
     func: Callable[[Any], object]
@@ -181,7 +179,7 @@ class Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineSpec:
+class VmSpec:
     """The machine a test wants. Two equal specs share one snapshot.
 
     `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
@@ -238,7 +236,7 @@ class MachineSpec:
             self.clock,
         )
 
-    def merged(self, changes: Mapping[str, Any]) -> MachineSpec:
+    def merged(self, changes: Mapping[str, Any]) -> VmSpec:
         """Return a spec with the changes of a closer source laid over this one. Raise UsageProblem for a wrong name."""
         unknown = sorted(set(changes) - {item.name for item in fields(self)})
         if unknown:
@@ -254,7 +252,7 @@ class MachineSpec:
 
 def spec_fields() -> tuple[str, ...]:
     """Return the names of a spec's fields in their order."""
-    return tuple(item.name for item in fields(MachineSpec))
+    return tuple(item.name for item in fields(VmSpec))
 
 
 def _source_file(func: Callable[[Any], object]) -> Path:

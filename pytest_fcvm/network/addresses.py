@@ -1,76 +1,16 @@
-"""How a guest is called and addressed, in a base and in its clones."""
+"""The addresses of a guest's network, in bases and in clones. Everything that needs one takes it from here."""
 
 from __future__ import annotations
 
-import posixpath
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-from pytest_fcvm.clone.commands import SHELL
-from pytest_fcvm.host.own import os
-from pytest_fcvm.model.guest import GuestConfig, Identity
-from pytest_fcvm.model.settings import ULIMITS
-from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.snapshot.inputs import Ingredients
+__all__ = ["DNS", "GATEWAY", "GUEST_ADDRESS", "HOST_ADDRESS", "METADATA_ADDRESS", "hosts_of"]
 
-__all__ = ["HOST_ADDRESS", "base_config", "fresh_identity", "hosts_of"]
-
+GUEST_ADDRESS, GATEWAY, DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"  # slirp's own numbers
 HOST_ADDRESS = "127.77.0.1"  # in a guest that may reach ports of the host: its agent listens there
-
-_ADDRESS, _GATEWAY, _DNS = "10.0.2.15", "10.0.2.2", "10.0.2.3"
-_LEAST_UPPER_MIB = 32
-_NO_VOLUMES = ("/", "/dev", "/etc", "/proc", "/sys")
-
-
-def base_config(parts: Ingredients) -> GuestConfig:
-    """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own.
-
-    One with metadata has a route by which that is reached.
-    """
-    spec, shape = parts.spec, parts.shape
-    return GuestConfig(
-        hostname=spec.hostname,
-        machine_id=uuid.UUID(bytes=os.urandom(16), version=4).hex,
-        upper_mib=None if shape.disk_mib else max(spec.mem_mib // 2, _LEAST_UPPER_MIB),
-        upper_device="/dev/vdb" if shape.disk_mib else "",
-        address=f"{_ADDRESS}/24",
-        gateway=_GATEWAY,
-        dns=(_DNS,) if shape.egress else (),
-        hosts=hosts_of(""),
-        peer_gateway=not (shape.egress or shape.metadata),
-        volumes=_volumes(parts.image.volumes),
-        shm_mib=spec.shm_mib,
-        ulimits={ULIMITS[name]: limit for name, limit in spec.ulimits.items()},
-        sysctls=spec.sysctls,
-    )
-
-
-def _volumes(declared: Iterable[str]) -> tuple[str, ...]:
-    """Return where an image's volumes are mounted. What engines mount themselves, or write into, is left alone."""
-    paths = sorted({posixpath.normpath(f"/{path}").replace("//", "/") for path in declared})
-    return tuple(path for path in paths if f"/{path.split('/')[1]}" not in _NO_VOLUMES)
-
-
-def fresh_identity(
-    name: str, spec: MachineSpec, env: Mapping[str, str], *, has_peer: bool, hosts: Iterable[str] = ()
-) -> Identity:
-    """Return what makes a clone unlike every other: random bytes from the host, names, MAC.
-
-    `env` is for the hook. With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are
-    further lines.
-    """
-    random = os.urandom(70)
-    return Identity(
-        entropy=random[:32],
-        hook=(*SHELL, spec.hook) if spec.hook else (),
-        hook_env=env if spec.hook else {},
-        machine_id=uuid.UUID(bytes=random[32:48], version=4).hex,
-        boot_id=str(uuid.UUID(bytes=random[48:64], version=4)),
-        interface="eth0",
-        mac=":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *random[64:67])),
-        hosts=(*hosts_of(name, spec.host_ports), *hosts),
-        peer_gateway=False if has_peer else None,
-    )
+METADATA_ADDRESS = "169.254.169.254"  # where clouds have it
 
 
 def hosts_of(name: str, host_ports: Sequence[int] = ()) -> tuple[str, ...]:
@@ -78,5 +18,5 @@ def hosts_of(name: str, host_ports: Sequence[int] = ()) -> tuple[str, ...]:
 
     `name` is the clone's, empty for a base.
     """
-    own = (f"{_ADDRESS} {name}",) if name else ()
-    return (*own, f"{HOST_ADDRESS if host_ports else _GATEWAY} host.fcvm")
+    own = (f"{GUEST_ADDRESS} {name}",) if name else ()
+    return (*own, f"{HOST_ADDRESS if host_ports else GATEWAY} host.fcvm")

@@ -18,7 +18,7 @@ from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.host.supervisor.protocol import Spawner, start_program
-from pytest_fcvm.model.net import Cable
+from pytest_fcvm.model.net import Attachment
 from pytest_fcvm.network import switch
 from pytest_fcvm.network.switch import Counters, Link
 
@@ -35,7 +35,7 @@ Hosts = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """A clone that is up: what tells it who else is there, and what plugs its cable in and out."""
+    """A clone that is up: what tells it who else is there, and what plugs its attachment in and out."""
 
     tell: Callable[[Hosts], object]
     set_link: Callable[[bool], object]
@@ -132,7 +132,7 @@ class Network:
             self._send_rules()
 
     def link_down(self, *names: str) -> _LinkDown:
-        """Pull the cables of these names out: their network cards say so. A context manager, or `heal` later.
+        """Pull the attachments of these names out: their network cards say so. A context manager, or `heal` later.
 
         Raise EngineError when a clone is paused or dead.
         """
@@ -140,7 +140,7 @@ class Network:
         return _LinkDown(self, names)
 
     def heal(self) -> None:
-        """End all partitions and impairments, and plug all cables in."""
+        """End all partitions and impairments, and plug all attachments in."""
         with self._lock:
             self._cuts.clear()
             self._impairments.clear()
@@ -179,8 +179,8 @@ class Network:
 
     # -- clones
 
-    def plug(self, name: str, wire: int | None = None) -> Cable:
-        """Return a cable for a clone; the descriptor `wire` carries the frames of its card already, where it is one.
+    def plug(self, name: str, wire: int | None = None) -> Attachment:
+        """Return a attachment for a clone; the descriptor `wire` carries the frames of its card already, where it is one.
 
         Raise UsageProblem for a name that is on the network already.
         """
@@ -194,12 +194,12 @@ class Network:
             self._plugged.add(name)
             mac = f"02:fc:{self._number >> 8 & 255:02x}:{self._number & 255:02x}:00:{index:02x}"
             addresses = f"{self.address(name)}/24", f"{self.address6(name)}/64"
-            return Cable(end=end, mac=mac, addresses=addresses, hosts=self._hosts())
+            return Attachment(end=end, mac=mac, addresses=addresses, hosts=self._hosts())
 
     def joined(self, name: str, tell: Callable[[Hosts], object], set_link: Callable[[bool], object]) -> None:
         """Take note of a clone that is up, and tell the others of it.
 
-        `tell` gives it the lines of its /etc/hosts, `set_link` plugs its cable in or out.
+        `tell` gives it the lines of its /etc/hosts, `set_link` plugs its attachment in or out.
         """
         with self._lock:
             self._members[name] = _Member(tell=tell, set_link=set_link)

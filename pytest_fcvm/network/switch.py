@@ -128,7 +128,7 @@ class Switch:
                 other.ways.pop(name, None)
             port.socket.close()
 
-    def obey(self, rules: list[Rule]) -> None:
+    def apply(self, rules: list[Rule]) -> None:
         """Let frames pass by these rules from now on."""
         self._rules = rules
         for port in self._ports.values():
@@ -289,7 +289,7 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def _obey(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+def _apply(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     """Do what a request asks for and return the reply."""
     try:
         match request["op"]:
@@ -298,7 +298,7 @@ def _obey(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> di
             case "detach":
                 switch.detach(request["port"])
             case "rules":
-                switch.obey([_rule(*rule) for rule in request["rules"]])
+                switch.apply([_rule(*rule) for rule in request["rules"]])
             case "counters":
                 return {"error": "", "counters": [[*way, asdict(counted)] for way, counted in switch.counters.items()]}
             case "capture":
@@ -326,7 +326,7 @@ def _serve(switch: Switch, control: socket.socket) -> bool:
     if not data:
         return False
     request = json.loads(data)
-    control.send(json.dumps({**_obey(switch, request, descriptors), "id": request["id"]}).encode())
+    control.send(json.dumps({**_apply(switch, request, descriptors), "id": request["id"]}).encode())
     for descriptor in descriptors:
         os.close(descriptor)
     return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog, tail
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.engine.disk import make_image
 from pytest_fcvm.engine.protocol import BootPlan, SnapshotFiles, Vm
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
@@ -22,17 +22,18 @@ from pytest_fcvm.host.archive import pack_path
 from pytest_fcvm.host.clock import Deadline, monotonic
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MappedPath, Prepare
-from pytest_fcvm.network.addresses import base_config
-from pytest_fcvm.network.netns.attach import Enclose, enclosed_base, no_enclosure
+from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
 from pytest_fcvm.network.ports.open import open_ports
 from pytest_fcvm.ready import wait_until_ready
-from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.snapshot.identity import base_config
+from pytest_fcvm.snapshot.inputs import SnapshotInputs
+from pytest_fcvm.snapshot.namespace import base_namespace
 
 __all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
 
@@ -48,65 +49,67 @@ _COPY_S = 600.0
 Phase = Callable[[str], None]
 
 
-def snapshot_files(folder: Path, parts: Ingredients, *, of_clone: bool = False) -> SnapshotFiles:
+def snapshot_files(directory: Path, parts: SnapshotInputs, *, of_clone: bool = False) -> SnapshotFiles:
     """Return the files of a snapshot that an engine reads."""
-    disk = folder / _DISK if parts.shape.disk_mib else None
+    disk = directory / _DISK if parts.shape.disk_mib else None
     return SnapshotFiles(
-        memory=folder / _MEMORY, state=folder / _STATE, rootfs=parts.rootfs, disk=disk, of_clone=of_clone
+        memory=directory / _MEMORY, state=directory / _STATE, rootfs=parts.rootfs, disk=disk, of_clone=of_clone
     )
 
 
-@descriptors_told("the build of a snapshot")
-def build_snapshot(parts: Ingredients, folder: Path, phase: Phase, enclose: Enclose = no_enclosure) -> dict[str, Any]:
-    """Fill a snapshot's folder and return its facts: session secret, client port, timings in ms.
+@translating_emfile("the build of a snapshot")
+def build_snapshot(
+    parts: SnapshotInputs, directory: Path, phase: Phase, open_namespace: OpenNamespace = no_namespaces
+) -> dict[str, Any]:
+    """Fill a snapshot's directory and return its facts: session secret, client port, timings in ms.
 
     Raise WorkloadExited, GuestTimeout, EngineError, or GuestError for what a prepare function raised; the base is gone
     either way.
     """
     started = monotonic()
     timings: dict[str, float] = {}
-    with enclosed_base(parts, enclose) as namespace, _booted(parts, folder, phase, namespace) as machine:
+    with base_namespace(parts, open_namespace) as namespace, _booted(parts, directory, phase, namespace) as running:
         timings["boot_ms"] = _elapsed_ms(started)
-        ports = open_ports(machine)
-        base = _as_clone(parts, machine)
+        ports = open_ports(running)
+        base = _as_clone(parts, running)
         phase("starting the workload")
-        _start_workload(parts, machine.agent)
+        _start_workload(parts, running.agent)
         phase(f"waiting until it is ready ({parts.ready})")
         try:
-            _wait_until_ready_and_quiet(parts, base, machine)
+            _wait_until_ready_and_quiet(parts, base, running)
             timings["ready_ms"] = _elapsed_ms(started)
             if parts.spec.prepare is not None:
                 phase("preparing it")
                 _prepare(parts, base)
-                _wait_until_ready_and_quiet(parts, base, machine)
+                _wait_until_ready_and_quiet(parts, base, running)
             client_port = _client_port(parts, base)
         except FcvmError as error:
-            raise machine.explain(error) from None
+            raise running.explain(error) from None
         phase("taking the snapshot")
         ports.close()
-        secret = _quiesce(machine, keeps_peer=parts.is_relayed)
+        secret = _quiesce(running, keeps_peer=parts.is_relayed)
         stopped = monotonic()
-        machine.vm.snapshot(folder / _STATE)
+        running.vm.snapshot(directory / _STATE)
         timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
     return {
         "secret": secret.hex(),
         "client_port": client_port,
         "timings": timings,
-        "base": str(machine.timeline),
+        "base": str(running.timeline),
         "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
     }
 
 
 @contextmanager
-def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace | None) -> Iterator[Machine]:
-    disk = folder / _DISK if parts.shape.disk_mib else None
+def _booted(parts: SnapshotInputs, directory: Path, phase: Phase, namespace: Namespace | None) -> Iterator[RunningVm]:
+    disk = directory / _DISK if parts.shape.disk_mib else None
     if disk:
         make_image(disk, parts.shape.disk_mib)
     plan = BootPlan(
         name="base",
         shape=parts.shape,
         files=parts.files,
-        memory=folder / _MEMORY,
+        memory=directory / _MEMORY,
         disk=disk,
         namespace=namespace,
         metadata=parts.spec.metadata,
@@ -114,25 +117,25 @@ def _booted(parts: Ingredients, folder: Path, phase: Phase, namespace: Namespace
     timeline = Timeline(monotonic())
     phase("booting the kernel")
     try:
-        machine = _boot_once(parts, plan, folder, timeline)
+        running = _boot_once(parts, plan, directory, timeline)
     except _BootHangs:
         phase("booting the kernel again (the first boot hung)")
-        machine = _boot_once(parts, plan, folder, timeline)
+        running = _boot_once(parts, plan, directory, timeline)
     try:
         timeline.mark("boot", monotonic())
-        _configure(parts, machine.agent)
+        _configure(parts, running.agent)
         timeline.mark("configure", monotonic())
-        yield machine
+        yield running
     finally:
         try:
-            machine.vm.kill()
+            running.vm.kill()
             # Its channel stays untouched until it is gone: a stopped VMM still writes guest memory.
-            machine.vm.wait(_CALL_S)
+            running.vm.wait(_CALL_S)
         finally:
-            machine.close()
+            running.close()
 
 
-def _configure(parts: Ingredients, agent: Agent) -> None:
+def _configure(parts: SnapshotInputs, agent: Agent) -> None:
     try:
         copies = parts.image.volumes  # of what the image has there
         agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
@@ -146,13 +149,13 @@ class _BootHangs(EngineError):
     """Nothing was seen of a boot for so long that it is tried again."""
 
 
-def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timeline) -> Machine:
+def _boot_once(parts: SnapshotInputs, plan: BootPlan, directory: Path, timeline: Timeline) -> RunningVm:
     plan.memory.unlink(missing_ok=True)
     hangs = threading.Event()
     with ExitStack() as undo:
         vm = parts.engine.boot(plan)
         undo.callback(vm.kill)
-        log = WorkloadLog(folder / BASE_LOG)
+        log = WorkloadLog(directory / BASE_LOG)
         undo.callback(log.close)
         try:
             with _watched(vm, hangs):
@@ -165,9 +168,9 @@ def _boot_once(parts: Ingredients, plan: BootPlan, folder: Path, timeline: Timel
                 raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
             raise error from None
         undo.callback(agent.close)
-        machine = Machine(vm, agent, log, timeline, may_end_with=parts.ready_joined.may_end_with)
+        running = RunningVm(vm, agent, log, timeline, may_end_with=parts.ready_joined.may_end_with)
         undo.pop_all()
-        return machine
+        return running
 
 
 @contextmanager
@@ -207,15 +210,15 @@ def abandon(vm: Vm, error: FcvmError) -> FcvmError:
     return error
 
 
-def _as_clone(parts: Ingredients, machine: Machine) -> Clone:
-    def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  the relay maps ports when they are asked for
-        return machine
+def _as_clone(parts: SnapshotInputs, running: RunningVm) -> Clone:
+    def start(ports: tuple[PublishedPort, ...]) -> RunningVm:  # noqa: ARG001  the relay maps ports when they are asked for
+        return running
 
     spec = parts.spec_before_tests
     return Clone(name="fcvm-base", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
 
 
-def _start_workload(parts: Ingredients, agent: Agent) -> None:
+def _start_workload(parts: SnapshotInputs, agent: Agent) -> None:
     for item in sorted(parts.spec.map, key=lambda item: len(PurePosixPath(item.guest).parts)):  # as mounts: outer first
         _copy_map(item, agent)
     defaults = parts.defaults
@@ -228,7 +231,7 @@ def _copy_map(item: MappedPath, agent: Agent) -> None:
         pack_path(item.host, "map", sink.write, read_only=item.read_only, keeps_owner=True)
 
 
-def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machine) -> None:
+def _wait_until_ready_and_quiet(parts: SnapshotInputs, base: Clone, running: RunningVm) -> None:
     """Wait for the service, then until its processes rest, 3 s at most.
 
     A server may listen before it serves (PostgreSQL answers "the database system is starting up"), and what it still
@@ -237,14 +240,14 @@ def _wait_until_ready_and_quiet(parts: Ingredients, base: Clone, machine: Machin
     wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
     deadline, before = Deadline(_QUIET_DEADLINE_S), -1.0
     while not deadline.expired:
-        used = float(machine.agent.metrics(timeout_s=_CALL_S).get("workload_cpu_us", 0))  # a kernel may lack cgroups
+        used = float(running.agent.metrics(timeout_s=_CALL_S).get("workload_cpu_us", 0))  # a kernel may lack cgroups
         if before >= 0 and used - before < _QUIET_SHARE * _QUIET_S * 1e6:
             return
         before = used
-        machine.pause_for_exit(_QUIET_S)
+        running.pause_for_exit(_QUIET_S)
 
 
-def _prepare(parts: Ingredients, base: Clone) -> None:
+def _prepare(parts: SnapshotInputs, base: Clone) -> None:
     prepare = parts.spec.prepare
     try:
         if isinstance(prepare, Prepare):
@@ -269,7 +272,7 @@ def _call(prepare: Prepare, base: Clone) -> None:
         ) from error
 
 
-def _client_port(parts: Ingredients, base: Clone) -> int | None:
+def _client_port(parts: SnapshotInputs, base: Clone) -> int | None:
     """Return the port on which every clone must answer before a test gets it: one that listens now."""
     if parts.ready.port is not None and not parts.ready.others:
         return parts.ready.port
@@ -277,12 +280,12 @@ def _client_port(parts: Ingredients, base: Clone) -> int | None:
     return next((port for port in tcp if not base.why_silent(port)), None)
 
 
-def _quiesce(machine: Machine, *, keeps_peer: bool) -> bytes:
+def _quiesce(running: RunningVm, *, keeps_peer: bool) -> bytes:
     """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
     secret = new_secret()
-    machine.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
-    machine.agent.quiesce(secret, keeps_peer=keeps_peer, timeout_s=_CALL_S)
-    machine.pause_for_exit(_SETTLE_S)
+    running.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
+    running.agent.quiesce(secret, keeps_peer=keeps_peer, timeout_s=_CALL_S)
+    running.pause_for_exit(_SETTLE_S)
     return secret
 
 

@@ -9,25 +9,26 @@ from dataclasses import replace
 
 from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine, time_teller
+from pytest_fcvm.clone.running import RunningVm, clock_source
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import EngineError, FcvmError, GuestError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.model.guest import Identity
-from pytest_fcvm.model.net import Cable, Namespace, PublishedPort
+from pytest_fcvm.model.net import Attachment, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import ReadyMode
-from pytest_fcvm.network.addresses import fresh_identity
-from pytest_fcvm.network.netns.attach import Enclose, no_enclosure, prepare_enclosed
-from pytest_fcvm.network.ports.open import open_host_ports, open_ports
+from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
+from pytest_fcvm.network.ports.open import open_ports, open_reverse_ports
 from pytest_fcvm.ready import ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, snapshot_files
-from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.snapshot.identity import fresh_identity
+from pytest_fcvm.snapshot.inputs import SnapshotInputs
+from pytest_fcvm.snapshot.namespace import prepare_in_namespace
 from pytest_fcvm.snapshot.pool import Pooled
-from pytest_fcvm.snapshot.standby import Spares
+from pytest_fcvm.snapshot.standby import Standby
 from pytest_fcvm.store import Entry
 
 __all__ = ["Cloner"]
@@ -41,11 +42,11 @@ Room = AbstractContextManager[object]
 class Cloner:
     """Makes machines of one snapshot. Whatever does not come to life leaves nothing."""
 
-    def __init__(self, entry: Entry, parts: Ingredients, enclose: Enclose = no_enclosure) -> None:
-        self._entry, self._parts, self._enclose = entry, parts, enclose
-        self._spares = Spares(self._prepare, self._plan("spare"))
+    def __init__(self, entry: Entry, parts: SnapshotInputs, open_namespace: OpenNamespace = no_namespaces) -> None:
+        self._entry, self._parts, self._open_namespace = entry, parts, open_namespace
+        self._spares = Standby(self._prepare, self._plan("spare"))
         self._lock = threading.Lock()
-        self._ahead: set[Vm] = set()  # of machines that are being made ahead
+        self._prewarmed: set[Vm] = set()  # of machines that are being made ahead
         self._interrupted = False
 
     def close(self) -> None:
@@ -56,26 +57,26 @@ class Cloner:
         """Kill the VMs that are being made ahead, so that their makers end; none will be made any more."""
         with self._lock:
             self._interrupted = True
-            ahead = list(self._ahead)
-        for vm in ahead:
+            prewarmed = list(self._prewarmed)
+        for vm in prewarmed:
             vm.kill()
 
-    def enclose(self) -> Namespace | None:
+    def open_namespace(self) -> Namespace | None:
         """Return a namespace for a machine whose VMM is to join it, the caller's to close until the machine stands."""
         engine = self._parts.engine
-        if not (engine.joins_namespaces and self._parts.network.mode.is_enclosed):
+        if not (engine.joins_namespaces and self._parts.network.mode.uses_netns):
             return None
-        return self._enclose(engine.joins_namespaces, self._parts.network)
+        return self._open_namespace(engine.joins_namespaces, self._parts.network)
 
     def bring_up(
         self,
         name: str,
         ports: tuple[PublishedPort, ...],
         room: Room,
-        cables: tuple[Cable, ...] = (),
+        attachments: tuple[Attachment, ...] = (),
         namespace: Namespace | None = None,
         watched: Callable[[Vm], object] = lambda _vm: None,
-    ) -> Machine:
+    ) -> RunningVm:
         """Return a machine that answers on the client's path. It gives the room back when it ends.
 
         `watched` is told of its VM as soon as there is one. Raise HostError, EngineError or GuestError.
@@ -85,87 +86,87 @@ class Cloner:
             ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held, ExitStack() as undo:
             held.enter_context(room)
-            vm = self._spares.take(self._plan(name, cables, namespace))
+            vm = self._spares.take(self._plan(name, attachments, namespace))
             undo.callback(discard, vm)
             watched(vm)
             timeline.mark("spawn", monotonic())
-            machine = self._meet(vm, name, cables, timeline)
+            running = self._meet(vm, name, attachments, timeline)
             undo.pop_all()
-            undo.callback(_discard, machine)
-            machine.also_close([held.pop_all().close])
+            undo.callback(_discard, running)
+            running.add_cleanup([held.pop_all().close])
             undo.pop_all()
         try:
-            with descriptors_told(name):
-                self._open(machine, ports)
+            with translating_emfile(name):
+                self._open(running, ports)
         except BaseException as error:
             if isinstance(error, FcvmError):
-                machine.explain(error)
-            _discard(machine)
+                running.explain(error)
+            _discard(running)
             raise
         timeline.mark("ready", monotonic())
-        self._spares.refill()  # not sooner: on few processors it would take the machine's own
-        return machine
+        self._spares.refill()  # not sooner: on few CPUs it would take the machine's own
+        return running
 
-    def _open(self, machine: Machine, ports: tuple[PublishedPort, ...]) -> None:
+    def _open(self, running: RunningVm, ports: tuple[PublishedPort, ...]) -> None:
         """Give a machine its ports, and wait until it answers on the client's path."""
-        open_host_ports(machine, self._parts.spec.host_ports)
-        ports_of_it = open_ports(machine, ports)
+        open_reverse_ports(running, self._parts.spec.host_ports)
+        ports_of_it = open_ports(running, ports)
         number, parts = self._entry.facts["client_port"], self._parts
         if number is None or (parts.is_relayed and parts.ready.mode is not ReadyMode.HTTP):
             return  # a relayed port leads through the agent, which has answered
-        ClientPath(ports_of_it.publish, parts.ready, number).prove(machine.pause_for_exit, _ANSWER_S)
+        ClientPath(ports_of_it.publish, parts.ready, number).verify(running.pause_for_exit, _ANSWER_S)
 
-    def bring_up_ahead(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
+    def prewarm(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
         """Return a machine that is warm, frozen and stopped; as it is, as soon as a test is waiting for it."""
         with ExitStack() as watched:
             watch = lambda vm: watched.enter_context(self._interruptible(vm))  # noqa: E731
-            machine = self.bring_up(name, self._parts.spec.publish, room, watched=watch)
+            running = self.bring_up(name, self._parts.spec.publish, room, watched=watch)
             try:
                 if not is_wanted():
-                    self._warm_up(machine)
+                    self._warm_up(running)
                 if not is_wanted():
-                    machine.agent.freeze(timeout_s=_ANSWER_S)
-                    machine.vm.pause()
-                    return Pooled(machine=machine, name=name, asleep=True)
+                    running.agent.freeze(timeout_s=_ANSWER_S)
+                    running.vm.pause()
+                    return Pooled(running=running, name=name, paused=True)
             except BaseException:
-                _discard(machine)
+                _discard(running)
                 raise
-            return Pooled(machine=machine, name=name, asleep=False)
+            return Pooled(running=running, name=name, paused=False)
 
     @contextmanager
     def _interruptible(self, vm: Vm) -> Iterator[None]:
         with self._lock:
             if self._interrupted:
                 raise EngineError(f"VM {vm.name} is not wanted any more")
-            self._ahead.add(vm)
+            self._prewarmed.add(vm)
         try:
             yield
         finally:
             with self._lock:
-                self._ahead.discard(vm)
+                self._prewarmed.discard(vm)
 
-    def wake(self, pooled: Pooled, since: float) -> Machine:
+    def wake(self, pooled: Pooled, since: float) -> RunningVm:
         """Let a machine that was made ahead go on, at the host's time of day, and return it.
 
         `since` is when it was asked for. Raise FcvmError when it has died meanwhile; nothing is left of it then.
         """
-        machine = pooled.machine
-        machine.timeline = Timeline(since)
-        machine.timeline.mark("pool", monotonic())
+        running = pooled.running
+        running.timeline = Timeline(since)
+        running.timeline.mark("pool", monotonic())
         try:
-            if pooled.asleep:
-                machine.wake(self._parts.spec.clock)
+            if pooled.paused:
+                running.wake(self._parts.spec.clock)
         except BaseException:
-            _discard(machine)
+            _discard(running)
             raise
-        machine.timeline.mark("wake", monotonic())
-        return machine
+        running.timeline.mark("wake", monotonic())
+        return running
 
-    def _warm_up(self, machine: Machine) -> None:
+    def _warm_up(self, running: RunningVm) -> None:
         """Prove it ready by the condition that the base was, which runs the service's code for the first time."""
 
-        def start(ports: tuple[PublishedPort, ...]) -> Machine:  # noqa: ARG001  they are mapped already
-            return machine
+        def start(ports: tuple[PublishedPort, ...]) -> RunningVm:  # noqa: ARG001  they are mapped already
+            return running
 
         parts = self._parts
         target = Clone(
@@ -185,63 +186,63 @@ class Cloner:
             target.close_clients()
 
     def _prepare(self, plan: RestorePlan) -> Vm:
-        return prepare_enclosed(self._parts, plan, self._enclose)
+        return prepare_in_namespace(self._parts, plan, self._open_namespace)
 
     def _plan(
         self,
         name: str,
-        cables: tuple[Cable, ...] = (),
+        attachments: tuple[Attachment, ...] = (),
         namespace: Namespace | None = None,
     ) -> RestorePlan:
         return RestorePlan(
             name=name,
             shape=self._parts.shape,
             files=snapshot_files(self._entry.path, self._parts, of_clone=self._entry.facts.get("of_clone", False)),
-            cables=cables,
+            attachments=attachments,
             namespace=namespace,
             metadata=self._parts.spec.metadata,
         )
 
-    def _meet(self, vm: Vm, name: str, cables: tuple[Cable, ...], timeline: Timeline) -> Machine:
+    def _meet(self, vm: Vm, name: str, attachments: tuple[Attachment, ...], timeline: Timeline) -> RunningVm:
         with ExitStack() as undo:
             try:
-                with descriptors_told(name):
+                with translating_emfile(name):
                     log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
                     undo.callback(log.close)
-                    identity = self._identity(name, cables)  # one that fails holds no channel
+                    identity = self._identity(name, attachments)  # one that fails holds no channel
                     agent = start_session(
                         vm.channel(),
                         bytes.fromhex(self._entry.facts["secret"]),
                         identity=identity,
-                        cables=cables,
+                        attachments=attachments,
                         log_sink=log.append,
                         timeout_s=_RESTORE_S,
                         explain=vm.explain,
-                        tell_time=time_teller(self._parts.spec.clock),
+                        clock_ns=clock_source(self._parts.spec.clock),
                     )
                     undo.callback(agent.close)
             except FcvmError as error:
                 raise abandon(vm, error) from None
             timeline.mark("agent", monotonic())
-            machine = Machine(vm, agent, log, timeline, may_end_with=self._parts.ready_joined.may_end_with)
+            running = RunningVm(vm, agent, log, timeline, may_end_with=self._parts.ready_joined.may_end_with)
             undo.pop_all()
-            return machine
+            return running
 
-    def _identity(self, name: str, cables: tuple[Cable, ...]) -> Identity:
+    def _identity(self, name: str, attachments: tuple[Attachment, ...]) -> Identity:
         parts = self._parts
         return fresh_identity(
-            name, parts.spec, parts.defaults.env, has_peer=not parts.is_relayed, hosts=_hosts_on(cables)
+            name, parts.spec, parts.defaults.env, has_peer=not parts.is_relayed, hosts=_hosts_on(attachments)
         )
 
 
-def _discard(machine: Machine) -> None:
+def _discard(running: RunningVm) -> None:
     """Close a machine whose maker failed: that failure is the one to tell."""
     with suppress(FcvmError):
-        machine.close()
+        running.close()
 
 
-def _hosts_on(cables: tuple[Cable, ...]) -> list[str]:
-    return [line for cable in cables for line in cable.hosts]
+def _hosts_on(attachments: tuple[Attachment, ...]) -> list[str]:
+    return [line for attachment in attachments for line in attachment.hosts]
 
 
 def _call(warm: Callable[[Clone], object], clone: Clone) -> None:

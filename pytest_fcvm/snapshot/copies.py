@@ -7,20 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm.clone.machine import Machine, time_teller
+from pytest_fcvm.clone.running import RunningVm, clock_source
 from pytest_fcvm.guest.frames import new_secret
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 from pytest_fcvm.snapshot.builder import BASE_LOG, snapshot_files
-from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.snapshot.inputs import SnapshotInputs
 
-__all__ = ["as_copied", "copy_machine"]
+__all__ = ["as_copied", "copy_running"]
 
 _CALL_S = 60.0
 
 
-def as_copied(parts: Ingredients) -> Ingredients:
+def as_copied(parts: SnapshotInputs) -> SnapshotInputs:
     """Return what a copy is made of: in the state it was in, not proven by a condition that may hold no more.
 
     Its ports are any free ones of the host: those that were wanted are the origin's.
@@ -29,21 +29,23 @@ def as_copied(parts: Ingredients) -> Ingredients:
     return replace(parts, spec=replace(parts.spec, publish=publish), ready=ReadySpec(mode=ReadyMode.AGENT))
 
 
-def copy_machine(machine: Machine, parts: Ingredients, origin: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Fill a snapshot's folder with what a machine is now, and return its facts.
+def copy_running(
+    running: RunningVm, parts: SnapshotInputs, origin: Mapping[str, Any], directory: Path
+) -> dict[str, Any]:
+    """Fill a snapshot's directory with what a machine is now, and return its facts.
 
     `origin` are the facts of the snapshot that the machine is of. Its workload stands still meanwhile, and what is
     asked of its agent waits; nothing of it ends. Raise EngineError, HostError or GuestError.
     """
     started, secret = monotonic(), new_secret()
-    with machine.copying:
-        machine.agent.park(secret, timeout_s=_CALL_S)
+    with running.copying:
+        running.agent.suspend(secret, timeout_s=_CALL_S)
         try:
-            machine.log.save(folder / BASE_LOG)
-            machine.vm.save(snapshot_files(folder, parts))
+            running.log.save(directory / BASE_LOG)
+            running.vm.save(snapshot_files(directory, parts))
         finally:
-            channel = machine.vm.channel()
-            machine.agent.go_on(channel, time_teller(parts.spec.clock), timeout_s=_CALL_S)
+            channel = running.vm.channel()
+            running.agent.resume_session(channel, clock_source(parts.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],

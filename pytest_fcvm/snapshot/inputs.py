@@ -11,29 +11,29 @@ from typing import Any
 
 from pytest_fcvm.clone.clone import ExecDefaults
 from pytest_fcvm.engine.disk import DISK_FORMAT
-from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, MachineShape
+from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, VmShape
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host.own import os
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.parse import parse_signal
-from pytest_fcvm.model.specs import MachineSpec, MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec
+from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, Prepare, ReadySpec, VmSpec
 from pytest_fcvm.ready import finalize_ready
 from pytest_fcvm.store import MANIFEST_SCHEMA, Store, canonical_digest
 
-__all__ = ["Ingredients", "choose_ready", "snapshot_key"]
+__all__ = ["SnapshotInputs", "choose_ready", "snapshot_key"]
 
 _INITS = ("/sbin/init", "/usr/sbin/init", "/usr/local/sbin/init")
 _OWN_CODE = ("snapshot", "clone", "guest", "network", "host/archive.py", "model/guest.py", "ready.py")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ingredients:
+class SnapshotInputs:
     """Everything a snapshot is built from. Digests name the files' contents.
 
     A base is snapshotted when it is `ready`; a clone that needs others is `ready_joined` when it has them.
     """
 
-    spec: MachineSpec
+    spec: VmSpec
     ready: ReadySpec
     ready_joined: ReadySpec
     image: ImageConfig
@@ -48,7 +48,7 @@ class Ingredients:
     network: NetworkSpec
 
     @property
-    def spec_before_tests(self) -> MachineSpec:
+    def spec_before_tests(self) -> VmSpec:
         """Return the spec of a machine that no test has yet: an own address is its test's."""
         return replace(self.spec, own_address=False)
 
@@ -63,13 +63,13 @@ class Ingredients:
     @property
     def is_relayed(self) -> bool:
         """Say whether the ports of clones go through their agents."""
-        return not self.network.mode.is_enclosed
+        return not self.network.mode.uses_netns
 
     @property
-    def shape(self) -> MachineShape:
+    def shape(self) -> VmShape:
         """Return what base and clones must have in common."""
         spec = self.spec
-        return MachineShape(
+        return VmShape(
             mem_mib=spec.mem_mib,
             cpus=spec.cpus,
             network=self.network.mode,
@@ -100,7 +100,7 @@ class Ingredients:
 
     @property
     def defaults(self) -> ExecDefaults:
-        """Return environment, folder, user and stop signal for the workload and for commands beside it.
+        """Return environment, directory, user and stop signal for the workload and for commands beside it.
 
         An init is told that it runs in a container (systemd's container interface): devices and network are not its to
         set up.
@@ -153,7 +153,7 @@ def choose_ready(wanted: ReadySpec | None, image: ImageConfig) -> ReadySpec:
     )
 
 
-def snapshot_key(parts: Ingredients, store: Store) -> str:
+def snapshot_key(parts: SnapshotInputs, store: Store) -> str:
     """Return the SHA-256 over everything that changes what a clone would be. Environment values enter as an HMAC."""
     spec = parts.spec
     return canonical_digest(

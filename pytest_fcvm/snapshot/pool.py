@@ -2,7 +2,7 @@
 
 A pooled clone has its identity before the workload's first instruction, as every clone has. What it did since (its
 readiness was proven) has warmed its code: under emulation a guest's first pass through any code costs ten times the
-second. Stopped, it takes no processor time.
+second. Stopped, it takes no CPU time.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.errors import FcvmError
-from pytest_fcvm.host.admission.admission import NoRoomAhead
+from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
 from pytest_fcvm.host.clock import Deadline, wait_on
 from pytest_fcvm.host.threads import Crew, ServiceThread
 
@@ -31,9 +31,9 @@ _CLOSE_S = 10.0
 class Pooled:
     """A machine that was made ahead. `asleep`: frozen and stopped; else it runs, because a test was waiting for it."""
 
-    machine: Machine
+    running: RunningVm
     name: str
-    asleep: bool
+    paused: bool
 
 
 class Depth:
@@ -125,7 +125,7 @@ class Pool:
         with self._changed:
             given_back, self._ready = self._ready, deque()
         for pooled in given_back:
-            _discard(pooled.machine)
+            _discard(pooled.running)
 
     def close(self) -> None:
         """Give everything back and wait for the makers; no other clone will follow."""
@@ -138,10 +138,10 @@ class Pool:
     def _pop(self) -> Pooled | None:
         while self._ready:
             pooled = self._ready.popleft()
-            if pooled.machine.ended is None:
+            if pooled.running.ended is None:
                 return pooled
             self.lost += 1  # it died while nobody looked: the test gets the next one
-            _discard(pooled.machine)
+            _discard(pooled.running)
         return None
 
     def _is_wanted(self) -> bool:
@@ -153,7 +153,7 @@ class Pool:
             pooled: Pooled | None = None
             try:
                 pooled = self._make(self._is_wanted)
-            except NoRoomAhead:
+            except NoRoomToPrewarm:
                 pass
             except FcvmError as error:
                 if not self._closed:
@@ -171,10 +171,10 @@ class Pool:
             self._making -= not more
             self._changed.notify_all()
         if pooled is not None and not kept:
-            _discard(pooled.machine)
+            _discard(pooled.running)
         return more
 
 
-def _discard(machine: Machine) -> None:
+def _discard(running: RunningVm) -> None:
     with suppress(FcvmError):
-        machine.close()
+        running.close()

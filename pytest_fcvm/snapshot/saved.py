@@ -11,16 +11,16 @@ from typing import Any
 
 from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.snapshot.inputs import SnapshotInputs
 from pytest_fcvm.store import Entry
 
-__all__ = ["read_ingredients", "write_ingredients"]
+__all__ = ["read_inputs", "write_inputs"]
 
 _FILE = "ingredients"
 _NOT_KEPT = ("engine", "files")  # they hold processes and functions
 
 
-def write_ingredients(parts: Ingredients, folder: Path) -> None:
+def write_inputs(parts: SnapshotInputs, directory: Path) -> None:
     """Write a file, as private as the memory beside it: the environment is in both.
 
     The functions of the spec are left out, they have done their work.
@@ -28,12 +28,12 @@ def write_ingredients(parts: Ingredients, folder: Path) -> None:
     parts = replace(parts, spec=replace(parts.spec, prepare=None, warm=None))
     kept = {field.name: getattr(parts, field.name) for field in fields(parts) if field.name not in _NOT_KEPT}
     files = parts.files.kernel, parts.files.initramfs, parts.rootfs
-    path = folder / _FILE
+    path = directory / _FILE
     path.touch(mode=0o600)
     path.write_bytes(pickle.dumps((version("pytest-fcvm"), files, kept)))
 
 
-def read_ingredients(entry: Entry, engine: Engine, report: EngineReport) -> Ingredients:
+def read_inputs(entry: Entry, engine: Engine, report: EngineReport) -> SnapshotInputs:
     """Return what a kept clone was made of, to be run by an engine of this process.
 
     Raise HostError when another version kept it, its image is gone, or the engine or the host are not the same.
@@ -41,7 +41,7 @@ def read_ingredients(entry: Entry, engine: Engine, report: EngineReport) -> Ingr
     made_by, files, kept = _read(entry.file(_FILE))
     if made_by != version("pytest-fcvm"):
         raise HostError(f"it was kept by pytest-fcvm {made_by}", hint=f"pip install pytest-fcvm=={made_by}")
-    parts = Ingredients(**kept, files=files, engine=engine)
+    parts = SnapshotInputs(**kept, files=files, engine=engine)
     if not parts.rootfs.exists():
         raise HostError(f"the file system of {parts.spec.image} has been removed", hint="run the test again")
     if difference := _difference(parts.report, report):

@@ -11,27 +11,27 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from pytest_fcvm.clone.clone import Clone, StartMachine
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.clone import Clone, StartVm
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import check_owner, getpid, os
-from pytest_fcvm.model.net import Cable, PublishedPort
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.net import Attachment, PublishedPort
+from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.network.addresses import hosts_of
-from pytest_fcvm.network.netns.attach import Enclose, no_enclosure
+from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
 from pytest_fcvm.ready import wait_until_ready
 from pytest_fcvm.snapshot.builder import BASE_LOG
 from pytest_fcvm.snapshot.cloner import Cloner
-from pytest_fcvm.snapshot.copies import as_copied, copy_machine
-from pytest_fcvm.snapshot.inputs import Ingredients
+from pytest_fcvm.snapshot.copies import as_copied, copy_running
+from pytest_fcvm.snapshot.inputs import SnapshotInputs
 from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
-from pytest_fcvm.snapshot.saved import read_ingredients, write_ingredients
+from pytest_fcvm.snapshot.saved import read_inputs, write_inputs
 from pytest_fcvm.store import Entry
 
-__all__ = ["Snapshot", "Workshop"]
+__all__ = ["Snapshot", "SnapshotRuntime"]
 
 _VMM_MIB = 40  # what a QEMU needs for itself, and what part of the guest's memory a test is expected to write
 _WRITTEN_SHARE = 8
@@ -48,14 +48,14 @@ def _no_scratch() -> AbstractContextManager[Path]:
 class Segment(Protocol):
     """What a clone needs of a private network."""
 
-    def plug(self, name: str, wire: int | None = None) -> Cable:
-        """Return a cable for a clone of that name; `wire` is a descriptor that carries its card's frames already."""
+    def plug(self, name: str, wire: int | None = None) -> Attachment:
+        """Return a attachment for a clone of that name; `wire` is a descriptor that carries its card's frames already."""
         ...
 
     def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
         """Take note of a clone that is up.
 
-        `tell` gives it the lines of /etc/hosts for who is on the network, `set_link` plugs its cable in or out.
+        `tell` gives it the lines of /etc/hosts for who is on the network, `set_link` plugs its attachment in or out.
         """
         ...
 
@@ -65,24 +65,24 @@ class Segment(Protocol):
 
 
 @dataclass(kw_only=True)
-class Workshop:
+class SnapshotRuntime:
     """What snapshots need of the process they live in.
 
-    `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_ahead(mem_mib)` does for
-    a clone that no test has asked for, and raises NoRoomAhead instead of waiting. `ahead` is how many of those are kept
-    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `scratch()` gives a folder
+    `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_prewarmed(mem_mib)` does for
+    a clone that no test has asked for, and raises NoRoomToPrewarm instead of waiting. `ahead` is how many of those are kept
+    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `scratch()` gives a directory
     for a snapshot that does not outlive the process. `enclose(joined)` makes a network namespace for a VM. `born` and
     `failed` are told of every clone.
     """
 
     admit: Admit
-    admit_ahead: Admit
-    ahead: int | None = 0
+    admit_prewarmed: Admit
+    prewarmed: int | None = 0
     makers: int = 1
     scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
-    enclose: Enclose = no_enclosure
-    born: Callable[[Clone], None] = field(default=lambda _clone: None)
-    failed: Callable[[MachineSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
+    open_namespace: OpenNamespace = no_namespaces
+    on_created: Callable[[Clone], None] = field(default=lambda _clone: None)
+    failed: Callable[[VmSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
 
 class Snapshot:
@@ -91,12 +91,12 @@ class Snapshot:
     `name` is what clones of it are called, with a number each; else they are called by their image.
     """
 
-    def __init__(self, *, entry: Entry, parts: Ingredients, workshop: Workshop, name: str = "") -> None:
+    def __init__(self, *, entry: Entry, parts: SnapshotInputs, runtime: SnapshotRuntime, name: str = "") -> None:
         self.key, self._name = entry.key, name
         self.spec = parts.spec
         self.facts: Mapping[str, Any] = entry.facts
-        self._entry, self._parts, self._workshop = entry, parts, workshop
-        self._cloner = Cloner(entry, parts, workshop.enclose)
+        self._entry, self._parts, self._runtime = entry, parts, runtime
+        self._cloner = Cloner(entry, parts, runtime.open_namespace)
         self._pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
         self._owner = getpid()
@@ -147,7 +147,7 @@ class Snapshot:
         spec = self.spec if publish is None else self.spec.merged({"publish": publish})
         if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
             raise UsageProblem(f"{name!r} is not a host name", hint="use letters a-z, digits and hyphens")
-        machine, called = (None, name) if name or networks or publish is not None else self._take_ahead()
+        running, called = (None, name) if name or networks or publish is not None else self._take_prewarmed()
         called = called or self._invent_name()
         try:
             clone = Clone(
@@ -155,40 +155,40 @@ class Snapshot:
                 spec=spec,
                 engine=self.engine,
                 defaults=self._parts.defaults,
-                start=_first(machine, lambda ports: self._start(called, ports, networks)),
+                start=_first(running, lambda ports: self._start(called, ports, networks)),
                 copy=self._copy,
             )
         except FcvmError as error:
-            self._workshop.failed(spec, error)
+            self._runtime.failed(spec, error)
             raise
         try:
             if self._pool:
                 self._pool.refill()
-            self._workshop.born(clone)
+            self._runtime.on_created(clone)
         except BaseException:
             clone.close()
             raise
         return clone
 
-    def prove(self, clone: Clone) -> None:
+    def verify(self, clone: Clone) -> None:
         """Wait until the spec's readiness condition holds in a clone, also where it could not in a base that was alone.
 
         Raise GuestTimeout when it does not in the time that the spec gives, WorkloadExited at once.
         """
         wait_until_ready(clone, self._parts.ready_joined, self.spec.ready_timeout_s)
 
-    def move_to(self, folder: Path) -> dict[str, Any]:
-        """Move the files of a snapshot of a running clone to a folder, for `reopen`, and return its facts."""
+    def move_to(self, directory: Path) -> dict[str, Any]:
+        """Move the files of a snapshot of a running clone to a directory, for `reopen`, and return its facts."""
         for path in self._entry.path.iterdir():
-            path.rename(folder / path.name)
-        write_ingredients(self._parts, folder)
+            path.rename(directory / path.name)
+        write_inputs(self._parts, directory)
         return dict(self.facts)
 
     @classmethod
-    def reopen(cls, entry: Entry, engine: Engine, report: EngineReport, workshop: Workshop) -> Snapshot:
+    def reopen(cls, entry: Entry, engine: Engine, report: EngineReport, runtime: SnapshotRuntime) -> Snapshot:
         """Return what `move_to` has put into an entry. Raise HostError when it cannot run here any more."""
-        parts = read_ingredients(entry, engine, report)
-        return cls(entry=entry, parts=parts, workshop=replace(workshop, ahead=0))
+        parts = read_inputs(entry, engine, report)
+        return cls(entry=entry, parts=parts, runtime=replace(runtime, prewarmed=0))
 
     def drain(self) -> None:
         """Give back the clones that no test has asked for yet."""
@@ -211,25 +211,25 @@ class Snapshot:
 
     def _can_pool(self) -> bool:
         """Say whether clones can be made ahead: one that held a fixed host port would be in the way of those in use."""
-        return self._workshop.ahead != 0 and all(port.host_port == 0 for port in self.spec.publish)
+        return self._runtime.prewarmed != 0 and all(port.host_port == 0 for port in self.spec.publish)
 
     def _make_pool(self) -> Pool:
-        shop = self._workshop
-        return Pool(self._make_ahead, Depth(shop.ahead), shop.makers, self._cloner.interrupt)
+        shop = self._runtime
+        return Pool(self._prewarm, Depth(shop.prewarmed), shop.makers, self._cloner.interrupt)
 
     def _invent_name(self) -> str:
         stem = self._name or (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
         return f"{_NOT_A_NAME.sub('-', stem).strip('-')[:40] or 'clone'}-{os.urandom(4).hex()}"
 
-    def _copy(self, machine: Machine, name: str) -> Snapshot:
+    def _copy(self, running: RunningVm, name: str) -> Snapshot:
         """Return a snapshot of what a machine of this one has become, which lasts until it is closed."""
-        with descriptors_told(f"a copy of {machine.vm.name}"), ExitStack() as owned:
-            folder = owned.enter_context(self._workshop.scratch())
-            facts = copy_machine(machine, self._parts, self.facts, folder)
+        with translating_emfile(f"a copy of {running.vm.name}"), ExitStack() as owned:
+            directory = owned.enter_context(self._runtime.scratch())
+            facts = copy_running(running, self._parts, self.facts, directory)
             copied = Snapshot(
-                entry=Entry(path=folder, key=folder.name, facts=facts),
+                entry=Entry(path=directory, key=directory.name, facts=facts),
                 parts=as_copied(self._parts),
-                workshop=replace(self._workshop, ahead=0),
+                runtime=replace(self._runtime, prewarmed=0),
                 name=name,
             )
             copied._owned = owned.pop_all()
@@ -251,60 +251,62 @@ class Snapshot:
                 hint="join it to fewer" if most else f"use {other}--fcvm-engine qemu",
             )
 
-    def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> Machine:
-        plugged, cables = ExitStack(), list[Cable]()
-        with descriptors_told(name), ExitStack() as undo, ExitStack() as passed_on:
+    def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> RunningVm:
+        plugged, attachments = ExitStack(), list[Attachment]()
+        with translating_emfile(name), ExitStack() as undo, ExitStack() as passed_on:
             undo.push(plugged)
-            namespace = self._cloner.enclose() if networks else None
+            namespace = self._cloner.open_namespace() if networks else None
             if namespace:
                 plugged.callback(namespace.close)
             for number, network in enumerate(networks):
                 wire = namespace.wires[number] if namespace and namespace.wires else None
-                cables.append(network.plug(name, wire))
+                attachments.append(network.plug(name, wire))
                 plugged.callback(network.unplug, name)
-                if cables[-1].end:
-                    passed_on.enter_context(cables[-1].end)
-            room = self._workshop.admit(self._charge_mib)
-            machine = self._cloner.bring_up(name, ports, room, tuple(cables), namespace)
-            undo.callback(machine.close)
-            machine.also_close([plugged.close])
-            self._join(machine, name, cables, networks)
+                if attachments[-1].end:
+                    passed_on.enter_context(attachments[-1].end)
+            room = self._runtime.admit(self._charge_mib)
+            running = self._cloner.bring_up(name, ports, room, tuple(attachments), namespace)
+            undo.callback(running.close)
+            running.add_cleanup([plugged.close])
+            self._join(running, name, attachments, networks)
             undo.pop_all()
-        return machine
+        return running
 
-    def _join(self, machine: Machine, name: str, cables: Sequence[Cable], networks: Sequence[Segment]) -> None:
-        known = [cable.hosts for cable in cables]
+    def _join(
+        self, running: RunningVm, name: str, attachments: Sequence[Attachment], networks: Sequence[Segment]
+    ) -> None:
+        known = [attachment.hosts for attachment in attachments]
         for number, network in enumerate(networks):
             network.joined(
                 name,
-                partial(_tell_names, machine, hosts_of(name, self.spec.host_ports), known, number),
-                partial(machine.vm.set_link, number),
+                partial(_tell_names, running, hosts_of(name, self.spec.host_ports), known, number),
+                partial(running.vm.set_link, number),
             )
 
-    def _make_ahead(self, is_wanted: Callable[[], bool]) -> Pooled:
-        with descriptors_told("a clone made ahead"):
-            room = self._workshop.admit_ahead(self._charge_mib)
-            return self._cloner.bring_up_ahead(self._invent_name(), room, is_wanted)
+    def _prewarm(self, is_wanted: Callable[[], bool]) -> Pooled:
+        with translating_emfile("a clone made ahead"):
+            room = self._runtime.admit_prewarmed(self._charge_mib)
+            return self._cloner.prewarm(self._invent_name(), room, is_wanted)
 
-    def _take_ahead(self) -> tuple[Machine | None, str | None]:
+    def _take_prewarmed(self) -> tuple[RunningVm | None, str | None]:
         """Return a machine that was made ahead, awake, and its name; two times None where there is none."""
         asked = monotonic()
         while self._pool and (pooled := self._pool.take()):
-            with suppress(FcvmError), descriptors_told(pooled.name):
+            with suppress(FcvmError), translating_emfile(pooled.name):
                 return self._cloner.wake(pooled, asked), pooled.name
             self._pool.lost += 1  # it died as it woke
         return None, None
 
 
 def _tell_names(
-    machine: Machine, own: tuple[str, ...], known: list[tuple[str, ...]], number: int, lines: tuple[str, ...]
+    running: RunningVm, own: tuple[str, ...], known: list[tuple[str, ...]], number: int, lines: tuple[str, ...]
 ) -> None:
     """Tell a clone who is on one of its networks now; `known` has what it knows of each."""
     known[number] = lines
-    machine.agent.rename_hosts([*own, *chain.from_iterable(known)], timeout_s=_NAMES_S)
+    running.agent.rename_hosts([*own, *chain.from_iterable(known)], timeout_s=_NAMES_S)
 
 
-def _first(machine: Machine | None, start: StartMachine) -> StartMachine:
+def _first(running: RunningVm | None, start: StartVm) -> StartVm:
     """Return a function that starts machines, of which the first is there already."""
-    there = [machine] if machine else []
+    there = [running] if running else []
     return lambda ports: there.pop() if there else start(ports)

@@ -13,39 +13,39 @@ from contextlib import suppress
 from pytest_fcvm.engine.protocol import RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard, started
 from pytest_fcvm.errors import FcvmError
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.threads import Crew, ServiceThread
 
-__all__ = ["Spares"]
+__all__ = ["Standby"]
 
 _CLOSE_S = 10.0
 
 
-class Spares:
+class Standby:
     """The VMM ahead of one snapshot. `prepare` is the engine's; `usual` is the plan that most clones have."""
 
     def __init__(self, prepare: Callable[[RestorePlan], Vm], usual: RestorePlan) -> None:
         self._prepare, self._usual = prepare, usual
         self._lock = threading.Lock()
-        self._spare: Vm | None = None
+        self._standby: Vm | None = None
         self._filling = self._closed = False
         self._threads = Crew()
 
     def take(self, plan: RestorePlan) -> Vm:
         """Return a started VM for a plan: the spare where it fits and lives, else a new one."""
-        if not plan.cables:
+        if not plan.attachments:
             with self._lock:
-                spare, self._spare = self._spare, None
-            if spare is not None:
-                spare.name = plan.name
+                standby, self._standby = self._standby, None
+            if standby is not None:
+                standby.name = plan.name
                 with suppress(FcvmError):  # it died while it waited
-                    return started(spare)
+                    return started(standby)
         return started(self._prepare(plan))
 
     def refill(self) -> None:
         """Let a thread of its own prepare the next spare, unless there is one."""
         with self._lock:
-            if self._closed or self._filling or self._spare is not None:
+            if self._closed or self._filling or self._standby is not None:
                 return
             self._filling = True
         thread = ServiceThread(self._fill, name="fcvm-spare")
@@ -61,21 +61,21 @@ class Spares:
         """End the spare and wait for the thread that prepares one; no other will follow."""
         with self._lock:
             self._closed = True
-            spare, self._spare = self._spare, None
-        if spare is not None:
-            discard(spare)
+            standby, self._standby = self._standby, None
+        if standby is not None:
+            discard(standby)
         self._threads.join(_CLOSE_S)
 
     def _fill(self) -> None:
-        with suppress(FcvmError), descriptors_told("a spare"):  # the clone that needs one will say why
-            spare: Vm | None = None
+        with suppress(FcvmError), translating_emfile("a spare"):  # the clone that needs one will say why
+            standby: Vm | None = None
             try:
-                spare = self._prepare(self._usual)
+                standby = self._prepare(self._usual)
             finally:
                 with self._lock:
                     self._filling, closed = False, self._closed
-                    self._spare = None if closed else spare
-                if closed and spare is not None:
-                    discard(spare)
+                    self._standby = None if closed else standby
+                if closed and standby is not None:
+                    discard(standby)
             if not closed:
-                spare.get_ready()  # whoever has taken it already waits for this, and is told
+                standby.get_ready()  # whoever has taken it already waits for this, and is told

@@ -50,10 +50,10 @@ def agent_binary(builder):
     compiler = shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         pytest.skip("no gcc or clang to build the agent with sanitisers")
-    folder = PROJECT / "build" / "agent-tests"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        return builder.build_host_agent(folder, compiler, sanitize=True)
+    directory = PROJECT / "build" / "agent-tests"
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "lock"):
+        return builder.build_host_agent(directory, compiler, sanitize=True)
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +75,8 @@ def rootfs(tmp_path_factory):
     if not busybox:
         pytest.skip("busybox is not installed (apt-get install busybox-static)")
     root = tmp_path_factory.mktemp("agent") / "rootfs"
-    for folder in ("bin", "etc", "tmp", "root", "usr/lib"):
-        (root / folder).mkdir(parents=True)
+    for directory in ("bin", "etc", "tmp", "root", "usr/lib"):
+        (root / directory).mkdir(parents=True)
     root.chmod(0o755)
     shutil.copy(busybox, root / "bin" / "busybox")
     libraries = subprocess.run(["ldd", busybox], capture_output=True, text=True)

@@ -54,8 +54,8 @@ def test_a_compiler_that_fails_is_told_with_what_it_said(builder, tmp_path):
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_the_packages_agents_are_of_the_sources_that_lie_here(builder, machine):
-    agent = builder.DEFAULT_DEST / f"agent-{machine}"
+def test_the_packages_agents_are_of_the_sources_that_lie_here(builder, running):
+    agent = builder.DEFAULT_DEST / f"agent-{running}"
     if not agent.exists():
-        pytest.skip(f"{agent.name} has not been built: guest_image/build --arch {machine}")
+        pytest.skip(f"{agent.name} has not been built: guest_image/build --arch {running}")
     assert builder.embedded_digest(agent) == builder.source_digest(), "older than its sources: run guest_image/build"

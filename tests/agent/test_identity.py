@@ -196,13 +196,13 @@ def test_a_full_layer_takes_no_file_that_the_workload_has_removed_and_the_clone_
 
 
 def test_the_machine_id_of_dbus_follows_only_where_it_is_a_file_of_its_own(make_guest, p, rootfs):
-    folder = rootfs / "var/lib/dbus"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "machine-id").write_text("0" * 32 + "\n")
+    directory = rootfs / "var/lib/dbus"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "machine-id").write_text("0" * 32 + "\n")
     guest = make_guest()
     guest.connect()
     client = guest.configure()
-    (folder / "machine-id").unlink()
+    (directory / "machine-id").unlink()
     client.call(p.PERSONALISE, (p.MACHINE_ID, "a" * 32))
     assert seen(client, "cat /var/lib/dbus/machine-id") == "a" * 32 + "\n"
 

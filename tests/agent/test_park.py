@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-SECRET, WAY_BACK = b"s" * 16, b"w" * 16
+SECRET, RESUME_TOKEN = b"s" * 16, b"w" * 16
 
 
-def park(client, p):
-    client.call(p.PARK, (p.SECRET, SECRET), (p.RETURN, WAY_BACK))
+def suspend(client, p):
+    client.call(p.SUSPEND, (p.SECRET, SECRET), (p.RETURN, RESUME_TOKEN))
 
 
 def count_up(client):
@@ -20,12 +20,12 @@ def test_a_parked_session_is_silent_and_goes_on_where_it_was(guest, p):
     guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
     logs, counter, typed = client.open(p.LOGS), count_up(client), client.start_exec("cat")
     client.wait(lambda: logs.data[0].count(b"\n") > 3 and counter.data[0].count(b"\n") > 3)
-    park(client, p)
+    suspend(client, p)
     guest.channel.settimeout(0.3)
     with pytest.raises(TimeoutError):
         guest.channel.recv(1)
     guest.channel.settimeout(None)
-    client.send(WAY_BACK)
+    client.send(RESUME_TOKEN)
     client.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
     before = counter.data[0].count(b"\n")
     client.wait(lambda: counter.data[0].count(b"\n") > before + 3)
@@ -40,9 +40,9 @@ def test_a_parked_session_is_silent_and_goes_on_where_it_was(guest, p):
 
 def test_nothing_that_comes_before_the_way_back_is_executed(guest, p):
     guest.start("exec sleep 1000")
-    park(guest.client, p)
+    suspend(guest.client, p)
     stale = p.frame(p.OPEN, 500, bytes([p.POWEROFF]) + b"\0" * 4)
-    guest.client.send(stale * 3 + stale[:7] + WAY_BACK)
+    guest.client.send(stale * 3 + stale[:7] + RESUME_TOKEN)
     assert guest.client.call(p.STATUS)[p.STATE][0] in ("frozen", "running")  # running without cgroups
 
 
@@ -51,7 +51,7 @@ def test_in_a_copy_commands_live_on_without_their_streams(guest, p):
     guest.start("exec sleep 1000")
     pid = count_up(client).reply[1][p.PID][0]
     reading = client.start_exec("/bin/sh", "-c", "cat; exec sleep 1000")
-    park(client, p)
+    suspend(client, p)
     copy = guest.connect(SECRET)
     copy.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
     time.sleep(1.2)  # what is hung up is killed after a second
@@ -70,7 +70,7 @@ def attach(client, p, pid):
 
 
 def copied(guest, p):
-    park(guest.client, p)
+    suspend(guest.client, p)
     copy = guest.connect(SECRET)
     copy.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
     return copy
@@ -143,9 +143,9 @@ def test_an_attached_command_is_hung_up_with_its_stream(guest, p):
 
 
 def test_in_a_copy_the_way_back_is_worth_nothing(guest, p):
-    park(guest.client, p)
+    suspend(guest.client, p)
     copy = guest.connect(SECRET)
-    copy.send(WAY_BACK)
+    copy.send(RESUME_TOKEN)
     with pytest.raises(p.SessionError):
         copy.call(p.STATUS)
 
@@ -155,7 +155,7 @@ def test_a_log_that_a_host_was_sent_is_not_sent_again_on_wish(guest, p):
     guest.start("mkfifo /tmp/go; echo before; read -r _ </tmp/go; echo after; exec sleep 1000")
     first = client.open(p.LOGS)
     client.wait(lambda: first.data[0] == b"before\n")
-    park(client, p)
+    suspend(client, p)
     copy = guest.connect(SECRET)
     copy.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
     again, fresh = copy.open(p.LOGS), copy.open(p.LOGS, (p.FLAGS, 8))
@@ -164,9 +164,11 @@ def test_a_log_that_a_host_was_sent_is_not_sent_again_on_wish(guest, p):
     assert fresh.data[0] == b"after\n"
 
 
-@pytest.mark.parametrize("fields", [{"SECRET": SECRET}, {"RETURN": WAY_BACK}, {"SECRET": SECRET, "RETURN": b"\0" * 16}])
+@pytest.mark.parametrize(
+    "fields", [{"SECRET": SECRET}, {"RETURN": RESUME_TOKEN}, {"SECRET": SECRET, "RETURN": b"\0" * 16}]
+)
 def test_park_without_two_usable_secrets_is_refused_and_nothing_is_frozen(guest, p, fields):
     guest.start("exec sleep 1000")
     with pytest.raises(OSError, match="RETURN"):
-        guest.client.call(p.PARK, *((getattr(p, name), value) for name, value in fields.items()))
+        guest.client.call(p.SUSPEND, *((getattr(p, name), value) for name, value in fields.items()))
     assert guest.client.call(p.STATUS)[p.STATE] == ["running"]

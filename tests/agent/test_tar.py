@@ -88,8 +88,8 @@ def test_long_names_links_and_numbers_are_read(client, p, form):
         entry("hard", tarfile.LNKTYPE, linkname=name),
         form=form,
     )
-    assert put(client, p, data, "/tmp/new/folder").code == 0
-    assert shell(client, "cd /tmp/new/folder; cat link hard; stat -c '%u %g' hard") == "deepdeep3000000 3000001\n"
+    assert put(client, p, data, "/tmp/new/directory").code == 0
+    assert shell(client, "cd /tmp/new/directory; cat link hard; stat -c '%u %g' hard") == "deepdeep3000000 3000001\n"
 
 
 def test_pax_times_keep_their_fraction(client, p):
@@ -150,7 +150,7 @@ HOSTILE = {
         entry("link", tarfile.SYMTYPE, linkname="/etc"),
         entry("hard", tarfile.LNKTYPE, linkname="link/passwd"),
     ],
-    "a folder through a symlink": [
+    "a directory through a symlink": [
         entry("link", tarfile.SYMTYPE, linkname="/tmp"),
         entry("link/outside", tarfile.DIRTYPE, mode=0o755),
     ],
@@ -181,7 +181,7 @@ BROKEN = {
     "cut in a file": (archive(entry("f", content=b"x" * 3000))[:1500], "ends too early"),
     "without an end": (archive(entry("f", content=b"x" * 512))[:1024], "ends too early"),
     "nothing": (b"", "ends too early"),
-    "a folder's place taken": (archive(entry("d", content=b"x")), "replace d"),
+    "a directory's place taken": (archive(entry("d", content=b"x")), "replace d"),
     "an unknown type": (archive(entry("f", b"Z")), "not supported"),
     "no name": (archive(entry(".", content=b"x")), "no name"),
 }

@@ -28,21 +28,21 @@ def declare(make_guest, p):
 @pytest.fixture
 def data(rootfs):
     """A directory of the image, with one of each kind."""
-    folder = rootfs / "srv/data"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "file").write_text("was there\n")
-    (folder / "other").hardlink_to(folder / "file")
-    (folder / "link").symlink_to("/nowhere")
-    (folder / "sub/set-user-id").write_text("x")
+    directory = rootfs / "srv/data"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "file").write_text("was there\n")
+    (directory / "other").hardlink_to(directory / "file")
+    (directory / "link").symlink_to("/nowhere")
+    (directory / "sub/set-user-id").write_text("x")
     if os.geteuid() == 0:
-        os.chown(folder / "sub/set-user-id", 7, 8)
-        os.chown(folder, 5, 6)
-    (folder / "sub/set-user-id").chmod(0o4755)
-    os.mkfifo(folder / "fifo")
-    folder.chmod(0o2750)
-    for path in (folder / "sub/set-user-id", folder / "sub", folder):
+        os.chown(directory / "sub/set-user-id", 7, 8)
+        os.chown(directory, 5, 6)
+    (directory / "sub/set-user-id").chmod(0o4755)
+    os.mkfifo(directory / "fifo")
+    directory.chmod(0o2750)
+    for path in (directory / "sub/set-user-id", directory / "sub", directory):
         os.utime(path, (1e9, 1e9))
-    yield folder
+    yield directory
     shutil.rmtree(rootfs / "srv")
 
 

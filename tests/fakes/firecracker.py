@@ -93,7 +93,7 @@ class Refusal(Exception):
         self.fatal = fatal
 
 
-class Machine:
+class RunningVm:
     """The state behind the API."""
 
     def __init__(self, identifier: str, version: str) -> None:
@@ -349,11 +349,11 @@ class Machine:
             stream.write(b"OK %d\n" % next(self._ports))
             stream.flush()
             for line in stream:
-                self._obey(line.decode().split())
+                self._apply(line.decode().split())
                 stream.write(b"pong" + line[4:])
                 stream.flush()
 
-    def _obey(self, words: list[str]) -> None:
+    def _apply(self, words: list[str]) -> None:
         if words[0] == "panic":
             self._say("[    1.000000] Kernel panic - not syncing: sysrq triggered crash")
         if words[0] in ("panic", "reboot"):
@@ -397,29 +397,29 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _routes(machine: Machine) -> dict[tuple[str, str], Callable[..., Any]]:
+def _routes(running: RunningVm) -> dict[tuple[str, str], Callable[..., Any]]:
     return {
-        ("GET", "/"): machine.describe,
-        ("GET", "/version"): lambda: {"firecracker_version": machine.version},
-        ("GET", "/vm/config"): lambda: machine.config,
-        ("PUT", "/actions"): machine.put_action,
-        ("PUT", "/balloon"): machine.put_balloon,
-        ("GET", "/balloon"): machine.get_balloon,
-        ("PATCH", "/balloon"): machine.patch_balloon,
-        ("GET", "/balloon/statistics"): machine.balloon_statistics,
-        ("PUT", "/boot-source"): machine.put_boot_source,
-        ("PUT", "/drives"): machine.put_drive,
-        ("PUT", "/entropy"): machine.put_entropy,
-        ("PUT", "/machine-config"): machine.put_machine_config,
-        ("GET", "/mmds"): lambda: machine.metadata,
-        ("PUT", "/mmds"): machine.put_mmds,
-        ("PUT", "/mmds/config"): machine.put_mmds_config,
-        ("PUT", "/network-interfaces"): machine.put_network_interface,
-        ("PUT", "/serial"): machine.put_serial,
-        ("PUT", "/snapshot/create"): machine.create_snapshot,
-        ("PUT", "/snapshot/load"): machine.load_snapshot,
-        ("PATCH", "/vm"): machine.patch_vm,
-        ("PUT", "/vsock"): machine.put_vsock,
+        ("GET", "/"): running.describe,
+        ("GET", "/version"): lambda: {"firecracker_version": running.version},
+        ("GET", "/vm/config"): lambda: running.config,
+        ("PUT", "/actions"): running.put_action,
+        ("PUT", "/balloon"): running.put_balloon,
+        ("GET", "/balloon"): running.get_balloon,
+        ("PATCH", "/balloon"): running.patch_balloon,
+        ("GET", "/balloon/statistics"): running.balloon_statistics,
+        ("PUT", "/boot-source"): running.put_boot_source,
+        ("PUT", "/drives"): running.put_drive,
+        ("PUT", "/entropy"): running.put_entropy,
+        ("PUT", "/machine-config"): running.put_machine_config,
+        ("GET", "/mmds"): lambda: running.metadata,
+        ("PUT", "/mmds"): running.put_mmds,
+        ("PUT", "/mmds/config"): running.put_mmds_config,
+        ("PUT", "/network-interfaces"): running.put_network_interface,
+        ("PUT", "/serial"): running.put_serial,
+        ("PUT", "/snapshot/create"): running.create_snapshot,
+        ("PUT", "/snapshot/load"): running.load_snapshot,
+        ("PATCH", "/vm"): running.patch_vm,
+        ("PUT", "/vsock"): running.put_vsock,
     }
 
 
@@ -502,9 +502,9 @@ def main(version: str, arguments: list[str]) -> int:
         print(f'Error: ParseArguments(UnexpectedArgument("{bare}"))', file=sys.stderr)
         return 153
     path = given["--api-sock"]
-    machine = Machine(given["--id"], version)
-    machine.metrics = given.get("--metrics-path", machine.metrics)
-    Handler.routes = _routes(machine)
+    running = RunningVm(given["--id"], version)
+    running.metrics = given.get("--metrics-path", running.metrics)
+    Handler.routes = _routes(running)
     try:
         server = Server(path, Handler)
     except OSError:

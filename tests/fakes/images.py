@@ -76,18 +76,18 @@ class HandmadeImage:
     compression: str = "gzip"
     oci: bool = False
 
-    def write_dir(self, folder: Path) -> Path:
-        """Write skopeo's `dir:` layout and return its folder."""
-        folder.mkdir(parents=True)
-        (folder / "version").write_text("Directory Transport Version: 1.1\n")
-        (folder / "manifest.json").write_bytes(self._manifest(folder))
-        return folder
+    def write_dir(self, directory: Path) -> Path:
+        """Write skopeo's `dir:` layout and return its directory."""
+        directory.mkdir(parents=True)
+        (directory / "version").write_text("Directory Transport Version: 1.1\n")
+        (directory / "manifest.json").write_bytes(self._manifest(directory))
+        return directory
 
-    def write_oci(self, folder: Path, tag: str = "latest", *, platforms: Iterable[HandmadeImage] = ()) -> Path:
-        """Write an OCI layout, of one manifest or of an index over `platforms` too, and return its folder."""
-        blobs = folder / "blobs" / "sha256"
+    def write_oci(self, directory: Path, tag: str = "latest", *, platforms: Iterable[HandmadeImage] = ()) -> Path:
+        """Write an OCI layout, of one manifest or of an index over `platforms` too, and return its directory."""
+        blobs = directory / "blobs" / "sha256"
         blobs.mkdir(parents=True)
-        (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+        (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         images = [self, *platforms]
         found = [image._describe(blobs) for image in images]
         top = found[0]
@@ -95,8 +95,8 @@ class HandmadeImage:
             index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}).encode()
             top = {"mediaType": OCI_INDEX, **_store(blobs, index)}
         named = {**top, "annotations": {"org.opencontainers.image.ref.name": tag}}
-        (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
-        return folder
+        (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
+        return directory
 
     def _describe(self, blobs: Path) -> dict[str, Any]:
         platform = {"architecture": self.architecture, "os": self.system}

@@ -40,10 +40,10 @@ def main() -> None:
     shutil.copyfile(program, copy)
     copy.chmod(program.stat().st_mode)
     os.chown(copy, given.uid, given.gid)
-    for folder in ("", "dev", "dev/net", "run"):
-        (root / folder).mkdir(exist_ok=True)
-        (root / folder).chmod(0o700)
-        os.chown(root / folder, given.uid, given.gid)
+    for directory in ("", "dev", "dev/net", "run"):
+        (root / directory).mkdir(exist_ok=True)
+        (root / directory).chmod(0o700)
+        os.chown(root / directory, given.uid, given.gid)
     devices = {"dev/net/tun": (10, 200), "dev/kvm": (10, 232), "dev/urandom": (1, 9)}
     if (faults := Path("/dev/userfaultfd")).exists():
         devices["dev/userfaultfd"] = (10, os.minor(faults.stat().st_rdev))

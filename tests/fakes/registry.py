@@ -19,11 +19,11 @@ HTPASSWD = f"{USER}:$2y$05$abcdefghijklmnopqrstuutXu9KzOt.1yBoZUeFWoT/914/JfszCO
 
 
 @contextmanager
-def running_registry(folder: Path, *, htpasswd: str = "") -> Iterator[str]:
-    """Run a registry that keeps its content in `folder` and yield its "127.0.0.1:PORT"."""
-    folder.mkdir(parents=True)
-    (folder / "htpasswd").write_text(htpasswd)
-    process, address = _start(folder, with_password=bool(htpasswd))
+def running_registry(directory: Path, *, htpasswd: str = "") -> Iterator[str]:
+    """Run a registry that keeps its content in `directory` and yield its "127.0.0.1:PORT"."""
+    directory.mkdir(parents=True)
+    (directory / "htpasswd").write_text(htpasswd)
+    process, address = _start(directory, with_password=bool(htpasswd))
     try:
         yield address
     finally:
@@ -31,20 +31,22 @@ def running_registry(folder: Path, *, htpasswd: str = "") -> Iterator[str]:
         process.wait()
 
 
-def _start(folder: Path, *, with_password: bool) -> tuple[subprocess.Popen[bytes], str]:
+def _start(directory: Path, *, with_password: bool) -> tuple[subprocess.Popen[bytes], str]:
     """Start it; another process may take the port in between, so try some."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REGISTRY_")}
     for _ in range(5):
         address = _free_address()
-        (folder / "config.yml").write_text(json.dumps(_configuration(folder, address, with_password=with_password)))
-        with (folder / "log").open("wb") as log:
-            command = ["docker-registry", "serve", folder / "config.yml"]
+        (directory / "config.yml").write_text(
+            json.dumps(_configuration(directory, address, with_password=with_password))
+        )
+        with (directory / "log").open("wb") as log:
+            command = ["docker-registry", "serve", directory / "config.yml"]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         if _answers(address, process):
             return process, address
         process.kill()
         process.wait()
-    raise RuntimeError(f"the registry did not start: {(folder / 'log').read_text()}")
+    raise RuntimeError(f"the registry did not start: {(directory / 'log').read_text()}")
 
 
 def _free_address() -> str:
@@ -53,11 +55,11 @@ def _free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _configuration(folder: Path, address: str, *, with_password: bool) -> dict[str, object]:
-    htpasswd = {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}}
+def _configuration(directory: Path, address: str, *, with_password: bool) -> dict[str, object]:
+    htpasswd = {"htpasswd": {"realm": "test", "path": str(directory / "htpasswd")}}
     return {
         "version": 0.1,
-        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
         "http": {"addr": address, "secret": "x"},
         "log": {"level": "error"},
         **({"auth": htpasswd} if with_password else {}),

@@ -19,9 +19,9 @@ from pytest_fcvm.engine.protocol import (
     BootPlan,
     EngineReport,
     GuestFiles,
-    MachineShape,
     RestorePlan,
     VmExit,
+    VmShape,
 )
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.frames import StreamKind
@@ -31,10 +31,10 @@ from pytest_fcvm.model.specs import NetworkMode
 class FakeVm:
     """A VMM process that only its own methods can end. Guest ports are what `agent.ports` says."""
 
-    def __init__(self, name: str, folder: Path, agent: FakeAgent, plan: BootPlan | RestorePlan) -> None:
+    def __init__(self, name: str, directory: Path, agent: FakeAgent, plan: BootPlan | RestorePlan) -> None:
         self.name, self.pid, self.plan, self.agent = name, -1, plan, agent
-        folder.mkdir(parents=True)
-        self.console_path, self.vmm_log_path = folder / "console", folder / "vmm.log"
+        directory.mkdir(parents=True)
+        self.console_path, self.vmm_log_path = directory / "console", directory / "vmm.log"
         self.console_path.write_bytes(b"[    0.000000] Linux version 6.1\n")
         self.calls: list[str] = []
         self.disk = self.namespace = None
@@ -60,8 +60,8 @@ class FakeVm:
     def wait_until_running(self, timeout_s: float) -> None:  # noqa: ARG002
         self.calls.append("wait_until_running")
 
-    def set_link(self, cable: int, up: bool) -> None:
-        self.calls.append(f"cable {cable} {'in' if up else 'out'}")
+    def set_link(self, attachment: int, up: bool) -> None:
+        self.calls.append(f"attachment {attachment} {'in' if up else 'out'}")
 
     def pause(self) -> None:
         self.calls.append("pause")
@@ -125,21 +125,21 @@ class FakeVm:
 class FakeEngine:
     """Makes fake VMs. `agents` makes the guest of the next one, `vms` are all that were made."""
 
-    def __init__(self, folder: Path, agents: Callable[[], FakeAgent]) -> None:
-        self.name, self._folder, self._agents = "fake", folder, agents
+    def __init__(self, directory: Path, agents: Callable[[], FakeAgent]) -> None:
+        self.name, self._directory, self._agents = "fake", directory, agents
         self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
-        self.joins_namespaces, self.spare_nics = False, 2
+        self.joins_namespaces, self.unused_nics = False, 2
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
         self.spoil: Callable[[FakeVm], None] = lambda _vm: None
         self._numbers = itertools.count()
 
-    def check(self, shape: MachineShape) -> None:
+    def check(self, shape: VmShape) -> None:
         pass
 
     def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002
-        return self.spare_nics
+        return self.unused_nics
 
     def probe(self, smoke: GuestFiles) -> EngineReport:  # noqa: ARG002
         return self.report
@@ -163,13 +163,13 @@ class FakeEngine:
         vm.start()
         return vm
 
-    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+    def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
         return ("-m", str(shape.mem_mib), "-smp", str(shape.cpus))
 
     def _make(self, plan: BootPlan | RestorePlan) -> FakeVm:
         agent = self._agents()
         self.prepare_guest(agent)
-        vm = FakeVm(plan.name, self._folder / str(next(self._numbers)), agent, plan)
+        vm = FakeVm(plan.name, self._directory / str(next(self._numbers)), agent, plan)
         self.vms.append(vm)
         self.spoil(vm)
         return vm

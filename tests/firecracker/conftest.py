@@ -23,7 +23,7 @@ from py_compile import PycInvalidationMode
 
 import pytest
 
-from pytest_fcvm import Clone, MachineSpec, Prepare, SnapshotFactory
+from pytest_fcvm import Clone, Prepare, SnapshotFactory, VmSpec
 from pytest_fcvm.errors import EngineError, FcvmError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ def host(
         base.succeed("rm -r /work/project")
 
     snapshot = fcvm_snapshot_factory(
-        MachineSpec(
+        VmSpec(
             image=f"oci:{_build_host_image()}:latest",
             mem_mib=HOST_MEM_MIB,
             cpus=HOST_CPUS,
@@ -157,60 +157,60 @@ def _build_host_image() -> Path:
         hooks=('rm -rf "$1"/boot/* "$1"/usr/share/qemu/edk2*',),
     )
     module["RECIPES"]["kvm-host"] = recipe
-    folder = ROOT / ".demo"
-    folder.mkdir(exist_ok=True)
-    layout: Path = module["build"]("kvm-host", folder)
+    directory = ROOT / ".demo"
+    directory.mkdir(exist_ok=True)
+    layout: Path = module["build"]("kvm-host", directory)
     return layout
 
 
-def _gather_project(folder: Path) -> Path:
-    folder.mkdir()
+def _gather_project(directory: Path) -> Path:
+    directory.mkdir()
     for name in ("pytest_fcvm", "tests", "examples", "benchmarks", "guest_image", "conftest.py", "pyproject.toml"):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(source, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy2(source, folder / name)
-    _compile(folder)
-    return folder
+            shutil.copy2(source, directory / name)
+    _compile(directory)
+    return directory
 
 
-def _gather_rest(folder: Path, firecracker: Path) -> Path:
-    """Put into a folder what does not change with every change of the project: libraries, Firecracker, images."""
+def _gather_rest(directory: Path, firecracker: Path) -> Path:
+    """Put into a directory what does not change with every change of the project: libraries, Firecracker, images."""
     packages = Path(next(path for path in site.getsitepackages() if path.startswith(sys.prefix)))
     if not (packages / "pytest_fcvm_kernel_x86_64/bzImage").exists():
         pytest.fail("the emulated host cannot download a kernel for its guests: run `make kernel`, which installs one")
     build = runpy.run_path(str(ROOT / "examples/images/build.py"))["build"]
     for name in IMAGES:
-        shutil.copytree(build(name, ROOT / ".demo"), folder / "images" / name)
-    shutil.copytree(packages, folder / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
-    _compile(folder / "site")
-    (folder / "bin").mkdir()
-    shutil.copy2(firecracker, folder / "bin" / "firecracker")
+        shutil.copytree(build(name, ROOT / ".demo"), directory / "images" / name)
+    shutil.copytree(packages, directory / "site", ignore=shutil.ignore_patterns(*_NOT_NEEDED))
+    _compile(directory / "site")
+    (directory / "bin").mkdir()
+    shutil.copy2(firecracker, directory / "bin" / "firecracker")
     if (jailer := firecracker.with_name("jailer")).exists():
-        shutil.copy2(jailer, folder / "bin" / "jailer")
-    return folder
+        shutil.copy2(jailer, directory / "bin" / "jailer")
+    return directory
 
 
-def _compile(folder: Path) -> None:
+def _compile(directory: Path) -> None:
     """Compile Python here, where it takes seconds: an emulated host would do it again in every pytest.
 
     A host whose Python is another one compiles by itself. The bytecode holds whatever time a copy of its source has.
     """
     modes = PycInvalidationMode
     compileall.compile_dir(
-        folder,
+        directory,
         quiet=2,
-        stripdir=folder,
-        prependdir=f"/work/{folder.name}",
+        stripdir=directory,
+        prependdir=f"/work/{directory.name}",
         force=True,
         invalidation_mode=modes.UNCHECKED_HASH,
     )
 
 
-def _digest(folder: Path) -> str:
+def _digest(directory: Path) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(directory)}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

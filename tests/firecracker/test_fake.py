@@ -46,18 +46,18 @@ def _card(name: str) -> Step:
 class Program:
     """A running Firecracker, real or not."""
 
-    def __init__(self, command: Sequence[str | Path], folder: Path, *arguments: str) -> None:
-        self.folder = folder
-        self._words = (folder / "words").open("wb")
+    def __init__(self, command: Sequence[str | Path], directory: Path, *arguments: str) -> None:
+        self.directory = directory
+        self._words = (directory / "words").open("wb")
         self.process = subprocess.Popen(
             [*command, "--id", "same", *(arguments or ("--api-sock", "api.sock"))],
-            cwd=folder,
+            cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=self._words,
             stderr=self._words,
         )
         self._client = httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(folder / "api.sock")), base_url="http://localhost", timeout=WAIT_S
+            transport=httpx.HTTPTransport(uds=str(directory / "api.sock")), base_url="http://localhost", timeout=WAIT_S
         )
 
     def wait_for_api(self) -> None:
@@ -70,11 +70,11 @@ class Program:
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as client:
-            return client.connect_ex(str(self.folder / "api.sock")) == 0
+            return client.connect_ex(str(self.directory / "api.sock")) == 0
 
     @property
     def words(self) -> str:
-        return (self.folder / "words").read_text()
+        return (self.directory / "words").read_text()
 
     def close(self) -> None:
         self._client.close()
@@ -84,14 +84,14 @@ class Program:
 
 
 class Pair:
-    """The real one and the one that stands for it, each in a folder with the same files."""
+    """The real one and the one that stands for it, each in a directory with the same files."""
 
-    def __init__(self, real: Path, folder: Path) -> None:
+    def __init__(self, real: Path, directory: Path) -> None:
         said = subprocess.run([real, "--version"], capture_output=True, text=True, check=True).stdout
         self.version = re.search(r"v([\d.]+)", said)[1]  # type: ignore[index]
         self._commands = {"real": [real], "fake": [sys.executable, "-I", "-S", FAKE, self.version]}
-        self.folders = {name: folder / name for name in self._commands}
-        for place in self.folders.values():
+        self.directories = {name: directory / name for name in self._commands}
+        for place in self.directories.values():
             place.mkdir()
             (place / "drive").write_bytes(b"\0" * 4096)
             (place / "text").write_bytes(b"no kernel and no state of devices")
@@ -101,10 +101,12 @@ class Pair:
     def start(self, *arguments: str) -> list[Program]:
         """Start both, after those that were started before have ended."""
         self.close()
-        for place in self.folders.values():
+        for place in self.directories.values():
             for name in ("api.sock", "agent.sock"):
                 (place / name).unlink(missing_ok=True)
-        self.programs = [Program(command, self.folders[name], *arguments) for name, command in self._commands.items()]
+        self.programs = [
+            Program(command, self.directories[name], *arguments) for name, command in self._commands.items()
+        ]
         return self.programs
 
     def ask(self, *steps: Step) -> list[tuple[int, object]]:
@@ -129,20 +131,20 @@ def pair(firecracker: Path, tmp_path: Path) -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def vmlinux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("kernel", numbered=False)
-    folder.chmod(0o700)
-    kernel = resolve_kernel(option=None, kernels_dir=folder, progress=print)
-    extract_vmlinux(kernel.bzimage, folder / "vmlinux")
-    return folder / "vmlinux"
+    directory = tmp_path_factory.mktemp("kernel", numbered=False)
+    directory.chmod(0o700)
+    kernel = resolve_kernel(option=None, kernels_dir=directory, progress=print)
+    extract_vmlinux(kernel.bzimage, directory / "vmlinux")
+    return directory / "vmlinux"
 
 
 @pytest.fixture
 def bootable(pair: Pair, vmlinux: Path) -> Pair:
     """The pair, with a kernel, on a host where it boots."""
-    for place in pair.folders.values():
+    for place in pair.directories.values():
         (place / "kernel").symlink_to(vmlinux)
     pair.ask(SERIAL, MACHINE, KERNEL, START)
-    console = pair.folders["real"] / "console.log"
+    console = pair.directories["real"] / "console.log"
     wait_until(lambda: pair.programs[0].process.poll() is not None or "panic" in console.read_text(), Deadline(WAIT_S))
     if "panic" not in console.read_text():  # of a kernel without a root file system
         pytest.skip(f"KVM does not boot a kernel here: {console.read_text()[-200:]!r}")
@@ -226,7 +228,7 @@ def test_a_load_that_fails_ends_it_the_same_way(pair: Pair, state: str) -> None:
 
 
 def test_a_socket_that_is_taken_and_wrong_arguments_end_it_the_same_way(pair: Pair) -> None:
-    for place in pair.folders.values():
+    for place in pair.directories.values():
         (place / "taken").touch()
     for arguments, code, words in (
         (("--api-sock", "taken"), 1, 'Error: RunWithApi(FailedToBindSocket("taken"))'),
@@ -264,12 +266,12 @@ def test_a_life_from_boot_to_snapshot_is_answered_the_same(bootable: Pair) -> No
         CREATE,
         ("PATCH", "/vm", {"state": "Resumed"}),
     )
-    assert {place.joinpath("memory").stat().st_size for place in bootable.folders.values()} == {128 << 20}
+    assert {place.joinpath("memory").stat().st_size for place in bootable.directories.values()} == {128 << 20}
     bootable.ask(
         SERIAL, _load(), ("PATCH", "/vm", {"state": "Paused"}), ("PATCH", "/vm", {"state": "Resumed"}), _load()
     )
     bootable.ask(_load(memory="gone"))
     bootable.ask(_load(memory="empty"))
-    for place in bootable.folders.values():
+    for place in bootable.directories.values():
         (place / "drive").unlink()
     bootable.ask(_load())

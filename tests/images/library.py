@@ -1,6 +1,6 @@
 """Real images for tests and benchmarks, without a public registry: built, served on loopback, run by podman.
 
-The recipes are those of examples/images/build.py. Load this file by runpy: test folders are no packages.
+The recipes are those of examples/images/build.py. Load this file by runpy: test directories are no packages.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ def push(layout: Path, registry: str) -> str:
 
 
 @contextmanager
-def start_registry(folder: Path) -> Iterator[str]:
-    """Run a registry that keeps its data in a folder, and yield its HOST:PORT on loopback.
+def start_registry(directory: Path) -> Iterator[str]:
+    """Run a registry that keeps its data in a directory, and yield its HOST:PORT on loopback.
 
     The registry picks the port itself, and ends with the thread that started it, also when that is killed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config, log = folder / "config.yml", folder / "log"
+    directory.mkdir(parents=True, exist_ok=True)
+    config, log = directory / "config.yml", directory / "log"
     config.write_text(
         "version: 0.1\nlog: {level: info, accesslog: {disabled: true}}\nhttp: {addr: '127.0.0.1:0'}\n"
-        f"storage: {{filesystem: {{rootdirectory: '{folder / 'data'}'}}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: '{directory / 'data'}'}}}}\n"
     )
     command = [*ends_with_us(), resolve_tool("docker-registry", package="docker-registry"), "serve", config]
     with log.open("wb") as output:

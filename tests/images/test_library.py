@@ -160,8 +160,8 @@ class Podman:
 def podman(library: Library, image: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
     if shutil.which("podman") is None:
         pytest.skip("podman is not installed")
-    folder = tmp_path_factory.mktemp("podman")
-    podman = Podman(["podman", "--root", f"{folder}/root", "--runroot", f"{folder}/run"], library.podman_limits())
+    directory = tmp_path_factory.mktemp("podman")
+    podman = Podman(["podman", "--root", f"{directory}/root", "--runroot", f"{directory}/run"], library.podman_limits())
     try:
         trial = podman("run", "--rm", *podman.options, image("redis"), "echo", "it works", check=False)
         if "it works" not in trial:

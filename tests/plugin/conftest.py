@@ -34,7 +34,7 @@ def pytest_fcvm_modify_spec(spec, item):
 
 @dataclass
 class Project:
-    """A folder of tests in which pytest is run."""
+    """A directory of tests in which pytest is run."""
 
     pytester: pytest.Pytester
     monkeypatch: pytest.MonkeyPatch
@@ -46,13 +46,13 @@ class Project:
     def write(self, **files: str) -> None:
         """Write files; `a__b_py` is `a/b.py`."""
         for name, text in files.items():
-            *folders, file = name.split("__")
-            path = self.path.joinpath(*folders, ".".join(file.rsplit("_", 1)))
+            *directories, file = name.split("__")
+            path = self.path.joinpath(*directories, ".".join(file.rsplit("_", 1)))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
 
     def run(self, *arguments: str, **environment: str) -> pytest.RunResult:
-        """Run pytest in the project's folder."""
+        """Run pytest in the project's directory."""
         for name, value in environment.items():
             self.monkeypatch.setenv(name, value)
         return self.pytester.runpytest_subprocess(*_QUIET, *arguments, timeout=120)
@@ -87,10 +87,10 @@ def project(
 @pytest.fixture
 def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root file system that can be packed."""
-    folder = tmp_path_factory.mktemp("rootfs")
-    (folder / "etc").mkdir()
-    (folder / "etc/os-release").write_text("ID=nothing\n")
-    return folder
+    directory = tmp_path_factory.mktemp("rootfs")
+    (directory / "etc").mkdir()
+    (directory / "etc/os-release").write_text("ID=nothing\n")
+    return directory
 
 
 @pytest.fixture

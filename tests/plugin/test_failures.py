@@ -31,12 +31,12 @@ def _errors(result: pytest.RunResult, kind: str) -> list[str]:
 @pytest.fixture
 def path_without_qemu(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A PATH with every command of this machine but QEMU."""
-    folder = tmp_path_factory.mktemp("bin")
+    directory = tmp_path_factory.mktemp("bin")
     for place in os.environ["PATH"].split(":"):
         for program in Path(place).glob("*"):
-            if not program.name.startswith("qemu") and not (folder / program.name).exists():
-                (folder / program.name).symlink_to(program)
-    return str(folder)
+            if not program.name.startswith("qemu") and not (directory / program.name).exists():
+                (directory / program.name).symlink_to(program)
+    return str(directory)
 
 
 def test_without_an_image_every_test_is_told_how_to_name_one(project) -> None:
@@ -119,8 +119,8 @@ def test_a_program_that_is_not_there_is_told_and_never_skipped(
     option: str, project, rootfs: Path, kernel: Path
 ) -> None:
     project.write(test_a_py=_THREE)
-    machine = ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel))
-    result = project.run(*machine, option, "/nonexistent/vmm", "--fcvm-unavailable=skip")
+    running = ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel))
+    result = project.run(*running, option, "/nonexistent/vmm", "--fcvm-unavailable=skip")
     assert result.parseoutcomes() == {"passed": 1, "errors": 3}
     assert result.outlines.count(f"UsageProblem: {option}: /nonexistent/vmm is not a program") == 3
     assert "hint: name one, or leave it out for the one on PATH" in result.outlines

@@ -38,7 +38,7 @@ _SHARED_WITH_WORKERS = {
     "pytest_fcvm.host.clock",
     "pytest_fcvm.host.paths",
     "pytest_fcvm.host.threads",
-}  # for the folder of the run
+}  # for the directory of the run
 _HEAVY = {"httpx", "pyroute2", "filelock", "http.client", "ssl", "multiprocessing", "tarfile", "asyncio"}
 
 

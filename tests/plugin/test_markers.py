@@ -120,7 +120,7 @@ def test_factories_take_a_markers_arguments_and_say_which_are_wrong(project) -> 
     project.write(
         test_a_py="""
 import pytest
-from pytest_fcvm import MachineSpec, UsageProblem
+from pytest_fcvm import VmSpec, UsageProblem
 
 @pytest.mark.fcvm(image="marker", env={"A": "1"})
 def test_clone(fcvm_clone_factory):
@@ -130,7 +130,7 @@ def test_clone(fcvm_clone_factory):
     fcvm_clone_factory(mem="1G", env=["B=2"])
 
 def test_own_spec(fcvm_clone_factory):
-    fcvm_clone_factory(MachineSpec(image="own"), mem=512)
+    fcvm_clone_factory(VmSpec(image="own"), mem=512)
 
 def test_snapshot(fcvm_snapshot_factory):
     fcvm_snapshot_factory(image="snapshot")
@@ -229,12 +229,12 @@ def test_a_workers_clone_of_another_directory_is_told_before_another_clone_and_w
     project.write(
         conftest_py="""
 import pytest
-from pytest_fcvm import MachineSpec
+from pytest_fcvm import VmSpec
 from pytest_fcvm.hookspecs import WORKER_SPEC
 
 @pytest.fixture(scope="session")
 def fcvm_worker_clone(pytestconfig):
-    pytestconfig.stash[WORKER_SPEC] = MachineSpec(image="oci:first")
+    pytestconfig.stash[WORKER_SPEC] = VmSpec(image="oci:first")
 """,
         test_a_py="def test_one(request): request.getfixturevalue('fcvm_worker_clone')\n"
         "def test_two(fcvm_worker_clone, fcvm_clone): pass\ndef test_three(): pass\n",

@@ -56,25 +56,25 @@ def fcvm_spec(fcvm_spec):
         spec__test_spec_py=_ONE + 'import pytest\n@pytest.mark.fcvm(mem="700")\ndef test_two(fcvm_clone): pass\n',
     )
 
-    def machines(*arguments: str, **environment: str) -> dict[str, tuple[str, int, dict[str, str]]]:
+    def vms(*arguments: str, **environment: str) -> dict[str, tuple[str, int, dict[str, str]]]:
         seen = project.watch(*arguments, **environment)
         return {one["test"].partition("/")[2] or one["test"]: (one["image"], one["mem"], one["env"]) for one in seen}
 
     ini = {"A": "ini", "B": "ini"}
-    assert machines("test_plain.py") == {"test_plain.py::test_one": ("ini", 100, ini)}
+    assert vms("test_plain.py") == {"test_plain.py::test_one": ("ini", 100, ini)}
     environment = {"FCVM_IMAGE": "environment", "FCVM_ENV": "B=environment"}
-    assert machines("test_plain.py", **environment) == {
+    assert vms("test_plain.py", **environment) == {
         "test_plain.py::test_one": ("environment", 100, {"A": "ini", "B": "environment"})
     }
     command = ("--fcvm-image=command", "--fcvm-env=E=command", "--fcvm-mem=200")
     env = {"A": "ini", "B": "environment", "E": "command"}
-    assert machines("test_plain.py", *command) == {"test_plain.py::test_one": ("command", 200, env)}
-    assert machines("spec", *command) == {
+    assert vms("test_plain.py", *command) == {"test_plain.py::test_one": ("command", 200, env)}
+    assert vms("spec", *command) == {
         "test_spec.py::test_one": ("fixture", 200, {**env, "B": "fixture"}),
         "test_spec.py::test_two": ("fixture", 700, {**env, "B": "fixture"}),
     }
     outer, inner = {**env, "C": "module"}, {**env, "C": "module", "D": "class"}
-    assert machines("test_marks.py", *command) == {
+    assert vms("test_marks.py", *command) == {
         "test_marks.py::test_module": ("module", 200, outer),
         "test_marks.py::TestClass::test_class": ("class", 300, inner),
         "test_marks.py::TestClass::test_function": ("function", 300, {**inner, "C": "function"}),
@@ -117,7 +117,7 @@ def test_relative_paths_start_where_they_were_written(project) -> None:
         ("", ["--fcvm-ready=soon"], {}, "--fcvm-ready: ready 'soon': unknown mode 'soon'", "http:80/path"),
         ("", [], {"FCVM_PULL": "often"}, "FCVM_PULL: 'often' is not one of missing, always, never", "write one of"),
         ("", ["--fcvm-env=GONE"], {}, "--fcvm-env: environment variable 'GONE' is not set here", "export it or"),
-        ("", ["--fcvm-kernel="], {}, "--fcvm-kernel: the path is empty", "name a file or folder"),
+        ("", ["--fcvm-kernel="], {}, "--fcvm-kernel: the path is empty", "name a file or directory"),
     ],
 )
 def test_a_wrong_setting_ends_the_run_before_it_starts(

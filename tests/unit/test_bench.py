@@ -25,18 +25,18 @@ def report(bench: dict[str, Any]) -> Any:
         measure(key="memory", title="private memory", unit="MiB", section="a clone"),
         measure(key="run", title="run", unit="ms", section="podman"),
     )
-    return bench["Report"](measures=measures, rounds=3, machine={"cpu": "made up", "cores": 2})
+    return bench["Report"](measures=measures, rounds=3, running={"cpu": "made up", "cores": 2})
 
 
 def rows(text: str) -> list[list[str]]:
     """The table's lines, each as title, then its figures."""
-    return [[cell for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+    return [[jail_dir for jail_dir in line.split("  ") if jail_dir.strip()] for line in text.splitlines()]
 
 
 def test_a_line_shows_median_extremes_count_and_podmans_ratio(bench: dict[str, Any], report: Any) -> None:
     report.add("ready", 30.0, 10.0, 20.0)
     report.add("run", 400.0, 500.0, 5000.0)
-    table = [[cell.strip() for cell in row] for row in rows(bench["render_table"](report))]
+    table = [[jail_dir.strip() for jail_dir in row] for row in rows(bench["render_table"](report))]
     assert table == [
         ["median", "min", "max", "n", "podman ÷ clone"],
         ["a clone"],

@@ -96,11 +96,11 @@ def unknown_names(node: ast.AST) -> Iterator[str]:
 
 
 def known_keywords(function: str) -> set[str]:
-    machine = {row.marker for row in ROWS if row.of_machine}
+    running = {row.marker for row in ROWS if row.of_machine}
     if function in ("pytest.mark.fcvm", "fcvm_clone_factory", "fcvm_snapshot_factory"):
-        return machine | {"spec", "name"}
-    if function == "MachineSpec":
-        return {item.name for item in fields(pytest_fcvm.MachineSpec)}
+        return running | {"spec", "name"}
+    if function == "VmSpec":
+        return {item.name for item in fields(pytest_fcvm.VmSpec)}
     return {item.name for item in fields(pytest_fcvm.Prepare)} if function == "Prepare" else set()
 
 

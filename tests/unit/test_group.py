@@ -53,7 +53,7 @@ class _Snapshot:
             raise GuestError("it did not come")
         return _Clone(name, self._cluster)
 
-    def prove(self, clone: _Clone) -> None:
+    def verify(self, clone: _Clone) -> None:
         self._cluster.happened.append(f"prove {clone.name}")
 
 

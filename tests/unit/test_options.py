@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.errors import UnresolvedSetting, UsageProblem
-from pytest_fcvm.model.specs import MachineSpec, Prepare
+from pytest_fcvm.model.specs import Prepare, VmSpec
 from pytest_fcvm.options import (
     ROWS,
     Options,
@@ -37,7 +37,7 @@ def test_no_two_rows_share_a_name_or_a_field() -> None:
 
 def test_every_field_of_a_machine_and_of_the_run_has_its_row() -> None:
     of_groups = {"needs"}  # names of others, which only a group's members have
-    assert {row.field for row in ROWS if row.of_machine} | of_groups == {item.name for item in fields(MachineSpec)}
+    assert {row.field for row in ROWS if row.of_machine} | of_groups == {item.name for item in fields(VmSpec)}
     assert {row.field for row in ROWS if not row.of_machine} == {item.name for item in fields(Options)} - {
         "spec",
         "given",
@@ -143,7 +143,7 @@ def test_paths_start_at_the_place_of_their_own_setting(tmp_path: Path) -> None:
         ({"mem": "lots"}, "here(mem=…): 'lots' is not a size of at least 1 MiB", "write 512, 512M or 2G"),
         ({"ready": 80}, "here(ready=…): 80 is of the wrong kind", "when the service answers"),
         ({"env": 5}, "here(env=…): 5 is of the wrong kind", "variable for the workload"),
-        ({"map": ["x:/x"]}, "here(map=…): map 'x:/x': /base/x does not exist", "name an existing file or folder"),
+        ({"map": ["x:/x"]}, "here(map=…): map 'x:/x': /base/x does not exist", "name an existing file or directory"),
         ({"map": "~no-such-user:/x"}, "here(map=…): '~no-such-user': Could not", "write the path in full"),
         ({"image": ""}, "here(image=…): '' is not a text", "write a non-empty string"),
         ({"prepare": 1}, "here(prepare=…): 1 can not prepare a machine", "pass Prepare(function) or a shell command"),

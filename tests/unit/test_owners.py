@@ -19,7 +19,7 @@ from pytest_fcvm.errors import HostError
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.host import mounts, own, paths
 from pytest_fcvm.host.admission.admission import Admission
-from pytest_fcvm.host.admission.reservations import close_ledger, open_ledger
+from pytest_fcvm.host.admission.reservations import close_reservations, open_reservations
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor import messages, supervisor
@@ -35,7 +35,7 @@ from pytest_fcvm.network.netns import egress as outside
 from pytest_fcvm.network.netns.client import Namespaces
 from pytest_fcvm.network.ports.datagrams import DatagramPort
 from pytest_fcvm.network.ports.relay import Dialled, Relay
-from pytest_fcvm.network.ports.reverse import HostPorts
+from pytest_fcvm.network.ports.reverse import ReversePorts
 from pytest_fcvm.network.private import Network
 
 NO_THREAD = RuntimeError("can't start new thread")
@@ -79,13 +79,13 @@ def raising(fault: BaseException) -> Callable[..., Any]:
 class Stubborn:
     """Makes threads; those from the `spare`th on cannot be started."""
 
-    def __init__(self, spare: int = 0) -> None:
-        self.spare = spare
+    def __init__(self, standby: int = 0) -> None:
+        self.standby = standby
 
     def __call__(self, target: Callable[..., object], *arguments: Any, name: str) -> threading.Thread:
         thread = ServiceThread(target, *arguments, name=name)
-        self.spare -= 1
-        if self.spare < 0:
+        self.standby -= 1
+        if self.standby < 0:
             thread.start = raising(NO_THREAD)  # type: ignore[method-assign]
         return thread
 
@@ -216,7 +216,7 @@ def test_a_client_without_a_thread_is_reset_and_the_next_one_served() -> None:
     endpoint = relay.publish(PublishedPort(guest_port=80))
     with pytest.raises(ConnectionResetError), socket.create_connection(endpoint, timeout=10) as client:
         client.recv(1)
-    make_thread.spare = 1  # its own, but not that of the other direction
+    make_thread.standby = 1  # its own, but not that of the other direction
     with pytest.raises(ConnectionResetError), socket.create_connection(endpoint, timeout=10) as client:
         client.recv(1)
     assert wait_until(lambda: bool(seen) and seen[0].ends[-1:] == ["close"], Deadline(10))
@@ -243,7 +243,7 @@ def test_host_ports_of_which_one_has_no_thread_take_no_connection() -> None:
         return waiting.pop()
 
     with pytest.raises(RuntimeError, match="can't start"):
-        HostPorts(accept, [1, 2, 3], Stubborn(2))
+        ReversePorts(accept, [1, 2, 3], Stubborn(2))
     over.set()
     assert wait_until(lambda: all(stream.ends == ["reset", "close"] for stream in streams), Deadline(10))
 
@@ -258,7 +258,7 @@ def test_a_guests_connection_without_a_thread_is_reset() -> None:
         assert over.wait(10)
         raise ConnectionAbortedError
 
-    ports = HostPorts(accept, [1], Stubborn(1))
+    ports = ReversePorts(accept, [1], Stubborn(1))
     assert wait_until(lambda: stream.ends == ["reset", "close"], Deadline(10))
     assert "host port 1 was reset: can't start new thread" in ports.fault
     ports.close()
@@ -308,7 +308,7 @@ def test_a_session_that_cannot_go_on_holds_no_channel(monkeypatch: pytest.Monkey
     session.close()
     other, there = socket.socketpair()
     with pytest.raises(Exception, match="closed by the host"):
-        session.go_on(other, cast(Any, _Opening()))
+        session.resume_session(other, cast(Any, _Opening()))
     assert other.fileno() < 0
     far.close()
     there.close()
@@ -434,13 +434,13 @@ def test_a_run_directory_that_cannot_be_locked_is_not_left(
 
 def test_room_that_cannot_be_written_down_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     user = object()
-    ledger = open_ledger(tmp_path / "admission", user)
+    reservations = open_reservations(tmp_path / "admission", user)
     with monkeypatch.context() as patch:
         patch.setattr(own.os, "pwrite", raising(OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space"):
-            ledger.add("a test", 100)
-    assert ledger.own_clones() == 0
-    close_ledger(tmp_path / "admission", user)
+            reservations.add("a test", 100)
+    assert reservations.own_clones() == 0
+    close_reservations(tmp_path / "admission", user)
 
 
 def test_the_last_admission_of_a_process_closes_its_ledger_and_removes_its_page(tmp_path: Path) -> None:

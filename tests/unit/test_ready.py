@@ -355,7 +355,7 @@ def test_a_port_that_nobody_serves_is_given_up_when_the_workload_rests(target: T
 
     def wait(timeout_s: float) -> None:
         clock[0] += timeout_s
-        used_us[0] += 0.5e6 * timeout_s if clock[0] < 25 else 0  # half a processor, and then it has started
+        used_us[0] += 0.5e6 * timeout_s if clock[0] < 25 else 0  # half a CPU, and then it has started
 
     target.on_wait, target.cpu_us = wait, lambda: used_us[0]
     with socket.create_server(_free_port()) as listener, pytest.MonkeyPatch.context() as patch:
@@ -414,7 +414,7 @@ def test_a_clone_is_asked_once_when_it_answers(
     open_path: Callable[[ReadySpec], ClientPath],
 ) -> None:
     asked = serve_http(200)
-    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    open_path(_HTTP).verify(target.pause_for_exit, _LONG_S)
     host, port = target.ports[80]
     assert asked == [("/health", f"{host}:{port}")]
 
@@ -425,7 +425,7 @@ def test_a_clone_is_asked_again_until_it_answers_well(
     open_path: Callable[[ReadySpec], ClientPath],
 ) -> None:
     asked = serve_http(503, 404, 302)
-    open_path(_HTTP).prove(target.pause_for_exit, _LONG_S)
+    open_path(_HTTP).verify(target.pause_for_exit, _LONG_S)
     assert len(asked) == 3
 
 
@@ -441,7 +441,7 @@ def test_a_clone_whose_port_opens_late_is_waited_for(
     def serve_at_last() -> None:
         serve_http(200)
 
-    path.prove(target.pause_for_exit, _LONG_S)
+    path.verify(target.pause_for_exit, _LONG_S)
     assert target.commands == ["started"]
 
 
@@ -454,7 +454,7 @@ def test_without_http_a_refusal_by_the_guest_proves_a_clone(
 ) -> None:
     serve_tcp(_reset)
     target.ports[PROBE_PORT] = target.ports.pop(80)
-    open_path(ready).prove(target.pause_for_exit, _LONG_S)
+    open_path(ready).verify(target.pause_for_exit, _LONG_S)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +483,7 @@ def test_a_clone_that_does_not_answer_is_told_with_the_last_answer(
         serve_tcp(service)
     target.ports[PROBE_PORT] = target.ports[80]
     with pytest.raises(GuestTimeout) as caught:
-        open_path(ready).prove(target.pause_for_exit, 0.1)
+        open_path(ready).verify(target.pause_for_exit, 0.1)
     assert re.match(f"the clone's port does not answer: {last.partition(': ')[2]}", caught.value.message)
     assert caught.value.hint == "try --fcvm-rebuild"
 
@@ -493,11 +493,11 @@ def test_a_clone_whose_port_cannot_be_mapped_is_told_why(target: Target) -> None
         raise EngineError("the VM is gone")
 
     with pytest.raises(EngineError, match="the VM is gone"):
-        ClientPath(fail, _TCP, 80).prove(target.pause_for_exit, _LONG_S)
+        ClientPath(fail, _TCP, 80).verify(target.pause_for_exit, _LONG_S)
 
 
 def test_a_clone_that_ends_is_told_at_once(target: Target, open_path: Callable[[ReadySpec], ClientPath]) -> None:
     target.ports[PROBE_PORT] = _free_port()
     target.ended.set()
     with pytest.raises(WorkloadExited):
-        open_path(_TCP).prove(target.pause_for_exit, 60)
+        open_path(_TCP).verify(target.pause_for_exit, 60)

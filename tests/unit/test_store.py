@@ -19,7 +19,7 @@ import pytest
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.supervisor.janitor import sweep_temporary
-from pytest_fcvm.store import Entry, Shelf, Store, canonical_digest
+from pytest_fcvm.store import Collection, Entry, Store, canonical_digest
 
 _KEY = canonical_digest({"what": "a test's entry"})
 _SIZE = 300_000
@@ -30,9 +30,9 @@ import sys
 from pathlib import Path
 from pytest_fcvm.store import Store
 root, key, stops = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stops"
-shelf = Store(root).shelf("snapshots")
-def make(folder):
-    (folder / "memory").write_bytes(b"m" * 300000)
+shelf = Store(root).collection("snapshots")
+def make(directory):
+    (directory / "memory").write_bytes(b"m" * 300000)
     print("building", flush=True)
     if stops:
         sys.stdin.readline()
@@ -46,20 +46,20 @@ print("facts", entry.facts, flush=True)
 """
 
 
-def _make(folder: Path) -> Mapping[str, Any]:
-    (folder / "memory").write_bytes(b"m" * _SIZE)
-    (folder / "state").write_bytes(b"state")
+def _make(directory: Path) -> Mapping[str, Any]:
+    (directory / "memory").write_bytes(b"m" * _SIZE)
+    (directory / "state").write_bytes(b"state")
     return {"answer": 42}
 
 
-def _build(shelf: Shelf) -> Entry:
-    with shelf.locked(_KEY, "test", pytest.fail):
-        return shelf.build(_KEY, _make)
+def _build(collection: Collection) -> Entry:
+    with collection.locked(_KEY, "test", pytest.fail):
+        return collection.build(_KEY, _make)
 
 
-def _find_locked(shelf: Shelf) -> Entry | None:
-    with shelf.locked(_KEY, "test", pytest.fail):
-        return shelf.find(_KEY)
+def _find_locked(collection: Collection) -> Entry | None:
+    with collection.locked(_KEY, "test", pytest.fail):
+        return collection.find(_KEY)
 
 
 @contextmanager
@@ -85,20 +85,20 @@ def notes() -> list[str]:
 
 @pytest.fixture
 def store(tmp_path: Path, notes: list[str]) -> Store:
-    """A store in a folder of its own."""
+    """A store in a directory of its own."""
     return Store(tmp_path / "store", note=notes.append)
 
 
 @pytest.fixture
-def shelf(store: Store) -> Shelf:
+def collection(store: Store) -> Collection:
     """An empty shelf."""
-    return store.shelf("snapshots")
+    return store.collection("snapshots")
 
 
-def test_an_entry_that_was_built_is_found_with_its_facts_and_files(shelf: Shelf, notes: list[str]) -> None:
-    assert shelf.find(_KEY) is None
-    built = _build(shelf)
-    found = shelf.find(_KEY)
+def test_an_entry_that_was_built_is_found_with_its_facts_and_files(collection: Collection, notes: list[str]) -> None:
+    assert collection.find(_KEY) is None
+    built = _build(collection)
+    found = collection.find(_KEY)
     assert found == built
     assert found is not None
     assert found.facts == {"answer": 42}
@@ -128,35 +128,35 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_builder_frees_the_lock_and_the_next_build_removes_what_it_left(
-    tmp_path: Path, store: Store, shelf: Shelf
+    tmp_path: Path, store: Store, collection: Collection
 ) -> None:
     with _process(store.root, _KEY, "stops") as builder:
         assert _next_line(builder) == "building"
         builder.kill()
         builder.wait(30)
-    assert [path.name for path in shelf.path.glob("*.tmp-*")] == [f"{_KEY}.tmp-{builder.pid}"]
-    _build(shelf)
-    assert sorted(path.name for path in shelf.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
+    assert [path.name for path in collection.path.glob("*.tmp-*")] == [f"{_KEY}.tmp-{builder.pid}"]
+    _build(collection)
+    assert sorted(path.name for path in collection.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
 
 
-def test_a_half_built_entry_is_swept_only_when_its_builder_is_dead(store: Store, shelf: Shelf) -> None:
+def test_a_half_built_entry_is_swept_only_when_its_builder_is_dead(store: Store, collection: Collection) -> None:
     with _process(store.root, _KEY, "stops") as builder:
         assert _next_line(builder) == "building"
-        assert sweep_temporary(shelf.path) == []
+        assert sweep_temporary(collection.path) == []
         builder.kill()
         builder.wait(30)
-        assert sweep_temporary(shelf.path) == [f"{_KEY}.tmp-{builder.pid}"]
-    assert list(shelf.path.glob("*.tmp-*")) == []
+        assert sweep_temporary(collection.path) == [f"{_KEY}.tmp-{builder.pid}"]
+    assert list(collection.path.glob("*.tmp-*")) == []
 
 
-def test_nothing_is_left_of_a_build_that_fails(shelf: Shelf) -> None:
-    def fail(folder: Path) -> Mapping[str, Any]:
-        _make(folder)
+def test_nothing_is_left_of_a_build_that_fails(collection: Collection) -> None:
+    def fail(directory: Path) -> Mapping[str, Any]:
+        _make(directory)
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), shelf.locked(_KEY, "test", pytest.fail):
-        shelf.build(_KEY, fail)
-    assert [path.name for path in shelf.path.iterdir()] == [f"{_KEY}.lock"]
+    with pytest.raises(ZeroDivisionError), collection.locked(_KEY, "test", pytest.fail):
+        collection.build(_KEY, fail)
+    assert [path.name for path in collection.path.iterdir()] == [f"{_KEY}.lock"]
 
 
 def _truncate(entry: Path) -> None:
@@ -200,45 +200,47 @@ _FAULTS = {
 
 @pytest.mark.parametrize(("fault", "damage"), [(fault, damage) for fault, ways in _FAULTS.items() for damage in ways])
 def test_a_damaged_entry_is_put_aside_with_one_note_and_built_anew(
-    fault: str, damage: Any, shelf: Shelf, notes: list[str]
+    fault: str, damage: Any, collection: Collection, notes: list[str]
 ) -> None:
-    damage(_build(shelf).path)
-    assert shelf.find(_KEY) is None
+    damage(_build(collection).path)
+    assert collection.find(_KEY) is None
     assert notes == []  # whoever has no lock only does not use it
-    assert _find_locked(shelf) is None
+    assert _find_locked(collection) is None
     assert len(notes) == 1
     assert notes[0].startswith(f"cache entry {_KEY[:12]} is put aside and built anew: {fault}")
-    (aside,) = shelf.path.glob("*.bad-*")
+    (aside,) = collection.path.glob("*.bad-*")
     assert notes[0].endswith(f"({aside})")
-    _build(shelf)
-    assert shelf.find(_KEY) is not None
+    _build(collection)
+    assert collection.find(_KEY) is not None
     assert len(notes) == 1
 
 
-def test_only_the_last_damaged_entry_is_kept(shelf: Shelf, notes: list[str]) -> None:
+def test_only_the_last_damaged_entry_is_kept(collection: Collection, notes: list[str]) -> None:
     for _ in range(2):
-        _truncate(_build(shelf).path)
-        assert _find_locked(shelf) is None
-    assert len(list(shelf.path.glob("*.bad-*"))) == 1
+        _truncate(_build(collection).path)
+        assert _find_locked(collection) is None
+    assert len(list(collection.path.glob("*.bad-*"))) == 1
     assert len(notes) == 2
 
 
-def test_without_the_lock_an_unsound_entry_stays_where_it_is(shelf: Shelf) -> None:
-    _truncate(_build(shelf).path)
-    assert Shelf(path=shelf.path).find(_KEY) is None
-    assert (shelf.path / _KEY).is_dir()
+def test_without_the_lock_an_unsound_entry_stays_where_it_is(collection: Collection) -> None:
+    _truncate(_build(collection).path)
+    assert Collection(path=collection.path).find(_KEY) is None
+    assert (collection.path / _KEY).is_dir()
 
 
-def test_an_entry_that_is_built_anew_on_purpose_takes_the_place_of_the_old_one(shelf: Shelf, notes: list[str]) -> None:
-    _build(shelf)
-    _build(shelf)
-    assert sorted(path.name for path in shelf.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
+def test_an_entry_that_is_built_anew_on_purpose_takes_the_place_of_the_old_one(
+    collection: Collection, notes: list[str]
+) -> None:
+    _build(collection)
+    _build(collection)
+    assert sorted(path.name for path in collection.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
     assert notes == []
 
 
-def test_a_copied_store_is_hashed_once_and_then_trusted(tmp_path: Path, store: Store, shelf: Shelf) -> None:
-    _build(shelf)
-    copy = Store(Path(shutil.copytree(store.root, tmp_path / "copy"))).shelf("snapshots")
+def test_a_copied_store_is_hashed_once_and_then_trusted(tmp_path: Path, store: Store, collection: Collection) -> None:
+    _build(collection)
+    copy = Store(Path(shutil.copytree(store.root, tmp_path / "copy"))).collection("snapshots")
     before = json.loads((copy.path / _KEY / "manifest.json").read_text())
     entry = copy.find(_KEY)
     assert entry is not None
@@ -249,17 +251,17 @@ def test_a_copied_store_is_hashed_once_and_then_trusted(tmp_path: Path, store: S
     assert entry.file("manifest.json").stat().st_mtime_ns == restamped
 
 
-def test_an_entry_is_read_again_only_when_a_stamp_differs(shelf: Shelf) -> None:
-    entry = _build(shelf)
-    assert _bytes_read_by_finding(shelf) < _SIZE
+def test_an_entry_is_read_again_only_when_a_stamp_differs(collection: Collection) -> None:
+    entry = _build(collection)
+    assert _bytes_read_by_finding(collection) < _SIZE
     os.utime(entry.file("memory"))
-    assert _bytes_read_by_finding(shelf) >= _SIZE
-    assert _bytes_read_by_finding(shelf) < _SIZE
+    assert _bytes_read_by_finding(collection) >= _SIZE
+    assert _bytes_read_by_finding(collection) < _SIZE
 
 
-def _bytes_read_by_finding(shelf: Shelf) -> int:
+def _bytes_read_by_finding(collection: Collection) -> int:
     before = _bytes_read()
-    assert shelf.find(_KEY) is not None
+    assert collection.find(_KEY) is not None
     return _bytes_read() - before
 
 
@@ -267,11 +269,11 @@ def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])  # rchar: what read() returned, cached or not
 
 
-def test_an_entry_in_use_is_locked_even_when_its_manifest_is_written_anew(shelf: Shelf) -> None:
-    entry = _build(shelf)
+def test_an_entry_in_use_is_locked_even_when_its_manifest_is_written_anew(collection: Collection) -> None:
+    entry = _build(collection)
     with entry.in_use():
         os.utime(entry.file("state"))  # makes the next look rewrite the manifest
-        assert shelf.find(_KEY) is not None
+        assert collection.find(_KEY) is not None
         assert not _can_lock(entry.path)
     assert _can_lock(entry.path)
 
@@ -293,13 +295,13 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.store import Store
 store = Store(Path(sys.argv[1]))
-shelf = store.shelf("snapshots")
-def small(folder):
-    (folder / "state").write_bytes(b"state")
+shelf = store.collection("snapshots")
+def small(directory):
+    (directory / "state").write_bytes(b"state")
     return {}
-def large(folder):
-    (folder / "state").write_bytes(b"state")
-    (folder / "memory").write_bytes(b"m" * (4 << 20))
+def large(directory):
+    (directory / "state").write_bytes(b"state")
+    (directory / "memory").write_bytes(b"m" * (4 << 20))
     return {}
 with shelf.locked("other", "test", print):
     shelf.build("other", small)
@@ -338,12 +340,12 @@ def test_a_limit_on_the_size_of_files_is_a_host_error_too(tmp_path: Path) -> Non
 
 
 def test_values_of_environment_variables_are_in_no_file_and_decide_the_digest(store: Store) -> None:
-    shelf = store.shelf("snapshots")
+    collection = store.collection("snapshots")
     digest = store.hidden_digest({"PASSWORD": "tiger-lily"})
     assert digest == Store(store.root).hidden_digest({"PASSWORD": "tiger-lily"})
     assert digest != store.hidden_digest({"PASSWORD": "other"})
-    with shelf.locked(digest, "test", pytest.fail):
-        shelf.build(digest, lambda _folder: {"env": digest})
+    with collection.locked(digest, "test", pytest.fail):
+        collection.build(digest, lambda _directory: {"env": digest})
     for path in store.root.rglob("*"):
         assert not path.is_file() or b"tiger" not in path.read_bytes()
     assert (store.root / "secret").stat().st_mode & 0o777 == 0o600
@@ -372,22 +374,24 @@ def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
-def test_a_lock_under_a_faked_open_is_an_error_of_the_host(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_under_a_faked_open_is_an_error_of_the_host(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "open", lambda *_arguments: "no descriptor")
-    with pytest.raises(HostError, match="TypeError") as caught, shelf.locked(_KEY, "test", pytest.fail):
+    with pytest.raises(HostError, match="TypeError") as caught, collection.locked(_KEY, "test", pytest.fail):
         pytest.fail("it holds no lock")
     assert caught.value.hint == "start a clone before a test replaces os.open"
 
 
-def test_a_waiter_gets_the_lock_as_soon_as_it_is_free(shelf: Shelf) -> None:
+def test_a_waiter_gets_the_lock_as_soon_as_it_is_free(collection: Collection) -> None:
     told: list[str] = []
-    with _process(shelf.path.parent, _KEY, "stops") as builder:
+    with _process(collection.path.parent, _KEY, "stops") as builder:
         assert _next_line(builder) == "building"
 
         def free_it(text: str) -> None:
             told.append(text)
             builder.kill()
 
-        with shelf.locked(_KEY, "test", free_it):
+        with collection.locked(_KEY, "test", free_it):
             assert wait_until(lambda: builder.poll() is not None, Deadline(5))
     assert told == [f"waiting for pid {builder.pid} (test_x.py::test_y): booting"]

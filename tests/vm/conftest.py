@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import MachineSpec, SnapshotFactory
+from pytest_fcvm import SnapshotFactory, VmSpec
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.model.parse import parse_network
 
@@ -63,14 +63,14 @@ def image(
 
 @pytest.fixture(scope="session")
 def kernels(fcvm_snapshot_factory: SnapshotFactory) -> Path:
-    """Return the folder with this session's guest kernel. For the whole session: pytester moves HOME for its tests."""
+    """Return the directory with this session's guest kernel. For the whole session: pytester moves HOME for its tests."""
     fcvm_snapshot_factory()
     return cache_root(None) / "kernels"
 
 
 @pytest.fixture
 def cold_cache(kernels: Path, tmp_path: Path) -> Path:
-    """Return a cache folder that has a guest kernel, so that it is not downloaded again, and nothing else."""
+    """Return a cache directory that has a guest kernel, so that it is not downloaded again, and nothing else."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     shutil.copytree(kernels, cache / "kernels", symlinks=True)
@@ -79,6 +79,6 @@ def cold_cache(kernels: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fcvm_spec(image: Callable[[str], str]) -> MachineSpec:
+def fcvm_spec(image: Callable[[str], str]) -> VmSpec:
     """Make nginx the image of every test that does not say otherwise, on the network that FCVM_NETWORK names."""
-    return MachineSpec(image=image("nginx"), network=parse_network(os.environ.get("FCVM_NETWORK", "auto")))
+    return VmSpec(image=image("nginx"), network=parse_network(os.environ.get("FCVM_NETWORK", "auto")))

@@ -283,15 +283,15 @@ _POM = """\
 """
 
 
-def build(name: str, folder: Path) -> str:
-    """Return the reference of an image's OCI layout in a folder, built unless it is there. Raise CalledProcessError."""
+def build(name: str, directory: Path) -> str:
+    """Return the reference of an image's OCI layout in a directory, built unless it is there. Raise CalledProcessError."""
     if name in LAYERS:
-        layout = folder / name
+        layout = directory / name
         (layout / "blobs/sha256").mkdir(parents=True, exist_ok=True)
         _BUILD["write_layout"](layout, *LAYERS[name]())
     else:
         _fetch_jars(name)
-        layout = _BUILD["build"](name, folder, RECIPES[name])
+        layout = _BUILD["build"](name, directory, RECIPES[name])
     return f"oci:{layout}:latest"
 
 

@@ -105,16 +105,16 @@ def test_a_running_command_streams_and_takes_signals(fcvm_clone: Clone) -> None:
 
 
 def test_files_go_in_and_out(fcvm_clone: Clone, tmp_path: Path) -> None:
-    folder = tmp_path / "tree"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "sub" / "tool").write_text("#!/bin/sh\necho hello\n")
-    (folder / "sub" / "tool").chmod(0o755)
-    (folder / "link").symlink_to("sub/tool")
-    (folder / ("long-" * 40)).write_text("long name")
-    fcvm_clone.copy_in(folder, "/opt/copied")
+    directory = tmp_path / "tree"
+    (directory / "sub").mkdir(parents=True)
+    (directory / "sub" / "tool").write_text("#!/bin/sh\necho hello\n")
+    (directory / "sub" / "tool").chmod(0o755)
+    (directory / "link").symlink_to("sub/tool")
+    (directory / ("long-" * 40)).write_text("long name")
+    fcvm_clone.copy_in(directory, "/opt/copied")
     assert fcvm_clone.succeed("/opt/copied/link") == "hello\n"
     assert fcvm_clone.succeed("stat -c %U:%G /opt/copied/sub/tool") == "root:root\n"
-    fcvm_clone.copy_in(folder / "sub" / "tool", "/usr/local/bin/")
+    fcvm_clone.copy_in(directory / "sub" / "tool", "/usr/local/bin/")
     assert fcvm_clone.succeed(["tool"]) == "hello\n"
     fcvm_clone.copy_out("/opt/copied", tmp_path / "back")
     assert (tmp_path / "back" / "sub" / "tool").read_text() == "#!/bin/sh\necho hello\n"

@@ -60,17 +60,17 @@ def test_memory_is_taken_and_given_back(fcvm_snapshot: Snapshot, fcvm_clone_fact
         return
     clone = fcvm_clone_factory(balloon=True)
     before = _available_mib(clone.read_text("/proc/meminfo"))
-    assert clone.take_memory("64M") == 64
+    assert clone.inflate_balloon("64M") == 64
     taken = _available_mib(clone.read_text("/proc/meminfo"))
     assert taken < before - 50
-    assert clone.take_memory(0) == 0
+    assert clone.inflate_balloon(0) == 0
     assert _available_mib(clone.read_text("/proc/meminfo")) > taken + 30  # the guest let go some of its cache
 
 
 def test_without_a_balloon_or_metadata_none_is_promised(fcvm_clone_factory: CloneFactory) -> None:
     clone = fcvm_clone_factory()
     with pytest.raises(UsageProblem, match="has no balloon"):
-        clone.take_memory("1M")
+        clone.inflate_balloon("1M")
     with pytest.raises(UsageProblem, match="has no metadata"):
         clone.set_metadata({})
 

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 import redis
 
-from pytest_fcvm import Clone, MachineSpec, Prepare, Snapshot, SnapshotFactory
+from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory, VmSpec
 
 PASSWORD = "correct horse"
 
@@ -28,7 +28,7 @@ def load_rows(base: Clone) -> None:
 
 @pytest.fixture(scope="module")
 def postgres(fcvm_snapshot_factory: SnapshotFactory, image: Callable[[str], str]) -> Snapshot:
-    spec = MachineSpec(image=image("postgres"), env={"POSTGRES_PASSWORD": PASSWORD}, mem_mib=384)
+    spec = VmSpec(image=image("postgres"), env={"POSTGRES_PASSWORD": PASSWORD}, mem_mib=384)
     return fcvm_snapshot_factory(spec, prepare=Prepare(load_rows))
 
 
@@ -56,7 +56,7 @@ def test_the_service_runs_as_the_images_user(postgres: Snapshot) -> None:
 
 
 def test_redis_forgets_between_clones(fcvm_snapshot_factory: SnapshotFactory, image: Callable[[str], str]) -> None:
-    snapshot = fcvm_snapshot_factory(MachineSpec(image=image("redis")))
+    snapshot = fcvm_snapshot_factory(VmSpec(image=image("redis")))
     for _ in range(2):
         with snapshot.clone() as clone:
             host, port = clone.endpoint(6379)

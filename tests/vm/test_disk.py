@@ -60,11 +60,11 @@ def test_the_disk_of_a_running_clone_is_saved_as_it_is(fcvm_clone: Clone, tmp_pa
 
 
 def test_a_clones_disk_leaves_nothing_in_the_store(fcvm_snapshot: Snapshot) -> None:
-    folder = fcvm_snapshot._entry.path
-    before = sorted(folder.iterdir())
+    directory = fcvm_snapshot._entry.path
+    before = sorted(directory.iterdir())
     with fcvm_snapshot.clone() as clone:
         clone.succeed("echo x > /x; sync")
-        assert sorted(folder.iterdir()) == before
+        assert sorted(directory.iterdir()) == before
 
 
 def test_a_disk_that_holds_no_file_system_is_refused(fcvm_clone_factory: CloneFactory) -> None:

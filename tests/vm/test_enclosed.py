@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import Clone, CloneFactory, MachineSpec
+from pytest_fcvm import Clone, CloneFactory, VmSpec
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
@@ -83,7 +83,7 @@ def status(clone: Clone) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ports_lead_to_the_guests_card(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, mode: str) -> None:
+def test_ports_lead_to_the_guests_card(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, mode: str) -> None:
     if mode == "bridge" and os.geteuid() != 0:
         pytest.skip("the network bridge takes root")
     spec = fcvm_spec.merged({"network": parse_network(mode)})
@@ -95,7 +95,7 @@ def test_ports_lead_to_the_guests_card(fcvm_clone_factory: CloneFactory, fcvm_sp
         connection.recv(1)
 
 
-def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec) -> None:
+def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
     echo = """
         use IO::Socket::INET;
@@ -113,23 +113,21 @@ def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm
                 assert client.recv(65535) == data[::-1]
 
 
-def test_what_is_outside_is_refused_and_not_waited_for(
-    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec
-) -> None:
+def test_what_is_outside_is_refused_and_not_waited_for(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
     tried = clone.exec(["/bin/bash", "-c", f"exec 3<>/dev/tcp/{OUTSIDE}/7000"], timeout=60)
     assert tried.exit_code == 1
     assert "No route to host" in tried.stderr
 
 
-def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec) -> None:
+def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
     with pytest.raises(UsageProblem, match="has no network 'user,egress,allow="):
         fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("user,allow=10.0.0.0/8")}))
 
 
 def test_proxies_are_told_to_the_workload_and_to_commands(
     fcvm_clone_factory: CloneFactory,
-    fcvm_spec: MachineSpec,
+    fcvm_spec: VmSpec,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:

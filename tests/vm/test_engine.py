@@ -22,10 +22,10 @@ from pytest_fcvm.engine.protocol import (
     BootPlan,
     EngineReport,
     GuestFiles,
-    MachineShape,
     RestorePlan,
     SnapshotFiles,
     VmExit,
+    VmShape,
 )
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.vm import QemuVm
@@ -36,7 +36,7 @@ from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.kernel.initramfs import build_initramfs
 from pytest_fcvm.kernel.sources import STOCK, resolve_kernel
 
-SHAPE = MachineShape(mem_mib=128, cpus=1)
+SHAPE = VmShape(mem_mib=128, cpus=1)
 # Another QEMU than the one on PATH, to run all of this against other versions.
 QEMU = Path(os.environ["FCVM_TEST_QEMU"]) if "FCVM_TEST_QEMU" in os.environ else None
 BOOT_S = 60.0
@@ -52,25 +52,25 @@ class Bench:
     report: EngineReport
     guest: GuestFiles
     supervisor: Supervisor
-    folder: Path
+    directory: Path
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("engine")
+    directory = tmp_path_factory.mktemp("engine")
     kernels = tmp_path_factory.getbasetemp().parent / "fcvm-kernels"
     kernels.mkdir(mode=0o700, exist_ok=True)
     given = os.environ.get("FCVM_KERNEL")
     named = Path(given) if given and given != STOCK else given
     kernel = resolve_kernel(option=named, kernels_dir=kernels, progress=print)
-    build_initramfs(agent=compile_guest(folder / "init"), kernel=kernel, dest=folder / "initramfs")
-    (folder / "rootfs").write_bytes(ROOTFS_WORDS.ljust(4096, b"\0"))
-    guest = GuestFiles(kernel=kernel.bzimage, initramfs=folder / "initramfs", rootfs=folder / "rootfs")
+    build_initramfs(agent=compile_guest(directory / "init"), kernel=kernel, dest=directory / "initramfs")
+    (directory / "rootfs").write_bytes(ROOTFS_WORDS.ljust(4096, b"\0"))
+    guest = GuestFiles(kernel=kernel.bzimage, initramfs=directory / "initramfs", rootfs=directory / "rootfs")
     with RunDir() as run, Supervisor.start(run.path) as supervisor:
-        engine = QemuEngine(supervisor, folder / "cache", binary=QEMU)
+        engine = QemuEngine(supervisor, directory / "cache", binary=QEMU)
         report = engine.probe(replace(guest, rootfs=None))
         assert report.usable, report.reason
-        yield Bench(engine, report, guest, supervisor, folder)
+        yield Bench(engine, report, guest, supervisor, directory)
 
 
 def compile_guest(program: Path) -> Path:
@@ -119,9 +119,11 @@ def living(vm: QemuVm) -> Iterator[Talk]:
 
 
 @contextmanager
-def base(bench: Bench, name: str = "base", shape: MachineShape = SHAPE) -> Iterator[RunningBase]:
+def base(bench: Bench, name: str = "base", shape: VmShape = SHAPE) -> Iterator[RunningBase]:
     files = SnapshotFiles(
-        memory=bench.folder / f"{name}.memory", state=bench.folder / f"{name}.state", rootfs=bench.folder / "rootfs"
+        memory=bench.directory / f"{name}.memory",
+        state=bench.directory / f"{name}.state",
+        rootfs=bench.directory / "rootfs",
     )
     vm = bench.engine.boot(BootPlan(name=name, shape=shape, files=bench.guest, memory=files.memory))
     with living(vm) as talk:
@@ -168,7 +170,7 @@ class NobodySpawns:
 
 
 def test_a_second_probe_knows_the_answer_without_starting_anything(bench: Bench) -> None:
-    again = QemuEngine(NobodySpawns(), bench.folder / "cache", binary=QEMU)  # type: ignore[arg-type]
+    again = QemuEngine(NobodySpawns(), bench.directory / "cache", binary=QEMU)  # type: ignore[arg-type]
     assert again.probe(replace(bench.guest, rootfs=None)) == bench.report
     assert again.base_arguments(SHAPE) == bench.engine.base_arguments(SHAPE)
 
@@ -188,7 +190,7 @@ def test_a_probe_leaves_no_process_and_no_memory_behind(bench: Bench) -> None:
 
 
 def test_emulation_can_be_asked_for(bench: Bench) -> None:
-    engine = QemuEngine(bench.supervisor, bench.folder / "cache", binary=QEMU, accelerator=Accelerator.TCG)
+    engine = QemuEngine(bench.supervisor, bench.directory / "cache", binary=QEMU, accelerator=Accelerator.TCG)
     assert engine.probe(bench.guest).accelerator is Accelerator.TCG
 
 
@@ -210,15 +212,15 @@ def test_a_base_boots_and_answers_and_shows_its_devices(running_base: RunningBas
 
 
 def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(bench: Bench) -> None:
-    guest = replace(bench.guest, kernel=bench.folder / "no-kernel")
-    memory = bench.folder / "unbooted.memory"
+    guest = replace(bench.guest, kernel=bench.directory / "no-kernel")
+    memory = bench.directory / "unbooted.memory"
     with pytest.raises(EngineError, match=r"QEMU exited with 1: .*no-kernel"):
         bench.engine.boot(BootPlan(name="unbooted", shape=SHAPE, files=guest, memory=memory))
     assert not memory.exists()
 
 
 def test_a_memory_file_that_is_there_already_is_not_touched(bench: Bench) -> None:
-    memory = bench.folder / "taken.memory"
+    memory = bench.directory / "taken.memory"
     memory.write_text("somebody's")
     with pytest.raises(HostError, match="cannot be made: File exists"):
         bench.engine.boot(BootPlan(name="taken", shape=SHAPE, files=bench.guest, memory=memory))
@@ -238,7 +240,7 @@ def test_a_snapshot_is_a_small_private_file_and_ends_the_base(bench: Bench) -> N
 def test_a_snapshot_that_cannot_be_written_leaves_the_base_running(bench: Bench, running_base: RunningBase) -> None:
     vm, talk, _ = running_base
     with pytest.raises(HostError, match="cannot be made"):
-        vm.snapshot(bench.folder / "no folder" / "state")
+        vm.snapshot(bench.directory / "no directory" / "state")
     assert talk("ping 1") == "pong 1"
 
 
@@ -323,16 +325,16 @@ def test_a_killed_clone_leaves_no_process_no_file_and_no_descriptor(bench: Bench
         pass  # what is made once and stays is made now
     before = len(list(Path("/proc/self/fd").iterdir()))
     vm = restore(bench, snapshot)
-    pid, folder = vm.pid, vm.console_path.parent
+    pid, directory = vm.pid, vm.console_path.parent
     with living(vm) as talk:
         assert talk("ping 1") == "pong 1"
-        assert folder.is_dir()
+        assert directory.is_dir()
     assert not Path(f"/proc/{pid}").exists()
     descriptors = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731  closed by whoever hears of the end
     assert wait_until(lambda: descriptors() <= before, Deadline(LIFE_S)), descriptors()
-    with living(restore(bench, snapshot)) as talk:  # the guard removed the folder before it answered this spawn
+    with living(restore(bench, snapshot)) as talk:  # the guard removed the directory before it answered this spawn
         assert talk("ping 1") == "pong 1"
-    assert not folder.exists()
+    assert not directory.exists()
 
 
 # -- the way out
@@ -433,6 +435,6 @@ def test_missing_snapshot_files_are_named(bench: Bench, snapshot: SnapshotFiles,
 
 
 def test_an_engine_that_was_not_probed_does_nothing(bench: Bench, snapshot: SnapshotFiles) -> None:
-    engine = QemuEngine(bench.supervisor, bench.folder / "cache")
+    engine = QemuEngine(bench.supervisor, bench.directory / "cache")
     with pytest.raises(EngineError, match="was not probed"):
         engine.restore(RestorePlan(name="early", shape=SHAPE, files=snapshot))

@@ -17,11 +17,11 @@ from pytest_fcvm import (
     GuestTimeout,
     HostError,
     ImageError,
-    MachineSpec,
     Prepare,
     Snapshot,
     SnapshotFactory,
     UsageProblem,
+    VmSpec,
     WorkloadExited,
 )
 from pytest_fcvm.host.clock import monotonic
@@ -72,7 +72,7 @@ def test_an_unknown_health_check(fcvm_snapshot_factory: SnapshotFactory) -> None
 
 def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> None:
     with fcvm_clone.popen(["sleep", "1000"]) as process:
-        os.kill(fcvm_clone._machine.vm.pid, signal.SIGKILL)
+        os.kill(fcvm_clone._running.vm.pid, signal.SIGKILL)
         started = monotonic()
         with pytest.raises(EngineError, match=r"ended: somebody killed \w+ \(SIGKILL\)"):
             process.wait(60 * PATIENCE)
@@ -125,7 +125,7 @@ def test_a_pinned_host_port_that_is_taken(fcvm_snapshot: Snapshot) -> None:
     with fcvm_snapshot.clone() as first:
         taken = first.port(80)
         with pytest.raises(Exception, match=str(taken)):
-            fcvm_snapshot.clone(publish=MachineSpec().merged({"publish": (_pinned(taken),)}).publish)
+            fcvm_snapshot.clone(publish=VmSpec().merged({"publish": (_pinned(taken),)}).publish)
 
 
 def _pinned(port: int) -> object:

@@ -51,15 +51,15 @@ def test_forks_are_what_the_clone_was_and_each_goes_its_own_way(fcvm_clone: Clon
 
 
 def test_no_two_of_them_are_the_same_machine(fcvm_clone: Clone) -> None:
-    machines = [fcvm_clone, *fcvm_clone.fork(3)]
+    vms = [fcvm_clone, *fcvm_clone.fork(3)]
     script = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; od -An -N8 -tx8 /dev/urandom"
-    seen = [machine.succeed(script).split() for machine in machines]
+    seen = [running.succeed(script).split() for running in vms]
     for values in zip(*seen, strict=True):
-        assert len(set(values)) == len(machines)
-    assert {machine.succeed("hostname") for machine in machines} == {"fcvm-base\n"}
-    for machine in machines:
-        assert machine.succeed(["getent", "hosts", machine.name]).split()[0] == machine.ip
-    clocks = [float(machine.succeed("date +%s.%N")) for machine in machines]
+        assert len(set(values)) == len(vms)
+    assert {running.succeed("hostname") for running in vms} == {"fcvm-base\n"}
+    for running in vms:
+        assert running.succeed(["getent", "hosts", running.name]).split()[0] == running.ip
+    clocks = [float(running.succeed("date +%s.%N")) for running in vms]
     assert all(abs(clock - time.time()) < 30 for clock in clocks)
 
 
@@ -235,7 +235,7 @@ def test_threads_may_copy_and_use_it_at_once(fcvm_clone: Clone) -> None:
 
 def test_a_dead_clone_is_told_and_leaves_no_copy(fcvm_clone: Clone) -> None:
     before = copies_on_disk()
-    fcvm_clone._machine.vm.kill()
+    fcvm_clone._running.vm.kill()
     with pytest.raises(FcvmError):
         fcvm_clone.snapshot()
     assert copies_on_disk() == before

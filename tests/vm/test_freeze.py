@@ -34,6 +34,6 @@ def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snap
             whole = [line for line in lines if line[2] == clone.name][1:]
             assert lines[-len(whole) :] == whole
             assert all(int(second) >= started - 1 for _, second, _, _ in whole)
-            assert base.isdisjoint(machine for *_, machine in whole)
+            assert base.isdisjoint(running for *_, running in whole)
             firsts.append({random for random, *_ in whole})
     assert len(set.union(*firsts)) == sum(map(len, firsts))

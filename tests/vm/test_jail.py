@@ -16,8 +16,8 @@ def test_a_jailed_firecracker_is_nobody_and_sees_what_is_its_own(fcvm_clone_fact
     clones = [fcvm_clone_factory(disk="128M") for _ in range(2)]
     users = set()
     for clone in clones:
-        assert clone._machine
-        process = Path("/proc") / str(clone._machine.vm.pid)
+        assert clone._running
+        process = Path("/proc") / str(clone._running.vm.pid)
         status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
         assert (status["Name"], status["CapEff"], status["Seccomp"]) == ("firecracker", "0" * 16, "2")
         users |= set(status["Uid"].split())

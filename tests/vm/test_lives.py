@@ -35,49 +35,49 @@ while (my $client = $server->accept()) {
 """
 
 
-def commands_have_streams_and_exit_codes(machine: Clone) -> None:
-    result = machine.exec(["sh", "-c", "cat; echo error >&2; exit 7"], stdin="typed")
+def commands_have_streams_and_exit_codes(running: Clone) -> None:
+    result = running.exec(["sh", "-c", "cat; echo error >&2; exit 7"], stdin="typed")
     assert (result.stdout, result.stderr, result.exit_code) == ("typed", "error\n", 7)
-    killed = machine.exec("kill -TERM $$")
+    killed = running.exec("kill -TERM $$")
     assert killed.exit_code == 128 + 15
 
 
-def commands_have_the_environment_folder_and_user_they_are_given(machine: Clone) -> None:
-    result = machine.exec("echo $COLOUR; pwd; id -un", env={"COLOUR": "green"}, cwd="/var/log", user="www-data")
+def commands_have_the_environment_folder_and_user_they_are_given(running: Clone) -> None:
+    result = running.exec("echo $COLOUR; pwd; id -un", env={"COLOUR": "green"}, cwd="/var/log", user="www-data")
     assert result.stdout.split() == ["green", "/var/log", "www-data"]
 
 
-def large_streams_are_whole(machine: Clone) -> None:
+def large_streams_are_whole(running: Clone) -> None:
     size = 3 << 20
-    assert machine.exec("wc -c", stdin=b"x" * size).stdout.strip() == str(size)
-    assert len(machine.exec(f"head -c {size} /dev/zero").stdout_bytes) == size
+    assert running.exec("wc -c", stdin=b"x" * size).stdout.strip() == str(size)
+    assert len(running.exec(f"head -c {size} /dev/zero").stdout_bytes) == size
 
 
-def files_go_in_and_out(machine: Clone) -> None:
-    machine.write_text("/srv/greeting", "grüß dich")
-    assert machine.read_text("/srv/greeting") == "grüß dich"
-    machine.copy_in(Path(__file__), "/srv/")
+def files_go_in_and_out(running: Clone) -> None:
+    running.write_text("/srv/greeting", "grüß dich")
+    assert running.read_text("/srv/greeting") == "grüß dich"
+    running.copy_in(Path(__file__), "/srv/")
     digest = hashlib.md5(Path(__file__).read_bytes()).hexdigest()
-    assert digest in machine.succeed(f"md5sum /srv/{Path(__file__).name}")
+    assert digest in running.succeed(f"md5sum /srv/{Path(__file__).name}")
 
 
-def the_service_answers_on_a_host_port(machine: Clone) -> None:
-    assert machine.http(80).get("/").status_code == 200
-    assert machine.port(80) == machine.port(80)
+def the_service_answers_on_a_host_port(running: Clone) -> None:
+    assert running.http(80).get("/").status_code == 200
+    assert running.port(80) == running.port(80)
 
 
-def a_port_without_a_service_says_nothing(machine: Clone) -> None:
+def a_port_without_a_service_says_nothing(running: Clone) -> None:
     with (
-        socket.create_connection(machine.endpoint(4), timeout=WAIT_S) as client,
+        socket.create_connection(running.endpoint(4), timeout=WAIT_S) as client,
         contextlib.suppress(ConnectionResetError),  # a forwarder may end it in either way
     ):
         assert client.recv(1) == b""
 
 
-def a_half_close_is_kept_and_the_peer_is_the_gateway(machine: Clone) -> None:
-    with machine.popen(["perl", "-e", TCP_PEER]):
-        machine.wait_until_succeeds("grep -q ':14B5 00000000:0000 0A' /proc/net/tcp")
-        with socket.create_connection(machine.endpoint(5301), timeout=WAIT_S) as client:
+def a_half_close_is_kept_and_the_peer_is_the_gateway(running: Clone) -> None:
+    with running.popen(["perl", "-e", TCP_PEER]):
+        running.wait_until_succeeds("grep -q ':14B5 00000000:0000 0A' /proc/net/tcp")
+        with socket.create_connection(running.endpoint(5301), timeout=WAIT_S) as client:
             client.sendall(b"x" * (1 << 20))
             client.shutdown(socket.SHUT_WR)
             said = b""
@@ -86,13 +86,13 @@ def a_half_close_is_kept_and_the_peer_is_the_gateway(machine: Clone) -> None:
     assert said == b"1048576 bytes from 10.0.2.2"
 
 
-def datagrams_come_back(machine: Clone) -> None:
+def datagrams_come_back(running: Clone) -> None:
     with (
-        machine.popen(["perl", "-e", UDP_ECHO]),
+        running.popen(["perl", "-e", UDP_ECHO]),
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
     ):
-        machine.wait_until_succeeds("grep -q ':14B4 ' /proc/net/udp")
-        client.connect(machine.endpoint(5300, "udp"))
+        running.wait_until_succeeds("grep -q ':14B4 ' /proc/net/udp")
+        client.connect(running.endpoint(5300, "udp"))
         client.settimeout(1)
         for data in (b"one", b"x" * 1400, b""):
 
@@ -106,14 +106,14 @@ def datagrams_come_back(machine: Clone) -> None:
             assert wait_until(is_echoed, Deadline(WAIT_S)), data
 
 
-def logs_are_followed(machine: Clone) -> None:
+def logs_are_followed(running: Clone) -> None:
     mark = f"/{time.monotonic_ns()}"
-    machine.http(80).get(mark)
-    machine.wait_for_log(f"GET {mark}")
+    running.http(80).get(mark)
+    running.wait_for_log(f"GET {mark}")
 
 
-def the_guests_memory_is_counted(machine: Clone) -> None:
-    metrics = machine.metrics()
+def the_guests_memory_is_counted(running: Clone) -> None:
+    metrics = running.metrics()
     assert 100 << 20 < float(metrics["memory_available_bytes"]) < float(metrics["memory_total_bytes"]) < 256 << 20
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm import Clone, CloneFactory, FcvmError, GroupFactory, MachineSpec, Network, UsageProblem
+from pytest_fcvm import Clone, CloneFactory, FcvmError, GroupFactory, Network, UsageProblem, VmSpec
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
@@ -96,7 +96,7 @@ def test_a_card_notices_that_its_cable_is_out(fcvm_clone_factory: CloneFactory, 
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
     assert one.read_text("/sys/class/net/eth1/carrier") == "1\n"
     if one.engine == "firecracker":
-        with pytest.raises(EngineError, match="Firecracker cannot plug a cable of VM one in or out"):
+        with pytest.raises(EngineError, match="Firecracker cannot plug a attachment of VM one in or out"):
             fcvm_network.link_down("one")
         return
     with fcvm_network.link_down("one"):
@@ -119,7 +119,7 @@ def test_frames_out_of_order_are_put_in_order_by_tcp(fcvm_clone_factory: CloneFa
 
 @pytest.mark.skipif(not os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="it takes both engines")
 def test_machines_of_both_engines_are_on_one_network(
-    fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_spec: MachineSpec, tmp_path: Path
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_spec: VmSpec, tmp_path: Path
 ) -> None:
     one = fcvm_clone_factory(name="one", network=fcvm_network)
     harness = Harness(Options(engine="qemu/tcg"), shared_dir=tmp_path, announce=print)
@@ -163,7 +163,7 @@ def test_a_machine_that_is_reset_is_on_its_network_again(
 
 
 def test_a_primary_and_two_replicas_lose_and_find_each_other(
-    fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str], fcvm_spec: MachineSpec
+    fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str], fcvm_spec: VmSpec
 ) -> None:
     spec = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
     db = {name: fcvm_clone_factory(spec, name=name, network=fcvm_network) for name in ("primary", "near", "far")}
@@ -185,7 +185,7 @@ def test_a_primary_and_two_replicas_lose_and_find_each_other(
 
 
 def test_machines_of_several_images_start_together(
-    fcvm_group: GroupFactory, image: Callable[[str], str], fcvm_spec: MachineSpec
+    fcvm_group: GroupFactory, image: Callable[[str], str], fcvm_spec: VmSpec
 ) -> None:
     redis = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
     ready = parse_ready(f"exec:perl -e '{PING}'")  # which is not so in a base, that is alone

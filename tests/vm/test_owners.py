@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm import FcvmError, Snapshot
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.harness import Harness
@@ -62,15 +62,15 @@ def _left(harness: Harness) -> tuple[set[str], set[str], set[str]]:
 
 def _without_standby(snapshot: Snapshot) -> None:
     """Give back the VMM that is started ahead of the next clone, and let no other follow."""
-    spares = snapshot._cloner._spares
-    spares.refill = lambda: None  # type: ignore[method-assign]
-    spares._threads.join(_WAIT_S)
-    with spares._lock:
-        spare, spares._spare = spares._spare, None
-    if spare is not None:
-        spare.kill()
-        if spare.disk:
-            spare.disk.close()
+    standbys = snapshot._cloner._spares
+    standbys.refill = lambda: None  # type: ignore[method-assign]
+    standbys._threads.join(_WAIT_S)
+    with standbys._lock:
+        standby, standbys._standby = standbys._standby, None
+    if standby is not None:
+        standby.kill()
+        if standby.disk:
+            standby.disk.close()
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def _join(snapshot: Snapshot, harness: Harness) -> None:
         pass
 
 
-_CLONE_STEPS = ((Session, "start"), (Cloner, "_identity"), (Machine, "also_close"))
+_CLONE_STEPS = ((Session, "start"), (Cloner, "_identity"), (RunningVm, "add_cleanup"))
 _FAULTS: tuple[BaseException, ...] = (OSError(24, "Too many open files"), KeyboardInterrupt("injected"))
 
 
@@ -171,7 +171,7 @@ def test_a_fork_that_fails_at_a_step_leaves_nothing(
         assert len(calls) > number
 
 
-@pytest.mark.parametrize("step", ["start", "_identity", "park", "go_on"])
+@pytest.mark.parametrize("step", ["start", "_identity", "park", "resume_session"])
 def test_a_vmm_that_is_killed_between_two_steps_leaves_nothing(harness: Harness, snapshot: Snapshot, step: str) -> None:
     pids: list[int] = []
 
@@ -190,7 +190,7 @@ def test_a_vmm_that_is_killed_between_two_steps_leaves_nothing(harness: Harness,
 def test_a_network_whose_clone_fails_leaves_nothing(harness: Harness, snapshot: Snapshot, fault: BaseException) -> None:
     if not snapshot._parts.engine.private_networks(snapshot._parts.network.mode):
         pytest.skip("its clones can be on no private network")
-    for owner, step in ((Session, "start"), (Machine, "also_close")):
+    for owner, step in ((Session, "start"), (RunningVm, "add_cleanup")):
         with _nothing_left(harness, snapshot), pytest.MonkeyPatch.context() as patch:
             calls = _fail_at(patch, owner, step, 0, _raiser(fault))
             _attempt(lambda: _join(snapshot, harness))

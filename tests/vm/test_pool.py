@@ -14,7 +14,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.libc import real_time_ns
 from tests.patience import PATIENCE
 
-_AHEAD_S = 60 * PATIENCE
+_PREWARM_S = 60 * PATIENCE
 
 
 def _came_from_the_pool(clone: Clone) -> bool:
@@ -25,15 +25,15 @@ def _wait_for_one_asleep(snapshot: Snapshot) -> int:
     """Wait until a clone sleeps in the pool and return the process id of its VMM."""
     pool = snapshot._pool
     assert pool is not None
-    assert wait_until(lambda: pool._ready and pool._ready[0].asleep, Deadline(_AHEAD_S))
-    return pool._ready[0].machine.vm.pid
+    assert wait_until(lambda: pool._ready and pool._ready[0].paused, Deadline(_PREWARM_S))
+    return pool._ready[0].running.vm.pid
 
 
 def _who(clone: Clone) -> tuple[str, ...]:
     script = "od -An -N16 -tx1 /dev/urandom; cat /etc/machine-id /proc/sys/kernel/random/boot_id; ip -o link"
-    random, machine, boot, *links = clone.succeed(script).splitlines()
+    random, running, boot, *links = clone.succeed(script).splitlines()
     mac = next(line.split("link/ether ")[1].split()[0] for line in links if "eth0" in line)
-    return random, machine, boot, mac
+    return random, running, boot, mac
 
 
 @pytest.mark.fcvm(ready="http:80/")
@@ -61,7 +61,7 @@ def test_a_clone_that_dies_in_the_pool_costs_no_test(fcvm_snapshot: Snapshot) ->
         os.kill(_wait_for_one_asleep(fcvm_snapshot), signal.SIGKILL)
         pool = fcvm_snapshot._pool
         assert pool is not None
-        assert wait_until(lambda: pool._ready[0].machine.ended is not None, Deadline(10 * PATIENCE))
+        assert wait_until(lambda: pool._ready[0].running.ended is not None, Deadline(10 * PATIENCE))
         with fcvm_snapshot.clone() as clone:
             assert clone.succeed("echo alive") == "alive\n"
         assert fcvm_snapshot.lost == lost + 1

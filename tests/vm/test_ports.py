@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pytest_fcvm import Clone, CloneFactory, MachineSpec
+from pytest_fcvm import Clone, CloneFactory, VmSpec
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.model.parse import parse_network
 
@@ -27,7 +27,7 @@ def status(url: str) -> int:
 @pytest.mark.skipif(os.geteuid() != 0, reason="port 80 takes rights")
 @pytest.mark.parametrize("network", ["auto", "relay"])
 def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
-    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, network: str
+    fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, network: str
 ) -> None:
     spec = fcvm_spec.merged({"network": parse_network(network), "own_address": True})
     clones = [fcvm_clone_factory(spec) for _ in range(3)]
@@ -46,7 +46,7 @@ def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
 
 @pytest.mark.parametrize("network", ["auto", "relay", "user,egress"])
 def test_a_hundred_connections_stand_at_once_and_all_are_served(
-    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, network: str
+    fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, network: str
 ) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network(network)}))
     endpoint, threads = clone.endpoint(80), threading.active_count()
@@ -112,7 +112,7 @@ def ask(clone: Clone, port: int, path: str) -> str:
 
 @pytest.mark.parametrize("network", ["auto", "relay"])
 def test_a_guest_reaches_the_ports_of_the_host_that_it_was_given_and_no_others(
-    fcvm_clone_factory: CloneFactory, fcvm_spec: MachineSpec, greeter: int, network: str
+    fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, greeter: int, network: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         closed = other.getsockname()[1]

@@ -21,9 +21,9 @@ Run = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def own_runtime() -> Iterator[Path]:
-    """Return a folder for run directories that no other process uses; short, for sockets' sake."""
-    with tempfile.TemporaryDirectory(prefix="fcvm-", dir="/tmp") as folder:
-        yield Path(folder)
+    """Return a directory for run directories that no other process uses; short, for sockets' sake."""
+    with tempfile.TemporaryDirectory(prefix="fcvm-", dir="/tmp") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture

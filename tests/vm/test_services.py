@@ -128,10 +128,10 @@ def test_every_image_is_asked() -> None:
 def test_it_answers_from_its_clones(name: str, fcvm_snapshot_factory: SnapshotFactory) -> None:
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
         pytest.skip(f"needs {', '.join(missing)}: run `make test-images`, which installs them")
-    folder = _ROOT / ".demo"
-    folder.mkdir(exist_ok=True)
+    directory = _ROOT / ".demo"
+    directory.mkdir(exist_ok=True)
     service = SERVICES[name]
-    snapshot = fcvm_snapshot_factory(image=build(name, folder), **service.options)
+    snapshot = fcvm_snapshot_factory(image=build(name, directory), **service.options)
     for _ in range(2):
         with snapshot.clone() as clone:
             service.ask(clone)

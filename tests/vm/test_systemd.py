@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_fcvm import Clone, MachineSpec, Snapshot
+from pytest_fcvm import Clone, Snapshot, VmSpec
 
 
 @pytest.fixture(scope="session")
-def fcvm_spec(image: Callable[[str], str]) -> MachineSpec:
+def fcvm_spec(image: Callable[[str], str]) -> VmSpec:
     """A system with nginx as one of its units."""
-    return MachineSpec(image=image("systemd"), mem_mib=384)
+    return VmSpec(image=image("systemd"), mem_mib=384)
 
 
 pytestmark = pytest.mark.fcvm(ready="exec:systemctl is-system-running --wait | grep -qx -e running -e degraded")

@@ -14,7 +14,7 @@ from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 
 WAIT_S = 30
 SKEW_NS = 5_000_000
-# Of clones that come to life at once on fewer processors: the answer and the time wait for their turns, unequally.
+# Of clones that come to life at once on fewer CPUs: the answer and the time wait for their turns, unequally.
 CROWDED_NS = 20 * SKEW_NS
 # Port 5400 tells the time, port 5401 by how many ns it has ever run back.
 # (clock_gettime is system call 228 of x86-64: what is in the image has no module for it.)

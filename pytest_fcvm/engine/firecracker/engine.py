@@ -7,9 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pytest_fcvm.engine.cpu import read_cpu
-from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.installation import Installation, find_firecracker, inspect
-from pytest_fcvm.engine.firecracker.jail import Cell, Jailer, NotJailed, find_jailer
+from pytest_fcvm.engine.firecracker.jail import JailDir, Jailer, NotJailed, find_jailer
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE
 from pytest_fcvm.engine.firecracker.requests import (
     API_SOCKET,
@@ -29,23 +28,24 @@ from pytest_fcvm.engine.firecracker.requests import (
 )
 from pytest_fcvm.engine.firecracker.version import refuse_broken
 from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
-from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.firecracker.vm_dir import VmDir
+from pytest_fcvm.engine.kvm import SmokeTimeout, cached_or_probe, explain_missing_device
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
-from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
+from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, RestorePlan, VmShape
 from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.host.own import os, shutil
 from pytest_fcvm.host.supervisor.protocol import Spawner
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
-from pytest_fcvm.network.netns.server import CARDS
+from pytest_fcvm.network.netns.server import NICS
 
 __all__ = ["FirecrackerEngine"]
 
 _INSTALL_HINT = "where KVM works: fcvm setup firecracker, or name one with --fcvm-firecracker PATH"
 _EMULATE_HINT = "use --fcvm-engine qemu, which emulates where KVM does not work"
 _NO_JAIL_HINT = "leave out --fcvm-jailer, and QEMU emulates where KVM does not work"
-_SMOKE_SHAPE = MachineShape(mem_mib=256, cpus=1)
+_SMOKE_SHAPE = VmShape(mem_mib=256, cpus=1)
 
 
 class FirecrackerEngine:
@@ -77,9 +77,9 @@ class FirecrackerEngine:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "firecracker"
 
-    def check(self, shape: MachineShape) -> None:
+    def check(self, shape: VmShape) -> None:
         """Raise UsageProblem for metadata without the network card that serves it."""
-        if shape.metadata and not shape.network.is_enclosed:
+        if shape.metadata and not shape.network.uses_netns:
             raise UsageProblem(
                 f"metadata is served by a network card, and the network {shape.network} has none here",
                 hint="use --fcvm-network rootless, or bridge",
@@ -87,7 +87,7 @@ class FirecrackerEngine:
 
     def private_networks(self, mode: NetworkMode) -> int:
         """Return how many private networks a clone can be on; its cards are in a namespace."""
-        return len(CARDS) - 1 if mode.is_enclosed else 0
+        return len(NICS) - 1 if mode.uses_netns else 0
 
     def probe(self, smoke: GuestFiles) -> EngineReport:
         """Say whether Firecracker works here: it does when `smoke` has booted under it. Cached on disk.
@@ -102,7 +102,7 @@ class FirecrackerEngine:
     def boot(self, plan: BootPlan) -> FirecrackerVm:
         """Start a base. Raise EngineError or HostError with Firecracker's own words."""
         kernel = {KERNEL: plan.files.vmlinux(), INITRAMFS: plan.files.initramfs}
-        with self._new_home(plan.name) as home:
+        with self._new_vm_dir(plan.name) as home:
             home.put({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
             launched = self._launch(plan.name, home, plan.namespace)
         with ExitStack() as undo:
@@ -123,7 +123,7 @@ class FirecrackerEngine:
         check_memory_file(files.memory, plan.shape.mem_mib)
         inputs = {STATE: files.state, MEMORY: files.memory, **drive_inputs(files.rootfs, None)}
         with ExitStack() as undo:
-            with self._new_home(plan.name) as home:
+            with self._new_vm_dir(plan.name) as home:
                 if disk := home.put_disk(files.disk) if files.disk else None:
                     undo.callback(disk.close)
                     del inputs[SCRATCH]
@@ -144,21 +144,21 @@ class FirecrackerEngine:
             undo.pop_all()
         return vm
 
-    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+    def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
         """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""
         return key_arguments(shape)
 
     @contextmanager
-    def _new_home(self, name: str) -> Iterator[Home]:
+    def _new_vm_dir(self, name: str) -> Iterator[VmDir]:
         """Make a directory for a VM, which is removed again when no VM comes of it."""
         directory = self._spawner.make_dir(name)
         try:
-            yield Cell(directory, self._jailer) if self._jailer else Home(directory)
+            yield JailDir(directory, self._jailer) if self._jailer else VmDir(directory)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _launch(self, name: str, home: Home, namespace: Namespace | None) -> Launched:
+    def _launch(self, name: str, home: VmDir, namespace: Namespace | None) -> Launched:
         passed = dict(home.descriptors)
         if namespace:
             passed |= {NET_FD: namespace.net} | ({USER_FD: namespace.user} if namespace.user is not None else {})
@@ -192,7 +192,7 @@ class FirecrackerEngine:
         self._installation = installation
         tried = f"{installation.digest}{' jailed' if self._jailed else ''}"
         records = self._records / "kvm-firecracker.json"
-        fault = recall_or_prove(records, tried, smoke.kernel, lambda: self._smoke(smoke))
+        fault = cached_or_probe(records, tried, smoke.kernel, lambda: self._smoke(smoke))
         if fault:
             self._installation = None
             raise HostError(fault, hint=_NO_JAIL_HINT if self._jailed else _EMULATE_HINT)

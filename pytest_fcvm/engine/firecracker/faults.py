@@ -52,7 +52,7 @@ _FAULTS = (
         "give another kernel: --fcvm-kernel",
     ),
     _known(r"[Nn]o balloon", EngineError, "ask for one: --fcvm-balloon"),
-    _known(r"number of vCPUs", EngineError, "Firecracker takes 1 to 32 processors: --fcvm-cpus"),
+    _known(r"number of vCPUs", EngineError, "Firecracker takes 1 to 32 CPUs: --fcvm-cpus"),
     _known(r"memory size \(MiB\)", EngineError, "give a size of at least 1M: --fcvm-mem"),
 )
 

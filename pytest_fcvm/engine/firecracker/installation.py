@@ -27,7 +27,7 @@ class Installation:
 
 
 def tools_dir(cache_dir: Path) -> Path:
-    """Return the folder for programs that `fcvm setup` got."""
+    """Return the directory for programs that `fcvm setup` got."""
     return cache_dir / "tools"
 
 

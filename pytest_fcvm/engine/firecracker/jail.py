@@ -1,10 +1,10 @@
 """Firecracker in its jailer (its docs/jailer.md): as a user of its own, with nothing of the host but what it is given.
 
-The jailer makes BASE/PROGRAM/ID/root its root. A mount namespace of the VM's own puts a folder of the VM's directory
+The jailer makes BASE/PROGRAM/ID/root its root. A mount namespace of the VM's own puts a directory of the VM's directory
 there, and the files that it reads into that. So nothing is copied but the program, and nothing is left to clean up but
 the directory.
 
-What is in that folder is the jailed program's to replace at any time: nothing of ours is written there once it runs, no
+What is in that directory is the jailed program's to replace at any time: nothing of ours is written there once it runs, no
 link is followed, and what it has written is looked at where it cannot reach.
 """
 
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
-from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.requests import SCRATCH
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
+from pytest_fcvm.engine.firecracker.vm_dir import VmDir
 from pytest_fcvm.engine.launch import unreadable
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
@@ -30,7 +30,7 @@ from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import find_tool, run_tool
 from pytest_fcvm.host.sparse import move_file
 
-__all__ = ["Cell", "Jailer", "NotJailed", "find_jailer"]
+__all__ = ["JailDir", "Jailer", "NotJailed", "find_jailer"]
 
 _PROGRAM = "jailer"
 _TIMEOUT_S = 30.0
@@ -54,7 +54,7 @@ class Jailer:
     firecracker: Path
 
 
-class Cell(Home):
+class JailDir(VmDir):
     """The home of a jailed Firecracker: it has a user of its own there, and writes files that are then taken out."""
 
     def __init__(self, directory: Path, jailer: Jailer) -> None:

@@ -45,11 +45,11 @@ def install_release(text: str, cache_dir: Path, progress: Progress, base_url: st
     if version is None:
         raise UsageProblem(f"{text!r} is not a version", hint=f"--version {LATEST}")
     refuse_broken(version)
-    folder = tools_dir(cache_dir)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = tools_dir(cache_dir)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"firecracker-v{version}-{_ARCHITECTURE}.tgz"
     url = f"{base_url.rstrip('/')}/v{version}/{name}"
-    archive = folder / f"{name}.part"
+    archive = directory / f"{name}.part"
     with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
         digest = _fetch_digest(client, f"{url}.sha256.txt")
         _fetch(client, url, archive, progress)
@@ -59,9 +59,9 @@ def install_release(text: str, cache_dir: Path, progress: Progress, base_url: st
     if found != digest:
         archive.unlink()
         raise HostError(f"{url} has the SHA-256 {found} and not {digest}", hint="try again; then see --base-url")
-    _unpack(archive, version, folder)
+    _unpack(archive, version, directory)
     archive.unlink()
-    return folder / PROGRAM
+    return directory / PROGRAM
 
 
 def _fetch_digest(client: httpx.Client, url: str) -> str:
@@ -107,8 +107,8 @@ def _save(answer: httpx.Response, archive: Path, done: int, progress: Progress) 
                 progress(f"{share} % of {total >> 20} MiB")
 
 
-def _unpack(archive: Path, version: FirecrackerVersion, folder: Path) -> None:
-    """Put the programs into the folder, one that is there is replaced when the new one has been run."""
+def _unpack(archive: Path, version: FirecrackerVersion, directory: Path) -> None:
+    """Put the programs into the directory, one that is there is replaced when the new one has been run."""
     fresh = []
     try:
         with tarfile.open(archive, "r:gz") as release:
@@ -117,7 +117,7 @@ def _unpack(archive: Path, version: FirecrackerVersion, folder: Path) -> None:
                 file = release.extractfile(inside)
                 if file is None:
                     raise KeyError(inside)
-                fresh.append(folder / f"{name}.new")
+                fresh.append(directory / f"{name}.new")
                 fresh[-1].write_bytes(file.read())
                 fresh[-1].chmod(0o755)
         _try(fresh[0], version)

@@ -13,11 +13,12 @@ from typing import Any
 from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import Call
 from pytest_fcvm.engine.launch import BASE_MACS
-from pytest_fcvm.engine.protocol import MachineShape
+from pytest_fcvm.engine.protocol import VmShape
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.model.net import Namespace
-from pytest_fcvm.network.netns.server import CARDS
+from pytest_fcvm.network.addresses import METADATA_ADDRESS
+from pytest_fcvm.network.netns.server import NICS
 
 __all__ = [
     "AGENT_PORT",
@@ -50,7 +51,6 @@ AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
 DISK_FD = 3  # a clone's disk has no name of its own
 USER_FD, NET_FD, MOUNTS_FD = 4, 5, 6  # the namespaces that it is to be in
 _NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
-_METADATA_ADDRESS = "169.254.169.254"  # where clouds have it
 _BALLOON_STATISTICS_S = 3600  # none are told by a balloon without; what it holds is always the latest
 _GUEST_CID = 3  # the same in all clones: each has its own socket
 
@@ -64,7 +64,7 @@ _BOOT_ARGUMENTS = (
 )
 
 
-def boot_calls(shape: MachineShape, metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
+def boot_calls(shape: VmShape, metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
     """Yield the calls that make a base and start it."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield (
@@ -80,11 +80,11 @@ def boot_calls(shape: MachineShape, metadata: Mapping[str, Any] | None = None) -
             api.DRIVE.of(name),
             {"drive_id": name, "path_on_host": name, "is_root_device": False, "is_read_only": name == "rootfs"},
         )
-    if shape.network.is_enclosed:
-        for name, mac in zip(CARDS, BASE_MACS, strict=True):
+    if shape.network.uses_netns:
+        for name, mac in zip(NICS, BASE_MACS, strict=True):
             yield api.NETWORK_INTERFACE.of(name), {"iface_id": name, "host_dev_name": name, "guest_mac": mac}
     if shape.metadata:  # V1 answers those with a token and those without
-        yield api.MMDS_CONFIG, {"version": "V1", "network_interfaces": [CARDS[0]], "ipv4_address": _METADATA_ADDRESS}
+        yield api.MMDS_CONFIG, {"version": "V1", "network_interfaces": [NICS[0]], "ipv4_address": METADATA_ADDRESS}
         yield from _metadata_calls(metadata)
     if shape.balloon:
         yield (
@@ -138,6 +138,6 @@ def enter_command(namespace: Namespace | None, *, mounts: bool) -> list[str]:
     return [str(tool), "--preserve-credentials", *flags, "--"]
 
 
-def key_arguments(shape: MachineShape) -> tuple[str, ...]:
+def key_arguments(shape: VmShape) -> tuple[str, ...]:
     """Return a base's calls as lines."""
     return tuple(f"{call} {json.dumps(body, sort_keys=True)}" for call, body in boot_calls(shape))

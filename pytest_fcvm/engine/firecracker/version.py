@@ -24,7 +24,7 @@ class FirecrackerVersion(NamedTuple):
         return ".".join(map(str, self))
 
     @property
-    def resumes_deaf(self) -> bool:
+    def vsock_hangs_after_resume(self) -> bool:
         """Say whether a bare pause and resume leaves vsock deaf for ever (issue 6074, mended after 1.16.1)."""
         return (1, 16, 0) <= self <= (1, 16, 1)
 

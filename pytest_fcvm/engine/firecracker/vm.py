@@ -13,10 +13,10 @@ from typing import Any
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker import api, vsock
 from pytest_fcvm.engine.firecracker.api import Api, NoAnswer
-from pytest_fcvm.engine.firecracker.home import Home
 from pytest_fcvm.engine.firecracker.metrics import METRICS_FILE, read_latencies
 from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, API_SOCKET, CONSOLE, Request
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
+from pytest_fcvm.engine.firecracker.vm_dir import VmDir
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import SnapshotFiles
@@ -49,7 +49,7 @@ class FirecrackerVm(VmProcess):
     def __init__(
         self,
         name: str,
-        home: Home,
+        home: VmDir,
         launched: Launched,
         version: FirecrackerVersion,
         calls: Iterable[Request],
@@ -61,7 +61,7 @@ class FirecrackerVm(VmProcess):
         namespace: Namespace | None = None,
     ) -> None:
         super().__init__(name, launched, home.explain_death, disk, namespace)
-        self._home, self._origin = home, origin
+        self._vm_dir, self._origin = home, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
         self._api = Api(home.root / API_SOCKET, version)
         self._stopped = self._listens = False
@@ -72,11 +72,11 @@ class FirecrackerVm(VmProcess):
     @property
     def console_path(self) -> Path:
         """Return the file that receives the guest's serial console."""
-        return self._home.root / CONSOLE
+        return self._vm_dir.root / CONSOLE
 
     def channel(self) -> socket.socket:
         """Return a connection to the agent, the caller's to close; wait until the guest takes one."""
-        path = self._home.root / AGENT_SOCKET
+        path = self._vm_dir.root / AGENT_SOCKET
         with self._told():
             return vsock.connect(path, AGENT_PORT, Deadline(_ANSWER_S), self._check_alive)
 
@@ -91,25 +91,25 @@ class FirecrackerVm(VmProcess):
     def wait_until_running(self, timeout_s: float) -> None:
         """Return at once: `start` does not return before the guest executes."""
 
-    def set_link(self, cable: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
+    def set_link(self, attachment: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
         """Raise EngineError: Firecracker's cards are always plugged in."""
         raise EngineError(
-            f"Firecracker cannot plug a cable of VM {self.name} in or out",
+            f"Firecracker cannot plug a attachment of VM {self.name} in or out",
             hint='use impair("NAME", loss=1), or --fcvm-engine qemu',
         )
 
     def pause(self) -> None:
-        """Stop the guest's processors."""
-        if self._version.resumes_deaf:
+        """Stop the guest's CPUs."""
+        if self._version.vsock_hangs_after_resume:
             self._child.send_signal(signal.SIGSTOP)
         else:
             self._set_state("Paused")
         self._stopped = True
 
     def resume(self) -> None:
-        """Let the guest's processors run again."""
+        """Let the guest's CPUs run again."""
         self._check_alive()
-        if self._version.resumes_deaf:
+        if self._version.vsock_hangs_after_resume:
             self._child.send_signal(signal.SIGCONT)
         else:
             self._set_state("Resumed")
@@ -135,7 +135,7 @@ class FirecrackerVm(VmProcess):
         if not (self._stopped or self._over.is_set()):
             with suppress(FcvmError):
                 self._api.send(api.ACTIONS, {"action_type": "FlushMetrics"}, timeout_s=_LAST_WORDS_S)
-        return read_latencies(self._home.root / METRICS_FILE)
+        return read_latencies(self._vm_dir.root / METRICS_FILE)
 
     def snapshot(self, state: Path) -> None:
         """Stop a base and write its device state and its memory, of which untouched pages become holes.
@@ -160,13 +160,13 @@ class FirecrackerVm(VmProcess):
         """
         if self._origin is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
-        place = self._home.place(dest.memory)
+        place = self._vm_dir.place(dest.memory)
         _check_room(place.parent, self._mem_mib)
         with ExitStack() as undo:
             undo.callback(dest.discard)
             with self._writing(dest.state, dest.memory):
                 copy_file(self._origin, place)
-                self._home.admit(place)
+                self._vm_dir.admit(place)
                 self._set_state("Paused")
                 try:
                     self._write("Full" if _has_swap() else "Diff", dest.state, dest.memory)
@@ -189,8 +189,8 @@ class FirecrackerVm(VmProcess):
     def _write(self, kind: str, state: Path, memory: Path) -> None:
         body = {
             "snapshot_type": kind,
-            "snapshot_path": self._home.name(state),
-            "mem_file_path": self._home.name(memory),
+            "snapshot_path": self._vm_dir.name(state),
+            "mem_file_path": self._vm_dir.name(memory),
         }
         with self._told():
             self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
@@ -200,12 +200,12 @@ class FirecrackerVm(VmProcess):
         """Bring the files that Firecracker writes in the block to their places; leave none when it fails."""
         try:
             yield
-            _dig_holes(self._home.place(memory))
+            _dig_holes(self._vm_dir.place(memory))
             for path in (state, memory):
-                self._home.deliver(path)
+                self._vm_dir.deliver(path)
         except BaseException:
             for path in (state, memory):
-                self._home.discard(path)
+                self._vm_dir.discard(path)
             raise
 
     def _set_state(self, state: str) -> None:
@@ -214,7 +214,7 @@ class FirecrackerVm(VmProcess):
 
     def _wait_for_api(self) -> None:
         """Wait until Firecracker listens. It binds and listens in two steps: no event on the file would tell."""
-        path = self._home.root / API_SOCKET
+        path = self._vm_dir.root / API_SOCKET
 
         def listens() -> bool:
             self._check_alive()
@@ -248,14 +248,15 @@ class FirecrackerVm(VmProcess):
         self._api.close()
 
 
-def _check_room(folder: Path, mem_mib: int) -> None:
+def _check_room(directory: Path, mem_mib: int) -> None:
     try:
-        found = os.statvfs(folder)
+        found = os.statvfs(directory)
     except OSError as error:
-        raise HostError(f"{folder} cannot be written to: {error.strerror}", hint="use --fcvm-cache-dir") from error
+        raise HostError(f"{directory} cannot be written to: {error.strerror}", hint="use --fcvm-cache-dir") from error
     if found.f_bavail * found.f_frsize < mem_mib << 20:
         raise HostError(
-            f"no room in {folder} for {mem_mib} MiB of memory", hint="free some disk or name another --fcvm-cache-dir"
+            f"no room in {directory} for {mem_mib} MiB of memory",
+            hint="free some disk or name another --fcvm-cache-dir",
         )
 
 

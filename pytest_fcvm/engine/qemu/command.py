@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_fcvm.engine.launch import BASE_MACS
-from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, SnapshotFiles, VmShape
 from pytest_fcvm.engine.qemu.version import QemuVersion
 
 __all__ = [
@@ -54,7 +54,7 @@ class Platform:
 
 def base_command(
     platform: Platform,
-    shape: MachineShape,
+    shape: VmShape,
     files: GuestFiles,
     memory: Path,
     *,
@@ -64,7 +64,7 @@ def base_command(
     """Return the command that boots a base. Its console is the file console.log in its directory, or a socket."""
     return [
         str(platform.binary),
-        *_machine(platform, shape),
+        *_running(platform, shape),
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,share=on,mem-path={_quote(memory)}"),
         *_console(console_fd),
         *("-kernel", str(files.kernel), "-initrd", str(files.initramfs), "-append", boot_arguments(platform)),
@@ -72,16 +72,16 @@ def base_command(
     ]
 
 
-def clone_command(platform: Platform, shape: MachineShape, files: SnapshotFiles) -> list[str]:
+def clone_command(platform: Platform, shape: VmShape, files: SnapshotFiles) -> list[str]:
     """Return the command of a clone that waits for its device state.
 
     It names no kernel: that is in the memory already, and reading it again would cost 9 to 16 ms.
     """
     access = "share=off,readonly=on,rom=off" if platform.version.opens_private_memory_read_only else "share=off"
-    network = _TAP_NETWORK if shape.network.is_enclosed else _base_network(shape)
+    network = _TAP_NETWORK if shape.network.uses_netns else _base_network(shape)
     return [
         str(platform.binary),
-        *_machine(platform, shape),
+        *_running(platform, shape),
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(files.memory)}"),
         *_console(None),
         *(_FORMAT_OF_CLONES if files.of_clone else ()),
@@ -91,17 +91,17 @@ def clone_command(platform: Platform, shape: MachineShape, files: SnapshotFiles)
     ]
 
 
-def key_arguments(platform: Platform, shape: MachineShape) -> tuple[str, ...]:
+def key_arguments(platform: Platform, shape: VmShape) -> tuple[str, ...]:
     """Return a base's command line with names in place of the paths that differ from host to host."""
     files = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=Path("rootfs"))
     disk = Path(f"disk of {shape.disk_mib} MiB") if shape.disk_mib else None
     return tuple(base_command(platform, shape, files, Path("memory"), disk=disk)[1:])
 
 
-def _base_network(shape: MachineShape) -> str:
+def _base_network(shape: VmShape) -> str:
     """Return a base's network: one that leads outside only where that is asked for."""
     if shape.egress:
-        return _TAP_NETWORK if shape.network.is_enclosed else "user,ipv6=off"
+        return _TAP_NETWORK if shape.network.uses_netns else "user,ipv6=off"
     return _socket_network(0)
 
 
@@ -121,7 +121,7 @@ def boot_arguments(platform: Platform) -> str:
     return " ".join(words)
 
 
-def _machine(platform: Platform, shape: MachineShape) -> Iterator[str]:
+def _running(platform: Platform, shape: VmShape) -> Iterator[str]:
     tcg = platform.accelerator is Accelerator.TCG
     yield from ("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-sandbox", _SANDBOX)
     yield from ("-machine", "microvm,acpi=on,memory-backend=mem")
@@ -154,7 +154,7 @@ def _devices(rootfs: Path | None, disk: Path | None, first_network: str) -> Iter
 
 
 def _socket_network(index: int) -> str:
-    """Return a network of Ethernet frames on a datagram socket; one that is not connected is a cable to nowhere.
+    """Return a network of Ethernet frames on a datagram socket; one that is not connected is a attachment to nowhere.
 
     A base has no other: slirp's own state would enter its device state, and no clone could then do without slirp.
     """

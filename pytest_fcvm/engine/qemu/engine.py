@@ -10,9 +10,9 @@ from pathlib import Path
 
 from pytest_fcvm.engine.cpu import CpuIdentity, read_cpu
 from pytest_fcvm.engine.disk import Disk
-from pytest_fcvm.engine.kvm import explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.kvm import cached_or_probe, explain_missing_device
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch, make_memory_file, open_state
-from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, MachineShape, RestorePlan
+from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, RestorePlan, VmShape
 from pytest_fcvm.engine.qemu.command import (
     AGENT_FD,
     DISK_FD,
@@ -80,7 +80,7 @@ class QemuEngine:
         """Return the engine's name as `--fcvm-engine` takes it."""
         return "qemu"
 
-    def check(self, shape: MachineShape) -> None:
+    def check(self, shape: VmShape) -> None:
         """Raise UsageProblem for what QEMU's machines do not have.
 
         Its balloon would give pages back by punching holes into the memory file that all clones share.
@@ -138,7 +138,11 @@ class QemuEngine:
             files = replace(files, memory=self._copy_of(files.memory))
         argv = clone_command(platform, plan.shape, files)
         with ExitStack() as undo, ExitStack() as lent:
-            passed = {fd: cable.end.fileno() for fd, cable in zip(NIC_FDS[1:], plan.cables, strict=False) if cable.end}
+            passed = {
+                fd: attachment.end.fileno()
+                for fd, attachment in zip(NIC_FDS[1:], plan.attachments, strict=False)
+                if attachment.end
+            }
             passed |= _tap_of(plan.namespace)
             disk = Disk.copy_of(files.disk) if files.disk else None
             if disk:
@@ -165,7 +169,7 @@ class QemuEngine:
             undo.pop_all()
             return vm
 
-    def base_arguments(self, shape: MachineShape) -> tuple[str, ...]:
+    def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
         """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
         return key_arguments(self._ready(), shape)
 
@@ -225,7 +229,7 @@ class QemuEngine:
         if reason:
             return reason, hint
         records, digest = self._records / "kvm.json", installation.digest
-        return recall_or_prove(records, digest, smoke.kernel, lambda: self._smoke(installation, smoke)), ""
+        return cached_or_probe(records, digest, smoke.kernel, lambda: self._smoke(installation, smoke)), ""
 
     def _smoke(self, installation: Installation, smoke: GuestFiles) -> str:
         return boot_smoke(self._spawner, installation, smoke)

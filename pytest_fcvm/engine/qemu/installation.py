@@ -79,9 +79,9 @@ def _ask_words(binary: Path, option: str) -> list[str]:
 
 
 def _find_firmware(binary: Path) -> Iterator[Path]:
-    folders = [Path(line.strip()) for line in run_tool([binary, "-L", "help"], timeout_s=_TIMEOUT_S).splitlines()]
+    directories = [Path(line.strip()) for line in run_tool([binary, "-L", "help"], timeout_s=_TIMEOUT_S).splitlines()]
     for name in _FIRMWARE:
-        yield from [folder / name for folder in folders if (folder / name).is_file()][:1]
+        yield from [directory / name for directory in directories if (directory / name).is_file()][:1]
 
 
 def _find_slirp(binary: Path) -> Iterable[Path]:

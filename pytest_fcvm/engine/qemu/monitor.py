@@ -41,9 +41,9 @@ class Event(NamedTuple):
 class _Pending:
     """A command that was sent. It stays in the queue when its caller gives up, so that replies find their commands."""
 
-    def __init__(self, command: str, *, ahead: bool = False) -> None:
+    def __init__(self, command: str, *, prewarmed: bool = False) -> None:
         self.command = command
-        self.ahead = ahead
+        self.prewarmed = prewarmed
         self.answered = False
         self.result: object = None
         self.refusal: str | None = None
@@ -71,7 +71,7 @@ class Monitor:
     def send_ahead(self, commands: Sequence[tuple[str, Mapping[str, object]]]) -> None:
         """Write commands in one go, before the VMM is there to read them. The next call raises what was refused."""
         with self._turn(Deadline(10)):
-            self._pending.extend(_Pending(command, ahead=True) for command, _ in commands)
+            self._pending.extend(_Pending(command, prewarmed=True) for command, _ in commands)
             self._write("".join(compose(command, arguments) for command, arguments in commands), (), Deadline(10))
 
     def execute(
@@ -197,5 +197,5 @@ class Monitor:
         error = message.get("error")
         if error is not None:
             pending.refusal = str(error.get("desc", error)) if isinstance(error, dict) else str(error)
-            if pending.ahead:
+            if pending.prewarmed:
                 raise CommandRefused(f"QEMU refused {pending.command}: {pending.refusal}")

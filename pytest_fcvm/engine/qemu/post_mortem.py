@@ -10,7 +10,7 @@ from pytest_fcvm.engine.post_mortem import Speech
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import FcvmError
 
-__all__ = ["explain_death", "tell_end"]
+__all__ = ["describe_exit", "explain_death"]
 
 _SPEECH = Speech(
     vmm="QEMU",
@@ -25,6 +25,6 @@ def explain_death(name: str, how: VmExit | None, *, console: Path, log: Path) ->
     return post_mortem.explain_death(_SPEECH, name, how, console=console, log=log)
 
 
-def tell_end(code: int | None, signal_number: int | None, log: str) -> str:
+def describe_exit(code: int | None, signal_number: int | None, log: str) -> str:
     """Say in one line how QEMU ended, with its own last words."""
-    return post_mortem.tell_end(_SPEECH, code, signal_number, log)
+    return post_mortem.describe_exit(_SPEECH, code, signal_number, log)

@@ -8,17 +8,17 @@ from contextlib import ExitStack
 from pytest_fcvm.engine.kvm import AGENT_SIGN, SmokeTimeout
 from pytest_fcvm.engine.launch import launch, make_memory_file
 from pytest_fcvm.engine.post_mortem import read_tail
-from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, VmShape
 from pytest_fcvm.engine.qemu.command import AGENT_FD, CONSOLE_FD, MONITOR_FD, NIC_FDS, Platform, base_command
 from pytest_fcvm.engine.qemu.installation import Installation
-from pytest_fcvm.engine.qemu.post_mortem import tell_end
+from pytest_fcvm.engine.qemu.post_mortem import describe_exit
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.host.own import shutil
 from pytest_fcvm.host.supervisor.protocol import Spawner
 
 __all__ = ["boot_smoke"]
 
-_SHAPE = MachineShape(mem_mib=256, cpus=1)
+_SHAPE = VmShape(mem_mib=256, cpus=1)
 _TIMEOUT_S = 10.0
 _LAST_WORDS_S = 5.0
 
@@ -44,7 +44,7 @@ def boot_smoke(
         if _saw_sign(launched.sockets[CONSOLE_FD], timeout_s):
             return ""
         ended = launched.child.wait(_LAST_WORDS_S)
-        return f"/dev/kvm cannot boot a kernel: {tell_end(ended.code, ended.signal, read_tail(launched.log))}"
+        return f"/dev/kvm cannot boot a kernel: {describe_exit(ended.code, ended.signal, read_tail(launched.log))}"
 
 
 def _saw_sign(console: socket.socket, timeout_s: float) -> bool:

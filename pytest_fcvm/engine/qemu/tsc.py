@@ -23,7 +23,7 @@ _JITTER = 0.001
 
 
 def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], int] | None = None) -> int:
-    """Return the counter's rate in kHz, the same number for every process and every boot of this processor.
+    """Return the counter's rate in kHz, the same number for every process and every boot of this CPU.
 
     Raise HostError when it can be neither measured nor read.
     """
@@ -34,7 +34,7 @@ def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], in
             return khz
         now = (measure or measure_tsc_khz)() or round(cpu.mhz * 1000)
         if now <= 0:
-            raise HostError("the rate of this processor's time stamp counter is unknown", hint="use --fcvm-accel kvm")
+            raise HostError("the rate of this CPU's time stamp counter is unknown", hint="use --fcvm-accel kvm")
         if not khz or abs(now - khz) > khz * _JITTER:
             khz = now
         record[name] = {"khz": khz, "boot": boot}

@@ -92,19 +92,19 @@ class QemuVm(VmProcess):
         with self._told():
             self._monitor.settle(timeout_s)
 
-    def set_link(self, cable: int, up: bool) -> None:
-        """Plug one of the plan's cables in or out, counted from 0; the guest's card notices."""
+    def set_link(self, attachment: int, up: bool) -> None:
+        """Plug one of the plan's attachments in or out, counted from 0; the guest's card notices."""
         with self._told():
-            self._monitor.execute("set_link", {"name": f"net{cable + 1}", "up": up})
+            self._monitor.execute("set_link", {"name": f"net{attachment + 1}", "up": up})
 
     def pause(self) -> None:
-        """Stop the guest's processors."""
+        """Stop the guest's CPUs."""
         with self._told():
             self._monitor.execute("stop")
         self._paused = True
 
     def resume(self) -> None:
-        """Let the guest's processors run again."""
+        """Let the guest's CPUs run again."""
         with self._told():
             self._monitor.execute("cont")
         self._paused = False

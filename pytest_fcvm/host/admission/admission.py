@@ -23,13 +23,13 @@ from typing import Self
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.admission.memory import HostMemory
-from pytest_fcvm.host.admission.reservations import Holder, Ledger, Totals, close_ledger, open_ledger
+from pytest_fcvm.host.admission.reservations import Holder, Reservations, Totals, close_reservations, open_reservations
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.own import getpid
 
-__all__ = ["Admission", "NoRoomAhead", "Ticket"]
+__all__ = ["Admission", "NoRoomToPrewarm", "Ticket"]
 
-_FOLDER = "admission"
+_DIRECTORY = "admission"
 _CAPACITY = "capacity"
 _RESERVE_MIB = 256
 _NAMED = 3
@@ -38,7 +38,7 @@ _RETRY_S = 0.001  # the first retry is for a lock that is held for 0.2 ms; memor
 _LONGEST_RETRY_S = 0.05
 
 
-class NoRoomAhead(HostError):
+class NoRoomToPrewarm(HostError):
     """A clone that no test has asked for yet would be in the way of others. Nobody has to act."""
 
 
@@ -75,7 +75,7 @@ class Admission:
     """The gate of one process. `max_clones` counts the clones of all processes; None is no limit."""
 
     def __init__(self, run_root: Path, max_clones: int | None = None, *, memory: HostMemory | None = None) -> None:
-        self._folder = run_root / _FOLDER
+        self._directory = run_root / _DIRECTORY
         self._max_clones = max_clones
         self._memory = memory or HostMemory()
         self._released = threading.Event()
@@ -102,76 +102,76 @@ class Admission:
                 f"a clone of {mem_mib} MiB does not fit in the {total} MiB of this machine or its control group",
                 hint="give it less memory with --fcvm-mem",
             )
-        ledger = self._open_ledger()
+        reservations = self._open_reservations()
         request = _Request(mem_mib=mem_mib, holder=holder, first=first)
-        number = self._try(ledger, request)
+        number = self._try(reservations, request)
         if not number:
             on_wait()
-            alone = self._max_clones is not None and ledger.own_clones() >= self._max_clones
-            number = self._wait(ledger, request, min(deadline_s, _OWN_S) if alone else deadline_s)
-        return Ticket(lambda: self._give_back(ledger, number))
+            alone = self._max_clones is not None and reservations.own_clones() >= self._max_clones
+            number = self._wait(reservations, request, min(deadline_s, _OWN_S) if alone else deadline_s)
+        return Ticket(lambda: self._give_back(reservations, number))
 
-    def admit_ahead(self, mem_mib: int, *, holder: str) -> Ticket:
+    def admit_prewarmed(self, mem_mib: int, *, holder: str) -> Ticket:
         """Return the ticket of a clone that no test has asked for yet; it may fill half of the room.
 
-        Raise NoRoomAhead, at once, where it would be in the way of those that are asked for.
+        Raise NoRoomToPrewarm, at once, where it would be in the way of those that are asked for.
         """
-        ledger = self._open_ledger()
-        with ledger.try_lock() as locked:
-            if locked and self._fits_ahead(ledger, mem_mib):
-                number = ledger.add(holder, mem_mib)
-                return Ticket(lambda: self._give_back(ledger, number))
-        raise NoRoomAhead("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
+        reservations = self._open_reservations()
+        with reservations.try_lock() as locked:
+            if locked and self._fits_ahead(reservations, mem_mib):
+                number = reservations.add(holder, mem_mib)
+                return Ticket(lambda: self._give_back(reservations, number))
+        raise NoRoomToPrewarm("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
 
     def close(self) -> None:
         """Let go of the ledger: nobody is admitted any more. Idempotent; tickets may be released later."""
-        close_ledger(self._folder, self)
+        close_reservations(self._directory, self)
 
-    def _open_ledger(self) -> Ledger:
+    def _open_reservations(self) -> Reservations:
         try:
-            return open_ledger(self._folder, self)
+            return open_reservations(self._directory, self)
         except OSError as error:
             raise HostError(
-                f"{self._folder} cannot be used: {error.strerror}",
+                f"{self._directory} cannot be used: {error.strerror}",
                 hint="set XDG_RUNTIME_DIR to a directory of your own",
             ) from error
 
-    def _try(self, ledger: Ledger, request: _Request) -> int:
+    def _try(self, reservations: Reservations, request: _Request) -> int:
         """Return the number of the clone in the ledger, 0 when it has to wait."""
-        with ledger.try_lock() as locked:
+        with reservations.try_lock() as locked:
             if not locked:
                 return 0
-            totals = ledger.totals()
-            if self._fits(ledger, totals, request):
-                return ledger.add(request.holder, request.mem_mib)
+            totals = reservations.totals()
+            if self._fits(reservations, totals, request):
+                return reservations.add(request.holder, request.mem_mib)
             if not (request.first or request.queued):
-                ledger.wait_again(1)
+                reservations.wait_again(1)
                 request.queued = True
             return 0
 
-    def _fits(self, ledger: Ledger, totals: Totals, request: _Request) -> bool:
+    def _fits(self, reservations: Reservations, totals: Totals, request: _Request) -> bool:
         if request.first and totals.waiting_again:
             return False
         if self._max_clones is not None and totals.clones >= self._max_clones:
             return False
         available = self._memory.available_mib()
-        known = ledger.read_note(_CAPACITY) if totals.clones else 0
+        known = reservations.read_note(_CAPACITY) if totals.clones else 0
         capacity = max(known, available)
         if capacity != known:
-            ledger.write_note(_CAPACITY, capacity)
+            reservations.write_note(_CAPACITY, capacity)
         wanted = request.mem_mib + (_RESERVE_MIB if totals.clones else 0)  # alone, it may as well try
         return wanted <= available and totals.mem_mib + wanted <= capacity
 
-    def _fits_ahead(self, ledger: Ledger, mem_mib: int) -> bool:
-        totals = ledger.totals()
+    def _fits_ahead(self, reservations: Reservations, mem_mib: int) -> bool:
+        totals = reservations.totals()
         if self._max_clones is not None and 2 * (totals.clones + 1) > self._max_clones:
             return False
-        return self._fits(ledger, totals, _Request(mem_mib=totals.mem_mib + 2 * mem_mib, holder="", first=True))
+        return self._fits(reservations, totals, _Request(mem_mib=totals.mem_mib + 2 * mem_mib, holder="", first=True))
 
-    def _wait(self, ledger: Ledger, request: _Request, deadline_s: float) -> int:
+    def _wait(self, reservations: Reservations, request: _Request, deadline_s: float) -> int:
         try:
             number = wait_until(
-                lambda: self._try(ledger, request),
+                lambda: self._try(reservations, request),
                 Deadline(deadline_s),
                 interval_s=_RETRY_S,
                 longest_interval_s=_LONGEST_RETRY_S,
@@ -179,20 +179,20 @@ class Admission:
             )
         finally:
             if request.queued:
-                ledger.wait_again(-1)
+                reservations.wait_again(-1)
         if not number:
-            raise self._refusal(ledger, request, deadline_s)
+            raise self._refusal(reservations, request, deadline_s)
         return number
 
-    def _give_back(self, ledger: Ledger, number: int) -> None:
-        ledger.remove(number)
+    def _give_back(self, reservations: Reservations, number: int) -> None:
+        reservations.remove(number)
         self._released.set()
 
-    def _refusal(self, ledger: Ledger, request: _Request, deadline_s: float) -> HostError:
-        holders = wait_until(lambda: _list_holders(ledger), Deadline(1.0), interval_s=_RETRY_S) or []
+    def _refusal(self, reservations: Reservations, request: _Request, deadline_s: float) -> HostError:
+        holders = wait_until(lambda: _list_holders(reservations), Deadline(1.0), interval_s=_RETRY_S) or []
         named = ", ".join(map(str, holders[:_NAMED])) or "nobody of ours"
         more = f" and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
-        if self._max_clones is not None and ledger.own_clones() >= self._max_clones:
+        if self._max_clones is not None and reservations.own_clones() >= self._max_clones:
             return HostError(
                 f"this process holds all {self._max_clones} clones of --fcvm-max-clones itself; held by {named}{more}",
                 hint="raise --fcvm-max-clones, or end a clone before the next one is started",
@@ -206,6 +206,6 @@ class Admission:
         )
 
 
-def _list_holders(ledger: Ledger) -> list[Holder] | None:
-    with ledger.try_lock() as locked:
-        return ledger.holders() if locked else None
+def _list_holders(reservations: Reservations) -> list[Holder] | None:
+    with reservations.try_lock() as locked:
+        return reservations.holders() if locked else None

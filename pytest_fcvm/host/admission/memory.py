@@ -41,9 +41,9 @@ class HostMemory:
         A group's page cache that can be dropped counts as free, as the kernel counts it in MemAvailable.
         """
         rooms = [self._read_meminfo("MemAvailable")]
-        for folder, version in self._groups:
-            used = _read_number(folder / version.usage) - _read_stat(folder, version.reclaimable)
-            rooms.append(_limit(folder, version) - used)
+        for directory, version in self._groups:
+            used = _read_number(directory / version.usage) - _read_stat(directory, version.reclaimable)
+            rooms.append(_limit(directory, version) - used)
         return max(0, min(rooms)) // _MIB
 
     def total_mib(self) -> int:
@@ -81,15 +81,15 @@ def _find_mounts(root: Path, version: _Version) -> Iterator[tuple[str, str]]:
 
 
 def _climb(mount: Path, path: str, version: _Version) -> Iterator[tuple[Path, _Version]]:
-    folder = mount / path.lstrip("/")
-    while folder.is_relative_to(mount):
-        if (folder / version.usage).exists():
-            yield folder, version
-        folder = folder.parent
+    directory = mount / path.lstrip("/")
+    while directory.is_relative_to(mount):
+        if (directory / version.usage).exists():
+            yield directory, version
+        directory = directory.parent
 
 
-def _limit(folder: Path, version: _Version) -> int:
-    return min(_read_number(folder / name) for name in version.limits)
+def _limit(directory: Path, version: _Version) -> int:
+    return min(_read_number(directory / name) for name in version.limits)
 
 
 def _read_number(file: Path) -> int:
@@ -100,9 +100,9 @@ def _read_number(file: Path) -> int:
     return int(text) if text.isdigit() else _UNLIMITED
 
 
-def _read_stat(folder: Path, key: str) -> int:
+def _read_stat(directory: Path, key: str) -> int:
     with suppress(OSError):
-        for line in (folder / "memory.stat").read_text().splitlines():
+        for line in (directory / "memory.stat").read_text().splitlines():
             name, _, value = line.partition(" ")
             if name == key:
                 return int(value)

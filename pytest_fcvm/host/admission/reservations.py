@@ -2,7 +2,7 @@
 
 One file per process, `<pid>-<random>`, locked by the process as long as it lives. The lock is fcntl's, not flock's: a
 forked child of a test does not inherit it, so a SIGKILLed pytest counts as dead at once. It has a sharp edge: closing
-*any* descriptor of a file drops the process's locks on it. Hence one ledger per process and folder, and nobody opens
+*any* descriptor of a file drops the process's locks on it. Hence one ledger per process and directory, and nobody opens
 their own file twice.
 
     0000000003 0000000768 0000000001        clones, MiB, requests that wait though their test holds a clone already
@@ -24,7 +24,7 @@ from pathlib import Path
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import getpid, os
 
-__all__ = ["Holder", "Ledger", "Totals", "close_ledger", "open_ledger"]
+__all__ = ["Holder", "Reservations", "Totals", "close_reservations", "open_reservations"]
 
 _NAME = re.compile(r"(\d+)-[0-9a-f]{8}")
 _HEAD_BYTES = 33
@@ -59,14 +59,14 @@ class Holder:
         return f"{self.holder} (pid {self.pid}, {self.mem_mib} MiB)"
 
 
-class Ledger:
-    """This process's own page, and a look at those of the others. Get it from `open_ledger`."""
+class Reservations:
+    """This process's own page, and a look at those of the others. Get it from `open_reservations`."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, exist_ok=True)
         self.owner = getpid()
-        self._folder = folder
-        self._mutex = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._directory = directory
+        self._mutex = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._threads = threading.RLock()
         self._name = f"{self.owner}-{os.urandom(4).hex()}"
         self._file = -1
@@ -81,7 +81,7 @@ class Ledger:
             mutex, self._mutex, file, self._file = self._mutex, -1, self._file, -1
             if file >= 0:
                 if self.owner == getpid():
-                    (self._folder / self._name).unlink(missing_ok=True)
+                    (self._directory / self._name).unlink(missing_ok=True)
                 os.close(file)
             if mutex >= 0:
                 os.close(mutex)
@@ -151,12 +151,12 @@ class Ledger:
     def read_note(self, name: str) -> int:
         """Return a number that all processes share, 0 if nobody wrote it. The lock must be held."""
         with suppress(OSError, ValueError):
-            return int((self._folder / name).read_bytes())
+            return int((self._directory / name).read_bytes())
         return 0
 
     def write_note(self, name: str, value: int) -> None:
         """Set a number that all processes share. The lock must be held."""
-        (self._folder / name).write_bytes(b"%d" % value)
+        (self._directory / name).write_bytes(b"%d" % value)
 
     def _own(self) -> Totals:
         mem_mib = sum(mem_mib for mem_mib, _ in self._lines.values())
@@ -164,7 +164,7 @@ class Ledger:
 
     def _write(self) -> None:
         if self._file < 0:
-            self._file = create_private(self._folder / self._name)
+            self._file = create_private(self._directory / self._name)
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         own = self._own()
         head = b"%010d %010d %010d\n" % (own.clones, own.mem_mib, own.waiting_again)
@@ -174,7 +174,7 @@ class Ledger:
 
     def _others(self) -> Iterator[tuple[int, int]]:
         """Yield an open descriptor and the process id of every other live page."""
-        for path in self._folder.iterdir():
+        for path in self._directory.iterdir():
             match = _NAME.fullmatch(path.name)
             if match is None or path.name == self._name:
                 continue
@@ -191,32 +191,32 @@ class Ledger:
                 os.close(file)
 
 
-_ledgers: dict[Path, Ledger] = {}
+_reservations: dict[Path, Reservations] = {}
 _opening = threading.Lock()
 
 
-def open_ledger(folder: Path, user: object) -> Ledger:
-    """Return this process's ledger in a folder, for a user who calls `close_ledger`. Raise OSError.
+def open_reservations(directory: Path, user: object) -> Reservations:
+    """Return this process's ledger in a directory, for a user who calls `close_reservations`. Raise OSError.
 
     A forked child gets one of its own.
     """
     with _opening:
-        known = _ledgers.get(folder)
+        known = _reservations.get(directory)
         if known is None or known.owner != getpid():
-            known = _ledgers[folder] = Ledger(folder)
+            known = _reservations[directory] = Reservations(directory)
         known.users.add(user)
         return known
 
 
-def close_ledger(folder: Path, user: object) -> None:
-    """Close this process's ledger in a folder once nobody uses it any more. Idempotent."""
+def close_reservations(directory: Path, user: object) -> None:
+    """Close this process's ledger in a directory once nobody uses it any more. Idempotent."""
     with _opening:
-        known = _ledgers.get(folder)
+        known = _reservations.get(directory)
         if known is None or user not in known.users:
             return
         known.users.discard(user)
         if not known.users:
-            del _ledgers[folder]
+            del _reservations[directory]
             known.close()
 
 

@@ -39,9 +39,9 @@ def sweep_temporary(store_dir: Path) -> list[str]:
     return swept
 
 
-def _list(folder: Path) -> list[Path]:
+def _list(directory: Path) -> list[Path]:
     try:
-        return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink())
+        return sorted(entry for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink())
     except FileNotFoundError:
         return []
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import shutil
 from pytest_fcvm.host.sockets import socket_pair
 
@@ -99,7 +99,7 @@ def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) ->
 
     The control is a socket of sequenced packets, the program's CONTROL_FD. Raise HostError; nothing is left then.
     """
-    with descriptors_told(name), ExitStack() as undo:
+    with translating_emfile(name), ExitStack() as undo:
         directory = spawner.make_dir(name)
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
         control, theirs = socket_pair(socket.SOCK_SEQPACKET)

@@ -35,13 +35,13 @@ _CLOSE_S = 10.0
 _LOG = "guard.log"
 _ALSO = messages.ALSO_REMOVED.decode()
 _LOG_TAIL = 4000
-# Imported from its folder, so that bytecode is cached (5 ms), but past the packages' own `__init__`, whose imports cost
+# Imported from its directory, so that bytecode is cached (5 ms), but past the packages' own `__init__`, whose imports cost
 # as much again, and without `site` (20 ms).
 _BOOTSTRAP = """\
 import sys
-for name, folder in zip(("pytest_fcvm", "pytest_fcvm.host", "pytest_fcvm.host.supervisor"), {folders!r}):
+for name, directory in zip(("pytest_fcvm", "pytest_fcvm.host", "pytest_fcvm.host.supervisor"), {directories!r}):
     sys.modules[name] = type(sys)(name)
-    sys.modules[name].__path__ = [folder]
+    sys.modules[name].__path__ = [directory]
 from pytest_fcvm.host.supervisor.guard import main
 main()
 """
@@ -200,13 +200,13 @@ class Supervisor:
     def _start(self, name: str, request: tuple[object, ...], descriptors: Sequence[int]) -> Child:
         check_owner(self._owner)  # before a lock is taken that may have been held when the process was forked
         number = next(self._numbers)
-        child = Child(name, end=lambda: self._tell_end(number))
+        child = Child(name, end=lambda: self._describe_exit(number))
         try:
             with self._asking:
                 self._ask(number, child, request, descriptors)
                 child.attach(*self._take_answer(number, name))
         except BaseException:
-            self._tell_end(number)  # also when a signal handler raised between request and answer
+            self._describe_exit(number)  # also when a signal handler raised between request and answer
             raise
         return child
 
@@ -275,7 +275,7 @@ class Supervisor:
         text = os.pread(self._log, _LOG_TAIL, max(0, size - _LOG_TAIL)).decode("utf-8", "replace")
         return {"supervisor log": text} if text else {}
 
-    def _tell_end(self, number: int) -> None:
+    def _describe_exit(self, number: int) -> None:
         with suppress(OSError):  # the spawner has gone, and every process and directory with it
             messages.send(self._control, (messages.OP_END, number))
 
@@ -320,7 +320,7 @@ def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> in
     if not sys.executable:
         raise HostError("this Python does not know its own path", hint="run pytest by a Python on disk")
     here = Path(__file__).parent
-    code = _BOOTSTRAP.format(folders=[str(here.parents[1]), str(here.parent), str(here)])
+    code = _BOOTSTRAP.format(directories=[str(here.parents[1]), str(here.parent), str(here)])
     argv = [sys.executable, "-I", "-S", "-c", code, str(run_dir)]
     argv.append("auto" if namespaces else "subreaper")
     lifted = messages.lift(given)

@@ -81,7 +81,7 @@ class Namespaces:
                 close=close,
             )
             if network.egress:
-                self._lead_out(reply["number"], network, namespace, owned)
+                self._open_egress(reply["number"], network, namespace, owned)
         except BaseException:
             close()
             raise
@@ -106,7 +106,7 @@ class Namespaces:
                 raise
         return connection
 
-    def _lead_out(self, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack) -> None:
+    def _open_egress(self, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack) -> None:
         """Let a namespace reach outside; `owned` ends what has to run for it."""
         if network.mode is NetworkMode.BRIDGE:
             if namespace.user is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.errors import HostError, UsageProblem
-from pytest_fcvm.host.limits import descriptors_told
+from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.host.supervisor.protocol import Child, Spawner
@@ -38,7 +38,7 @@ def start_slirp(spawner: Spawner, namespace: Namespace) -> Child:
     if namespace.user is not None:  # its rights over the namespace come from there; its sockets are the host's
         enter = [_find("nsenter", "util-linux"), "--preserve-credentials", f"--user=/proc/self/fd/{_USER_FD}", "--"]
         argv, passed[_USER_FD] = [*enter, *argv], namespace.user
-    with descriptors_told("slirp4netns"), ExitStack() as undo:
+    with translating_emfile("slirp4netns"), ExitStack() as undo:
         directory = spawner.make_dir("slirp")
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
         log = directory / "slirp.log"

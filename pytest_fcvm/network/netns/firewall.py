@@ -128,12 +128,12 @@ class Bridge:
             self._route.route("add", dst=f"{address}/32", oif=index)
             self._firewall.load(f"add element ip {self._table} clones {{ {address} }}")
             with inside:
-                _lead_out(address)
+                _open_egress(address)
         except NetlinkError as error:
             raise OSError(error.code, os.strerror(error.code), "bridge") from None
 
 
-def _lead_out(address: str) -> None:
+def _open_egress(address: str) -> None:
     """Give the other end of a pair its address and the way out."""
     from pyroute2 import IPRoute
 

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_fcvm.network.netns.firewall import Bridge
 
-__all__ = ["CARDS", "CONTROL_FD", "GUEST", "main"]
+__all__ = ["CONTROL_FD", "GUEST", "NICS", "main"]
 
 CONTROL_FD = 3
-CARDS = ("eth0", "eth1", "eth2")
+NICS = ("eth0", "eth1", "eth2")
 GATEWAY, GUEST, DNS = "10.0.2.2", "10.0.2.15", "10.0.2.3"
 
 _REQUEST_BYTES = 65536
@@ -66,16 +66,16 @@ class _Namespaces:
         try:
             net = self._open[self._last] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             _bring_up("lo")
-            first = _make_tap(CARDS[0], persistent=joined)
+            first = _make_tap(NICS[0], persistent=joined)
             sent = [net] if first is None else [net, first]
-            _bring_up(CARDS[0], GATEWAY)
+            _bring_up(NICS[0], GATEWAY)
             _write("/proc/sys/net/ipv4/ip_forward", "1")
             if egress:
-                _bring_up(f"{CARDS[0]}:1", DNS)
+                _bring_up(f"{NICS[0]}:1", DNS)
             else:
                 _refuse_outside()
             if joined:
-                for card in CARDS[1:]:
+                for card in NICS[1:]:
                     _make_tap(card, persistent=True)
                     _bring_up(card)
                     sent.append(_open_wire(card))
@@ -200,7 +200,7 @@ def _write(path: str, text: str) -> None:
         os.close(descriptor)
 
 
-def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, Any], list[int], list[int]]:
+def _apply(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, Any], list[int], list[int]]:
     """Do what is asked. Return the reply, the descriptors that go with it, and which of them are closed then."""
     match request["op"]:
         case "open":
@@ -210,7 +210,7 @@ def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, A
             from pytest_fcvm.network.netns import firewall
 
             with namespaces.inside(request["number"]), contextlib.closing(firewall.Firewall()) as rules:
-                rules.load(firewall.rules_inside(CARDS[0], DNS, request["resolver"], request["allow"]))
+                rules.load(firewall.rules_inside(NICS[0], DNS, request["resolver"], request["allow"]))
             return {}, [], []
         case "uplink":
             namespaces.uplink(request["number"])
@@ -223,12 +223,12 @@ def _obey(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, A
 
 
 def _answer(
-    control: socket.socket, number: int, obey: Callable[[], tuple[dict[str, Any], Sequence[int], Sequence[int]]]
+    control: socket.socket, number: int, apply: Callable[[], tuple[dict[str, Any], Sequence[int], Sequence[int]]]
 ) -> None:
     sent: Sequence[int] = ()
     closed: Sequence[int] = ()
     try:
-        said, sent, closed = obey()
+        said, sent, closed = apply()
         reply = {"error": "", **said}
     except OSError as error:
         reply = {"error": f"{error.filename or 'a system call'}: {error.strerror}"}
@@ -257,7 +257,7 @@ def main() -> None:
         if request["op"] == "close":  # nobody waits for it
             namespaces[0].close(request["number"])
         else:
-            _answer(control, request["id"], partial(_obey, namespaces[0], request))
+            _answer(control, request["id"], partial(_apply, namespaces[0], request))
 
 
 if __name__ == "__main__":

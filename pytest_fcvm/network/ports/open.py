@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.net import Endpoint, Namespace, PublishedPort
 from pytest_fcvm.network.addresses import HOST_ADDRESS
 from pytest_fcvm.network.netns.attach import connect, connect_datagrams
 from pytest_fcvm.network.ports.relay import Dialled, Relay, Serve
-from pytest_fcvm.network.ports.reverse import HostPorts
+from pytest_fcvm.network.ports.reverse import ReversePorts
 
-__all__ = ["Ports", "open_host_ports", "open_ports"]
+__all__ = ["Ports", "open_ports", "open_reverse_ports"]
 
 _CALL_S = 60.0
 
@@ -25,8 +25,8 @@ class Ports:
     too: that one keeps two connections waiting, and lets the next client try again after a second.
     """
 
-    def __init__(self, machine: Machine) -> None:
-        agent, namespace = machine.agent, machine.vm.namespace
+    def __init__(self, running: RunningVm) -> None:
+        agent, namespace = running.agent, running.vm.namespace
         if namespace:
             self._relay = Relay(_dial_in(namespace), partial(connect_datagrams, namespace), ServiceThread)
         else:
@@ -53,19 +53,19 @@ def _dial_in(namespace: Namespace) -> Serve:
     )
 
 
-def open_ports(machine: Machine, published: Iterable[PublishedPort] = ()) -> Ports:
+def open_ports(running: RunningVm, published: Iterable[PublishedPort] = ()) -> Ports:
     """Give a machine its ports, which it closes, and map those at once that are published."""
-    machine.publisher = ports = Ports(machine)
-    machine.also_close([ports.close])
-    machine.also_tell("ports", lambda: ports.fault)
+    running.publisher = ports = Ports(running)
+    running.add_cleanup([ports.close])
+    running.add_evidence("ports", lambda: ports.fault)
     for port in published:
         ports.publish(port)
     return ports
 
 
-def open_host_ports(machine: Machine, numbers: Sequence[int]) -> None:
+def open_reverse_ports(running: RunningVm, numbers: Sequence[int]) -> None:
     """Let a machine's programs reach ports of this host, until it ends."""
     if numbers:
-        ports = HostPorts(lambda port: machine.agent.accept(port, HOST_ADDRESS), numbers, ServiceThread)
-        machine.also_close([ports.close])
-        machine.also_tell("host ports", lambda: ports.fault)
+        ports = ReversePorts(lambda port: running.agent.accept(port, HOST_ADDRESS), numbers, ServiceThread)
+        running.add_cleanup([ports.close])
+        running.add_evidence("host ports", lambda: ports.fault)

@@ -9,13 +9,13 @@ from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.sockets import connect
 from pytest_fcvm.network.links import ByteStream, Links, MakeThread
 
-__all__ = ["HostPorts"]
+__all__ = ["ReversePorts"]
 
 _THREAD = "fcvm-host-port"
 _CONNECT_S = 10.0
 
 
-class HostPorts:
+class ReversePorts:
     """The host's ports that one machine may use; a thread waits for the guest's next connection to each.
 
     `accept` returns the guest's next connection to a port, and raises when there will be none.

@@ -70,7 +70,7 @@ def test_the_doctor_tries_everything_also_after_a_failure_and_says_the_command(t
     assert findings["mksquashfs"]["remedy"] == "apt-get install squashfs-tools"
     kernel = findings["guest kernel"]
     assert "pytest_fcvm_kernel" in kernel["detail"] if kernel["ok"] else "--fcvm-kernel" in kernel["remedy"]
-    assert findings["cache folder"]["detail"].startswith(str(tmp_path / "cache"))
+    assert findings["cache directory"]["detail"].startswith(str(tmp_path / "cache"))
     assert findings["lifetimes"]["ok"]
     assert all(finding["remedy"] for finding in findings.values() if not finding["ok"])
 
@@ -104,8 +104,8 @@ def test_what_a_distributions_kernel_lacks_is_told_with_the_wheel_that_has_it(tm
 def test_a_cache_that_cannot_be_used_is_told_with_the_option(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     findings = {finding.what: finding for finding in examine(str(tmp_path / "file"))}
-    assert not findings["cache folder"].ok
-    assert findings["cache folder"].remedy == "name another folder with --fcvm-cache-dir"
+    assert not findings["cache directory"].ok
+    assert findings["cache directory"].remedy == "name another directory with --fcvm-cache-dir"
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ _NOW = 1_800_000_000
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """An empty cache."""
-    folder = tmp_path / "cache"
-    folder.mkdir(mode=0o700)
-    return folder
+    directory = tmp_path / "cache"
+    directory.mkdir(mode=0o700)
+    return directory
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def make(cache: Path) -> Make:
     """Return a function that builds an entry of a kind, last used so many days ago."""
 
     def build(name: str, days: float = 0, kind: str = "snapshots", mib: int = 1, **facts: Any) -> Entry:
-        shelf, key = Store(cache).shelf(kind), canonical_digest({"name": name})
+        collection, key = Store(cache).collection(kind), canonical_digest({"name": name})
 
-        def fill(folder: Path) -> dict[str, Any]:
-            (folder / "memory").write_bytes(os.urandom(mib << 20))
+        def fill(directory: Path) -> dict[str, Any]:
+            (directory / "memory").write_bytes(os.urandom(mib << 20))
             return facts
 
-        with shelf.locked(key, "a test", lambda _text: None):
-            entry = shelf.build(key, fill)
+        with collection.locked(key, "a test", lambda _text: None):
+            entry = collection.build(key, fill)
         used = (entry.used_s - days * 86400,) * 2
         os.utime(entry.path, used)
         return entry
@@ -123,7 +123,7 @@ def test_what_a_run_uses_is_neither_removed_nor_replaced(make: Make, fcvm: Calla
     entry = make("used", days=30)
     program = (
         "import sys; from pathlib import Path; from pytest_fcvm.store import Store\n"
-        f"entry = Store(Path({str(cache)!r})).shelf('snapshots').find({entry.key!r})\n"
+        f"entry = Store(Path({str(cache)!r})).collection('snapshots').find({entry.key!r})\n"
         "with entry.in_use():\n    print('held', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

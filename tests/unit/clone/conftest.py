@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.clone import Clone, Machine, WorkloadLog
+from pytest_fcvm.clone import Clone, RunningVm, WorkloadLog
 from pytest_fcvm.clone.clone import ExecDefaults
-from pytest_fcvm.engine.protocol import MachineShape, RestorePlan, SnapshotFiles
+from pytest_fcvm.engine.protocol import RestorePlan, SnapshotFiles, VmShape
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.results import Timeline
-from pytest_fcvm.model.specs import MachineSpec
+from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.network.ports.open import open_ports
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
@@ -73,19 +73,19 @@ def make_clone(stack: ExitStack, engine: FakeEngine, root: Path, tmp_path: Path)
     before = tmp_path / "base.log"
     before.write_bytes(b"printed by the base\n")
 
-    def start(may_end_with: int | None, ports: tuple[PublishedPort, ...]) -> Machine:
-        vm = engine.restore(RestorePlan(name="web", shape=MachineShape(mem_mib=64, cpus=1), files=_FILES))
+    def start(may_end_with: int | None, ports: tuple[PublishedPort, ...]) -> RunningVm:
+        vm = engine.restore(RestorePlan(name="web", shape=VmShape(mem_mib=64, cpus=1), files=_FILES))
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=before)
         agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=10, explain=vm.explain)
-        machine = Machine(vm, agent, log, Timeline(monotonic()), may_end_with=may_end_with)
-        open_ports(machine, ports)
-        return machine
+        running = RunningVm(vm, agent, log, Timeline(monotonic()), may_end_with=may_end_with)
+        open_ports(running, ports)
+        return running
 
     def make(*, may_end_with: int | None = None, **fields: object) -> Clone:
         defaults = ExecDefaults(env={"PATH": "/bin", "LEVEL": "image"}, cwd="/srv", user="www")
         clone = Clone(
             name="web",
-            spec=MachineSpec().merged(fields),
+            spec=VmSpec().merged(fields),
             engine="fake",
             defaults=defaults,
             start=partial(start, may_end_with),

@@ -19,7 +19,7 @@ _Make = Callable[[tarfile.TarFile], None]
 
 
 def _stream(*members: tuple[str, bytes | str | None]) -> io.BytesIO:
-    """Make an archive: bytes are files, text is the target of a link (`=` in front: a hard one), None is a folder."""
+    """Make an archive: bytes are files, text is the target of a link (`=` in front: a hard one), None is a directory."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, content in members:
@@ -44,7 +44,7 @@ def _packed(pack: Callable[[Callable[[bytes], object]], None]) -> tarfile.TarFil
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with something beside what is unpacked, and outside of it."""
+    """A directory with something beside what is unpacked, and outside of it."""
     place = tmp_path / "place"
     place.mkdir()
     (place / "precious").write_text("mine")
@@ -72,7 +72,7 @@ def test_a_folder_is_sent_whole_and_as_root(tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_a_usage_problem(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match="gone does not exist") as caught:
         pack_path(tmp_path / "gone", "x", print)
-    assert caught.value.hint == "copy_in takes an existing file or folder"
+    assert caught.value.hint == "copy_in takes an existing file or directory"
 
 
 def test_text_is_sent_with_its_mode() -> None:

@@ -32,9 +32,9 @@ def _last_exec(guest: FakeAgent) -> Any:
 
 def test_memory_is_taken_as_far_as_the_guest_gives_it(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
     clone = make_clone(balloon=True)
-    assert clone.take_memory("64M") == engine.vms[0].balloon == 64
-    assert clone.take_memory("1G", timeout=0.1) == 100  # all that it has
-    assert clone.take_memory(0) == 0
+    assert clone.inflate_balloon("64M") == engine.vms[0].balloon == 64
+    assert clone.inflate_balloon("1G", timeout=0.1) == 100  # all that it has
+    assert clone.inflate_balloon(0) == 0
 
 
 def test_metadata_are_replaced_while_it_runs(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
@@ -46,7 +46,7 @@ def test_metadata_are_replaced_while_it_runs(make_clone: Callable[..., Clone], e
 
 
 def test_what_the_spec_does_not_have_is_refused_with_what_gives_it(clone: Clone) -> None:
-    for call, what in ((lambda: clone.take_memory(1), "balloon"), (lambda: clone.set_metadata({}), "metadata")):
+    for call, what in ((lambda: clone.inflate_balloon(1), "balloon"), (lambda: clone.set_metadata({}), "metadata")):
         with pytest.raises(UsageProblem, match=f"has no {what}") as caught:
             call()
         assert caught.value.hint == f"give its spec {what} to begin with"

@@ -161,8 +161,8 @@ def test_what_a_machine_was_given_to_close_is_closed_in_reverse_though_one_fails
         order.append("second")
         raise OSError("it is stuck")
 
-    clone._machine.also_close([lambda: order.append("first"), fail])
-    clone._machine.also_close(
+    clone._running.add_cleanup([lambda: order.append("first"), fail])
+    clone._running.add_cleanup(
         [lambda: order.append(f"third, the VM {'lives' if engine.vms[0].exit is None else 'died'}")]
     )
     with pytest.raises(OSError, match="it is stuck"):
@@ -176,7 +176,7 @@ def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
     engine.vms[0].vmm_log_path.write_text("qemu: \x1b[31mbad\n")
     guest.log(b"listening\n")
     clone.wait_for_log("listening", timeout=20)
-    clone._machine.timeline.mark("agent", clone._machine.timeline.start + 0.05)
+    clone._running.timeline.mark("agent", clone._running.timeline.start + 0.05)
     evidence = clone.evidence()
     assert evidence == {
         "workload log": "printed by the base\nlistening",

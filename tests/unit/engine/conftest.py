@@ -144,8 +144,8 @@ class FakeChild:
 class FakeSpawner:
     """Starts no QEMU but a fake monitor on the descriptor that QEMU would have it on; keeps what it was given."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.argv: Sequence[str] = ()
         self.passed: dict[int, bytes] = {}
         self.child = FakeChild()
@@ -156,7 +156,7 @@ class FakeSpawner:
         self.log = ""
 
     def make_dir(self, name: str) -> Path:
-        path = self.folder / name
+        path = self.directory / name
         path.mkdir(mode=0o700)
         return path
 
@@ -204,22 +204,22 @@ def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
 
     def make(
         version: str = "7.2.22",
-        machines: str = "microvm q35",
+        vms: str = "microvm q35",
         accelerators: str = "tcg kvm",
         firmware: Path | None = None,
     ) -> Path:
-        folder = firmware or tmp_path / "firmware"
-        folder.mkdir(exist_ok=True)
-        (folder / "bios-microvm.bin").write_bytes(b"firmware")
+        directory = firmware or tmp_path / "firmware"
+        directory.mkdir(exist_ok=True)
+        (directory / "bios-microvm.bin").write_bytes(b"firmware")
         program = tmp_path / "qemu-system-x86_64"
         program.write_text(
             f"""#!/bin/sh
             echo "$*" >> {shlex.quote(str(tmp_path / "asked"))}
             case "$1" in
               --version) echo "QEMU emulator version {version} (Debian 1:7.2+dfsg-7)" ;;
-              -machine) echo "Supported machines are:"; printf '%s  a machine\\n' {machines} ;;
+              -machine) echo "Supported machines are:"; printf '%s  a machine\\n' {vms} ;;
               -accel) echo "Accelerators supported in QEMU binary:"; printf '%s\\n' {accelerators} ;;
-              -L) echo {shlex.quote(str(folder))} ;;
+              -L) echo {shlex.quote(str(directory))} ;;
             esac
             """
         )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
-from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles, MachineShape
+from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles, VmShape
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.errors import HostError, UsageProblem
 
@@ -123,9 +123,9 @@ def test_a_required_kvm_is_not_replaced_by_emulation() -> None:
 @pytest.mark.parametrize("wish", [{"balloon": True}, {"metadata": True}])
 def test_qemu_says_what_its_machines_do_not_have(tmp_path: Path, wish: dict[str, bool]) -> None:
     engine = QemuEngine(None, tmp_path)  # type: ignore[arg-type]
-    engine.check(MachineShape(mem_mib=64, cpus=1))
+    engine.check(VmShape(mem_mib=64, cpus=1))
     with pytest.raises(UsageProblem, match=r"the engine qemu (has no balloon|serves no metadata)") as caught:
-        engine.check(MachineShape(mem_mib=64, cpus=1, **wish))
+        engine.check(VmShape(mem_mib=64, cpus=1, **wish))
     assert "--fcvm-engine firecracker" in caught.value.hint
 
 
@@ -143,7 +143,7 @@ def test_a_qemu_that_is_too_old_is_not_usable_and_says_what_is(tmp_path: Path, f
 
 
 def test_a_qemu_without_microvm_is_not_usable(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
-    assert "no microvm machine" in refused(tmp_path, fake_qemu(machines="q35")).reason
+    assert "no microvm machine" in refused(tmp_path, fake_qemu(vms="q35")).reason
 
 
 def test_a_qemu_without_emulation_is_not_usable_for_it(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, MachineShape, SnapshotFiles
+from pytest_fcvm.engine.protocol import Accelerator, GuestFiles, SnapshotFiles, VmShape
 from pytest_fcvm.engine.qemu.command import Platform, base_command, clone_command, key_arguments
 from pytest_fcvm.engine.qemu.version import QemuVersion
 
@@ -14,7 +14,7 @@ TCG = Platform(
     binary=Path("/usr/bin/qemu"), version=QemuVersion(7, 2, 22), accelerator=Accelerator.TCG, tsc_khz=2596144
 )
 KVM = replace(TCG, accelerator=Accelerator.KVM, tsc_khz=0)
-SHAPE = MachineShape(mem_mib=256, cpus=2)
+SHAPE = VmShape(mem_mib=256, cpus=2)
 FILES = GuestFiles(kernel=Path("/k/vmlinuz"), initramfs=Path("/k/initrd"), rootfs=Path("/s/root.sqfs"))
 MEMORY = Path("/s/memory")
 SNAPSHOT = SnapshotFiles(memory=MEMORY, state=Path("/s/state"), rootfs=Path("/s/root.sqfs"))
@@ -29,11 +29,11 @@ def options(argv: list[str]) -> dict[str, list[str]]:
     return found
 
 
-def base(platform: Platform = TCG, shape: MachineShape = SHAPE, files: GuestFiles = FILES) -> dict[str, list[str]]:
+def base(platform: Platform = TCG, shape: VmShape = SHAPE, files: GuestFiles = FILES) -> dict[str, list[str]]:
     return options(base_command(platform, shape, files, MEMORY))
 
 
-def clone(platform: Platform = TCG, shape: MachineShape = SHAPE) -> dict[str, list[str]]:
+def clone(platform: Platform = TCG, shape: VmShape = SHAPE) -> dict[str, list[str]]:
     return options(clone_command(platform, shape, SNAPSHOT))
 
 

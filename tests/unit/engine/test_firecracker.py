@@ -27,9 +27,9 @@ from pytest_fcvm.engine.protocol import (
     BootPlan,
     EngineReport,
     GuestFiles,
-    MachineShape,
     RestorePlan,
     SnapshotFiles,
+    VmShape,
 )
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host import own
@@ -41,7 +41,7 @@ from pytest_fcvm.network.netns.client import Namespaces
 
 TESTS = Path(__file__).resolve().parents[2]
 FAKE, FAKE_JAILER = TESTS / "fakes" / "firecracker.py", TESTS / "fakes" / "jailer.py"
-SHAPE = MachineShape(mem_mib=8, cpus=1, network=NetworkMode.RELAY)
+SHAPE = VmShape(mem_mib=8, cpus=1, network=NetworkMode.RELAY)
 ELF = b"\x7fELF and a kernel behind it"
 WAIT_S = 20.0
 
@@ -61,29 +61,29 @@ def supervisor() -> Iterator[Supervisor]:
 class Bench:
     """Engines of some version, `jailed` or not, and what their VMs are made of."""
 
-    def __init__(self, folder: Path, supervisor: Supervisor, *, jailed: bool) -> None:
-        self.folder, self.supervisor, self.jailed = folder, supervisor, jailed
-        self.kernel = folder / "vmlinux"
+    def __init__(self, directory: Path, supervisor: Supervisor, *, jailed: bool) -> None:
+        self.directory, self.supervisor, self.jailed = directory, supervisor, jailed
+        self.kernel = directory / "vmlinux"
         self.kernel.write_bytes(ELF)
         for name in ("bzImage", "initramfs", "rootfs"):
-            (folder / name).write_bytes(name.encode())
+            (directory / name).write_bytes(name.encode())
         self.guest = GuestFiles(
-            kernel=folder / "bzImage",
-            initramfs=folder / "initramfs",
-            rootfs=folder / "rootfs",
+            kernel=directory / "bzImage",
+            initramfs=directory / "initramfs",
+            rootfs=directory / "rootfs",
             vmlinux=lambda: self.kernel,
         )
 
     def engine(self, version: str = "1.16.1", accelerator: Accelerator | None = None) -> FirecrackerEngine:
         for name, fake in (("firecracker", FAKE), ("jailer", FAKE_JAILER)):
-            program = self.folder / name
+            program = self.directory / name
             command = shlex.join([sys.executable, "-I", "-S", str(fake), version])
             program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
             program.chmod(0o755)
         return FirecrackerEngine(
             self.supervisor,
-            self.folder / "cache",
-            binary=self.folder / "firecracker",
+            self.directory / "cache",
+            binary=self.directory / "firecracker",
             accelerator=accelerator,
             jailed=self.jailed,
         )
@@ -97,26 +97,29 @@ class Bench:
         return engine
 
     def boot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> FirecrackerVm:
-        plan = BootPlan(name="base", shape=SHAPE, files=self.guest, memory=self.folder / "memory", disk=disk)
+        plan = BootPlan(name="base", shape=SHAPE, files=self.guest, memory=self.directory / "memory", disk=disk)
         return _living(engine.boot(plan), stack)
 
     def snapshot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> SnapshotFiles:
         base = self.boot(engine, stack, disk)
         files = SnapshotFiles(
-            memory=self.folder / "memory", state=self.folder / "state", rootfs=self.folder / "rootfs", disk=disk
+            memory=self.directory / "memory",
+            state=self.directory / "state",
+            rootfs=self.directory / "rootfs",
+            disk=disk,
         )
         base.snapshot(files.state)
         base.kill()
         return files
 
     def copy(self) -> SnapshotFiles:
-        folder = self.folder / "copy"
-        folder.mkdir()
+        directory = self.directory / "copy"
+        directory.mkdir()
         return SnapshotFiles(
-            memory=folder / "memory",
-            state=folder / "state",
-            rootfs=self.folder / "rootfs",
-            disk=folder / "disk",
+            memory=directory / "memory",
+            state=directory / "state",
+            rootfs=self.directory / "rootfs",
+            disk=directory / "disk",
             of_clone=True,
         )
 
@@ -134,10 +137,10 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, supervisor: Supervisor
     return _bench(tmp_path, supervisor, jailed=request.param == "jailed")
 
 
-def _bench(folder: Path, supervisor: Supervisor, *, jailed: bool) -> Bench:
+def _bench(directory: Path, supervisor: Supervisor, *, jailed: bool) -> Bench:
     if jailed and os.geteuid() != 0:
         pytest.skip("the jailer takes root")
-    return Bench(folder, supervisor, jailed=jailed)
+    return Bench(directory, supervisor, jailed=jailed)
 
 
 @pytest.fixture
@@ -190,7 +193,9 @@ def test_its_vms_run_in_their_namespaces_and_open_the_cards_there(
     stack.callback(first.close)
     stack.callback(second.close)
     engine, shape = bench.probed(), replace(SHAPE, network=NetworkMode.ROOTLESS)
-    files = SnapshotFiles(memory=bench.folder / "memory", state=bench.folder / "state", rootfs=bench.folder / "rootfs")
+    files = SnapshotFiles(
+        memory=bench.directory / "memory", state=bench.directory / "state", rootfs=bench.directory / "rootfs"
+    )
     plan = BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory, namespace=first)
     base = _living(engine.boot(plan), stack)
     assert _namespace_of(base) == os.fstat(first.net).st_ino
@@ -285,7 +290,9 @@ def test_without_a_probe_nothing_starts(bench: Bench, stack: ExitStack) -> None:
 
 def test_a_balloon_and_metadata_are_what_a_shape_asks_for(bench: Bench, stack: ExitStack) -> None:
     engine, shape = bench.probed(), replace(SHAPE, balloon=True)
-    files = SnapshotFiles(memory=bench.folder / "memory", state=bench.folder / "state", rootfs=bench.folder / "rootfs")
+    files = SnapshotFiles(
+        memory=bench.directory / "memory", state=bench.directory / "state", rootfs=bench.directory / "rootfs"
+    )
     base = _living(engine.boot(BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory)), stack)
     base.snapshot(files.state)
     base.kill()
@@ -343,32 +350,32 @@ def test_what_a_jailed_base_has_written_is_brought_to_another_file_system(jailed
     if Path("/dev/shm").stat().st_dev == jailed.supervisor.make_dir("x").stat().st_dev:
         pytest.skip("run directories are on the file system of /dev/shm")
     engine = jailed.probed()
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        memory, state = Path(folder) / "memory", Path(folder) / "state"
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        memory, state = Path(directory) / "memory", Path(directory) / "state"
         base = _living(engine.boot(BootPlan(name="base", shape=SHAPE, files=jailed.guest, memory=memory)), stack)
         base.snapshot(state)
-        assert {path.name for path in Path(folder).iterdir()} == {"memory", "state"}
+        assert {path.name for path in Path(directory).iterdir()} == {"memory", "state"}
         assert (memory.stat().st_size, memory.stat().st_blocks) == (SHAPE.mem_mib << 20, 0)
-        files = SnapshotFiles(memory=memory, state=state, rootfs=jailed.folder / "rootfs")
+        files = SnapshotFiles(memory=memory, state=state, rootfs=jailed.directory / "rootfs")
         assert talk(jailed.restore(engine, files, stack), "ping 1") == "pong 1"
 
 
 def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jailed: Bench, stack: ExitStack) -> None:
     engine = jailed.probed()
     clone = jailed.restore(engine, jailed.snapshot(engine, stack), stack)
-    secret, cell = jailed.folder / "secret", clone.console_path.parent
+    secret, jail_dir = jailed.directory / "secret", clone.console_path.parent
     secret.write_text('{"latencies_us": {"secret": 1000}}')
     for name in ("console.log", "metrics.json"):
-        (cell / name).unlink(missing_ok=True)
-        (cell / name).symlink_to(secret)
+        (jail_dir / name).unlink(missing_ok=True)
+        (jail_dir / name).symlink_to(secret)
     clone.pause()  # its metrics are not asked for
     assert clone.latencies() == {}
     clone.resume()
     os.kill(clone.pid, signal.SIGKILL)
     clone.wait(WAIT_S)
     assert clone.explain().evidence["console"] == ""
-    assert cell.parent.stat().st_uid == os.geteuid() != cell.stat().st_uid
-    assert clone.vmm_log_path.parent == cell.parent
+    assert jail_dir.parent.stat().st_uid == os.geteuid() != jail_dir.stat().st_uid
+    assert clone.vmm_log_path.parent == jail_dir.parent
 
 
 @pytest.mark.parametrize(
@@ -380,7 +387,7 @@ def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jai
 )
 def test_a_jailer_that_does_not_fit_is_told(jailed: Bench, said: str, words: str) -> None:
     engine = jailed.engine()
-    (jailed.folder / "jailer").write_text(f"#!/bin/sh\n{said}\n")
+    (jailed.directory / "jailer").write_text(f"#!/bin/sh\n{said}\n")
     report = jailed.probe(engine)
     assert not report.usable
     assert words in report.reason
@@ -388,7 +395,7 @@ def test_a_jailer_that_does_not_fit_is_told(jailed: Bench, said: str, words: str
 
 def test_without_a_jailer_it_is_said_where_one_is_to_be_had(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = jailed.engine()
-    (jailed.folder / "jailer").unlink()
+    (jailed.directory / "jailer").unlink()
     monkeypatch.setattr("pytest_fcvm.engine.firecracker.jail.find_tool", lambda _: None)
     report = jailed.probe(engine)
     assert "there is no jailer beside" in report.reason
@@ -403,7 +410,7 @@ def test_who_is_not_root_has_no_jailer(jailed: Bench, monkeypatch: pytest.Monkey
 
 def test_a_jail_that_cannot_be_made_is_told_in_the_jailers_words(jailed: Bench, stack: ExitStack) -> None:
     engine = jailed.probed()
-    (jailed.folder / "jailer").write_text(
+    (jailed.directory / "jailer").write_text(
         "#!/bin/sh\necho 'Failed to exec into Firecracker: No such file or directory (os error 2)' >&2\n"
         "echo 'Error: Exec(Os { code: 2, kind: NotFound })' >&2\nexit 1\n"
     )
@@ -414,7 +421,7 @@ def test_a_jail_that_cannot_be_made_is_told_in_the_jailers_words(jailed: Bench, 
 
 def test_a_jail_that_cannot_be_made_is_no_fault_of_kvm(jailed: Bench) -> None:
     engine = jailed.engine()
-    script = jailed.folder / "jailer"
+    script = jailed.directory / "jailer"
     works = script.read_text()
     script.write_text(
         f"{works.splitlines()[0]}\n[ $1 = --version ] && exec {works.split('exec ')[1]}"
@@ -437,10 +444,10 @@ def test_a_base_answers_and_its_snapshot_is_private_and_full_of_holes(bench: Ben
     base = bench.boot(bench.probed(), stack)
     assert talk(base, "ping 1") == "pong 1"
     assert "Linux version" in base.console_path.read_text()
-    base.snapshot(bench.folder / "state")
+    base.snapshot(bench.directory / "state")
     for name in ("state", "memory"):
-        assert stat.S_IMODE((bench.folder / name).stat().st_mode) == 0o600
-    memory = (bench.folder / "memory").stat()
+        assert stat.S_IMODE((bench.directory / name).stat().st_mode) == 0o600
+    memory = (bench.directory / "memory").stat()
     assert (memory.st_size, memory.st_blocks) == (SHAPE.mem_mib << 20, 0)
 
 
@@ -449,9 +456,9 @@ def test_clones_answer_each_in_a_directory_of_its_own(bench: Bench, stack: ExitS
     files = bench.snapshot(engine, stack)
     clones = [bench.restore(engine, files, stack) for _ in range(3)]
     assert [talk(clone, f"ping {number}") for number, clone in enumerate(clones)] == ["pong 0", "pong 1", "pong 2"]
-    folders = {clone.console_path.parent for clone in clones}
-    assert len(folders) == 3
-    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in folders)
+    directories = {clone.console_path.parent for clone in clones}
+    assert len(directories) == 3
+    assert all(stat.S_IMODE(directory.stat().st_mode) == 0o700 for directory in directories)
     assert [clone.console_path.read_text() for clone in clones] == ["", "", ""]
 
 
@@ -494,13 +501,13 @@ def test_a_killed_clone_leaves_nothing(bench: Bench, stack: ExitStack) -> None:
     clone.pause()
     clone.kill()
     assert clone.wait(WAIT_S).killed_by_us
-    folder = clone.console_path.parent
-    assert wait_until(lambda: not folder.exists(), Deadline(WAIT_S))
+    directory = clone.console_path.parent
+    assert wait_until(lambda: not directory.exists(), Deadline(WAIT_S))
     assert not Path(f"/proc/{clone.pid}").exists()
 
 
 def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
-    disk = bench.folder / "disk"
+    disk = bench.directory / "disk"
     disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
@@ -517,7 +524,7 @@ def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
 
 @pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
 def test_a_running_clone_is_copied_and_goes_on(bench: Bench, stack: ExitStack, version: str) -> None:
-    disk = bench.folder / "disk"
+    disk = bench.directory / "disk"
     disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
     engine = bench.probed(version)
     clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
@@ -569,7 +576,7 @@ def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
 def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
     bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = bench.folder / "disk"
+    disk = bench.directory / "disk"
     disk.write_bytes(b"\0" * 4096)
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack, disk), stack)
@@ -577,7 +584,7 @@ def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
     def refuse(*_: object) -> None:
         raise HostError("no room")
 
-    monkeypatch.setattr(type(clone._home), "deliver", refuse)
+    monkeypatch.setattr(type(clone._vm_dir), "deliver", refuse)
     copy = bench.copy()
     with pytest.raises(HostError, match="no room"):
         clone.save(copy)
@@ -592,19 +599,19 @@ def test_a_clone_is_no_base_and_a_paused_base_is_not_taken(bench: Bench, stack: 
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
     with pytest.raises(EngineError, match="is a clone"):
-        clone.snapshot(bench.folder / "other")
+        clone.snapshot(bench.directory / "other")
     base = bench.boot(engine, stack)
     base.pause()
     with pytest.raises(EngineError, match="is paused"):
-        base.snapshot(bench.folder / "other")
+        base.snapshot(bench.directory / "other")
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_living_base(bench: Bench, stack: ExitStack) -> None:
     base = bench.boot(bench.probed(), stack)
     words = "state cannot be made" if bench.jailed else "Cannot perform open on the snapshot backing file"
     with pytest.raises(FcvmError, match=words):
-        base.snapshot(bench.folder / "gone" / "state")
-    assert not (bench.folder / "memory").exists()
+        base.snapshot(bench.directory / "gone" / "state")
+    assert not (bench.directory / "memory").exists()
     base.kill()
 
 

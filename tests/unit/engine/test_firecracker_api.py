@@ -1,6 +1,6 @@
 """What we send is what the OpenAPI files that Firecracker publishes say (src/firecracker/swagger of each release).
 
-Name a folder with files firecracker-VERSION.openapi.yaml in FCVM_TEST_OPENAPI.
+Name a directory with files firecracker-VERSION.openapi.yaml in FCVM_TEST_OPENAPI.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker.api import CALLS, Api, Call, NoAnswer
 from pytest_fcvm.engine.firecracker.requests import boot_calls, load_calls
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
-from pytest_fcvm.engine.protocol import MachineShape
+from pytest_fcvm.engine.protocol import VmShape
 from pytest_fcvm.errors import EngineError, HostError, UsageProblem
 from pytest_fcvm.model.specs import NetworkMode
 
-_FOLDER = os.environ.get("FCVM_TEST_OPENAPI", "")
-_FILES = sorted(Path(_FOLDER).glob("firecracker-*.openapi.yaml")) if _FOLDER else []
+_DIRECTORY = os.environ.get("FCVM_TEST_OPENAPI", "")
+_FILES = sorted(Path(_DIRECTORY).glob("firecracker-*.openapi.yaml")) if _DIRECTORY else []
 
 NEW = FirecrackerVersion(1, 16, 1)
 
@@ -32,7 +32,7 @@ NEW = FirecrackerVersion(1, 16, 1)
 def published(request: pytest.FixtureRequest) -> tuple[FirecrackerVersion, dict[str, Any]]:
     """A version and what it publishes."""
     if request.param is None:
-        pytest.skip("FCVM_TEST_OPENAPI names no folder with Firecracker's OpenAPI files")
+        pytest.skip("FCVM_TEST_OPENAPI names no directory with Firecracker's OpenAPI files")
     yaml = pytest.importorskip("yaml")
     version = parse_version(request.param.name)
     assert version is not None
@@ -77,7 +77,7 @@ def test_what_boots_and_loads_a_machine_has_only_fields_that_are_published_and_a
     published: tuple[FirecrackerVersion, dict[str, Any]],
 ) -> None:
     _, description = published
-    shape = MachineShape(mem_mib=8, cpus=1, network=NetworkMode.ROOTLESS, balloon=True, metadata=True)
+    shape = VmShape(mem_mib=8, cpus=1, network=NetworkMode.ROOTLESS, balloon=True, metadata=True)
     for call, body in (*boot_calls(shape, {}), *load_calls({})):
         schema = _schema(description, call)
         assert set(body) <= set(schema.get("properties", ())), call

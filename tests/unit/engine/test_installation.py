@@ -49,7 +49,7 @@ def test_a_new_binary_under_the_same_name_is_asked_again(fake_qemu: MakeQemu, tm
 
 
 def test_a_qemu_without_the_machine_is_told_apart(fake_qemu: MakeQemu, tmp_path: Path) -> None:
-    assert not inspect(fake_qemu(machines="q35 pc"), tmp_path / "qemu.json").has_microvm
+    assert not inspect(fake_qemu(vms="q35 pc"), tmp_path / "qemu.json").has_microvm
 
 
 def test_another_program_is_not_taken_for_qemu(tmp_path: Path) -> None:

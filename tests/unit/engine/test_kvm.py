@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm.engine.kvm import SmokeTimeout, explain_missing_device, recall_or_prove
+from pytest_fcvm.engine.kvm import SmokeTimeout, cached_or_probe, explain_missing_device
 from pytest_fcvm.engine.protocol import Accelerator, GuestFiles
 from pytest_fcvm.engine.qemu.installation import Installation
 from pytest_fcvm.engine.qemu.smoke import boot_smoke
@@ -16,7 +16,7 @@ from pytest_fcvm.engine.qemu.version import QemuVersion
 MSR = "QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"
 
 
-class Proof:
+class Verdict:
     """A smoke boot that answers what it is told to, and counts."""
 
     def __init__(self, answer: str | Exception) -> None:
@@ -34,39 +34,39 @@ def ask(tmp_path: Path) -> Callable[..., str]:
     kernel = tmp_path / "vmlinuz"
     kernel.write_bytes(b"kernel")
 
-    def ask(proof: Proof, vmm: str = "digest") -> str:
-        return recall_or_prove(tmp_path / "kvm.json", vmm, kernel, proof)
+    def ask(verdict: Verdict, vmm: str = "digest") -> str:
+        return cached_or_probe(tmp_path / "kvm.json", vmm, kernel, verdict)
 
     return ask
 
 
 @pytest.mark.parametrize("reason", ["", MSR])
 def test_the_verdict_of_a_smoke_boot_is_remembered(ask: Callable[..., str], reason: str) -> None:
-    proof = Proof(reason)
-    assert [ask(proof), ask(proof)] == [reason, reason]
-    assert proof.runs == 1
+    verdict = Verdict(reason)
+    assert [ask(verdict), ask(verdict)] == [reason, reason]
+    assert verdict.runs == 1
 
 
 def test_another_vmm_kernel_or_boot_of_the_host_is_proven_anew(ask: Callable[..., str], tmp_path: Path) -> None:
-    ask(Proof(MSR))
-    assert ask(Proof(""), vmm="another digest") == ""
+    ask(Verdict(MSR))
+    assert ask(Verdict(""), vmm="another digest") == ""
     (tmp_path / "vmlinuz").write_bytes(b"another kernel")
-    assert ask(Proof("third"), vmm="another digest") == "third"
+    assert ask(Verdict("third"), vmm="another digest") == "third"
     record = json.loads((tmp_path / "kvm.json").read_text())
     record["verdict"]["name"] = "another-boot" + record["verdict"]["name"][12:]
     (tmp_path / "kvm.json").write_text(json.dumps(record))
-    assert ask(Proof("fourth"), vmm="another digest") == "fourth"
+    assert ask(Verdict("fourth"), vmm="another digest") == "fourth"
 
 
 def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Callable[..., str], tmp_path: Path) -> None:
-    slow = Proof(SmokeTimeout("no sign of the agent within 10 s"))
+    slow = Verdict(SmokeTimeout("no sign of the agent within 10 s"))
     assert ask(slow) == ask(slow) == "no sign of the agent within 10 s"
     assert slow.runs == 1
     record = json.loads((tmp_path / "kvm.json").read_text())
     assert record["verdict"]["until"] is not None
     record["verdict"]["until"] -= 601
     (tmp_path / "kvm.json").write_text(json.dumps(record))
-    assert ask(Proof("")) == ""
+    assert ask(Verdict("")) == ""
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Calla
         ("fpu vmx", "kvm_intel", "there is no /dev/kvm in this container", "--device /dev/kvm"),
         ("fpu svm", "", "there is no /dev/kvm: its module is not loaded", "sudo modprobe kvm-amd"),
         ("fpu hypervisor", "", "may not have virtual machines of its own", "nested=1"),
-        ("fpu", "", "the processor does not offer it", "firmware"),
+        ("fpu", "", "the CPU does not offer it", "firmware"),
     ],
 )
 def test_a_host_without_the_device_is_told_why(tmp_path: Path, flags: str, module: str, reason: str, hint: str) -> None:
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/cpuinfo").write_text(f"processor\t: 0\nmodel name\t: some\nflags\t\t: {flags}\n")
+    (tmp_path / "proc/cpuinfo").write_text(f"CPU\t: 0\nmodel name\t: some\nflags\t\t: {flags}\n")
     if module:
         (tmp_path / "sys/module" / module).mkdir(parents=True)
     told = explain_missing_device(tmp_path)
@@ -121,7 +121,7 @@ def test_an_agent_that_shows_itself_on_the_console_proves_kvm(spawner: Any) -> N
     spawner.console = b"[    0.1] PCI: Fatal: No config space access function found\r\nfcvm-agent: serving, 0.1\r\n"
     assert boot_smoke(spawner, INSTALLATION, SMOKE) == ""
     assert spawner.argv[spawner.argv.index("-accel") + 1] == "kvm"
-    assert not (spawner.folder / "smoke").exists()
+    assert not (spawner.directory / "smoke").exists()
 
 
 def test_a_vmm_that_dies_before_is_quoted(spawner: Any) -> None:
@@ -137,4 +137,4 @@ def test_a_boot_that_shows_nothing_is_killed_at_its_deadline(spawner: Any) -> No
     with pytest.raises(SmokeTimeout, match=r"no sign of the agent within 0\.1 s"):
         boot_smoke(spawner, INSTALLATION, SMOKE, timeout_s=0.1)
     assert spawner.child.end.signal == 9
-    assert not (spawner.folder / "smoke").exists()
+    assert not (spawner.directory / "smoke").exists()

@@ -102,8 +102,8 @@ def install(mirror: Mirror, tmp_path: Path) -> Callable[..., Path]:
     return install
 
 
-def _left(folder: Path) -> set[str]:
-    return {path.name for path in (folder / "tools").iterdir()}
+def _left(directory: Path) -> set[str]:
+    return {path.name for path in (directory / "tools").iterdir()}
 
 
 def test_a_release_is_fetched_checked_and_found_by_the_engine(

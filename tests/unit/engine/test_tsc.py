@@ -9,13 +9,13 @@ from pytest_fcvm.engine.cpu import CpuIdentity, read_cpu
 from pytest_fcvm.engine.qemu.tsc import measure_tsc_khz, stable_tsc_khz
 from pytest_fcvm.errors import HostError
 
-CPUINFO = """processor\t: 0
+CPUINFO = """CPU\t: 0
 vendor_id\t: AuthenticAMD
 model name\t: AMD EPYC 7R32
 microcode\t: 0x830107c
 cpu MHz\t\t: 2799.998
 """
-CPU = CpuIdentity(CPUINFO)
+cpu = CpuIdentity(CPUINFO)
 
 
 def forget_boot(record: Path) -> None:
@@ -27,7 +27,7 @@ def forget_boot(record: Path) -> None:
 
 
 def test_the_processor_is_known_by_model_and_microcode() -> None:
-    assert (CPU.model, CPU.microcode, CPU.mhz) == ("AMD EPYC 7R32", "0x830107c", 2799.998)
+    assert (cpu.model, cpu.microcode, cpu.mhz) == ("AMD EPYC 7R32", "0x830107c", 2799.998)
 
 
 def test_two_measurements_agree_to_one_in_a_thousand_and_are_a_plausible_rate() -> None:
@@ -39,7 +39,7 @@ def test_two_measurements_agree_to_one_in_a_thousand_and_are_a_plausible_rate() 
 def test_the_counter_is_measured_once_per_boot(tmp_path: Path) -> None:
     numbers = iter([2_800_000])
     record = tmp_path / "tsc.json"
-    assert [stable_tsc_khz(record, CPU, lambda: next(numbers)) for _ in range(3)] == [2_800_000] * 3
+    assert [stable_tsc_khz(record, cpu, lambda: next(numbers)) for _ in range(3)] == [2_800_000] * 3
 
 
 @pytest.mark.parametrize(
@@ -49,21 +49,21 @@ def test_jitter_between_boots_keeps_the_number_and_another_rate_replaces_it(
     tmp_path: Path, later: int, kept: int
 ) -> None:
     record = tmp_path / "tsc.json"
-    stable_tsc_khz(record, CPU, lambda: 2_800_000)
+    stable_tsc_khz(record, cpu, lambda: 2_800_000)
     forget_boot(record)
-    assert stable_tsc_khz(record, CPU, lambda: later) == kept
-    assert stable_tsc_khz(record, CPU, lambda: 1) == kept
+    assert stable_tsc_khz(record, cpu, lambda: later) == kept
+    assert stable_tsc_khz(record, cpu, lambda: 1) == kept
 
 
 def test_each_processor_has_a_number_of_its_own(tmp_path: Path) -> None:
     record = tmp_path / "tsc.json"
     other = CpuIdentity(CPUINFO.replace("0x830107c", "0x8301099"))
-    assert stable_tsc_khz(record, CPU, lambda: 2_800_000) == 2_800_000
+    assert stable_tsc_khz(record, cpu, lambda: 2_800_000) == 2_800_000
     assert stable_tsc_khz(record, other, lambda: 2_800_100) == 2_800_100
 
 
 def test_a_host_that_forbids_own_code_is_asked_for_its_nominal_rate(tmp_path: Path) -> None:
-    assert stable_tsc_khz(tmp_path / "tsc.json", CPU, lambda: 0) == 2_799_998
+    assert stable_tsc_khz(tmp_path / "tsc.json", cpu, lambda: 0) == 2_799_998
 
 
 def test_a_rate_that_nobody_knows_is_a_host_error(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_rate_that_nobody_knows_is_a_host_error(tmp_path: Path) -> None:
 def test_a_broken_record_is_measured_anew(tmp_path: Path) -> None:
     record = tmp_path / "tsc.json"
     record.write_text('{"AMD')
-    assert stable_tsc_khz(record, CPU, lambda: 5) == 5
+    assert stable_tsc_khz(record, cpu, lambda: 5) == 5
 
 
 def test_this_hosts_processor_can_be_read() -> None:

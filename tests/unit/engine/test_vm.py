@@ -12,16 +12,16 @@ from pytest_fcvm.engine.protocol import (
     Accelerator,
     BootPlan,
     GuestFiles,
-    MachineShape,
     RestorePlan,
     SnapshotFiles,
     VmExit,
+    VmShape,
 )
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.monitor import CommandRefused
 from pytest_fcvm.errors import EngineError, HostError
 
-SHAPE = MachineShape(mem_mib=64, cpus=1)
+SHAPE = VmShape(mem_mib=64, cpus=1)
 IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}
 EVENTS = {"capability": "events", "state": True}
 

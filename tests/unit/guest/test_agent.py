@@ -147,7 +147,7 @@ def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: 
         (StreamKind.STATUS, lambda agent: agent.status(timeout_s=0.02)),
         (StreamKind.METRICS, lambda agent: agent.metrics(timeout_s=0.02)),
         (StreamKind.QUIESCE, lambda agent: agent.quiesce(b"s" * 16, timeout_s=0.02)),
-        (StreamKind.PARK, lambda agent: agent.park(b"s" * 16, timeout_s=0.02)),
+        (StreamKind.SUSPEND, lambda agent: agent.suspend(b"s" * 16, timeout_s=0.02)),
         (StreamKind.FREEZE, lambda agent: agent.freeze(timeout_s=0.02)),
         (StreamKind.JOIN, lambda agent: agent.rename_hosts(["10.0.0.1 x"], timeout_s=0.02)),
         (StreamKind.PERSONALISE, lambda agent: agent.personalise(IDENTITY, timeout_s=0.02)),

@@ -18,12 +18,12 @@ SECRET = b"c" * 16
 
 
 @pytest.fixture
-def parked(peer_and_agent: tuple[Any, Agent]) -> tuple[Agent, Any, bytes]:
+def suspended(peer_and_agent: tuple[Any, Agent]) -> tuple[Agent, Any, bytes]:
     """An agent whose session is parked, the guest's end of its channel, and the way back."""
     peer, agent = peer_and_agent
-    parking = in_background(lambda: agent.park(SECRET))
+    parking = in_background(lambda: agent.suspend(SECRET))
     request = peer.take()
-    assert request.payload[0] == StreamKind.PARK
+    assert request.payload[0] == StreamKind.SUSPEND
     peer.reply(request.stream)
     parking.join()
     fields = decode_fields(request.payload[5:])
@@ -37,15 +37,15 @@ def in_background(call: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tuple[Agent, Any, bytes]) -> None:
-    agent, old, way_back = parked
+def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]) -> None:
+    agent, old, resume_token = suspended
     answers: list[object] = []
     call = in_background(lambda: answers.append(agent.metrics(timeout_s=10)))
     assert old.take_all() == []
     host, guest = socket.socketpair()
     new = type(old)(cleanup.enter_context(guest))
-    going = in_background(lambda: agent.go_on(host, None))
-    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    going = in_background(lambda: agent.resume_session(host, None))
+    assert guest.recv(16, socket.MSG_WAITALL) == resume_token
     requests = [new.take(), new.take()]
     assert [frame.payload[0] for frame in requests] == [
         StreamKind.PERSONALISE,
@@ -61,15 +61,15 @@ def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, parked: tu
 
 
 def test_calls_wait_until_the_time_is_told_because_the_workload_is_frozen_so_long(
-    cleanup: ExitStack, parked: tuple[Agent, Any, bytes]
+    cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
 ) -> None:
-    agent, old, way_back = parked
+    agent, old, resume_token = suspended
     call = in_background(lambda: agent.metrics(timeout_s=10))
     assert old.take_all() == []
     host, guest = socket.socketpair()
     new = type(old)(cleanup.enter_context(guest))
-    going = in_background(lambda: agent.go_on(host, lambda: 77))
-    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    going = in_background(lambda: agent.resume_session(host, lambda: 77))
+    assert guest.recv(16, socket.MSG_WAITALL) == resume_token
     (asked,) = new.take_all()
     new.reply(asked.stream)
     requests = [new.take(), new.take()]
@@ -87,40 +87,42 @@ def test_calls_wait_until_the_time_is_told_because_the_workload_is_frozen_so_lon
     call.join()
 
 
-def test_nothing_is_read_while_it_is_parked(parked: tuple[Agent, Any, bytes]) -> None:
-    agent, old, _ = parked
+def test_nothing_is_read_while_it_is_parked(suspended: tuple[Agent, Any, bytes]) -> None:
+    agent, old, _ = suspended
     old.sock.sendall(b"no frame at all" * 100)
     assert old.take_all() == []
     assert agent.session.reason is None
 
 
 def test_a_parked_session_is_not_parked_again_and_loses_nothing_by_the_try(
-    cleanup: ExitStack, parked: tuple[Agent, Any, bytes]
+    cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
 ) -> None:
-    agent, old, way_back = parked
+    agent, old, resume_token = suspended
     call = in_background(lambda: agent.metrics(timeout_s=10))
     assert old.take_all() == []
     with pytest.raises(UsageProblem, match="already"):
-        agent.park(SECRET)
+        agent.suspend(SECRET)
     host, guest = socket.socketpair()
     new = type(old)(cleanup.enter_context(guest))
-    going = in_background(lambda: agent.go_on(host, None))
-    assert guest.recv(16, socket.MSG_WAITALL) == way_back
+    going = in_background(lambda: agent.resume_session(host, None))
+    assert guest.recv(16, socket.MSG_WAITALL) == resume_token
     for _ in range(2):
         new.reply(new.take().stream)
     going.join()
     call.join()
 
 
-def test_the_next_session_of_the_same_guest_has_the_copys_secret(parked: tuple[Agent, Any, bytes]) -> None:
-    agent, _, _ = parked
+def test_the_next_session_of_the_same_guest_has_the_copys_secret(suspended: tuple[Agent, Any, bytes]) -> None:
+    agent, _, _ = suspended
     assert agent.session.next_secret == SECRET
 
 
-def test_a_machine_that_died_while_it_was_parked_is_told(cleanup: ExitStack, parked: tuple[Agent, Any, bytes]) -> None:
-    agent, _, _ = parked
+def test_a_machine_that_died_while_it_was_parked_is_told(
+    cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
+) -> None:
+    agent, _, _ = suspended
     host, guest = socket.socketpair()
     cleanup.callback(guest.close)
     agent.session.abort(GuestError("it was killed"))
     with pytest.raises(GuestError, match="it was killed"):
-        agent.go_on(host, None)
+        agent.resume_session(host, None)

@@ -22,7 +22,7 @@ from pytest_fcvm.host.supervisor.supervisor import Supervisor
 
 OWNER = Path(__file__).parents[2] / "fakes" / "owner.py"
 TOKEN = "FCVM_TEST_TOKEN"
-# The promise is a second; a machine with more to do than processors needs its share of that longer.
+# The promise is a second; a machine with more to do than CPUs needs its share of that longer.
 PROMISE_S = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -116,7 +116,7 @@ def parent_of(pid: int) -> int:
 
 @pytest.fixture
 def run_root() -> Iterator[Path]:
-    """A private folder with a short path."""
+    """A private directory with a short path."""
     path = Path(tempfile.mkdtemp(prefix="fcvm-test-", dir="/tmp"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
@@ -166,8 +166,8 @@ _verdict: list[bool] = []
 
 def _namespaces_work() -> bool:
     if not _verdict:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
+        with tempfile.TemporaryDirectory() as directory:
+            run = Path(directory) / "run"
             run.mkdir()
             with Supervisor.start(run, namespaces=True) as trial:
                 _verdict.append(trial.isolation == "namespace")

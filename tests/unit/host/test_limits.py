@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.limits import descriptors_told, lacks_process
+from pytest_fcvm.host.limits import lacks_process, translating_emfile
 from pytest_fcvm.host.threads import ServiceThread
 
 
@@ -34,7 +34,7 @@ def _error_of(number: int, filename: str | None = None) -> OSError:
     ids=lambda value: repr(value)[:40],
 )
 def test_an_error_of_the_host_is_told_with_what_to_do(error: Exception, cause: str, hint: str) -> None:
-    with pytest.raises(HostError) as caught, descriptors_told("a clone"):
+    with pytest.raises(HostError) as caught, translating_emfile("a clone"):
         raise error
     assert cause in caught.value.message
     assert hint in caught.value.hint
@@ -42,7 +42,7 @@ def test_an_error_of_the_host_is_told_with_what_to_do(error: Exception, cause: s
 
 
 def test_another_runtime_error_is_not_taken_for_want_of_threads() -> None:
-    with pytest.raises(RuntimeError, match="a bug"), descriptors_told("a clone"):
+    with pytest.raises(RuntimeError, match="a bug"), translating_emfile("a clone"):
         raise RuntimeError("a bug")
 
 
@@ -95,20 +95,20 @@ def test_a_cache_that_can_only_be_read_serves_what_it_has(
     from pytest_fcvm.host.records import open_record
     from pytest_fcvm.store import Store
 
-    shelf = Store(tmp_path).shelf("images")
-    with shelf.locked("there", "me", print):
-        shelf.build("there", lambda _folder: {"is": "known"})
+    collection = Store(tmp_path).collection("images")
+    with collection.locked("there", "me", print):
+        collection.build("there", lambda _directory: {"is": "known"})
     with open_record(tmp_path / "engine" / "qemu.json") as record:
         record["known"] = 1
-    spare = tmp_path.parent / f"{tmp_path.name}-spare"
-    spare.mkdir()
+    standby = tmp_path.parent / f"{tmp_path.name}-spare"
+    standby.mkdir()
     done = read_only(f"""
 from pytest_fcvm.host.records import open_record
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.supervisor.janitor import sweep_temporary
 from pytest_fcvm.store import Store
 store = Store(Path(root))
-shelf = store.shelf("images")
+shelf = store.collection("images")
 sweep_temporary(shelf.path)
 for key in ("there", "never-locked"):
     with shelf.locked(key, "me", print) as phase:
@@ -118,10 +118,10 @@ with shelf.find("there").in_use():
 with open_record(Path(root, "engine", "qemu.json")) as record:
     print(record)
     record["new"] = 2
-with shelf.scratch(Path({str(spare)!r})) as folder:
-    (folder / "file").touch()
-    print(folder.parent)
-for what in (lambda: shelf.build("new", lambda folder: {{}}), lambda: store.shelf("kernels")):
+with shelf.scratch(Path({str(standby)!r})) as directory:
+    (directory / "file").touch()
+    print(directory.parent)
+for what in (lambda: shelf.build("new", lambda directory: {{}}), lambda: store.collection("kernels")):
     try:
         what()
     except HostError as error:
@@ -129,10 +129,10 @@ for what in (lambda: shelf.build("new", lambda folder: {{}}), lambda: store.shel
 """)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[:3] == ["{'is': 'known'}", "{'known': 1}", str(spare)]
+    assert lines[:3] == ["{'is': 'known'}", "{'known': 1}", str(standby)]
     assert [line for line in lines if "the cache lacks what this run needs" in line][1:]
     assert "hint: make it writable, or name another --fcvm-cache-dir" in lines
-    assert not list(spare.iterdir())
+    assert not list(standby.iterdir())
 
 
 def test_a_working_directory_that_is_gone_is_no_error(tmp_path: Path) -> None:

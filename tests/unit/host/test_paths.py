@@ -39,7 +39,7 @@ def test_the_cache_is_made_private_under_the_xdg_cache_folder(tmp_path: Path, mo
     assert (tmp_path / "cache" / "pytest-fcvm").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("given", ["", "relative/folder"])
+@pytest.mark.parametrize("given", ["", "relative/directory"])
 def test_without_an_absolute_xdg_folder_the_cache_is_under_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
@@ -50,26 +50,26 @@ def test_without_an_absolute_xdg_folder_the_cache_is_under_home(
 
 def test_an_empty_cache_folder_is_made_private_and_a_full_one_is_refused(tmp_path: Path) -> None:
     empty, full = tmp_path / "empty", tmp_path / "full"
-    for folder in (empty, full):
-        folder.mkdir()
-        folder.chmod(0o755)
+    for directory in (empty, full):
+        directory.mkdir()
+        directory.chmod(0o755)
     (full / "something").touch()
     assert cache_root(empty).stat().st_mode & 0o777 == 0o700
     with pytest.raises(HostError, match="is open to other users") as caught:
         cache_root(full)
     assert f"chmod 700 {full}" in caught.value.hint
-    assert full.stat().st_mode & 0o777 == 0o755, "a folder with somebody's files is never changed"
+    assert full.stat().st_mode & 0o777 == 0o755, "a directory with somebody's files is never changed"
 
 
 def test_a_cache_of_another_user_is_refused(tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        folder = tmp_path / "theirs"
-        folder.mkdir(mode=0o700)
-        os.chown(folder, 12345, 12345)
+        directory = tmp_path / "theirs"
+        directory.mkdir(mode=0o700)
+        os.chown(directory, 12345, 12345)
     else:
-        folder = Path("/usr")
+        directory = Path("/usr")
     with pytest.raises(HostError, match="belongs to another user") as caught:
-        cache_root(folder)
+        cache_root(directory)
     assert "--fcvm-cache-dir" in caught.value.hint
 
 

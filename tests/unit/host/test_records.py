@@ -21,7 +21,7 @@ for _ in range(50):
 
 
 def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "new folder" / "record.json"
+    path = tmp_path / "new directory" / "record.json"
     writers = [subprocess.Popen([sys.executable, "-c", COUNT_UP, str(path)]) for _ in range(4)]
     assert [writer.wait(60) for writer in writers] == [0] * 4
     with open_record(path) as record:

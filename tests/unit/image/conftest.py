@@ -58,7 +58,7 @@ def flat(tmp_path: Path) -> Callable[..., Flat]:
             path.write_bytes(layer)
             blobs.append(LayerBlob(path=path))
         out = io.BytesIO()
-        flatten(blobs, out.write, folder=tmp_path, whiteouts=whiteouts, limits=limits)
+        flatten(blobs, out.write, directory=tmp_path, whiteouts=whiteouts, limits=limits)
         return Flat(out.getvalue())
 
     return flatten_layers

@@ -189,14 +189,14 @@ def test_a_broken_layer_is_quoted_without_control_characters(flat):
 def gnu_sparse(tmp_path, *options):
     """Return a tar that GNU tar made of a sparse file, and the file's content."""
     content = bytes(1 << 20) + b"A" * 5000 + bytes(3 << 20) + b"B" * 10 + bytes(1 << 20)
-    folder = tmp_path / "sparse"
-    folder.mkdir()
-    with (folder / "file").open("wb") as file:
+    directory = tmp_path / "sparse"
+    directory.mkdir()
+    with (directory / "file").open("wb") as file:
         for start, data in ((1 << 20, b"A" * 5000), ((4 << 20) + 5000, b"B" * 10)):
             file.seek(start)
             file.write(data)
         file.truncate(len(content))
-    command = ["tar", "-C", folder, "-S", *options, "-cf", "-", "file"]
+    command = ["tar", "-C", directory, "-S", *options, "-cf", "-", "file"]
     return subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout, content
 
 
@@ -241,10 +241,10 @@ def test_the_size_of_a_sparse_file_counts_for_the_limit(flat, tmp_path):
 
 
 def test_a_layer_that_is_not_sound_leaves_no_file(tmp_path):
-    folder = tmp_path / "spool"
-    folder.mkdir()
+    directory = tmp_path / "spool"
+    directory.mkdir()
     path = tmp_path / "blob"
     path.write_bytes(gzip.compress(tar_of(entry("../x"))))
     with pytest.raises(ImageError):
-        flatten([LayerBlob(path=path)], bytes, folder=folder)
-    assert list(folder.iterdir()) == []
+        flatten([LayerBlob(path=path)], bytes, directory=directory)
+    assert list(directory.iterdir()) == []

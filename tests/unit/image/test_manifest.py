@@ -1,4 +1,4 @@
-"""Image folders as skopeo's `dir:` writes them, read without skopeo's own checks in front."""
+"""Image directories as skopeo's `dir:` writes them, read without skopeo's own checks in front."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ import pytest
 from fakes.images import HandmadeImage, entry, sha256, tar_of
 
 from pytest_fcvm.errors import ImageError
-from pytest_fcvm.image.manifest import listed_digests, read_image_folder
+from pytest_fcvm.image.manifest import listed_digests, read_image_directory
 
 LAYERS = [tar_of(entry("a")), tar_of(entry("b"))]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def directory(tmp_path):
     return HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
 
 
-def change_manifest(folder, change):
-    manifest = json.loads((folder / "manifest.json").read_text())
+def change_manifest(directory, change):
+    manifest = json.loads((directory / "manifest.json").read_text())
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-def change_config(folder, change):
+def change_config(directory, change):
     """Change the configuration and make its digest fit again."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    document = json.loads((folder / manifest["config"]["digest"][7:]).read_text())
+    manifest = json.loads((directory / "manifest.json").read_text())
+    document = json.loads((directory / manifest["config"]["digest"][7:]).read_text())
     change(document)
     data = json.dumps(document).encode()
-    (folder / sha256(data)[7:]).write_bytes(data)
-    change_manifest(folder, lambda manifest: manifest["config"].update(digest=sha256(data)))
+    (directory / sha256(data)[7:]).write_bytes(data)
+    change_manifest(directory, lambda manifest: manifest["config"].update(digest=sha256(data)))
 
 
-def test_layers_come_lowest_first_with_both_digests(folder):
-    found = read_image_folder(folder, arch="amd64")
+def test_layers_come_lowest_first_with_both_digests(directory):
+    found = read_image_directory(directory, arch="amd64")
     assert [layer.diff_id for layer in found.layers] == [sha256(layer) for layer in LAYERS]
     assert [layer.digest for layer in found.layers] == [sha256(layer.path.read_bytes()) for layer in found.layers]
-    assert found.digest == sha256((folder / "manifest.json").read_bytes())
+    assert found.digest == sha256((directory / "manifest.json").read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_layers_come_lowest_first_with_both_digests(folder):
         (lambda manifest: manifest["config"].update(digest="sha256:" + "0" * 64), "cannot be read"),
     ],
 )
-def test_a_manifest_that_is_not_sound_is_refused(folder, change, match):
-    change_manifest(folder, change)
+def test_a_manifest_that_is_not_sound_is_refused(directory, change, match):
+    change_manifest(directory, change)
     with pytest.raises(ImageError, match=match):
-        read_image_folder(folder, arch="amd64")
+        read_image_directory(directory, arch="amd64")
 
 
 @pytest.mark.parametrize(
@@ -72,22 +72,22 @@ def test_a_manifest_that_is_not_sound_is_refused(folder, change, match):
         (lambda document: document.update(config=5), "malformed"),
     ],
 )
-def test_a_configuration_that_is_not_sound_is_refused(folder, change, match):
-    change_config(folder, change)
+def test_a_configuration_that_is_not_sound_is_refused(directory, change, match):
+    change_config(directory, change)
     with pytest.raises(ImageError, match=match):
-        read_image_folder(folder, arch="amd64")
+        read_image_directory(directory, arch="amd64")
 
 
-def test_a_configuration_with_another_digest_is_refused(folder):
-    name = json.loads((folder / "manifest.json").read_text())["config"]["digest"][7:]
-    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+def test_a_configuration_with_another_digest_is_refused(directory):
+    name = json.loads((directory / "manifest.json").read_text())["config"]["digest"][7:]
+    (directory / name).write_bytes((directory / name).read_bytes() + b" ")
     with pytest.raises(ImageError, match="another digest than the manifest says"):
-        read_image_folder(folder, arch="amd64")
+        read_image_directory(directory, arch="amd64")
 
 
-def test_a_configuration_without_diff_ids_or_platform_is_taken(folder):
-    change_config(folder, lambda document: [document.pop(name) for name in ("rootfs", "os", "architecture")])
-    assert [layer.diff_id for layer in read_image_folder(folder, arch="amd64").layers] == ["", ""]
+def test_a_configuration_without_diff_ids_or_platform_is_taken(directory):
+    change_config(directory, lambda document: [document.pop(name) for name in ("rootfs", "os", "architecture")])
+    assert [layer.diff_id for layer in read_image_directory(directory, arch="amd64").layers] == ["", ""]
 
 
 def test_the_digests_of_an_index_are_listed():

@@ -36,13 +36,13 @@ print(json.dumps({"own": own >> 10, "children": children >> 10}))
 """
 
 
-def write_image(folder: Path, mib: int) -> None:
+def write_image(directory: Path, mib: int) -> None:
     """Write an image of one gzip layer: a large file of noise and as many small ones as a large image has."""
-    folder.mkdir()
+    directory.mkdir()
     noise = os.urandom(1 << 20)
     pack = zlib.compressobj(1, wbits=31)
     diff, whole = hashlib.sha256(), hashlib.sha256()
-    blob = (folder / "blob").open("wb")
+    blob = (directory / "blob").open("wb")
 
     def feed(data: bytes) -> None:
         diff.update(data)
@@ -64,12 +64,12 @@ def write_image(folder: Path, mib: int) -> None:
     whole.update(packed)
     blob.write(packed)
     blob.close()
-    size, digest = (folder / "blob").stat().st_size, whole.hexdigest()
-    (folder / "blob").rename(folder / digest)
+    size, digest = (directory / "blob").stat().st_size, whole.hexdigest()
+    (directory / "blob").rename(directory / digest)
     document = {"architecture": "amd64", "os": "linux", "rootfs": {"diff_ids": [f"sha256:{diff.hexdigest()}"]}}
     config = json.dumps(document).encode()
     config_digest = hashlib.sha256(config).hexdigest()
-    (folder / config_digest).write_bytes(config)
+    (directory / config_digest).write_bytes(config)
     docker = "application/vnd.docker"
     manifest = {
         "schemaVersion": 2,
@@ -81,8 +81,8 @@ def write_image(folder: Path, mib: int) -> None:
         },
         "layers": [{"mediaType": f"{docker}.image.rootfs.diff.tar.gzip", "digest": f"sha256:{digest}", "size": size}],
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "version").write_text("Directory Transport Version: 1.1\n")
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    (directory / "version").write_text("Directory Transport Version: 1.1\n")
 
 
 @pytest.mark.skipif(

@@ -77,8 +77,8 @@ def test_a_tar_without_a_transport_is_a_root_filesystem(tmp_path, name):
 
 @pytest.mark.parametrize("text", ["./rootfs", "sub/rootfs", "../{name}/rootfs", "{path}/rootfs"])
 def test_a_path_of_a_directory_is_a_root_filesystem(tmp_path, text):
-    for folder in ("rootfs", "sub/rootfs"):
-        (tmp_path / folder).mkdir(parents=True)
+    for directory in ("rootfs", "sub/rootfs"):
+        (tmp_path / directory).mkdir(parents=True)
     reference = parse_reference(text.format(name=tmp_path.name, path=tmp_path), base=tmp_path)
     assert (reference.kind, reference.skopeo) == (ImageKind.ROOTFS_DIR, None)
     assert reference.path is not None

@@ -34,13 +34,13 @@ HEALTH = {"Test": ["CMD", "true"]}
 class Registry:
     """A running registry and the means to put images there."""
 
-    def __init__(self, address, folder):
-        self.address, self.folder, self._count = address, folder, 0
+    def __init__(self, address, directory):
+        self.address, self.directory, self._count = address, directory, 0
 
     def push(self, name, *layers, login="", platforms=()):
         """Push an image, with an index over `platforms` in front of it if there are any; return its reference."""
         self._count += 1
-        layout = self.folder / f"push{self._count}"
+        layout = self.directory / f"push{self._count}"
         image = HandmadeImage(layers=layers, config={"Cmd": ["run"], "Healthcheck": HEALTH}, oci=bool(platforms))
         if platforms:
             source = f"oci:{image.write_oci(layout, platforms=platforms)}:latest"

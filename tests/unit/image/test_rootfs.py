@@ -45,11 +45,11 @@ LOWER = tar_of(
 UPPER = tar_of(hardlink("kept", "old"), entry(".wh.old"), hardlink("sh2", "sh"), entry("bin/.wh.nothing"))
 
 
-def pulled(folder, source, base, said=None):
-    folder.mkdir(exist_ok=True)
+def pulled(directory, source, base, said=None):
+    directory.mkdir(exist_ok=True)
     return resolve_image(
         parse_reference(source, base=base),
-        images_dir=folder,
+        images_dir=directory,
         pull=PullPolicy.MISSING,
         progress=said.append if said is not None else lambda _text: None,
     )
@@ -145,7 +145,7 @@ def test_another_user_builds_the_same_with_owners_devices_and_file_capabilities(
     shim.chmod(0o755)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    monkeypatch.chdir(tmp_path / "open")  # the folders above are closed to others, so only a relative path will do
+    monkeypatch.chdir(tmp_path / "open")  # the directories above are closed to others, so only a relative path will do
     monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
     image = pulled(tmp_path / "images", "dir:image", tmp_path)
     build_rootfs(image, Path("nobody"), progress=lambda _text: None)
@@ -183,7 +183,7 @@ def test_a_directory_becomes_a_root_filesystem_of_root(tmp_path, build):
     (root / "etc/a").chmod(0o640)
     (root / "etc/b").hardlink_to(root / "etc/a")
     (root / "link").symlink_to("etc/a")
-    (root / "folder-link").symlink_to("etc")
+    (root / "directory-link").symlink_to("etc")
     os.mkfifo(root / "fifo", 0o600)
     (root / "etc/a").touch()
     squashfs = build("./tree")
@@ -193,7 +193,7 @@ def test_a_directory_becomes_a_root_filesystem_of_root(tmp_path, build):
     assert (tmp_path / "x/etc/a").samefile(tmp_path / "x/etc/b")
     assert found["/etc/a"][:3] == ("-rw-r-----", "0/0", "4")
     assert found["/link"][4] == "etc/a"
-    assert found["/folder-link"][4] == "etc"
+    assert found["/directory-link"][4] == "etc"
     assert found["/fifo"][0].startswith("p")
 
 

@@ -54,14 +54,14 @@ def left(tmp_path):
     return sorted(path.name for path in (tmp_path / "images").iterdir() if not path.name.startswith("reference-"))
 
 
-def write_every_kind(folder):
+def write_every_kind(directory):
     """Write one image in every layout and return the references."""
     image = HandmadeImage(layers=LAYERS, config=CONFIG)
-    image.write_dir(folder / "d")
-    HandmadeImage(layers=LAYERS, config=CONFIG, oci=True).write_oci(folder / "o")
+    image.write_dir(directory / "d")
+    HandmadeImage(layers=LAYERS, config=CONFIG, oci=True).write_oci(directory / "o")
     copies = {"docker-archive:da.tar": "docker-archive:{}/da.tar:x/y:1", "oci-archive:oa.tar": "oci-archive:{}/oa.tar"}
     for destination in copies.values():
-        command = ["skopeo", "copy", "--quiet", f"dir:{folder}/d", destination.format(folder)]
+        command = ["skopeo", "copy", "--quiet", f"dir:{directory}/d", destination.format(directory)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return ["dir:d", "oci:o", "oci:o:latest", *copies]
 
@@ -92,8 +92,8 @@ def test_a_docker_healthcheck_survives(tmp_path, resolve):
 
 
 def test_the_digest_is_the_manifests(tmp_path, resolve):
-    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
-    assert resolve("dir:d").digest == sha256((folder / "manifest.json").read_bytes())
+    directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    assert resolve("dir:d").digest == sha256((directory / "manifest.json").read_bytes())
 
 
 def test_a_known_image_is_resolved_within_milliseconds(tmp_path, resolve):
@@ -120,21 +120,21 @@ def test_layers_are_fetched_again_only_when_they_are_asked_for(tmp_path, resolve
 
 
 def test_the_layers_folder_is_swept_when_its_process_was_killed_and_spared_while_its_lock_is_held(tmp_path, resolve):
-    from pytest_fcvm.store import Shelf, canonical_digest
+    from pytest_fcvm.store import Collection, canonical_digest
 
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     name = canonical_digest({"image": "dir:d"})
-    with Shelf(path=tmp_path / "images").locked(name, "test", print):
+    with Collection(path=tmp_path / "images").locked(name, "test", print):
         resolve("dir:d")
-        (folder,) = [path for path in (tmp_path / "images").iterdir() if path.is_dir()]
+        (directory,) = [path for path in (tmp_path / "images").iterdir() if path.is_dir()]
         assert sweep_temporary(tmp_path / "images") == []
-        assert folder.exists()
-    assert sweep_temporary(tmp_path / "images") == [folder.name]
+        assert directory.exists()
+    assert sweep_temporary(tmp_path / "images") == [directory.name]
 
 
-def replace_image(folder, **changes):
-    shutil.rmtree(folder)
-    return HandmadeImage(**{"layers": LAYERS, **changes}).write_dir(folder)
+def replace_image(directory, **changes):
+    shutil.rmtree(directory)
+    return HandmadeImage(**{"layers": LAYERS, **changes}).write_dir(directory)
 
 
 def test_a_changed_local_image_is_noticed(tmp_path, resolve):
@@ -220,9 +220,9 @@ def test_an_image_of_another_platform_is_an_error_that_says_so(tmp_path, resolve
 
 
 def test_an_archive_of_several_images_wants_a_name(tmp_path, resolve):
-    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     for tag in ("1", "2"):
-        command = ["skopeo", "copy", "--quiet", f"dir:{folder}", f"oci:{tmp_path}/o:{tag}"]
+        command = ["skopeo", "copy", "--quiet", f"dir:{directory}", f"oci:{tmp_path}/o:{tag}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with pytest.raises(ImageError) as caught:
         resolve("oci:o")
@@ -245,16 +245,16 @@ def test_a_reference_to_a_missing_tag_is_an_error_of_the_image(tmp_path, resolve
     ],
 )
 def test_a_broken_manifest_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve, manifest):
-    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
-    (folder / "manifest.json").write_bytes(manifest)
+    directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    (directory / "manifest.json").write_bytes(manifest)
     with pytest.raises(ImageError):
         resolve("dir:d")
     assert list((tmp_path / "images").iterdir()) == []
 
 
 def test_a_damaged_blob_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve):
-    folder = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
-    blob = max((path for path in folder.iterdir() if len(path.name) == 64), key=lambda path: path.stat().st_size)
+    directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
+    blob = max((path for path in directory.iterdir() if len(path.name) == 64), key=lambda path: path.stat().st_size)
     blob.write_bytes(b"damage")
     with pytest.raises(ImageError):
         resolve("dir:d")

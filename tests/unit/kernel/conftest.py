@@ -78,18 +78,18 @@ def make_module(depends: str) -> bytes:
 
 
 def make_tree(
-    folder: Path, *, without: tuple[str, ...] = (), built_in: tuple[str, ...] = (), packing: str = ""
+    directory: Path, *, without: tuple[str, ...] = (), built_in: tuple[str, ...] = (), packing: str = ""
 ) -> Path:
-    """Make a /lib/modules/RELEASE folder."""
-    folder.mkdir(parents=True)
+    """Make a /lib/modules/RELEASE directory."""
+    directory.mkdir(parents=True)
     for name, depends in MODULES.items():
         if not name.endswith(without) and not name.endswith(built_in):
-            path = folder / "kernel" / f"{name}.ko{'.' + packing if packing else ''}"
+            path = directory / "kernel" / f"{name}.ko{'.' + packing if packing else ''}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(pack(make_module(depends), packing))
     listed = [f"kernel/{name}.ko\n" for name in MODULES if name.endswith(built_in)]
-    (folder / "modules.builtin").write_text("".join(listed))
-    return folder
+    (directory / "modules.builtin").write_text("".join(listed))
+    return directory
 
 
 @dataclass
@@ -162,7 +162,7 @@ def debian(apt: Apt, tmp_path: Path) -> Apt:
 
 @pytest.fixture
 def bzimage(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes a bzImage at a path relative to the test's folder."""
+    """Return a function that writes a bzImage at a path relative to the test's directory."""
 
     def make(name: str, kernel: bytes, **options: str) -> Path:
         return make_bzimage(tmp_path / name, kernel, **options)
@@ -184,7 +184,7 @@ def all_built_in() -> bytes:
 
 @pytest.fixture
 def modules_tree() -> Callable[..., Path]:
-    """Return the function that makes a /lib/modules/RELEASE folder."""
+    """Return the function that makes a /lib/modules/RELEASE directory."""
     return make_tree
 
 

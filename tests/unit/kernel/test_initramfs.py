@@ -51,15 +51,15 @@ def parse(archive: bytes) -> dict[str, Member]:
 @pytest.fixture
 def build(tmp_path: Path, modules_tree: Callable[..., Path], bzimage: Callable[..., Path]) -> Build:
     def run(name: str = "one", image: bytes = b"", *, modules: bool = True, **options: tuple[str, ...]) -> bytes:
-        folder = tmp_path / name
-        tree = modules_tree(folder / "tree", **options) if modules else None
-        agent = folder / "agent"
+        directory = tmp_path / name
+        tree = modules_tree(directory / "tree", **options) if modules else None
+        agent = directory / "agent"
         agent.parent.mkdir(exist_ok=True)
         agent.write_bytes(b"\x7fELF the agent")
         kernel = GuestKernel(
             bzimage=bzimage(f"{name}/vmlinuz", image), modules_dir=tree, release="6.1", origin="test", digest="0"
         )
-        dest = folder / "initramfs"
+        dest = directory / "initramfs"
         try:
             build_initramfs(agent=agent, kernel=kernel, dest=dest)
         except HostError:
@@ -74,8 +74,8 @@ def test_the_agent_is_init_and_finds_its_folders_and_devices(build: Build) -> No
     members = parse(build())
     assert members["init"].data == b"\x7fELF the agent"
     assert members["init"].mode == stat.S_IFREG | 0o755
-    for folder in ("dev", "proc", "sys", "mnt", "newroot", "modules"):
-        assert members[folder].mode == stat.S_IFDIR | 0o755
+    for directory in ("dev", "proc", "sys", "mnt", "newroot", "modules"):
+        assert members[directory].mode == stat.S_IFDIR | 0o755
     assert (members["dev/console"].mode, members["dev/console"].device) == (stat.S_IFCHR | 0o600, (5, 1))
     assert (members["dev/null"].mode, members["dev/null"].device) == (stat.S_IFCHR | 0o666, (1, 3))
 

@@ -39,12 +39,12 @@ def test_the_fragment_has_what_the_agent_needs() -> None:
 
 @pytest.fixture
 def wheel() -> Path:
-    """The folder of the installed kernel wheel."""
+    """The directory of the installed kernel wheel."""
     found = importlib.util.find_spec("pytest_fcvm_kernel_x86_64")
-    folder = Path(next(iter(found.submodule_search_locations or []))) if found else None
-    if folder is None or not (folder / "bzImage").exists():
+    directory = Path(next(iter(found.submodule_search_locations or []))) if found else None
+    if directory is None or not (directory / "bzImage").exists():
         pytest.skip("the kernel's wheel is not installed: make kernel")
-    return folder
+    return directory
 
 
 def test_the_wheel_says_what_it_was_built_from(wheel: Path) -> None:

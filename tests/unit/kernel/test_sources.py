@@ -19,7 +19,7 @@ import pytest
 from pytest_fcvm.errors import HostError, UsageProblem
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
-from pytest_fcvm.store import Shelf
+from pytest_fcvm.store import Collection
 
 RELEASE = "6.1.0-56-cloud-amd64"
 
@@ -212,7 +212,7 @@ def test_no_sweeper_takes_a_download_under_way(
     sweep += "; print(sweep_temporary(pathlib.Path(sys.argv[1])))"
     command = shlex.join([sys.executable, "-c", sweep, str(kernels_dir)])
     debian.during_download(f"{command} > {shlex.quote(str(tmp_path / 'swept'))}")
-    with Shelf(path=kernels_dir).locked("kernel", "test", print):
+    with Collection(path=kernels_dir).locked("kernel", "test", print):
         resolve()
     assert (tmp_path / "swept").read_text() == "[]\n"
 

@@ -12,7 +12,7 @@ import pytest
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.results import ExecResult, Timeline
-from pytest_fcvm.model.specs import MachineSpec, Prepare, ReadyMode, ReadySpec, spec_fields
+from pytest_fcvm.model.specs import Prepare, ReadyMode, ReadySpec, VmSpec, spec_fields
 
 
 def _module(path: Path, source: str) -> ModuleType:
@@ -26,7 +26,7 @@ def _module(path: Path, source: str) -> ModuleType:
 
 
 def test_environments_merge_by_name_and_ports_by_guest_port_and_protocol() -> None:
-    outer = MachineSpec(
+    outer = VmSpec(
         env={"A": "1", "B": "1"},
         publish=(PublishedPort(guest_port=80, host_port=8080), PublishedPort(guest_port=53)),
     )
@@ -49,14 +49,14 @@ def test_environments_merge_by_name_and_ports_by_guest_port_and_protocol() -> No
 
 
 def test_every_other_field_is_replaced() -> None:
-    outer = MachineSpec(image="a", command=("x", "y"), map=(), ready=ReadySpec(mode=ReadyMode.AGENT))
+    outer = VmSpec(image="a", command=("x", "y"), map=(), ready=ReadySpec(mode=ReadyMode.AGENT))
     inner = outer.merged({"image": "b", "command": ("z",), "ready": None})
     assert (inner.image, inner.command, inner.ready) == ("b", ("z",), None)
 
 
 def test_a_field_that_does_not_exist_is_answered_with_those_that_do() -> None:
     with pytest.raises(UsageProblem, match="a machine has no field 'memory'") as caught:
-        MachineSpec().merged({"memory": 1})
+        VmSpec().merged({"memory": 1})
     assert all(name in caught.value.hint for name in spec_fields())
 
 

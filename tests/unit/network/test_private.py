@@ -1,4 +1,4 @@
-"""A private network as a test holds it, with its real switch; clones are played by the ends of their cables."""
+"""A private network as a test holds it, with its real switch; clones are played by the ends of their attachments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_fcvm.errors import EngineError, GuestTimeout, HostError, UsageProble
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor.supervisor import Supervisor
-from pytest_fcvm.model.net import Cable
+from pytest_fcvm.model.net import Attachment
 from pytest_fcvm.network.private import Network
 
 BROADCAST = b"\xff" * 6
@@ -27,21 +27,21 @@ def network() -> Iterator[Network]:
 
 
 @pytest.fixture
-def plug(network: Network) -> Iterator[Callable[..., list[Cable]]]:
-    """Plug in clones by their names and return their cables."""
+def plug(network: Network) -> Iterator[Callable[..., list[Attachment]]]:
+    """Plug in clones by their names and return their attachments."""
     with ExitStack() as stack:
 
-        def plug(*names: str) -> list[Cable]:
-            cables = [network.plug(name) for name in names]
-            for cable in cables:
-                stack.enter_context(cable.end)
-                cable.end.settimeout(0.3)
-            return cables
+        def plug(*names: str) -> list[Attachment]:
+            attachments = [network.plug(name) for name in names]
+            for attachment in attachments:
+                stack.enter_context(attachment.end)
+                attachment.end.settimeout(0.3)
+            return attachments
 
         yield plug
 
 
-def _hears(speaker: Cable, listener: Cable) -> bool:
+def _hears(speaker: Attachment, listener: Attachment) -> bool:
     """Say whether a broadcast arrives."""
     speaker.end.send(BROADCAST + bytes.fromhex(speaker.mac.replace(":", "")) + b"\x08\x00words")
     try:
@@ -50,7 +50,7 @@ def _hears(speaker: Cable, listener: Cable) -> bool:
         return False
 
 
-def test_names_have_addresses_that_stay(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_names_have_addresses_that_stay(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     assert network.address("db") == "10.77.5.10"
     web, db = plug("web", "db")
     assert (db.addresses, web.addresses) == (
@@ -66,7 +66,7 @@ def test_names_have_addresses_that_stay(network: Network, plug: Callable[..., li
     assert (again.addresses, again.mac) == (db.addresses, db.mac)
 
 
-def test_whoever_is_there_is_told_of_whoever_comes(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_whoever_is_there_is_told_of_whoever_comes(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     told: list[tuple[str, tuple[str, ...]]] = []
 
     def fail(_lines: tuple[str, ...]) -> None:
@@ -95,13 +95,13 @@ def test_cables_are_out_until_the_block_ends_or_the_network_is_healed(network: N
     assert sorted(done[4:]) == [("b", True), ("later", True)]
 
 
-def test_a_name_is_on_a_network_once(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_a_name_is_on_a_network_once(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     plug("a")
     with pytest.raises(UsageProblem, match="'a' is on this network already"):
         network.plug("a")
 
 
-def test_a_partition_lasts_as_long_as_its_block(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_a_partition_lasts_as_long_as_its_block(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     a, b, c = plug("a", "b", "c")
     assert _hears(a, b)
     c.end.recv(100)
@@ -112,7 +112,7 @@ def test_a_partition_lasts_as_long_as_its_block(network: Network, plug: Callable
     assert _hears(a, b)
 
 
-def test_what_was_made_worse_is_healed(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_what_was_made_worse_is_healed(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     a, b = plug("a", "b")
     network.partition({"a"}, {"b"})
     network.impair("b", "a", loss=1)
@@ -123,7 +123,7 @@ def test_what_was_made_worse_is_healed(network: Network, plug: Callable[..., lis
     assert _hears(b, a)
 
 
-def test_a_later_impairment_goes_before_an_earlier_one(network: Network, plug: Callable[..., list[Cable]]) -> None:
+def test_a_later_impairment_goes_before_an_earlier_one(network: Network, plug: Callable[..., list[Attachment]]) -> None:
     a, b = plug("a", "b")
     network.impair(loss=1)
     assert not _hears(a, b)
@@ -152,7 +152,7 @@ def test_an_impossible_fault_is_refused(network: Network, faults: dict[str, floa
         network.impair(**faults)
 
 
-def test_a_capture_ends_with_its_block(network: Network, plug: Callable[..., list[Cable]], tmp_path: Path) -> None:
+def test_a_capture_ends_with_its_block(network: Network, plug: Callable[..., list[Attachment]], tmp_path: Path) -> None:
     a, b = plug("a", "b")
     with network.capture(tmp_path / "net.pcapng") as file:
         assert _hears(a, b)
@@ -170,9 +170,9 @@ def test_the_end_of_a_switch_is_told(network: Network) -> None:
 
 
 def test_a_closed_network_leaves_no_process_and_no_directory(network: Network) -> None:
-    pid, folder = network._child.pid, network._log.parent
-    assert folder.exists()
+    pid, directory = network._child.pid, network._log.parent
+    assert directory.exists()
     network.close()
     network.close()
-    assert wait_until(lambda: not folder.exists() and not Path(f"/proc/{pid}").exists(), Deadline(20))
+    assert wait_until(lambda: not directory.exists() and not Path(f"/proc/{pid}").exists(), Deadline(20))
     network.unplug("nobody")

@@ -62,7 +62,7 @@ class Bench:
 
     def rule(self, link: Link, sources: set[str] | None = None, targets: set[str] | None = None) -> None:
         freeze = lambda names: None if names is None else frozenset(names)  # noqa: E731
-        self.switch.obey([Rule(sources=freeze(sources), targets=freeze(targets), link=link)])
+        self.switch.apply([Rule(sources=freeze(sources), targets=freeze(targets), link=link)])
 
     def close(self) -> None:
         for name in list(self._ends):
@@ -132,7 +132,7 @@ def test_a_cut_is_of_one_direction_and_counted(bench: Bench) -> None:
 def test_the_first_rule_that_applies_counts(bench: Bench) -> None:
     clear = Rule(sources=frozenset("a"), targets=None, link=Link())
     cut = Rule(sources=None, targets=None, link=Link(cut=True))
-    bench.switch.obey([clear, cut])
+    bench.switch.apply([clear, cut])
     bench.send("a", "*")
     bench.send("c", "*")
     assert (bench.got("b"), bench.got("a")) == ([b"words"], [])

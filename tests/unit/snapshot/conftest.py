@@ -14,8 +14,8 @@ import pytest
 from pytest_fcvm.engine.protocol import GuestFiles
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.image.config import ImageConfig
-from pytest_fcvm.model.specs import MachineSpec
-from pytest_fcvm.snapshot import Ingredients, choose_ready
+from pytest_fcvm.model.specs import VmSpec
+from pytest_fcvm.snapshot import SnapshotInputs, choose_ready
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 
@@ -78,16 +78,16 @@ def engine(agents: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
 
 
 @pytest.fixture
-def make_parts(engine: FakeEngine, tmp_path: Path) -> Callable[..., Ingredients]:
+def make_inputs(engine: FakeEngine, tmp_path: Path) -> Callable[..., SnapshotInputs]:
     """Return ingredients; keyword arguments are fields of the spec, or of the ingredients themselves."""
 
-    def make(**fields: Any) -> Ingredients:
+    def make(**fields: Any) -> SnapshotInputs:
         own = {name: fields.pop(name) for name in ("image_config", "kernel_digest", "rootfs_key") if name in fields}
-        spec = MachineSpec(image="registry/web:1").merged(fields)
+        spec = VmSpec(image="registry/web:1").merged(fields)
         image: ImageConfig = own.pop("image_config", _IMAGE)
         ready = choose_ready(spec.ready, image)
         parts: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
-        return Ingredients(
+        return SnapshotInputs(
             spec=spec,
             ready=ready,
             ready_joined=ready,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from pytest_fcvm.image.config import ImageConfig
-from pytest_fcvm.snapshot import Ingredients
+from pytest_fcvm.snapshot import SnapshotInputs
 
 
 @pytest.mark.parametrize(
@@ -23,16 +23,18 @@ from pytest_fcvm.snapshot import Ingredients
         ("/srv/init", False),
     ],
 )
-def test_an_init_is_known_by_its_program(program: str, is_init: bool, make_parts: Callable[..., Ingredients]) -> None:
-    parts = make_parts(image_config=ImageConfig(cmd=(program,)))
+def test_an_init_is_known_by_its_program(
+    program: str, is_init: bool, make_inputs: Callable[..., SnapshotInputs]
+) -> None:
+    parts = make_inputs(image_config=ImageConfig(cmd=(program,)))
     assert parts.is_init is is_init
     assert parts.defaults.env.get("container") == ("fcvm" if is_init else None)
     assert parts.defaults.stop_signal == (signal.SIGRTMIN + 3 if is_init else signal.SIGTERM)
 
 
-def test_an_images_own_words_go_before_ours(make_parts: Callable[..., Ingredients]) -> None:
+def test_an_images_own_words_go_before_ours(make_inputs: Callable[..., SnapshotInputs]) -> None:
     config = ImageConfig(cmd=("/sbin/init",), env=("container=docker",), stop_signal="SIGPWR")
-    parts = make_parts(image_config=config)
+    parts = make_inputs(image_config=config)
     assert (parts.defaults.env["container"], parts.defaults.stop_signal) == ("docker", signal.SIGPWR)
 
 
@@ -41,14 +43,16 @@ def test_an_images_own_words_go_before_ours(make_parts: Callable[..., Ingredient
     [((), {}, "db"), (("HOSTNAME=image",), {}, "image"), (("HOSTNAME=image",), {"HOSTNAME": "mine"}, "mine")],
 )
 def test_the_host_name_is_in_the_environment_unless_somebody_put_another_there(
-    image_env: tuple[str, ...], env: dict[str, str], hostname: str, make_parts: Callable[..., Ingredients]
+    image_env: tuple[str, ...], env: dict[str, str], hostname: str, make_inputs: Callable[..., SnapshotInputs]
 ) -> None:
     config = ImageConfig(cmd=("serve",), env=image_env)
-    assert make_parts(image_config=config, hostname="db", env=env).defaults.env["HOSTNAME"] == hostname
+    assert make_inputs(image_config=config, hostname="db", env=env).defaults.env["HOSTNAME"] == hostname
 
 
-def test_what_is_known_of_a_snapshot_has_no_value_of_its_environment(make_parts: Callable[..., Ingredients]) -> None:
-    about = make_parts(env={"PASSWORD": "tiger-lily"}, disk_mib=128).about()
+def test_what_is_known_of_a_snapshot_has_no_value_of_its_environment(
+    make_inputs: Callable[..., SnapshotInputs],
+) -> None:
+    about = make_inputs(env={"PASSWORD": "tiger-lily"}, disk_mib=128).about()
     assert about["env"] == ["PASSWORD"]
     assert about["disk_mib"] == 128
     assert "tiger" not in str(about)

@@ -14,8 +14,8 @@ from fakes.vm import FakeEngine
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
-from pytest_fcvm.model.net import Cable
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.model.net import Attachment
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 
@@ -28,13 +28,13 @@ class Segment:
         self.tell: Callable[[tuple[str, ...]], object] = lambda _lines: None
         self.set_link: Callable[[bool], object] = lambda _up: None
 
-    def plug(self, name: str, wire: int | None = None) -> Cable:  # noqa: ARG002
+    def plug(self, name: str, wire: int | None = None) -> Attachment:  # noqa: ARG002
         self.happened.append(f"plug {name}")
         end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         other.close()
         self.ends.append(end)
         address = f"10.77.{self.number}.10"
-        return Cable(end=end, mac="02:fc:00:00:00:01", addresses=(f"{address}/24",), hosts=(f"{address} {name}",))
+        return Attachment(end=end, mac="02:fc:00:00:00:01", addresses=(f"{address}/24",), hosts=(f"{address} {name}",))
 
     def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
         self.happened.append(f"joined {name}")
@@ -45,19 +45,19 @@ class Segment:
 
 
 @pytest.fixture
-def snapshot(make_parts: Callable[..., Ingredients], tmp_path: Path, stack: ExitStack) -> Snapshot:
-    parts = make_parts()
-    folder = tmp_path / "entry"
-    folder.mkdir()
+def snapshot(make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack) -> Snapshot:
+    parts = make_inputs()
+    directory = tmp_path / "entry"
+    directory.mkdir()
     room = lambda _mib: ExitStack()  # noqa: E731
-    entry = Entry(path=folder, key="0" * 64, facts=build_snapshot(parts, folder, lambda _phase: None))
-    snapshot = Snapshot(entry=entry, parts=parts, workshop=Workshop(admit=room, admit_ahead=room))
+    entry = Entry(path=directory, key="0" * 64, facts=build_snapshot(parts, directory, lambda _phase: None))
+    snapshot = Snapshot(entry=entry, parts=parts, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
     stack.callback(snapshot.close)
     return snapshot
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._machine.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
 def test_a_clone_joins_before_it_goes_on_and_leaves_with_its_end(snapshot: Snapshot) -> None:
@@ -86,7 +86,7 @@ def test_a_network_plugs_in_and_out_the_cable_that_is_its_own(snapshot: Snapshot
     with snapshot.clone(name="web", networks=[inner, outer]):
         outer.set_link(False)
         inner.set_link(True)
-        assert engine.vms[-1].calls[-2:] == ["cable 1 out", "cable 0 in"]
+        assert engine.vms[-1].calls[-2:] == ["attachment 1 out", "attachment 0 in"]
 
 
 def test_a_clone_that_does_not_come_to_life_is_on_no_network(snapshot: Snapshot, engine: FakeEngine) -> None:
@@ -102,7 +102,7 @@ def test_more_networks_than_an_engine_has_cards_for_are_refused(snapshot: Snapsh
     segments = [Segment(number) for number in range(3)]
     with pytest.raises(UsageProblem, match="a clone on fake, network user, can be on 2 private networks, not 3"):
         snapshot.clone(networks=segments)
-    engine.spare_nics = 0
+    engine.unused_nics = 0
     with pytest.raises(UsageProblem, match="can be on no private networks, not 1") as caught:
         snapshot.clone(networks=segments[:1])
     assert caught.value.hint == "use --fcvm-engine qemu"

@@ -18,14 +18,14 @@ import pytest_fcvm.network.ports.open
 import pytest_fcvm.snapshot.builder
 import pytest_fcvm.snapshot.cloner
 from pytest_fcvm.clone.log import WorkloadLog
-from pytest_fcvm.clone.machine import Machine
+from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.network.ports.relay import Relay
 from pytest_fcvm.ready import ClientPath
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.store import Entry
 
@@ -36,11 +36,11 @@ _STEPS: tuple[tuple[Any, str], ...] = (
     *((Agent, name) for name in ("configure", "start", "metrics", "sync", "quiesce", "freeze", "personalise")),
     *((Session, name) for name in ("__init__", "start", "open")),
     (WorkloadLog, "__init__"),
-    (Machine, "pause_for_exit"),
+    (RunningVm, "pause_for_exit"),
     (Relay, "publish"),
     (ClientPath, "prove"),
     (Cloner, "_warm_up"),
-    (pytest_fcvm.network.ports.open, "HostPorts"),
+    (pytest_fcvm.network.ports.open, "ReversePorts"),
     (pytest_fcvm.snapshot.cloner, "fresh_identity"),
     (pytest_fcvm.snapshot.builder, "base_config"),
 )
@@ -94,13 +94,13 @@ def _nothing_left(engine: FakeEngine, injector: _Injector, what: str) -> Iterato
     assert not alive, (what, alive)
 
 
-def _life(parts: Ingredients, folder: Path) -> None:
+def _life(parts: SnapshotInputs, directory: Path) -> None:
     """Build a snapshot, hand out a clone, make one ahead and hand that out too, and close everything."""
-    folder.mkdir()
-    facts = build_snapshot(parts, folder, lambda _phase: None)
+    directory.mkdir()
+    facts = build_snapshot(parts, directory, lambda _phase: None)
     room: Any = lambda _mem_mib: ExitStack()  # noqa: E731
-    workshop = Workshop(admit=room, admit_ahead=room, ahead=1)
-    with Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop) as snapshot:
+    runtime = SnapshotRuntime(admit=room, admit_prewarmed=room, prewarmed=1)
+    with Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime) as snapshot:
         for _ in range(2):
             with snapshot.clone():
                 assert snapshot._pool is not None
@@ -118,20 +118,20 @@ def injector(monkeypatch: pytest.MonkeyPatch) -> _Injector:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # an interrupt in a maker's thread
 def test_a_fault_at_any_step_leaves_nothing(
     injector: _Injector,
-    make_parts: Callable[..., Ingredients],
+    make_inputs: Callable[..., SnapshotInputs],
     engine: FakeEngine,
     tmp_path: Path,
     fault: BaseException,
 ) -> None:
     with _nothing_left(engine, injector, "no fault"):
-        _life(make_parts(), tmp_path / "whole")
+        _life(make_inputs(), tmp_path / "whole")
     steps = list(injector.calls)
     assert len(steps) > 30, steps
     for number, step in sorted((steps.index(step), step) for step in set(steps)):
         injector.arm(number, fault)
         with _nothing_left(engine, injector, f"{fault!r} in call {number}: {step}"):
             try:
-                _life(make_parts(), tmp_path / str(number))
+                _life(make_inputs(), tmp_path / str(number))
             except FcvmError:
                 pass
             except (KeyboardInterrupt, RuntimeError) as error:
@@ -140,7 +140,7 @@ def test_a_fault_at_any_step_leaves_nothing(
 
 @pytest.mark.parametrize("step", ["restore", "ready"])
 def test_the_end_of_the_session_ends_a_clone_that_is_being_made_ahead(
-    make_parts: Callable[..., Ingredients],
+    make_inputs: Callable[..., SnapshotInputs],
     engine: FakeEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -156,15 +156,15 @@ def test_the_end_of_the_session_ends_a_clone_that_is_being_made_ahead(
             held.wait(0.3)
         return original(*arguments)
 
-    parts, folder = make_parts(), tmp_path / "entry"
-    folder.mkdir()
-    facts = build_snapshot(parts, folder, lambda _phase: None)
+    parts, directory = make_inputs(), tmp_path / "entry"
+    directory.mkdir()
+    facts = build_snapshot(parts, directory, lambda _phase: None)
     monkeypatch.setattr(owner, name, slow)
     room: Any = lambda _mem_mib: ExitStack()  # noqa: E731
     snapshot = Snapshot(
-        entry=Entry(path=folder, key="0" * 64, facts=facts),
+        entry=Entry(path=directory, key="0" * 64, facts=facts),
         parts=parts,
-        workshop=Workshop(admit=room, admit_ahead=room, ahead=1),
+        runtime=SnapshotRuntime(admit=room, admit_prewarmed=room, prewarmed=1),
     )
     clone = snapshot.clone()
     assert reached.wait(10)

@@ -15,13 +15,13 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.engine.protocol import RestorePlan
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
-from pytest_fcvm.host.admission.admission import NoRoomAhead
+from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.image.config import Healthcheck, ImageConfig
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.snapshot.pool import Depth
 from pytest_fcvm.store import Entry
 
@@ -32,8 +32,8 @@ class Room:
     """The host's memory: how many clones were let in by tests, and ahead of them."""
 
     def __init__(self) -> None:
-        self.asked = self.ahead = 0
-        self.full_for_ahead = False
+        self.asked = self.prewarmed = 0
+        self.full_for_prewarmed = False
 
     @contextmanager
     def admit(self, _mem_mib: int) -> Iterator[None]:
@@ -42,12 +42,12 @@ class Room:
         self.asked -= 1
 
     @contextmanager
-    def admit_ahead(self, _mem_mib: int) -> Iterator[None]:
-        if self.full_for_ahead:
-            raise NoRoomAhead("no room ahead")
-        self.ahead += 1
+    def admit_prewarmed(self, _mem_mib: int) -> Iterator[None]:
+        if self.full_for_prewarmed:
+            raise NoRoomToPrewarm("no room ahead")
+        self.prewarmed += 1
         yield
-        self.ahead -= 1
+        self.prewarmed -= 1
 
 
 @pytest.fixture
@@ -58,17 +58,19 @@ def room() -> Room:
 
 @pytest.fixture
 def make_snapshot(
-    make_parts: Callable[..., Ingredients], tmp_path: Path, stack: ExitStack, room: Room
+    make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, room: Room
 ) -> Callable[..., Snapshot]:
     """Build a snapshot that keeps `ahead` clones; other arguments are fields of its spec."""
 
-    def make(ahead: int | None = 1, makers: int = 1, **fields: Any) -> Snapshot:
-        parts = make_parts(**fields)
-        folder = tmp_path / "entry"
-        folder.mkdir()
-        facts = build_snapshot(parts, folder, lambda _phase: None)
-        workshop = Workshop(admit=room.admit, admit_ahead=room.admit_ahead, ahead=ahead, makers=makers)
-        snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
+    def make(prewarmed: int | None = 1, makers: int = 1, **fields: Any) -> Snapshot:
+        parts = make_inputs(**fields)
+        directory = tmp_path / "entry"
+        directory.mkdir()
+        facts = build_snapshot(parts, directory, lambda _phase: None)
+        runtime = SnapshotRuntime(
+            admit=room.admit, admit_prewarmed=room.admit_prewarmed, prewarmed=prewarmed, makers=makers
+        )
+        snapshot = Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime)
         stack.callback(_wait_for_maker)  # before the service goes that it may still be proving
         stack.callback(snapshot.close)
         return snapshot
@@ -89,7 +91,7 @@ def _wait_for_maker() -> None:
 
 
 def _vm(clone: Clone) -> FakeVm:
-    return clone._machine.vm  # type: ignore[return-value]
+    return clone._running.vm  # type: ignore[return-value]
 
 
 def _sleeps(vm: FakeVm) -> bool:
@@ -106,17 +108,17 @@ def test_the_next_clone_is_made_while_a_test_has_its_own(
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone() as first:
-        ahead = _wait_for_one_asleep(clones_of)
-        assert (room.asked, room.ahead) == (1, 1)
+        prewarmed = _wait_for_one_asleep(clones_of)
+        assert (room.asked, room.prewarmed) == (1, 1)
         with snapshot.clone() as second:
-            assert _vm(second) is ahead
+            assert _vm(second) is prewarmed
             assert [phase for phase, _ in second.timeline.phases] == ["pool", "wake"]
             assert second.http(80).get("/").text == "hello"
             assert second.name != first.name
-            assert f"10.0.2.15 {second.name}" in ahead.agent.executed[0][1].texts(FieldTag.HOSTS)
+            assert f"10.0.2.15 {second.name}" in prewarmed.agent.executed[0][1].texts(FieldTag.HOSTS)
     snapshot.close()
     assert wait_until(lambda: not clones_of(), Deadline(10))
-    assert wait_until(lambda: (room.asked, room.ahead) == (0, 0), Deadline(10))
+    assert wait_until(lambda: (room.asked, room.prewarmed) == (0, 0), Deadline(10))
 
 
 def test_a_clone_ahead_has_its_identity_first_and_the_time_when_it_is_taken(
@@ -124,17 +126,17 @@ def test_a_clone_ahead_has_its_identity_first_and_the_time_when_it_is_taken(
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        ahead = _wait_for_one_asleep(clones_of)
-        done = [kind for kind, _ in ahead.agent.executed]
+        prewarmed = _wait_for_one_asleep(clones_of)
+        done = [kind for kind, _ in prewarmed.agent.executed]
         assert done[0] is StreamKind.PERSONALISE
         assert done[-1] is StreamKind.FREEZE
         asked = real_time_ns()
         with snapshot.clone():
-            kind, fields = ahead.agent.executed[-1]
+            kind, fields = prewarmed.agent.executed[-1]
             assert kind is StreamKind.PERSONALISE
             assert fields.number(FieldTag.REALTIME_NS) >= asked - 10_000_000
             assert FieldTag.ENTROPY not in fields, "its random bytes are its own already"
-            assert ahead.calls[-1] == "resume"
+            assert prewarmed.calls[-1] == "resume"
 
 
 def test_a_clone_ahead_is_proven_by_the_condition_that_the_base_was(
@@ -142,8 +144,8 @@ def test_a_clone_ahead_is_proven_by_the_condition_that_the_base_was(
 ) -> None:
     snapshot = make_snapshot(ready=ReadySpec(mode=ReadyMode.HEALTHCHECK), image_config=_CHECKED)
     with snapshot.clone():
-        ahead = _wait_for_one_asleep(clones_of)
-        commands = [fields.texts(FieldTag.ARG) for kind, fields in ahead.agent.executed if kind is StreamKind.EXEC]
+        prewarmed = _wait_for_one_asleep(clones_of)
+        commands = [fields.texts(FieldTag.ARG) for kind, fields in prewarmed.agent.executed if kind is StreamKind.EXEC]
         assert commands == [["echo", "warm"]]
 
 
@@ -153,9 +155,9 @@ def test_what_warms_is_run_in_clones_made_ahead_and_in_no_other(
     warmed: list[str] = []
     snapshot = make_snapshot(warm=lambda clone: warmed.append(clone.succeed(["echo", "warm"])))
     with snapshot.clone() as first:
-        ahead = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_one_asleep(clones_of)
         assert warmed == ["warm\n"]
-        ran = [fields.texts(FieldTag.ARG) for kind, fields in ahead.agent.executed if kind is StreamKind.EXEC]
+        ran = [fields.texts(FieldTag.ARG) for kind, fields in prewarmed.agent.executed if kind is StreamKind.EXEC]
         assert ran == [["echo", "warm"]]
         assert StreamKind.EXEC not in [kind for kind, _ in _vm(first).agent.executed]
 
@@ -177,22 +179,22 @@ def test_what_fails_to_warm_is_told_and_costs_no_test(
 def test_several_are_made_at_once_where_there_are_processors_for_it(
     make_snapshot: Callable[..., Snapshot], engine: FakeEngine
 ) -> None:
-    snapshot = make_snapshot(ahead=3, makers=2)
-    held, go_on = threading.Semaphore(0), threading.Event()
+    snapshot = make_snapshot(prewarmed=3, makers=2)
+    held, resume_session = threading.Semaphore(0), threading.Event()
 
     def hold(_vm: FakeVm) -> None:
         if threading.current_thread().name == "fcvm-spare":
             raise EngineError("without a spare, a clone's VMM is the pool's own to make")
         if threading.current_thread().name == "fcvm-pool":
             held.release()
-            go_on.wait(10)
+            resume_session.wait(10)
 
     engine.spoil = hold
     with snapshot.clone():
         assert held.acquire(timeout=10)
         assert held.acquire(timeout=10), "a second one is made beside the first"
         assert not held.acquire(timeout=0.2), "and no third"
-        go_on.set()
+        resume_session.set()
 
 
 def test_one_that_died_in_the_pool_is_replaced_without_a_word(
@@ -213,25 +215,25 @@ def test_one_that_does_not_wake_is_replaced_without_a_word(
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        ahead = _wait_for_one_asleep(clones_of)
-        monkeypatch.setattr(ahead, "resume", lambda: (_ for _ in ()).throw(EngineError("it is gone")))
+        prewarmed = _wait_for_one_asleep(clones_of)
+        monkeypatch.setattr(prewarmed, "resume", lambda: (_ for _ in ()).throw(EngineError("it is gone")))
         with snapshot.clone() as second:
-            assert _vm(second) is not ahead
+            assert _vm(second) is not prewarmed
             assert snapshot.lost == 1
-            assert ahead.exit is not None
+            assert prewarmed.exit is not None
 
 
 def test_a_test_that_waits_gets_the_clone_that_is_being_made_before_it_is_put_to_sleep(
     make_snapshot: Callable[..., Snapshot], engine: FakeEngine, clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
-    go_on = threading.Event()
+    resume_session = threading.Event()
     with snapshot.clone() as first:
         _wait_for_one_asleep(clones_of)
-        engine.spoil = lambda _vm: go_on.wait(10) and None
+        engine.spoil = lambda _vm: resume_session.wait(10) and None
         with snapshot.clone():  # takes the one asleep; its successor is held up
             assert wait_until(lambda: any(t.name == "fcvm-pool" for t in threading.enumerate()), Deadline(10))
-            threading.Timer(0.1, go_on.set).start()
+            threading.Timer(0.1, resume_session.set).start()
             with snapshot.clone() as third:
                 assert third.name != first.name
                 done = [kind for kind, _ in _vm(third).agent.executed]
@@ -244,9 +246,9 @@ def test_a_clone_with_wishes_of_its_own_is_made_for_them(
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        ahead = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_one_asleep(clones_of)
         with snapshot.clone(**how) as second:
-            assert _vm(second) is not ahead
+            assert _vm(second) is not prewarmed
             assert second.name == how.get("name", second.name)
 
 
@@ -257,11 +259,11 @@ def test_nothing_is_made_ahead_that_is_not_wanted_or_would_hold_a_port(
     snapshot = make_snapshot(**without)
     with snapshot.clone():
         assert [thread for thread in threading.enumerate() if thread.name == "fcvm-pool"] == []
-        assert room.ahead == 0
+        assert room.prewarmed == 0
 
 
 def test_without_room_ahead_tests_start_their_own(make_snapshot: Callable[..., Snapshot], room: Room) -> None:
-    room.full_for_ahead = True
+    room.full_for_prewarmed = True
     snapshot = make_snapshot()
     with snapshot.clone(), snapshot.clone() as second:
         assert [phase for phase, _ in second.timeline.phases] == ["spawn", "agent", "ready"]
@@ -276,7 +278,7 @@ def test_who_needs_the_room_gets_it_back(
         _wait_for_one_asleep(clones_of)
         snapshot.drain()
         assert clones_of() == [_vm(clone)]
-        assert room.ahead == 0
+        assert room.prewarmed == 0
         with snapshot.clone() as second:
             assert second.succeed(["echo", "x"]) == "x\n"
 
@@ -286,12 +288,12 @@ def test_a_reset_clone_keeps_its_ports_and_takes_nothing_from_the_pool(
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        ahead = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_one_asleep(clones_of)
         with snapshot.clone() as second:
-            assert _vm(second) is ahead
+            assert _vm(second) is prewarmed
             before = second.endpoint(80)
             second.reset()
-            assert (second.endpoint(80), _vm(second) is ahead) == (before, False)
+            assert (second.endpoint(80), _vm(second) is prewarmed) == (before, False)
 
 
 def test_the_depth_follows_bursts_up_and_idleness_down() -> None:

@@ -19,7 +19,7 @@ from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec, ReadyMode, ReadySpec
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 RELAY = NetworkSpec(mode=NetworkMode.RELAY)
@@ -27,19 +27,19 @@ RELAY = NetworkSpec(mode=NetworkMode.RELAY)
 
 @pytest.fixture
 def start(
-    make_parts: Callable[..., Ingredients], engine: FakeEngine, tmp_path: Path, stack: ExitStack
+    make_inputs: Callable[..., SnapshotInputs], engine: FakeEngine, tmp_path: Path, stack: ExitStack
 ) -> Callable[..., Clone]:
     """Build a snapshot and start a clone of it; keyword arguments are fields of the spec."""
     engine.networks = (NetworkMode.RELAY,)
 
     def start(**fields: Any) -> Clone:
-        parts = make_parts(**fields)
-        folder = tmp_path / "entry"
-        folder.mkdir()
-        facts = build_snapshot(parts, folder, lambda _phase: None)
+        parts = make_inputs(**fields)
+        directory = tmp_path / "entry"
+        directory.mkdir()
+        facts = build_snapshot(parts, directory, lambda _phase: None)
         room = lambda _mib: ExitStack()  # noqa: E731
-        entry = Entry(path=folder, key="0" * 64, facts=facts)
-        snapshot = Snapshot(entry=entry, parts=parts, workshop=Workshop(admit=room, admit_ahead=room))
+        entry = Entry(path=directory, key="0" * 64, facts=facts)
+        snapshot = Snapshot(entry=entry, parts=parts, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
         stack.callback(snapshot.close)
         return stack.enter_context(snapshot.clone())
 
@@ -47,7 +47,7 @@ def start(
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._machine.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
 def _fields(agent: FakeAgent, kind: StreamKind) -> Any:
@@ -93,14 +93,14 @@ def test_nothing_listens_any_more_when_the_clone_is_closed(start: Callable[..., 
 
 def test_why_a_connection_was_reset_is_told_with_what_fails_then(start: Callable[..., Clone]) -> None:
     clone = start()
-    assert "ports" not in clone._machine.evidence()
+    assert "ports" not in clone._running.evidence()
     _agent_of(clone).refusals[StreamKind.CONNECT] = (errno.EAGAIN, "too many streams")
     with (
         pytest.raises(ConnectionResetError),  # connect says it, where the reset is as quick
         socket.create_connection(clone.endpoint(80), timeout=20) as client,
     ):
         client.recv(1)
-    assert clone._machine.evidence()["ports"].startswith("a connection to guest port 80 was reset: ")
+    assert clone._running.evidence()["ports"].startswith("a connection to guest port 80 was reset: ")
 
 
 def test_a_clone_that_is_deaf_on_its_port_is_told(
@@ -148,6 +148,6 @@ def test_an_engine_that_leads_nowhere_outside_says_which_does(start: Callable[..
     assert "relay has no way out" in caught.value.hint
 
 
-def test_where_both_are_offered_the_first_is_taken(make_parts: Callable[..., Ingredients]) -> None:
-    assert make_parts().network.mode is NetworkMode.USER
-    assert make_parts(network=RELAY).is_relayed
+def test_where_both_are_offered_the_first_is_taken(make_inputs: Callable[..., SnapshotInputs]) -> None:
+    assert make_inputs().network.mode is NetworkMode.USER
+    assert make_inputs(network=RELAY).is_relayed

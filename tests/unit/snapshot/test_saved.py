@@ -11,34 +11,34 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.model.specs import Clock, MachineSpec, Prepare
-from pytest_fcvm.snapshot import Ingredients
-from pytest_fcvm.snapshot.saved import read_ingredients, write_ingredients
+from pytest_fcvm.model.specs import Clock, Prepare, VmSpec
+from pytest_fcvm.snapshot import SnapshotInputs
+from pytest_fcvm.snapshot.saved import read_inputs, write_inputs
 from pytest_fcvm.store import Entry
 
-Make = Callable[..., Ingredients]
+Make = Callable[..., SnapshotInputs]
 
 
 @pytest.fixture
 def entry(tmp_path: Path) -> Entry:
     """An empty entry, and the image that it needs."""
     (tmp_path / "rootfs").touch()
-    folder = tmp_path / "entry"
-    folder.mkdir()
-    return Entry(path=folder, key="0" * 64, facts={})
+    directory = tmp_path / "entry"
+    directory.mkdir()
+    return Entry(path=directory, key="0" * 64, facts={})
 
 
 def _file(entry: Entry) -> Path:
     return entry.file("ingredients")
 
 
-def test_ingredients_come_back_as_they_were_without_functions(make_parts: Make, entry: Entry) -> None:
-    parts = make_parts(
+def test_ingredients_come_back_as_they_were_without_functions(make_inputs: Make, entry: Entry) -> None:
+    parts = make_inputs(
         env={"TOKEN": "secret"}, clock=Clock.SNAPSHOT, prepare=Prepare(print), warm=lambda _clone: None, mem_mib=512
     )
-    write_ingredients(parts, entry.path)
+    write_inputs(parts, entry.path)
     assert _file(entry).stat().st_mode & 0o777 == 0o600
-    found = read_ingredients(entry, parts.engine, parts.report)
+    found = read_inputs(entry, parts.engine, parts.report)
     assert found.spec == replace(parts.spec, prepare=None, warm=None)
     assert found.files.rootfs == parts.files.rootfs
     assert (found.engine, found.defaults, found.about()) == (
@@ -70,46 +70,46 @@ class _ByAttribute:
         return getattr, self._parts
 
 
-def test_a_member_of_an_enumeration_may_be_pickled_as_an_attribute(make_parts: Make, entry: Entry) -> None:
-    parts = make_parts()
-    write_ingredients(parts, entry.path)
+def test_a_member_of_an_enumeration_may_be_pickled_as_an_attribute(make_inputs: Make, entry: Entry) -> None:
+    parts = make_inputs()
+    write_inputs(parts, entry.path)
     made_by, files, kept = pickle.loads(_file(entry).read_bytes())
     kept["kernel_release"] = _ByAttribute(Clock, "SNAPSHOT")
     _file(entry).write_bytes(pickle.dumps((made_by, files, kept)))
-    assert read_ingredients(entry, parts.engine, parts.report).kernel_release is Clock.SNAPSHOT
+    assert read_inputs(entry, parts.engine, parts.report).kernel_release is Clock.SNAPSHOT
 
 
-@pytest.mark.parametrize("harmful", [_Acts(), _ActsAsOurs(), _ByAttribute(MachineSpec, "merged")])
+@pytest.mark.parametrize("harmful", [_Acts(), _ActsAsOurs(), _ByAttribute(VmSpec, "merged")])
 def test_what_would_act_is_refused(
-    harmful: object, make_parts: Make, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harmful: object, make_inputs: Make, entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    parts = make_parts()
+    parts = make_inputs()
     _file(entry).write_bytes(pickle.dumps(("1", (), {"spec": harmful})))
     with pytest.raises(HostError, match="does not belong there"):
-        read_ingredients(entry, parts.engine, parts.report)
+        read_inputs(entry, parts.engine, parts.report)
     assert not (tmp_path / "acted").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"no pickle"])
-def test_what_cannot_be_read_is_told(content: bytes, make_parts: Make, entry: Entry) -> None:
-    parts = make_parts()
+def test_what_cannot_be_read_is_told(content: bytes, make_inputs: Make, entry: Entry) -> None:
+    parts = make_inputs()
     _file(entry).write_bytes(content)
     with pytest.raises(HostError, match="run the test again"):
-        read_ingredients(entry, parts.engine, parts.report)
+        read_inputs(entry, parts.engine, parts.report)
 
 
 def test_another_version_engine_or_image_is_told(
-    make_parts: Make, entry: Entry, monkeypatch: pytest.MonkeyPatch
+    make_inputs: Make, entry: Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = make_parts()
-    write_ingredients(parts, entry.path)
+    parts = make_inputs()
+    write_inputs(parts, entry.path)
     with pytest.raises(HostError, match="engine was"):
-        read_ingredients(entry, parts.engine, replace(parts.report, engine="another"))
+        read_inputs(entry, parts.engine, replace(parts.report, engine="another"))
     with monkeypatch.context() as changed:
         changed.setattr("pytest_fcvm.snapshot.saved.version", lambda _name: "99.0")
         with pytest.raises(HostError, match="kept by pytest-fcvm"):
-            read_ingredients(entry, parts.engine, parts.report)
+            read_inputs(entry, parts.engine, parts.report)
     parts.rootfs.unlink()
     with pytest.raises(HostError, match="has been removed"):
-        read_ingredients(entry, parts.engine, parts.report)
+        read_inputs(entry, parts.engine, parts.report)

@@ -19,8 +19,8 @@ from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import PublishedPort
-from pytest_fcvm.model.specs import Clock, MachineSpec
-from pytest_fcvm.snapshot import Ingredients, Snapshot, Workshop, build_snapshot
+from pytest_fcvm.model.specs import Clock, VmSpec
+from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 
@@ -30,7 +30,7 @@ class Room:
     def __init__(self) -> None:
         self.taken: list[int] = []
         self.full = False
-        self.born: list[Clone] = []
+        self.on_created: list[Clone] = []
         self.failed: list[FcvmError] = []
 
     @contextmanager
@@ -52,22 +52,22 @@ def room() -> Room:
 
 @pytest.fixture
 def make_snapshot(
-    make_parts: Callable[..., Ingredients], tmp_path: Path, stack: ExitStack, room: Room
+    make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, room: Room
 ) -> Callable[..., Snapshot]:
     """Build a snapshot; keyword arguments are fields of its spec."""
 
     def make(**fields: Any) -> Snapshot:
-        parts = make_parts(**fields)
-        folder = tmp_path / "entry"
-        folder.mkdir()
-        facts = build_snapshot(parts, folder, lambda _phase: None)
-        workshop = Workshop(
+        parts = make_inputs(**fields)
+        directory = tmp_path / "entry"
+        directory.mkdir()
+        facts = build_snapshot(parts, directory, lambda _phase: None)
+        runtime = SnapshotRuntime(
             admit=room.admit,
-            admit_ahead=room.admit,
-            born=room.born.append,
+            admit_prewarmed=room.admit,
+            on_created=room.on_created.append,
             failed=lambda _spec, error: room.failed.append(error),
         )
-        snapshot = Snapshot(entry=Entry(path=folder, key="0" * 64, facts=facts), parts=parts, workshop=workshop)
+        snapshot = Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime)
         stack.callback(snapshot.close)
         return snapshot
 
@@ -87,7 +87,7 @@ def start(stack: ExitStack) -> Callable[..., Clone]:
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._machine.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
 def _identity(clone: Clone) -> Any:
@@ -103,7 +103,7 @@ def test_a_clone_runs_answers_and_knows_where_it_comes_from(
     clone = start(snapshot, name="web-1")
     assert (clone.name, clone.engine, clone.spec) == ("web-1", "fake", snapshot.spec)
     assert clone.http(80).get("/").text == "hello"
-    assert room.born == [clone]
+    assert room.on_created == [clone]
     assert [phase for phase, _ in clone.timeline.phases] == ["spawn", "agent", "ready"]
     assert repr(snapshot) == "<Snapshot 000000000000 of registry/web:1>"
 
@@ -113,11 +113,11 @@ def test_the_vmm_of_the_next_clone_gets_itself_ready_meanwhile(
 ) -> None:
     start(snapshot)
     assert wait_until(lambda: engine.vms[-1].calls == ["get_ready"], Deadline(20))
-    spare = engine.vms[-1]
-    assert spare.name == "spare"
+    standby = engine.vms[-1]
+    assert standby.name == "spare"
     clone = start(snapshot, name="web-2")
-    assert clone._machine.vm is spare
-    assert spare.name == "web-2", "errors name the VM by its clone"
+    assert clone._running.vm is standby
+    assert standby.name == "web-2", "errors name the VM by its clone"
 
 
 def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
@@ -281,11 +281,11 @@ def test_closing_a_snapshot_ends_what_was_kept_ready_and_no_clone(
     clone = start(snapshot)
     snapshot.close()
     alive = lambda: [vm for vm in engine.vms if vm.exit is None]  # noqa: E731
-    assert wait_until(lambda: alive() == [clone._machine.vm], Deadline(10))
+    assert wait_until(lambda: alive() == [clone._running.vm], Deadline(10))
     assert clone.succeed(["echo", "x"]) == "x\n"
 
 
 def test_no_value_of_an_environment_is_in_a_snapshots_facts(make_snapshot: Callable[..., Snapshot]) -> None:
     snapshot = make_snapshot(env={"PASSWORD": "tiger-lily"})
     assert "tiger" not in str(snapshot.facts)
-    assert isinstance(snapshot.spec, MachineSpec)
+    assert isinstance(snapshot.spec, VmSpec)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.admission.admission import Admission, NoRoomAhead
+from pytest_fcvm.host.admission.admission import Admission, NoRoomToPrewarm
 from pytest_fcvm.host.admission.memory import HostMemory
 from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 
@@ -24,8 +24,8 @@ OTHER = """
 import json, os, sys, time
 from pathlib import Path
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.admission.admission import Admission, NoRoomAhead
-from pytest_fcvm.host.admission.reservations import open_ledger
+from pytest_fcvm.host.admission.admission import Admission, NoRoomToPrewarm
+from pytest_fcvm.host.admission.reservations import open_reservations
 from pytest_fcvm.host.admission.memory import HostMemory
 
 admission = Admission(
@@ -50,7 +50,7 @@ for line in sys.stdin:
             tickets.pop().release()
             time.sleep(600)
     elif question == "hammer":
-        ledger = open_ledger(Path(sys.argv[1]) / "admission", None)
+        ledger = open_reservations(Path(sys.argv[1]) / "admission", None)
         answer["most"] = 0
         for _ in range(int(rest[0])):
             with admission.admit(1, holder="x", first=True, deadline_s=60):
@@ -90,7 +90,7 @@ class Other:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Callable[[int], Path]:
+def running(tmp_path: Path) -> Callable[[int], Path]:
     """A machine of 4 GiB with as much available as the test says, when it says it."""
 
     def available(mib: int) -> Path:
@@ -118,9 +118,9 @@ def start_other(run_root: Path, tmp_path: Path) -> Iterator[Callable[..., Other]
 
 
 def test_tickets_are_given_while_memory_lasts_over_all_processes(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
-    here, there = Admission(run_root, memory=HostMemory(machine(2000))), start_other()
+    here, there = Admission(run_root, memory=HostMemory(running(2000))), start_other()
     with here.admit(800, holder="here", first=True, deadline_s=1):
         assert there.ask("admit 800 there first 1") == {}
         # 1600 of 2000 are promised, though the clones have not touched their memory yet.
@@ -132,36 +132,36 @@ def test_tickets_are_given_while_memory_lasts_over_all_processes(
         pass
 
 
-def test_memory_that_others_have_taken_since_is_not_given_away(run_root: Path, machine: Callable[[int], Path]) -> None:
-    admission = Admission(run_root, memory=HostMemory(machine(2000)))
+def test_memory_that_others_have_taken_since_is_not_given_away(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(running(2000)))
     with admission.admit(100, holder="first", first=True, deadline_s=1):
-        machine(500)
+        running(500)
         with pytest.raises(HostError, match=r"no room .* \(500 MiB are available\)"):
             admission.admit(300, holder="second", first=False, deadline_s=0.05)
         with admission.admit(200, holder="third", first=False, deadline_s=1):
             pass
 
 
-def test_a_lone_clone_needs_no_reserve(run_root: Path, machine: Callable[[int], Path]) -> None:
-    admission = Admission(run_root, memory=HostMemory(machine(300)))
+def test_a_lone_clone_needs_no_reserve(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(running(300)))
     with admission.admit(300, holder="alone", first=True, deadline_s=0.05):
         pass
 
 
-def test_a_clone_larger_than_the_machine_is_refused_at_once(run_root: Path, machine: Callable[[int], Path]) -> None:
-    admission = Admission(run_root, memory=HostMemory(machine(4000)))
+def test_a_clone_larger_than_the_machine_is_refused_at_once(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(running(4000)))
     with pytest.raises(HostError, match=r"a clone of 5000 MiB does not fit in the 4096 MiB") as caught:
         admission.admit(5000, holder="huge", first=True, deadline_s=600)
     assert "--fcvm-mem" in caught.value.hint
 
 
 def test_the_deadline_names_the_holders_with_test_and_pid(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other()
     for number in range(5):
         other.ask(f"admit 10 test_x.py::test_{number} first 1")
-    admission = Admission(run_root, max_clones=5, memory=HostMemory(machine(4000)))
+    admission = Admission(run_root, max_clones=5, memory=HostMemory(running(4000)))
     began = monotonic()
     with pytest.raises(HostError) as caught:
         admission.admit(10, holder="mine", first=True, deadline_s=0.2)
@@ -174,19 +174,19 @@ def test_the_deadline_names_the_holders_with_test_and_pid(
 
 
 def test_a_waiter_is_let_in_when_another_process_releases(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(1)
-    with Admission(run_root, 1, memory=HostMemory(machine(4000))).admit(10, holder="x", first=True, deadline_s=1):
+    with Admission(run_root, 1, memory=HostMemory(running(4000))).admit(10, holder="x", first=True, deadline_s=1):
         other.tell("admit 10 there first 20")
         assert other.process.poll() is None
     assert other.hear() == {}
 
 
 def test_a_waiting_thread_is_let_in_when_another_thread_releases(
-    run_root: Path, machine: Callable[[int], Path]
+    run_root: Path, running: Callable[[int], Path]
 ) -> None:
-    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+    admission = Admission(run_root, 1, memory=HostMemory(running(4000)))
     ticket = admission.admit(10, holder="a", first=True, deadline_s=1)
     got: list[object] = []
     waiter = threading.Thread(target=lambda: got.append(admission.admit(10, holder="b", first=False, deadline_s=20)))
@@ -197,12 +197,12 @@ def test_a_waiting_thread_is_let_in_when_another_thread_releases(
 
 
 def test_tickets_of_a_killed_process_are_void_at_once(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(2)
     other.ask("admit 10 a first 1")
     other.ask("admit 10 b again 1")
-    admission = Admission(run_root, 2, memory=HostMemory(machine(4000)))
+    admission = Admission(run_root, 2, memory=HostMemory(running(4000)))
     with pytest.raises(HostError):
         admission.admit(10, holder="mine", first=True, deadline_s=0.02)
     other.process.kill()
@@ -213,12 +213,12 @@ def test_tickets_of_a_killed_process_are_void_at_once(
 
 
 def test_a_forked_child_holds_nothing_for_a_dead_parent_and_releases_nothing_of_a_live_one(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(1)
     other.ask("admit 10 a first 1")
     child = other.ask("fork")["pid"]
-    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+    admission = Admission(run_root, 1, memory=HostMemory(running(4000)))
     try:
         with pytest.raises(HostError):
             admission.admit(10, holder="mine", first=True, deadline_s=0.05)
@@ -231,9 +231,9 @@ def test_a_forked_child_holds_nothing_for_a_dead_parent_and_releases_nothing_of_
 
 
 def test_a_test_that_holds_a_clone_goes_before_the_first_clones_of_others(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
-    root = machine(4000)
+    root = running(4000)
     holder, newcomer = start_other(2), start_other(2)
     admission = Admission(run_root, 2, memory=HostMemory(root))
     mine = admission.admit(10, holder="mine", first=True, deadline_s=1)
@@ -247,8 +247,8 @@ def test_a_test_that_holds_a_clone_goes_before_the_first_clones_of_others(
     assert newcomer.hear() == {}
 
 
-def test_a_release_is_idempotent(run_root: Path, machine: Callable[[int], Path]) -> None:
-    admission = Admission(run_root, 1, memory=HostMemory(machine(4000)))
+def test_a_release_is_idempotent(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, 1, memory=HostMemory(running(4000)))
     first = admission.admit(10, holder="a", first=True, deadline_s=1)
     first.release()
     second = admission.admit(10, holder="b", first=True, deadline_s=1)
@@ -258,17 +258,17 @@ def test_a_release_is_idempotent(run_root: Path, machine: Callable[[int], Path])
     second.release()
 
 
-def test_two_gates_of_one_process_count_each_others_clones(run_root: Path, machine: Callable[[int], Path]) -> None:
-    memory = HostMemory(machine(4000))
+def test_two_gates_of_one_process_count_each_others_clones(run_root: Path, running: Callable[[int], Path]) -> None:
+    memory = HostMemory(running(4000))
     one, two = Admission(run_root, 1, memory=memory), Admission(run_root, 1, memory=memory)
     with one.admit(10, holder="a", first=True, deadline_s=1), pytest.raises(HostError):
         two.admit(10, holder="b", first=True, deadline_s=0.02)
 
 
 def test_processes_at_once_never_hold_more_than_the_limit(
-    run_root: Path, machine: Callable[[int], Path], start_other: Callable[..., Other]
+    run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
-    machine(4000)
+    running(4000)
     others = [start_other(2) for _ in range(5)]
     for other in others:
         other.tell("hammer 100")
@@ -281,42 +281,42 @@ def _waits_again(run_root: Path, other: Other) -> bool:
 
 
 def test_clones_that_no_test_has_asked_for_fill_half_of_the_room_and_never_wait(
-    run_root: Path, machine: Callable[[int], Path]
+    run_root: Path, running: Callable[[int], Path]
 ) -> None:
-    gate = Admission(run_root, memory=HostMemory(machine(2000)))
-    gate.admit_ahead(400, holder="ahead")
-    gate.admit_ahead(400, holder="ahead")
+    gate = Admission(run_root, memory=HostMemory(running(2000)))
+    gate.admit_prewarmed(400, holder="ahead")
+    gate.admit_prewarmed(400, holder="ahead")
     started = monotonic()
-    with pytest.raises(NoRoomAhead, match="no test has asked for"):
-        gate.admit_ahead(400, holder="ahead")
+    with pytest.raises(NoRoomToPrewarm, match="no test has asked for"):
+        gate.admit_prewarmed(400, holder="ahead")
     assert monotonic() - started < 1
     gate.admit(900, holder="a test", first=True, deadline_s=1)
 
 
-def test_of_a_limit_half_is_for_clones_that_tests_ask_for(run_root: Path, machine: Callable[[int], Path]) -> None:
-    gate = Admission(run_root, 4, memory=HostMemory(machine(4000)))
-    tickets = [gate.admit_ahead(10, holder="ahead") for _ in range(2)]
-    with pytest.raises(NoRoomAhead):
-        gate.admit_ahead(10, holder="ahead")
+def test_of_a_limit_half_is_for_clones_that_tests_ask_for(run_root: Path, running: Callable[[int], Path]) -> None:
+    gate = Admission(run_root, 4, memory=HostMemory(running(4000)))
+    tickets = [gate.admit_prewarmed(10, holder="ahead") for _ in range(2)]
+    with pytest.raises(NoRoomToPrewarm):
+        gate.admit_prewarmed(10, holder="ahead")
     gate.admit(10, holder="a test", first=True, deadline_s=1)
     for ticket in tickets:
         ticket.release()
-    gate.admit_ahead(10, holder="ahead")
+    gate.admit_prewarmed(10, holder="ahead")
 
 
-def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, machine: Callable[[int], Path]) -> None:
-    gate = Admission(run_root, 2, memory=HostMemory(machine(4000)))
-    spared = gate.admit_ahead(10, holder="ahead")
+def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, running: Callable[[int], Path]) -> None:
+    gate = Admission(run_root, 2, memory=HostMemory(running(4000)))
+    spared = gate.admit_prewarmed(10, holder="ahead")
     gate.admit(10, holder="a test", first=True, deadline_s=1)
     gate.admit(10, holder="another", first=True, deadline_s=5, on_wait=spared.release)
 
 
 def test_a_clone_that_its_own_process_keeps_out_is_told_in_seconds(
-    machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_fcvm.host.admission.admission._OWN_S", 0.2)
     monkeypatch.setattr(os, "getpid", lambda: 4242)  # as a test may; the ticket is given back all the same
-    admission = Admission(tmp_path, max_clones=1, memory=HostMemory(machine(4000)))
+    admission = Admission(tmp_path, max_clones=1, memory=HostMemory(running(4000)))
     with admission.admit(10, holder="test_a.py::test_two", first=True, deadline_s=1):
         begun = monotonic()
         with pytest.raises(HostError, match=r"this process holds all 1 .* itself; held by test_a.py::test_two \(pid"):

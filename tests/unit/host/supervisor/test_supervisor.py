@@ -350,7 +350,7 @@ def test_a_dead_guard_is_a_host_error_that_says_so(supervisor: Supervisor) -> No
 
 
 def test_what_the_guard_said_when_it_failed_is_in_the_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pytest_fcvm.host.supervisor.supervisor._BOOTSTRAP", "import {folders!r}")
+    monkeypatch.setattr("pytest_fcvm.host.supervisor.supervisor._BOOTSTRAP", "import {directories!r}")
     with Supervisor.start(run_dir) as supervisor, pytest.raises(HostError) as caught:
         supervisor.spawn(["true"], name="true", stdout=LOG)
     assert "SyntaxError" in caught.value.evidence["supervisor log"]
@@ -358,8 +358,8 @@ def test_what_the_guard_said_when_it_failed_is_in_the_error(run_dir: Path, monke
 
 def test_the_guard_imports_nothing_that_would_cost_its_start() -> None:
     package = Path(pytest_fcvm.__file__).parent
-    folders = [str(package), str(package / "host"), str(package / "host/supervisor")]
-    code = _BOOTSTRAP.format(folders=folders).replace("main()", "print(*sys.modules)")
+    directories = [str(package), str(package / "host"), str(package / "host/supervisor")]
+    code = _BOOTSTRAP.format(directories=directories).replace("main()", "print(*sys.modules)")
     loaded = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True).stdout
     slow = {"socket", "signal", "enum", "re", "json", "typing", "collections", "pathlib", "subprocess", "contextlib"}
     assert slow & set(loaded.split()) == set()

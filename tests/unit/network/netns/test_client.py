@@ -24,7 +24,7 @@ from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
 from pytest_fcvm.network.netns import client as maker
 from pytest_fcvm.network.netns import egress as outside
 from pytest_fcvm.network.netns.client import Namespaces
-from pytest_fcvm.network.netns.server import CARDS
+from pytest_fcvm.network.netns.server import NICS
 
 ALONE = NetworkSpec(mode=NetworkMode.ROOTLESS)
 FRAME = b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + bytes(range(46))  # of an experimental protocol, to all
@@ -69,7 +69,7 @@ fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"eth1", 0x1002))
 def test_a_vmm_that_joins_finds_its_cards_and_frames_come_and_go_through_the_wires(namespaces: Namespaces) -> None:
     namespace = namespaces.open(ALONE, joined=True)
     names = run_inside(namespace, "import socket; print(*(name for _, name in socket.if_nameindex()))").split()
-    assert names == ["lo", *CARDS]
+    assert names == ["lo", *NICS]
     first, second = (socket.socket(fileno=os.dup(wire)) for wire in namespace.wires)
     run_inside(namespace, f"{OPEN_TAP}os.write(tap, {FRAME!r})")
     assert select.select([first], [], [], WAIT_S)[0]
@@ -146,9 +146,9 @@ def _namespaces_of(process: Path) -> Iterator[int]:
             continue
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(directory: Path) -> list[Path]:
     try:
-        return list(folder.iterdir())
+        return list(directory.iterdir())
     except OSError:
         return []
 

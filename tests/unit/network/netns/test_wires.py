@@ -103,8 +103,8 @@ def test_frames_pass_between_cards_of_namespaces_until_a_partition(stack: ExitSt
         except HostError as error:
             pytest.skip(f"no network namespaces here: {error}")
         stack.callback(namespace.close)
-        cable = network.plug(name, namespace.wires[0])
-        assert cable.end is None
+        attachment = network.plug(name, namespace.wires[0])
+        assert attachment.end is None
         vmms.append(Vmm(namespace))
         stack.callback(vmms[-1].close)
     one, two = vmms

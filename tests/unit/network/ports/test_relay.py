@@ -392,18 +392,18 @@ def test_a_closed_relay_refuses_new_connections_and_ports(relay: Relay) -> None:
 
 
 def test_a_connection_that_was_being_made_when_the_relay_closed_is_reset(stack: ExitStack, guest: Guest) -> None:
-    dialling, go_on = threading.Event(), threading.Event()
+    dialling, resume_session = threading.Event(), threading.Event()
 
     def dial_slowly(port: int) -> ByteStream:
         dialling.set()
-        assert go_on.wait(_WAIT_S)
+        assert resume_session.wait(_WAIT_S)
         return guest.dial(port)
 
     relay = Relay(dialled(dial_slowly), no_datagrams, ServiceThread)
     client = stack.enter_context(socket.create_connection(relay.publish(_PORT), timeout=_WAIT_S))
     assert dialling.wait(_WAIT_S)
     relay.close()
-    go_on.set()
+    resume_session.set()
     with pytest.raises(ConnectionResetError):
         client.recv(1)
     with pytest.raises(ConnectionResetError):

@@ -16,10 +16,10 @@ from pytest_fcvm.engine.firecracker.requests import DISK_FD, SCRATCH
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import FcvmError
 
-__all__ = ["Home"]
+__all__ = ["VmDir"]
 
 
-class Home:
+class VmDir:
     """The home of a Firecracker in no jail: links lead to what it reads, and it writes files where they belong."""
 
     def __init__(self, directory: Path) -> None:

@@ -12,7 +12,7 @@ from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
-from pytest_fcvm.guest.agent import Agent, TellTime
+from pytest_fcvm.guest.agent import Agent, ClockSource
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
@@ -22,14 +22,14 @@ from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
 
-__all__ = ["Machine", "Publisher", "time_teller"]
+__all__ = ["Publisher", "RunningVm", "clock_source"]
 
 
 _CALL_S = 30.0
 _SETTLE_S, _QUIET_S, _ANSWER_S, _TURNS = 0.5, 0.05, 2.0, 4
 
 
-def time_teller(clock: Clock) -> TellTime | None:
+def clock_source(clock: Clock) -> ClockSource | None:
     """Return what tells the time of day that a machine has when it goes on after it stood still, where it is told."""
     return real_time_ns if clock is Clock.HOST else None
 
@@ -42,8 +42,8 @@ class Publisher(Protocol):
         ...
 
 
-class Machine:
-    """A running VM. `close` gives everything back, in the reverse order in which `also_close` got it.
+class RunningVm:
+    """A running VM. `close` gives everything back, in the reverse order in which `add_cleanup` got it.
 
     Its workload may end with the exit code `may_end_with`; any other end fails whoever waits for it.
     """
@@ -68,12 +68,12 @@ class Machine:
         vm.on_exit(self._vm_ended)
         agent.on_workload_exit(self._workload_ended)
 
-    def also_close(self, closers: Sequence[Callable[[], object]]) -> None:
+    def add_cleanup(self, closers: Sequence[Callable[[], object]]) -> None:
         """Hand over what must be given back when the machine ends."""
         for closer in closers:
             self._closers.callback(closer)
 
-    def also_tell(self, title: str, tell: Callable[[], str]) -> None:
+    def add_evidence(self, title: str, tell: Callable[[], str]) -> None:
         """Add a section to the evidence, left out where it is empty."""
         self._notes[title] = tell
 
@@ -111,14 +111,14 @@ class Machine:
 
     def wake(self, clock: Clock) -> None:
         """Let a paused machine go on, at the time of day that its clock is to have."""
-        self.agent.wake(self.vm.resume, time_teller(clock), timeout_s=_CALL_S)
+        self.agent.wake(self.vm.resume, clock_source(clock), timeout_s=_CALL_S)
 
     def why_silent(self, guest_port: int) -> str:
         """Say why a TCP port gives no answer, "" where something listens. Raise GuestError when nobody can tell."""
         self.raise_if_ended()
         return self.agent.listening(guest_port, timeout_s=_CALL_S).why_silent(guest_port)
 
-    def take_memory(self, mib: int, timeout_s: float) -> int:
+    def inflate_balloon(self, mib: int, timeout_s: float) -> int:
         """Take so much of the guest's memory in all, as far as it gives it in time; return what is taken, in MiB."""
         self.vm.set_balloon(mib)
         wait_until(lambda: self.vm.balloon_mib() == mib, Deadline(timeout_s))
