@@ -1,4 +1,4 @@
-"""The wheel's build hook: compile the guest agents into the package; an editable install gets the host's alone."""
+"""The wheel's build hook: compile the guest agents into the package. An editable install gets only the host's agent."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-_MACHINES = ("x86_64", "aarch64")
+_ARCHITECTURES = ("x86_64", "aarch64")
 
 
 class AgentHook(BuildHookInterface[Any]):
-    """Run guest_image/build before the files of a wheel are collected."""
+    """Run guest_image/build before hatchling collects the files of a wheel."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Build the agents. Elsewhere than on Linux the wheel has none, and says so when a machine is asked for."""
+        """Build the agents. On other systems than Linux the wheel has none, and starting a clone reports that."""
         if self.target_name != "wheel" or sys.platform != "linux":
             return
-        vms = [platform.machine()] if version == "editable" else list(_MACHINES)
+        architectures = [platform.machine()] if version == "editable" else list(_ARCHITECTURES)
         dest = Path(self.root) / "pytest_fcvm" / "agents"
-        _load_builder(Path(self.root) / "guest_image" / "build").build_agents(vms, dest)
-        build_data["artifacts"] += [f"pytest_fcvm/agents/agent-{running}" for running in vms]
+        _load_builder(Path(self.root) / "guest_image" / "build").build_agents(architectures, dest)
+        build_data["artifacts"] += [f"pytest_fcvm/agents/agent-{architecture}" for architecture in architectures]
 
 
 def _load_builder(path: Path) -> Any:

@@ -15,14 +15,14 @@
 
 enum { BACKLOG = 128 };
 
-/* An ACCEPT that no connection has come for yet. */
+/* An ACCEPT that waits for its connection. */
 struct waiting {
     struct stream stream;
     struct listener *listener;
     struct waiting *next;
 };
 
-/* An address that is listened on: from the first ACCEPT for it until the host wants no more of them. */
+/* A listening socket, from the first ACCEPT for its address until no ACCEPT waits. */
 struct listener {
     struct source socket;
     struct target target;
@@ -71,10 +71,10 @@ static bool emit(struct stream *stream)
     return false;
 }
 
-/* The host knows of no connection yet: DATA and EOF would be malformed. */
+/* There is no connection yet: DATA and EOF are malformed. */
 static const struct stream_ops ops = {.emit = emit, .abandon = abandon};
 
-/* Give connections that are there to the ACCEPTs that wait, the oldest first. */
+/* Give the pending connections to the ACCEPTs that wait, the oldest first. */
 static void match(struct listener *listener)
 {
     while (listener->first) {

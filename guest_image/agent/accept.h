@@ -1,4 +1,4 @@
-/* ACCEPT: connections that programs in the guest make to a port, each taken by a stream of the host's. */
+/* ACCEPT: connections that programs in the guest make to a port, each given to a stream of the host. */
 #ifndef FCVM_ACCEPT_H
 #define FCVM_ACCEPT_H
 

@@ -45,10 +45,10 @@ static void load_module(const char *name)
     snprintf(path, sizeof path, "/modules/%s", name);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != EEXIST))
-        report("module %s: %s", name, strerror(errno)); /* what needs it will say so in its turn */
+        report("module %s: %s", name, strerror(errno)); /* whatever requires the module fails later and says so */
     if (fd >= 0)
         close(fd);
-    unlink(path); /* the kernel has its own copy, and memory is dear */
+    unlink(path); /* the kernel has its own copy: free the memory */
 }
 
 void boot_load_modules(void)

@@ -7,11 +7,11 @@
 void boot_mount(void);
 void boot_load_modules(void);
 
-/* More descriptors than 1,024 streams can need. (Process 1 is never chosen when memory runs out, whatever its
- * oom_score_adj: oom_unkillable_task in mm/oom_kill.c. Leaving that at 0 spares every child resetting it.) */
+/* Allow more descriptors than the streams can use. (The agent keeps oom_score_adj at 0, which its children inherit: the
+ * kernel never kills process 1 for memory, see oom_unkillable_task in mm/oom_kill.c.) */
 void boot_raise_limits(void);
 
-/* Wait until `is_there` says so, asking again at every kernel event of a device. False after `seconds`. */
+/* Wait until `is_there` returns true; call it again at every device event of the kernel. False after `seconds`. */
 bool boot_wait_for(bool (*is_there)(const void *argument), const void *argument, int seconds);
 
 #endif

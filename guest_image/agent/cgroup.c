@@ -16,7 +16,7 @@
 #include "stuck.h"
 
 enum { FREEZE_DEADLINE_MS = 5000, LOOK_MS = 100, STUCK_LOOKS = 3 };
-enum { PROCESS_BYTES = 256 << 10 /* more than a small shell takes */ };
+enum { PROCESS_BYTES = 256 << 10 /* more than a small shell uses */ };
 
 #define MOUNTED_AT "/mnt/cgroup"
 
@@ -33,7 +33,7 @@ static void enable_controllers(void)
     static const char *const controllers[] = {"+memory", "+cpu", "+pids", "+io", "+cpuset", "+hugetlb"};
     int fd = open(MOUNTED_AT "/cgroup.subtree_control", O_WRONLY | O_CLOEXEC);
 
-    /* One by one: a controller that this kernel lacks must not cost the others. */
+    /* One by one: a controller that this kernel lacks must not disable the others. */
     for (size_t i = 0; fd >= 0 && i < sizeof controllers / sizeof controllers[0]; i++) {
         ssize_t ignored = write(fd, controllers[i], strlen(controllers[i]));
         (void)ignored;
@@ -42,8 +42,8 @@ static void enable_controllers(void)
         close(fd);
 }
 
-/* A program that makes processes without end gets EAGAIN, before memory runs out for all of them. What the agent starts is
- * not held up: a process that is moved into the group is not counted against its limit. */
+/* A program that forks without end gets EAGAIN before the memory is used up. The limit does not stop the agent: the kernel
+ * does not check it for a process that is moved into the group. */
 static void limit_processes(void)
 {
     char text[24];
@@ -171,7 +171,7 @@ int cgroup_freeze(struct failure *failure)
     struct pollfd change = {.fd = state, .events = POLLPRI};
     int64_t deadline = loop_now_ms() + FREEZE_DEADLINE_MS;
     char names[120] = "";
-    int stuck = 0; /* looks in a row at which nothing but the kernel's work was to be waited for */
+    int stuck = 0; /* consecutive looks at which only tasks inside the kernel were not frozen */
 
     if (frozen || freezer < 0)
         return 0;
@@ -185,7 +185,7 @@ int cgroup_freeze(struct failure *failure)
         ssize_t ignored = pwrite(freezer, "0", 1, 0);
         (void)ignored;
         return fail_with(failure, ETIMEDOUT, "the workload did not freeze within %d ms: %s", FREEZE_DEADLINE_MS,
-                         names[0] ? names : "nobody knows why");
+                         names[0] ? names : "the cause is unknown");
     }
     frozen = true;
     return 0;
@@ -221,7 +221,7 @@ void cgroup_watch_oom(void (*changed)(void))
     memory_events.fd = openat(directory, "memory.events", O_RDONLY | O_CLOEXEC);
     if (memory_events.fd < 0 || loop_add(&memory_events, EPOLLPRI))
         loop_close(&memory_events);
-    cgroup_oom_kills(); /* a change is only told to who has read the state before it */
+    cgroup_oom_kills(); /* the kernel reports a change only to a descriptor that was read before the change */
 }
 
 uint64_t cgroup_oom_kills(void)

@@ -17,15 +17,15 @@ void cgroup_remove(void);
 /* The directory of the group that takes new processes, or -1 where there is none. */
 int cgroup_fd(void);
 
-/* A group inside the workload's, for processes that are not the workload's own: a workload that hands its controllers to
- * groups of its own may then have no processes in its group itself. -1 where there is none. */
+/* A group inside the workload's, for processes that are not the workload's own: a workload that delegates controllers to
+ * groups of its own must have no process in the group itself. -1 where there is none. */
 int cgroup_side_fd(void);
 
-/* The group belongs to an init from now on, and new processes go beside it: one that is already there when the init hands
- * out its controllers keeps it from doing so. */
+/* Put new processes into the side group from now on: the group belongs to an init, which cannot delegate its controllers
+ * while a process is in the group itself. */
 void cgroup_hand_over(void);
 
-/* Move the calling process in. */
+/* Move the calling process into the group. */
 void cgroup_enter(void);
 
 int cgroup_freeze(struct failure *failure);

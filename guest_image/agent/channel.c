@@ -33,7 +33,7 @@ static char port_path[272];
 static void on_channel(struct source *source, uint32_t events)
 {
     (void)source;
-    /* EPOLLHUP tells nothing on a virtio port (a host that left and came back is invisible), so it only means "look". */
+    /* On a virtio port EPOLLHUP does not show that a host left and came back, so it only means "read". */
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
         can_read = true;
     if (events & (EPOLLOUT | EPOLLERR))
@@ -76,7 +76,7 @@ static bool port_has_our_name(const char *port)
     return strcmp(name, PROTOCOL_PORT_NAME) == 0;
 }
 
-/* Our port's name in /dev, or an empty text. */
+/* Put the path of our port into port_path, or an empty text. */
 static bool find_port(const void *argument)
 {
     DIR *ports = opendir("/sys/class/virtio-ports");
@@ -105,7 +105,7 @@ static bool has_virtio_console(void)
     return found;
 }
 
-/* The device tells its ports and their names in messages that arrive after its driver has started. */
+/* The device announces its ports and their names after its driver has started. */
 static int open_virtio_port(void)
 {
     if (!has_virtio_console() || !boot_wait_for(find_port, NULL, PORT_WAIT_S))
@@ -141,6 +141,7 @@ void channel_find(void)
         adopt(fd);
     } else {
         kind = CHANNEL_VSOCK;
+        report_power_off_by_reset();
         listen_on_vsock();
     }
 }
@@ -151,11 +152,6 @@ void channel_use(int fd)
     fcntl(fd, F_SETFL, O_NONBLOCK);
     fcntl(fd, F_SETFD, FD_CLOEXEC);
     adopt(fd);
-}
-
-bool channel_is_vsock(void)
-{
-    return kind == CHANNEL_VSOCK;
 }
 
 bool channel_can_read(void)

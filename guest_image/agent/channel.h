@@ -8,13 +8,12 @@
 
 void channel_find(void);
 void channel_use(int fd);
-bool channel_is_vsock(void);
 
-/* Whether a read or write may get anywhere; cleared by EAGAIN, set again by the next edge. */
+/* Whether a read or write may succeed: false after EAGAIN, true after the next event. */
 bool channel_can_read(void);
 bool channel_can_write(void);
 
-/* Bytes moved, or 0 when nothing can be moved now. A port that no host has open reads as 0 as well. */
+/* Bytes moved, or 0 when nothing can be moved now. A port that no host has open also reads as 0. */
 size_t channel_read(void *bytes, size_t size);
 size_t channel_write(const void *bytes, size_t size);
 

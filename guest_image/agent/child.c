@@ -15,14 +15,14 @@
 #include "report.h"
 
 enum {
-    NOTICES = 2 * PROTOCOL_STREAMS_MAX + 2, /* of streams, of as many that end or are detached, of the workload */
+    CHILDREN_MAX = 2 * PROTOCOL_STREAMS_MAX + 2, /* one a stream, as many that end or are detached, the workload, a hook */
     HANG_UP_MS = 1000
 };
 
 static void on_signal(struct source *source, uint32_t events);
 static void kill_overdue(void);
 
-static struct notice *notices;
+static struct child_status *statuses;
 static struct child *children;
 static struct source signals = {.fd = -1, .ready = on_signal};
 static struct alarm kill_alarm = {.ring = kill_overdue};
@@ -31,9 +31,9 @@ void child_open(void)
 {
     sigset_t all;
 
-    notices = mmap(NULL, NOTICES * sizeof *notices, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (notices == MAP_FAILED)
-        report_fatal("mmap", "notices");
+    statuses = mmap(NULL, CHILDREN_MAX * sizeof *statuses, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (statuses == MAP_FAILED)
+        report_fatal("mmap", "statuses");
     signal(SIGPIPE, SIG_IGN);
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
@@ -44,29 +44,29 @@ void child_open(void)
         report_fatal("signalfd", "");
 }
 
-static struct notice *take_notice(void)
+static struct child_status *take_status(void)
 {
-    for (unsigned i = 0; i < NOTICES; i++) {
-        if (notices[i].used)
+    for (unsigned i = 0; i < CHILDREN_MAX; i++) {
+        if (statuses[i].used)
             continue;
-        notices[i] = (struct notice){.used = 1};
-        return &notices[i];
+        statuses[i] = (struct child_status){.used = 1};
+        return &statuses[i];
     }
     return NULL;
 }
 
 void child_release(struct child *child)
 {
-    if (child->notice)
-        child->notice->used = 0;
-    child->notice = NULL;
+    if (child->status)
+        child->status->used = 0;
+    child->status = NULL;
 }
 
 int child_start(struct child *child, struct launch *how, struct failure *failure)
 {
-    child->notice = how->notice = take_notice();
-    if (!child->notice)
-        return fail_with(failure, EAGAIN, "%d processes run already", NOTICES);
+    child->status = how->status = take_status();
+    if (!child->status)
+        return fail_with(failure, EAGAIN, "%d processes run already", CHILDREN_MAX);
     child->pid = launch(how, failure);
     if (child->pid < 0) {
         child->pid = 0;
@@ -89,20 +89,20 @@ static void finish(struct child *child)
     if (child->next)
         child->next->previous = child->previous;
     child->pid = 0;
-    child->ended(child, child->status);
+    child->ended(child, child->wait_status);
 }
 
-static void reap(pid_t pid, int status)
+static void reap(pid_t pid, int wait_status)
 {
     struct child *child = children;
 
     while (child && (child->pid != pid || child->reaped))
         child = child->next;
     if (!child)
-        return; /* an orphan that became ours */
+        return; /* an orphan that process 1 inherited */
     child->reaped = true;
-    child->status = status;
-    /* Hung up, but others of its group are still about: they have the rest of the second. */
+    child->wait_status = wait_status;
+    /* It got SIGHUP, but others of its process group still run: they have the rest of the second. */
     if (child->kill_at && kill(-pid, 0) == 0)
         return;
     finish(child);
@@ -111,22 +111,22 @@ static void reap(pid_t pid, int status)
 static void on_signal(struct source *source, uint32_t events)
 {
     struct signalfd_siginfo information[16];
-    int status;
+    int wait_status;
     pid_t pid;
 
     (void)events;
     while (read(source->fd, information, sizeof information) > 0)
         ;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-        reap(pid, status);
+    while ((pid = waitpid(-1, &wait_status, WNOHANG)) > 0)
+        reap(pid, wait_status);
 }
 
 void child_reap_now(struct child *child)
 {
-    int status;
+    int wait_status;
 
-    if (waitpid(child->pid, &status, 0) == child->pid)
-        reap(child->pid, status);
+    if (waitpid(child->pid, &wait_status, 0) == child->pid)
+        reap(child->pid, wait_status);
 }
 
 void child_hang_up(struct child *child)
@@ -161,12 +161,12 @@ static void kill_overdue(void)
         loop_set_alarm(&kill_alarm, next_at);
 }
 
-void child_put_status(struct reply *reply, const struct child *child, int status)
+void child_put_end(struct reply *reply, const struct child *child)
 {
-    if (WIFSIGNALED(status))
-        reply_number(reply, FIELD_EXIT_SIGNAL, (uint64_t)WTERMSIG(status));
+    if (WIFSIGNALED(child->wait_status))
+        reply_number(reply, FIELD_EXIT_SIGNAL, (uint64_t)WTERMSIG(child->wait_status));
     else
-        reply_number(reply, FIELD_EXIT_CODE, (uint64_t)WEXITSTATUS(status));
-    if (child->notice && child->notice->text[0])
-        reply_text(reply, FIELD_MESSAGE, child->notice->text);
+        reply_number(reply, FIELD_EXIT_CODE, (uint64_t)WEXITSTATUS(child->wait_status));
+    if (child->status && child->status->text[0])
+        reply_text(reply, FIELD_MESSAGE, child->status->text);
 }

@@ -1,4 +1,4 @@
-/* Child processes: their notices, their ends, and killing those that nobody wants any more. */
+/* Child processes: starting and reaping them, and killing those that are no longer wanted. */
 #ifndef FCVM_CHILD_H
 #define FCVM_CHILD_H
 
@@ -8,31 +8,31 @@
 
 struct child {
     pid_t pid; /* also its process group; 0 when not running */
-    int64_t kill_at; /* 0: not hung up */
+    int64_t kill_at; /* 0: no SIGHUP was sent */
     bool reaped;
-    int status;
-    void (*ended)(struct child *child, int status);
-    struct notice *notice;
+    int wait_status;
+    void (*ended)(struct child *child, int wait_status);
+    struct child_status *status;
     struct child *next, *previous;
 };
 
-/* Begin reaping: SIGCHLD comes as an event. Also makes the memory that notices live in. */
+/* Begin reaping: SIGCHLD comes as an event. Also map the memory of every struct child_status. */
 void child_open(void);
 
-/* Launch and list it; on failure nothing is left over. */
+/* Launch a child and list it. A failure leaves nothing behind. */
 int child_start(struct child *child, struct launch *how, struct failure *failure);
 
-/* Forget the notice of a child that has ended. */
+/* Release the status of a child that has ended. */
 void child_release(struct child *child);
 
-/* Wait for its end while the event loop stands still. */
+/* Wait for the end of a child, without the event loop. */
 void child_reap_now(struct child *child);
 
-/* SIGHUP to its process group now, SIGKILL after a second. */
+/* Send SIGHUP to the process group now, and SIGKILL after a second. */
 void child_hang_up(struct child *child);
 
-/* EXIT_CODE or EXIT_SIGNAL, and the MESSAGE of a child that could not start. */
+/* Put in EXIT_CODE or EXIT_SIGNAL, and the MESSAGE of a child that could not start. */
 struct reply;
-void child_put_status(struct reply *reply, const struct child *child, int status);
+void child_put_end(struct reply *reply, const struct child *child);
 
 #endif

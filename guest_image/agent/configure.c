@@ -40,7 +40,7 @@ int configure(const struct body *body, struct reply *reply, struct failure *fail
         return -1;
     if (cgroup_make(cgroup_name, failure) || names_configure(body, failure) || network_configure(body, failure))
         return -1;
-    if (limits_configure(body, failure)) /* behind the network, of whose cards there are settings */
+    if (limits_configure(body, failure)) /* after the network: there are sysctls of its NICs */
         return -1;
     sockets_probe();
     return 0;

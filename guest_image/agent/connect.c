@@ -16,30 +16,30 @@
 #include "loop.h"
 #include "output.h"
 #include "protocol.h"
-#include "sink.h"
+#include "write_buffer.h"
 #include "streams.h"
 
 struct connection {
     struct stream stream;
     struct source socket;
-    struct sink sink; /* held until the connection stands */
-    int error;        /* what ended it, when the end was not orderly */
-    bool owes_reply;  /* it stands, and the host has not been told */
-    bool spoken_to;   /* the host has sent something */
+    struct write_buffer buffer; /* held until the socket is connected */
+    int error;        /* an errno, when the end was not orderly */
+    bool owes_reply;  /* it is connected, and the REPLY is not sent */
+    bool has_input;   /* the host has sent something */
     bool readable;
     bool output_ended; /* EOF was sent to the host */
-    bool input_shut;   /* EOF of the host was passed on */
+    bool input_shut;   /* the host's EOF was passed on */
 };
 
 static void finish(struct connection *connection)
 {
     loop_close(&connection->socket);
-    sink_free(&connection->sink);
+    write_buffer_free(&connection->buffer);
     streams_end(&connection->stream);
     loop_free(connection);
 }
 
-/* Close so that the guest sees a reset, as it would from a peer that went away. */
+/* Close so that the program in the guest sees a reset, as from a peer that went away. */
 static void reset(struct connection *connection)
 {
     const struct linger at_once = {.l_onoff = 1, .l_linger = 0};
@@ -68,13 +68,13 @@ static void refuse(struct connection *connection)
     finish(connection);
 }
 
-/* Pass on what the host sent; its EOF follows the last byte. */
+/* Pass on what the host sent, and the host's EOF after the last byte. */
 static void push_input(struct connection *connection)
 {
-    bool is_empty = sink_flush(&connection->sink);
+    bool is_empty = write_buffer_flush(&connection->buffer);
 
-    if (connection->sink.is_broken && !connection->error)
-        connection->error = connection->sink.error;
+    if (connection->buffer.is_broken && !connection->error)
+        connection->error = connection->buffer.error;
     if (connection->error) {
         streams_ready(&connection->stream);
     } else if (connection->stream.input_ended && is_empty && !connection->input_shut) {
@@ -84,9 +84,9 @@ static void push_input(struct connection *connection)
     }
 }
 
-static void stands(struct connection *connection)
+static void on_connected(struct connection *connection)
 {
-    connection->sink.is_held = false;
+    connection->buffer.is_held = false;
     connection->owes_reply = true;
     streams_ready(&connection->stream);
 }
@@ -97,14 +97,14 @@ static void on_socket(struct source *source, uint32_t events)
 
     if (events & EPOLLERR)
         take_error(connection);
-    if (connection->sink.is_held) {
+    if (connection->buffer.is_held) {
         if (connection->error) {
             refuse(connection);
             return;
         }
         if (!(events & EPOLLOUT))
             return; /* not connected yet */
-        stands(connection);
+        on_connected(connection);
     }
     if (events & EPOLLOUT)
         push_input(connection);
@@ -118,9 +118,9 @@ static void on_data(struct stream *stream, const unsigned char *bytes, size_t le
 {
     struct connection *connection = (struct connection *)stream;
 
-    connection->spoken_to = true;
-    sink_put(&connection->sink, bytes, length);
-    if (connection->sink.is_broken)
+    connection->has_input = true;
+    write_buffer_put(&connection->buffer, bytes, length);
+    if (connection->buffer.is_broken)
         push_input(connection);
 }
 
@@ -128,7 +128,7 @@ static void on_eof(struct stream *stream)
 {
     struct connection *connection = (struct connection *)stream;
 
-    if (!connection->sink.is_held)
+    if (!connection->buffer.is_held)
         push_input(connection);
 }
 
@@ -138,7 +138,7 @@ static void close_with_error(struct connection *connection)
     finish(connection);
 }
 
-/* Read one frame's worth. True when a frame was put out. */
+/* Read at most one frame from the socket. True: a frame was sent. */
 static bool send_output(struct connection *connection)
 {
     size_t size;
@@ -164,12 +164,13 @@ static bool send_output(struct connection *connection)
     return true;
 }
 
-/* Where the host has spoken at once, its answer goes along with the peer's: each word to the host wakes three processes. */
-static bool tell_that_it_stands(struct connection *connection)
+/* Where the host has sent DATA already, send the REPLY together with the peer's answer: each write to the host wakes three
+ * processes. */
+static bool send_connected(struct connection *connection)
 {
     static const unsigned char no_error[4];
 
-    if (connection->spoken_to && !connection->readable && !connection->error)
+    if (connection->has_input && !connection->readable && !connection->error)
         return false;
     output_in_turn(FRAME_REPLY, connection->stream.id, no_error, sizeof no_error);
     connection->owes_reply = false;
@@ -181,10 +182,10 @@ static bool emit(struct stream *stream)
     struct connection *connection = (struct connection *)stream;
 
     if (connection->owes_reply)
-        return tell_that_it_stands(connection);
+        return send_connected(connection);
     if (send_output(connection))
         return true;
-    /* A reset is told after what came before it. */
+    /* Send CLOSE after all that came before the reset. */
     if (connection->error && !connection->readable)
         close_with_error(connection);
     else if (connection->output_ended && connection->input_shut)
@@ -207,8 +208,8 @@ static struct connection *make(uint32_t id, int fd)
     if (!connection)
         return NULL;
     connection->socket = (struct source){.fd = fd, .ready = on_socket};
-    connection->sink =
-        (struct sink){.stream = &connection->stream, .source = &connection->socket, .is_held = true};
+    connection->buffer =
+        (struct write_buffer){.stream = &connection->stream, .source = &connection->socket, .is_held = true};
     if (loop_add(&connection->socket, EPOLLIN | EPOLLOUT | EPOLLRDHUP)) {
         free(connection);
         return NULL;
@@ -231,7 +232,7 @@ void connect_adopt(uint32_t id, int fd)
 
     send_at_once(fd);
     if (make(id, fd))
-        return; /* the REPLY follows at once: it stands */
+        return; /* connected: the REPLY follows at once */
     reply_text(&reply, FIELD_MESSAGE, text);
     output_reply(id, ENOMEM, reply.bytes, reply.used);
     close(fd);
@@ -251,8 +252,8 @@ static int open_connection(uint32_t id, const struct body *body, struct failure 
         fail(failure, "connect", "");
     else if ((connection = make(id, fd))) {
         if (poll(&event, 1, 0) == 1 && event.revents == POLLOUT)
-            stands(connection); /* at once, as peers inside of the guest do */
-        return 0;               /* the REPLY follows when it does */
+            on_connected(connection); /* at once, as peers inside the guest do */
+        return 0;                     /* otherwise the REPLY follows the connection */
     } else
         fail_with(failure, ENOMEM, "no memory for a connection");
     close(fd);

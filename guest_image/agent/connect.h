@@ -6,7 +6,7 @@
 
 int connect_open(uint32_t id, const struct body *body, struct failure *failure);
 
-/* Make a connection that stands a stream's, and reply. */
+/* Give a connected socket to a stream, and reply. */
 void connect_adopt(uint32_t id, int fd);
 
 #endif

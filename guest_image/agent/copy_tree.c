@@ -23,14 +23,14 @@ struct linked {
 
 static struct linked *linked;
 
-typedef int visit(int folder, const char *name, const struct stat *status, void *with);
+typedef int visit(int directory, const char *name, const struct stat *status, void *with);
 
 /* Call `each` for every name in a directory until one fails. */
-static int walk(int folder, visit *each, void *with)
+static int walk(int directory, visit *each, void *with)
 {
     struct dirent *item;
     struct stat status;
-    int result = 0, again = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int result = 0, again = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *listing = again < 0 ? NULL : fdopendir(again);
 
     if (!listing)
@@ -38,14 +38,14 @@ static int walk(int folder, visit *each, void *with)
     while (result == 0 && (item = readdir(listing))) {
         if (strcmp(item->d_name, ".") == 0 || strcmp(item->d_name, "..") == 0)
             continue;
-        result = fstatat(folder, item->d_name, &status, AT_SYMLINK_NOFOLLOW) ? -1
-                                                                              : each(folder, item->d_name, &status, with);
+        result = fstatat(directory, item->d_name, &status, AT_SYMLINK_NOFOLLOW) ? -1
+                                                                              : each(directory, item->d_name, &status, with);
     }
     closedir(listing);
     return result;
 }
 
-static int measure_one(int folder, const char *name, const struct stat *status, void *with)
+static int measure_one(int directory, const char *name, const struct stat *status, void *with)
 {
     struct tree_size *size = with;
 
@@ -53,7 +53,7 @@ static int measure_one(int folder, const char *name, const struct stat *status, 
     size->bytes += S_ISREG(status->st_mode) ? (uint64_t)status->st_size : 0;
     if (!S_ISDIR(status->st_mode))
         return 0;
-    int below = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int below = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     int result = below < 0 ? -1 : walk(below, measure_one, size);
     if (below >= 0)
         close(below);
@@ -66,7 +66,7 @@ int copy_tree_measure(int from, struct tree_size *size)
     return walk(from, measure_one, size);
 }
 
-/* Those of the overlay's own bookkeeping are not the image's. */
+/* Attributes of the overlay's bookkeeping do not belong to the image. */
 static int copy_attributes(int from, int to)
 {
     static char names[VALUE_MAX], value[VALUE_MAX];
@@ -101,7 +101,7 @@ static int copy_bytes(int from, int to, uint64_t left)
     return 0;
 }
 
-static bool link_known(const struct stat *status, int folder, const char *name)
+static bool link_known(const struct stat *status, int directory, const char *name)
 {
     char path[64];
 
@@ -109,7 +109,7 @@ static bool link_known(const struct stat *status, int folder, const char *name)
         if (known->inode != status->st_ino)
             continue;
         snprintf(path, sizeof path, "/proc/self/fd/%d", known->copy);
-        return linkat(AT_FDCWD, path, folder, name, AT_SYMLINK_FOLLOW) == 0;
+        return linkat(AT_FDCWD, path, directory, name, AT_SYMLINK_FOLLOW) == 0;
     }
     return false;
 }
@@ -119,7 +119,7 @@ static void remember(const struct stat *status, int copy)
     struct linked *known = malloc(sizeof *known);
 
     if (!known)
-        return; /* then it is copied twice */
+        return; /* the file is copied twice */
     *known = (struct linked){.inode = status->st_ino, .copy = dup(copy), .next = linked};
     linked = known;
 }
@@ -134,11 +134,11 @@ static void forget_links(void)
     }
 }
 
-static int copy_file(int folder, const char *name, int to, const struct stat *status)
+static int copy_file(int directory, const char *name, int to, const struct stat *status)
 {
     if (status->st_nlink > 1 && link_known(status, to, name))
         return 0;
-    int source = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    int source = openat(directory, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
     int copy = openat(to, name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     int result = source < 0 || copy < 0 || copy_bytes(source, copy, (uint64_t)status->st_size) ||
                          copy_properties(source, copy, status)
@@ -153,7 +153,7 @@ static int copy_file(int folder, const char *name, int to, const struct stat *st
     return result;
 }
 
-static int copy_other(int folder, const char *name, int to, const struct stat *status)
+static int copy_other(int directory, const char *name, int to, const struct stat *status)
 {
     const struct timespec times[2] = {status->st_atim, status->st_mtim};
     static char target[LINK_MAX];
@@ -161,7 +161,7 @@ static int copy_other(int folder, const char *name, int to, const struct stat *s
     if (S_ISSOCK(status->st_mode))
         return 0;
     if (S_ISLNK(status->st_mode)) {
-        ssize_t length = readlinkat(folder, name, target, sizeof target - 1);
+        ssize_t length = readlinkat(directory, name, target, sizeof target - 1);
         target[length < 0 ? 0 : length] = 0;
         if (length < 0 || symlinkat(target, to, name))
             return -1;
@@ -177,16 +177,16 @@ static int copy_other(int folder, const char *name, int to, const struct stat *s
 
 static int copy_directory(int from, int to);
 
-static int copy_one(int folder, const char *name, const struct stat *status, void *with)
+static int copy_one(int directory, const char *name, const struct stat *status, void *with)
 {
     int to = *(int *)with;
 
     if (S_ISREG(status->st_mode))
-        return copy_file(folder, name, to, status);
+        return copy_file(directory, name, to, status);
     if (!S_ISDIR(status->st_mode))
-        return copy_other(folder, name, to, status);
+        return copy_other(directory, name, to, status);
     int made = mkdirat(to, name, 0700) ? -1 : openat(to, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    int below = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int below = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     int result = made < 0 || below < 0 ? -1 : copy_directory(below, made);
     if (made >= 0)
         close(made);

@@ -14,7 +14,7 @@
 
 enum { PREFIX = 2, DATAGRAM_MAX = 65535 };
 
-/* Datagrams of any size come in a stream of bytes, each behind its length: u16, little-endian. */
+/* The stream carries each datagram behind its length: u16, little-endian. */
 struct packet {
     unsigned char bytes[PREFIX + DATAGRAM_MAX];
     size_t start, end;
@@ -22,10 +22,10 @@ struct packet {
 
 struct datagrams {
     struct stream stream;
-    struct source socket; /* not connected: an answer may come from another address of the guest than it was sent to */
+    struct source socket; /* not connected: an answer may come from another address of the guest */
     struct target target;
-    struct packet from_host; /* what has come of it */
-    struct packet to_host;   /* what was not sent of it */
+    struct packet from_host; /* the part that has arrived */
+    struct packet to_host;   /* the part that is not sent yet */
     bool readable;
 };
 
@@ -46,7 +46,7 @@ static size_t length_of(const struct packet *packet)
     return packet->end < PREFIX ? PREFIX : PREFIX + (size_t)(packet->bytes[0] | packet->bytes[1] << 8);
 }
 
-/* A datagram that the network cannot take is lost. */
+/* Drop a datagram that the network does not accept. */
 static void deliver(struct datagrams *datagrams)
 {
     const struct packet *packet = &datagrams->from_host;

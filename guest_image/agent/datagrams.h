@@ -1,4 +1,4 @@
-/* CONNECT with PROTO udp: datagrams to one port of the workload and back, as one peer on its network would send them. */
+/* CONNECT with PROTO udp: datagrams to one port of the workload and back, as from one peer on its network. */
 #ifndef FCVM_DATAGRAMS_H
 #define FCVM_DATAGRAMS_H
 

@@ -34,7 +34,7 @@ static int choose_host(const struct body *body, struct inet *host, struct failur
     return 0;
 }
 
-/* Come from the gateway's address, where that is the guest's own. */
+/* Bind to the gateway's address, where the guest has that address. */
 static int choose_source(int fd, const struct inet *host, struct failure *failure)
 {
     const int on = 1;

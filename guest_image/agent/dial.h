@@ -1,4 +1,4 @@
-/* Sockets for ports of the workload, as a peer on its network would have them. */
+/* Sockets for ports of the workload, as a peer on its network would use them. */
 #ifndef FCVM_DIAL_H
 #define FCVM_DIAL_H
 
@@ -16,7 +16,7 @@ struct target {
     socklen_t size;
 };
 
-/* A non-blocking socket of a type from which PORT at ADDRESS, the target, can be reached; -1 where there is none. */
+/* Return a non-blocking socket from which the target, PORT at ADDRESS, can be reached; -1: there is none. */
 int dial(const struct body *body, int type, struct target *target, struct failure *failure);
 
 #endif

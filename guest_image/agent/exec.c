@@ -2,98 +2,75 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "cgroup.h"
 #include "child.h"
-#include "ends.h"
-#include "kept.h"
+#include "child_stdio.h"
 #include "loop.h"
 #include "namespaces.h"
 #include "output.h"
+#include "program_output.h"
 #include "protocol.h"
-#include "sink.h"
-#include "spill.h"
 #include "streams.h"
 #include "tar.h"
 #include "terminal.h"
+#include "write_buffer.h"
 
 enum { DETACHED = 1, ON_TERMINAL = 2 };
 enum { ENDED_MAX = 16 };
-
-/* A pipe that the process writes and we read. */
-struct drain {
-    struct source source;
-    struct exec *exec;
-    struct kept kept; /* what it wrote while nobody listened */
-    bool readable;
-    uint32_t left; /* once the process has ended: what was in the pipe then */
-};
 
 struct exec {
     struct stream stream;
     struct child child;
     struct source input;
-    struct sink sink;
-    struct drain drains[2];
-    uint8_t turn; /* the drain to ask first */
-    uint64_t oom_kills; /* of the workload and all commands, before it */
-    bool is_detached;   /* it goes on whatever becomes of its stream */
-    bool is_transfer; /* of files, of no use without its stream */
+    struct write_buffer buffer;
+    struct program_output outputs[2];
+    uint8_t turn; /* the output to ask first */
+    uint64_t oom_kills; /* of the workload and all commands, before this one */
+    bool is_detached;   /* the process goes on without its stream */
+    bool is_transfer;   /* of files, of no use without its stream */
     bool has_terminal;
     bool has_ended;
     bool is_orphan; /* the stream is gone */
-    bool lives_on;  /* and another one may come */
+    bool lives_on;  /* the process goes on without a stream, and ATTACH may give it another one */
     struct exec *next_orphan;
 };
 
-static struct exec *orphans; /* of those that live on, the latest first */
-
-/* What the process has left running may write there still, and a closed pipe would kill it. */
-static void leave_output(struct drain *drain)
-{
-    if (drain->source.fd < 0)
-        return;
-    if (drain->exec->has_terminal || drain->exec->is_transfer)
-        loop_close(&drain->source);
-    else
-        spill_take(&drain->source);
-}
+static struct exec *orphans; /* those that live on, the latest first */
 
 static void close_pipes(struct exec *exec)
 {
     loop_close(&exec->input);
-    leave_output(&exec->drains[0]);
-    leave_output(&exec->drains[1]);
-    kept_free(&exec->drains[0].kept);
-    kept_free(&exec->drains[1].kept);
-    sink_free(&exec->sink);
+    for (int i = 0; i < 2; i++) {
+        program_output_leave(&exec->outputs[i]);
+        ring_free(&exec->outputs[i].ring);
+    }
+    write_buffer_free(&exec->buffer);
 }
 
-static void give_back(struct exec *exec)
+static void release(struct exec *exec)
 {
     close_pipes(exec);
     child_release(&exec->child);
     loop_free(exec);
 }
 
-/* Close stdin once the host has ended it and everything is written. */
+/* Close stdin once the host has sent EOF and everything is written. */
 static void settle_input(struct exec *exec)
 {
-    bool is_empty = sink_flush(&exec->sink);
+    bool is_empty = write_buffer_flush(&exec->buffer);
 
-    if (exec->sink.is_broken || (exec->stream.input_ended && is_empty))
+    if (exec->buffer.is_broken || (exec->stream.input_ended && is_empty))
         loop_close(&exec->input);
 }
 
-/* Of those that have ended and that nobody may ever ask for, only so many are kept. */
+/* Keep only the latest ENDED_MAX of those that have ended: the host may never attach to them. */
 static void forget_old_orphans(void)
 {
     unsigned ended = 0;
@@ -104,7 +81,7 @@ static void forget_old_orphans(void)
         ended += exec->has_ended;
         if (exec->has_ended && ended > ENDED_MAX) {
             *link = exec->next_orphan;
-            give_back(exec);
+            release(exec);
         } else {
             link = &exec->next_orphan;
         }
@@ -121,51 +98,34 @@ static void on_input(struct source *source, uint32_t events)
     struct exec *exec = of_input(source);
 
     if (events & EPOLLERR)
-        exec->sink.is_broken = true;
+        exec->buffer.is_broken = true;
     settle_input(exec);
-}
-
-static void keep_output(struct drain *drain)
-{
-    ssize_t got = kept_fill(&drain->kept, drain->source.fd);
-
-    if (got == 0)
-        loop_close(&drain->source);
-    else if (got > 0)
-        loop_again(&drain->source, EPOLLIN); /* one that writes without end must not keep the agent here */
 }
 
 static void on_output(struct source *source, uint32_t events)
 {
-    struct drain *drain = (struct drain *)source;
+    struct program_output *output = (struct program_output *)source;
 
     (void)events;
-    drain->readable = true;
-    if (drain->exec->is_orphan)
-        keep_output(drain);
+    output->is_readable = true;
+    if (output->owner->is_orphan)
+        program_output_keep(output);
     else
-        streams_ready(&drain->exec->stream);
+        streams_ready(&output->owner->stream);
 }
 
-static void on_end(struct child *child, int status)
+static void on_end(struct child *child, int wait_status)
 {
     struct exec *exec = (struct exec *)(void *)((char *)child - offsetof(struct exec, child));
 
-    (void)status;
+    (void)wait_status;
     exec->has_ended = true;
     if (exec->is_orphan && !exec->lives_on) {
-        give_back(exec);
+        release(exec);
         return;
     }
-    /* Grandchildren may hold the pipes for ever: only what is in them now still belongs to the process. Its terminal was
-     * hung up with it, and ends by itself, after what may still be on its way through the kernel. */
-    for (int i = 0; i < 2; i++) {
-        int waiting = exec->has_terminal ? INT_MAX : 0;
-        if (exec->drains[i].source.fd >= 0 && !exec->has_terminal)
-            ioctl(exec->drains[i].source.fd, FIONREAD, &waiting);
-        exec->drains[i].left = (uint32_t)waiting;
-        exec->drains[i].readable = true;
-    }
+    for (int i = 0; i < 2; i++)
+        program_output_end(&exec->outputs[i], exec->has_terminal);
     if (exec->is_orphan)
         forget_old_orphans();
     else
@@ -176,8 +136,8 @@ static void on_data(struct stream *stream, const unsigned char *bytes, size_t le
 {
     struct exec *exec = (struct exec *)stream;
 
-    sink_put(&exec->sink, bytes, length);
-    if (exec->sink.is_broken)
+    write_buffer_put(&exec->buffer, bytes, length);
+    if (exec->buffer.is_broken)
         loop_close(&exec->input);
 }
 
@@ -187,7 +147,7 @@ static void on_eof(struct stream *stream)
     struct exec *exec = (struct exec *)stream;
 
     if (exec->has_terminal && exec->input.fd >= 0)
-        sink_put(&exec->sink, &typed, 1);
+        write_buffer_put(&exec->buffer, &typed, 1);
     settle_input(exec);
 }
 
@@ -196,7 +156,7 @@ static void on_resize(struct stream *stream, uint16_t rows, uint16_t columns)
     struct exec *exec = (struct exec *)stream;
 
     if (exec->has_terminal)
-        terminal_resize(exec->drains[0].source.fd, (struct terminal_size){.rows = rows, .columns = columns});
+        terminal_resize(exec->outputs[0].source.fd, (struct terminal_size){.rows = rows, .columns = columns});
 }
 
 static void on_signal(struct stream *stream, int number)
@@ -207,70 +167,17 @@ static void on_signal(struct stream *stream, int number)
         kill(-exec->child.pid, number);
 }
 
-/* The same of what it wrote while nobody listened. */
-static bool send_kept(struct exec *exec, uint8_t channel)
-{
-    size_t size;
-    unsigned char *place = output_data_place(&size);
-
-    if (size > exec->stream.may_send[channel])
-        size = (size_t)exec->stream.may_send[channel];
-    size = kept_take(&exec->drains[channel].kept, place, size);
-    if (!size)
-        return false;
-    exec->stream.may_send[channel] -= size;
-    output_data(exec->stream.id, channel, size);
-    return true;
-}
-
-/* Send one frame of what the process wrote, if there is any and the host may be sent it. */
-static bool send_output(struct exec *exec, uint8_t channel)
-{
-    struct drain *drain = &exec->drains[channel];
-    size_t size;
-    unsigned char *place = output_data_place(&size);
-
-    if (drain->kept.used)
-        return send_kept(exec, channel);
-    if (drain->source.fd < 0 || !drain->readable)
-        return false;
-    if (exec->has_ended && size > drain->left)
-        size = drain->left;
-    if (exec->has_ended && !size)
-        leave_output(drain);
-    if (size > exec->stream.may_send[channel])
-        size = (size_t)exec->stream.may_send[channel];
-    if (!size)
-        return false;
-    ssize_t got = read(drain->source.fd, place, size);
-    if (got > 0) {
-        exec->stream.may_send[channel] -= (uint64_t)got;
-        drain->left -= exec->has_ended ? (uint32_t)got : 0;
-        output_data(exec->stream.id, channel, (size_t)got);
-        return true;
-    }
-    drain->readable = false;
-    if (got < 0 && !exec->has_ended)
-        return false;
-    if (got < 0)
-        leave_output(drain);
-    else
-        loop_close(&drain->source);
-    output_in_turn(FRAME_EOF, exec->stream.id, &channel, 1);
-    return true;
-}
-
 static void send_exit(struct exec *exec)
 {
     struct reply fields = {0};
 
-    child_put_status(&fields, &exec->child, exec->child.status);
+    child_put_end(&fields, &exec->child);
     uint64_t oom_kills = cgroup_oom_kills();
     if (oom_kills > exec->oom_kills)
         reply_number(&fields, FIELD_OOM_KILLS, oom_kills - exec->oom_kills);
     output_in_turn(FRAME_EXIT, exec->stream.id, fields.bytes, fields.used);
     streams_end(&exec->stream);
-    give_back(exec);
+    release(exec);
 }
 
 static bool emit(struct stream *stream)
@@ -279,12 +186,12 @@ static bool emit(struct stream *stream)
 
     for (uint8_t i = 0; i < 2; i++) {
         uint8_t channel = exec->turn ^ i;
-        if (send_output(exec, channel)) {
+        if (program_output_send(&exec->outputs[channel], stream, channel)) {
             exec->turn = channel ^ 1;
             return true;
         }
     }
-    if (exec->has_ended && exec->drains[0].source.fd < 0 && exec->drains[1].source.fd < 0)
+    if (exec->has_ended && exec->outputs[0].source.fd < 0 && exec->outputs[1].source.fd < 0)
         send_exit(exec);
     return false;
 }
@@ -302,13 +209,13 @@ static void abandon(struct stream *stream, enum streams_ending why)
     exec->is_orphan = true;
     exec->lives_on = lives_on(exec, why);
     if (exec->has_ended && !exec->lives_on) {
-        give_back(exec);
+        release(exec);
         return;
     }
     loop_close(&exec->input);
-    for (int i = 0; i < 2; i++)
-        if (exec->drains[i].source.fd >= 0 && !exec->has_ended)
-            keep_output(&exec->drains[i]); /* not closed: what it says about the hang-up must not kill it */
+    for (int i = 0; i < 2; i++) /* not closed: a process that writes about its SIGHUP must not get SIGPIPE */
+        if (exec->outputs[i].source.fd >= 0 && !exec->has_ended)
+            program_output_keep(&exec->outputs[i]);
     if (exec->lives_on) {
         exec->next_orphan = orphans;
         orphans = exec;
@@ -323,22 +230,24 @@ static const struct stream_ops ops = {
 static int watch(struct exec *exec, int pipes[3][2])
 {
     exec->input = (struct source){.fd = pipes[0][PARENT], .ready = on_input};
-    exec->sink = (struct sink){.stream = &exec->stream, .source = &exec->input};
+    exec->buffer = (struct write_buffer){.stream = &exec->stream, .source = &exec->input};
     for (int i = 0; i < 2; i++)
-        exec->drains[i] =
-            (struct drain){.source = {.fd = pipes[i + 1][PARENT], .ready = on_output}, .exec = exec, .readable = true};
+        exec->outputs[i] = (struct program_output){.source = {.fd = pipes[i + 1][PARENT], .ready = on_output},
+                                                   .owner = exec,
+                                                   .is_readable = true,
+                                                   .closes_at_end = exec->has_terminal || exec->is_transfer};
     if (loop_add(&exec->input, EPOLLOUT))
         return -1;
-    if (loop_add(&exec->drains[0].source, EPOLLIN))
+    if (loop_add(&exec->outputs[0].source, EPOLLIN))
         return -1;
-    return exec->has_terminal ? 0 : loop_add(&exec->drains[1].source, EPOLLIN);
+    return exec->has_terminal ? 0 : loop_add(&exec->outputs[1].source, EPOLLIN);
 }
 
 static int start(struct exec *exec, struct launch *how, struct terminal_size size, struct failure *failure)
 {
     int pipes[3][2];
 
-    if (exec->has_terminal ? ends_make_terminal(size, pipes, failure) : ends_make_pipes(pipes, failure))
+    if (exec->has_terminal ? child_stdio_terminal(size, pipes, failure) : child_stdio_pipes(pipes, failure))
         return -1;
     how->input = pipes[0][CHILD];
     how->output = pipes[1][CHILD];
@@ -353,7 +262,7 @@ static int start(struct exec *exec, struct launch *how, struct terminal_size siz
         return result;
     }
     if (watch(exec, pipes)) {
-        /* Out of memory for epoll: end the process; its own end gives the memory back. */
+        /* No memory for epoll: end the process. on_end releases the memory. */
         result = fail(failure, "epoll_ctl", "");
         exec->is_orphan = true;
         close_pipes(exec);
@@ -383,7 +292,7 @@ static int begin(uint32_t id, struct launch *how, uint64_t flags, struct termina
         return -1;
     }
     streams_begin(&exec->stream, id, &ops);
-    reply_number(&reply, FIELD_PID, (uint64_t)exec->child.notice->pid);
+    reply_number(&reply, FIELD_PID, (uint64_t)exec->child.status->pid);
     output_reply(id, 0, reply.bytes, reply.used);
     return 0;
 }
@@ -417,25 +326,25 @@ int exec_attach(uint32_t id, const struct body *body, struct failure *failure)
     uint64_t pid = 0;
 
     body_number(body, FIELD_PID, &pid);
-    while (*link && (uint64_t)(*link)->child.notice->pid != pid)
+    while (*link && (uint64_t)(*link)->child.status->pid != pid)
         link = &(*link)->next_orphan;
     struct exec *exec = *link;
     if (!exec)
-        return fail_with(failure, ESRCH, "no command without a host has process id %llu", (unsigned long long)pid);
+        return fail_with(failure, ESRCH, "no command without a stream has process id %llu", (unsigned long long)pid);
     *link = exec->next_orphan;
     exec->is_orphan = exec->lives_on = false;
     exec->stream = (struct stream){0};
     streams_begin(&exec->stream, id, &ops);
     reply_number(&reply, FIELD_PID, pid);
     snprintf(text, sizeof text, "dropped_bytes=%llu",
-             (unsigned long long)(exec->drains[0].kept.dropped + exec->drains[1].kept.dropped));
+             (unsigned long long)(exec->outputs[0].ring.dropped + exec->outputs[1].ring.dropped));
     reply_text(&reply, FIELD_METRIC, text);
     output_reply(id, 0, reply.bytes, reply.used);
     streams_ready(&exec->stream);
     return 0;
 }
 
-static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, struct notice *), struct failure *failure)
+static int open_tar(uint32_t id, const struct body *body, int (*run)(void *, struct child_status *), struct failure *failure)
 {
     struct tar_request request = {.path = body_text(body, FIELD_PATH), .user = body_text(body, FIELD_USER)};
     struct launch how = {.run = run, .argument = &request};

@@ -1,4 +1,4 @@
-/* Streams with a process at their end: commands, and the two directions of tar. */
+/* Streams with a process at their end: commands, and tar in both directions. */
 #ifndef FCVM_EXEC_H
 #define FCVM_EXEC_H
 

@@ -41,7 +41,7 @@ bool body_parse(struct body *body, unsigned char *bytes, size_t length)
         field->tag = (uint16_t)load_u16(bytes);
         field->length = load_u32(bytes + 2);
         field->bytes = (char *)bytes + FIELD_HEADER;
-        bytes[0] = 0; /* this header is read: it becomes the final zero of the field before */
+        bytes[0] = 0; /* this header is read: its first byte becomes the final zero of the field before */
         bytes += FIELD_HEADER + field->length;
     }
     bytes[0] = 0;
@@ -127,7 +127,7 @@ static uint32_t fixed_size(uint16_t tag)
     case FIELD_ENTROPY:
         return 32;
     case FIELD_SECRET:
-    case FIELD_RETURN:
+    case FIELD_RESUME_TOKEN:
         return PROTOCOL_SECRET;
     default:
         return 0;

@@ -24,11 +24,11 @@ struct hook {
     size_t said_length;
 };
 
-static void on_end(struct child *child, int status)
+static void on_end(struct child *child, int wait_status)
 {
     struct hook *hook = (struct hook *)child;
 
-    (void)status;
+    (void)wait_status;
     hook->ended = true;
 }
 
@@ -54,7 +54,7 @@ static void read_output(struct hook *hook, int fd)
         keep_tail(hook, bytes, (size_t)got);
 }
 
-/* The event loop stands still meanwhile: nothing else may happen to the guest before its identity is whole. */
+/* Without the event loop: nothing else may happen to the guest before its identity is complete. */
 static bool wait_for_end(struct hook *hook, int output)
 {
     struct pollfd changes[2] = {{.fd = output, .events = POLLIN}, {.fd = -1, .events = POLLIN}};
@@ -78,17 +78,17 @@ static bool wait_for_end(struct hook *hook, int output)
 
 static int judge(const struct hook *hook, bool in_time, struct failure *failure)
 {
-    const char *name = hook->child.notice->text;
-    int status = hook->child.status;
+    const char *name = hook->child.status->text;
+    int wait_status = hook->child.wait_status;
 
     if (!in_time)
-        return fail_with(failure, ETIMEDOUT, "the hook took over %d s: %s", HOOK_MS / 1000, hook->said);
+        return fail_with(failure, ETIMEDOUT, "the hook took more than %d s: %s", HOOK_MS / 1000, hook->said);
     if (*name)
         return fail_with(failure, ENOEXEC, "the hook could not start: %.150s", name);
-    if (WIFSIGNALED(status))
-        return fail_with(failure, ECHILD, "the hook died of signal %d: %s", WTERMSIG(status), hook->said);
-    if (WEXITSTATUS(status))
-        return fail_with(failure, ECHILD, "the hook ended with %d: %s", WEXITSTATUS(status), hook->said);
+    if (WIFSIGNALED(wait_status))
+        return fail_with(failure, ECHILD, "the hook died of signal %d: %s", WTERMSIG(wait_status), hook->said);
+    if (WEXITSTATUS(wait_status))
+        return fail_with(failure, ECHILD, "the hook ended with %d: %s", WEXITSTATUS(wait_status), hook->said);
     return 0;
 }
 

@@ -4,7 +4,8 @@
 
 #include "fields.h"
 
-/* Nothing without ARG fields. A failing hook, or one that takes over 10 s (it is killed), fails with what it printed. */
+/* Run the hook of the ARG fields, if there are any. A hook that fails, or is killed after 10 s, fails the request with the
+ * end of its output. */
 int hook_run(const struct body *body, struct failure *failure);
 
 #endif

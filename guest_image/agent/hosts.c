@@ -11,7 +11,7 @@ static size_t line_length(const char *at, size_t left)
     return newline ? (size_t)(newline - at) + 1 : left;
 }
 
-/* Where a text has a line, or NULL; its last line may lack the newline. */
+/* Find a line in a text, whose last line may lack the newline. NULL: it is not there. */
 static char *find_line(char *text, size_t length, const char *line, size_t size)
 {
     size_t bare = size - (size && line[size - 1] == '\n');
@@ -35,7 +35,7 @@ size_t hosts_merge(char *text, size_t length, const char *before, const char *af
 {
     size_t size;
 
-    for (; *before && *after; before += size, after += size) { /* who joins a network is told behind the others */
+    for (; *before && *after; before += size, after += size) { /* a new member of a network comes last */
         size = line_length(before, strlen(before));
         if (strncmp(before, after, size) != 0)
             break;
@@ -44,7 +44,7 @@ size_t hosts_merge(char *text, size_t length, const char *before, const char *af
         size = line_length(line, strlen(line));
         char *found = has_line(after, line, size) ? NULL : find_line(text, length, line, size);
         if (!found)
-            continue; /* wanted further on, or the workload has changed it */
+            continue; /* it is in `after` too, or the workload has changed it */
         size_t gone = line_length(found, length - (size_t)(found - text));
         length -= gone;
         memmove(found, found + gone, length - (size_t)(found - text));

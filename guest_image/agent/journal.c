@@ -15,7 +15,7 @@ static const char *const places[] = {"run/log/journal", "var/log/journal"};
 
 void journal_rename(pid_t init, const char *from, const char *to)
 {
-    /* The workload made these folders: what they lead to stays inside its root. */
+    /* The workload made these directories: resolve their symlinks inside its root. */
     struct open_how how = {.flags = O_RDONLY | O_DIRECTORY | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT};
     char path[64];
 

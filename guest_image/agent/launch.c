@@ -5,7 +5,6 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,34 +39,20 @@ struct clone_arguments {
     uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup;
 };
 
-void launch_complain_text(struct notice *notice, const char *format, ...)
+static void publish(struct child_status *status)
 {
-    va_list arguments;
-
-    va_start(arguments, format);
-    vsnprintf(notice->text, sizeof notice->text, format, arguments);
-    va_end(arguments);
+    __atomic_store_n(&status->pid, (int)getpid(), __ATOMIC_RELEASE);
+    syscall(SYS_futex, &status->pid, FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
-void launch_complain(struct notice *notice, const char *call, const char *subject)
-{
-    launch_complain_text(notice, "%s %s: %s", call, subject, strerror(errno));
-}
-
-static void publish(struct notice *notice)
-{
-    __atomic_store_n(&notice->pid, (int)getpid(), __ATOMIC_RELEASE);
-    syscall(SYS_futex, &notice->pid, FUTEX_WAKE, 1, NULL, NULL, 0);
-}
-
-/* Until the child has published its PID, has died before it could, or is held up (a frozen cgroup) for too long. */
-static void await_pid(const struct notice *notice, pid_t pid)
+/* Wait until the child has published its PID, has died before that, or is held up too long (in a frozen cgroup). */
+static void await_pid(const struct child_status *status, pid_t pid)
 {
     const struct timespec slice = {.tv_nsec = AWAIT_SLICE_MS * 1000000L};
     siginfo_t end;
 
-    for (int i = 0; i < AWAIT_SLICES && !__atomic_load_n(&notice->pid, __ATOMIC_ACQUIRE); i++) {
-        if (syscall(SYS_futex, &notice->pid, FUTEX_WAIT, 0, &slice, NULL, 0) == 0 || errno != ETIMEDOUT)
+    for (int i = 0; i < AWAIT_SLICES && !__atomic_load_n(&status->pid, __ATOMIC_ACQUIRE); i++) {
+        if (syscall(SYS_futex, &status->pid, FUTEX_WAIT, 0, &slice, NULL, 0) == 0 || errno != ETIMEDOUT)
             continue;
         end.si_pid = 0;
         if (waitid(P_PID, (id_t)pid, &end, WEXITED | WNOHANG | WNOWAIT) || end.si_pid)
@@ -75,10 +60,10 @@ static void await_pid(const struct notice *notice, pid_t pid)
     }
 }
 
-static _Noreturn void give_up(struct notice *notice, const char *call, const char *subject, int code)
+static _Noreturn void give_up(struct child_status *status, const char *call, const char *subject, int code)
 {
-    launch_complain(notice, call, subject);
-    publish(notice);
+    child_status_fail(status, call, subject);
+    publish(status);
     _exit(code);
 }
 
@@ -92,7 +77,7 @@ static void restore_defaults(void)
     umask(022);
 }
 
-/* The workload's own is made, once; whatever comes later must find it. */
+/* Make the workload's directory if it is missing. Any other must exist. */
 static void enter_directory(const struct launch *launch)
 {
     const char *directory = launch->directory && *launch->directory ? launch->directory : "/";
@@ -102,10 +87,10 @@ static void enter_directory(const struct launch *launch)
     if (errno == ENOENT && launch->is_workload)
         directories_make(AT_FDCWD, directory);
     if (chdir(directory))
-        give_up(launch->notice, "chdir", directory, EXIT_CANNOT_START);
+        give_up(launch->status, "chdir", directory, EXIT_CANNOT_START);
 }
 
-/* Let the user open /dev/stdout: it leads to the pipe or terminal, whose owner is root otherwise. */
+/* Let the user open /dev/stdout, which is the pipe or terminal: its owner would be root. */
 static void give_pipes(uid_t user)
 {
     struct stat status;
@@ -145,7 +130,7 @@ static void complete_environment(char **environment, const char *home)
     *end = NULL;
 }
 
-/* Like execvpe, but without handing a file of unknown format to a shell: container runtimes do not. */
+/* Like execvpe, but do not run a file of unknown format with a shell: container runtimes do not either. */
 static void search_and_execute(char **arguments, char **environment)
 {
     char candidate[4096];
@@ -174,19 +159,19 @@ static _Noreturn void run_program(const struct launch *launch)
     struct user user;
     const char *program = launch->arguments[0];
 
-    if (users_find(launch->user, &user, launch->notice) || limits_apply(launch->notice))
+    if (users_find(launch->user, &user, launch->status) || limits_apply(launch->status))
         _exit(EXIT_CANNOT_START);
     enter_directory(launch);
     give_pipes(user.id);
     if (users_become(&user))
-        give_up(launch->notice, "becoming user", launch->user ? launch->user : "root", EXIT_CANNOT_START);
+        give_up(launch->status, "becoming user", launch->user ? launch->user : "root", EXIT_CANNOT_START);
     complete_environment(launch->environment, user.home);
     search_and_execute(launch->arguments, launch->environment);
     int code = errno == ENOENT ? EXIT_NOT_FOUND : EXIT_CANNOT_START;
     if (errno == ENOENT && strchr(program, '/') && access(program, F_OK) == 0)
-        launch_complain_text(launch->notice, "exec %s: the interpreter or loader it names is missing", program);
+        child_status_fail_with(launch->status, "exec %s: the interpreter or loader it names is missing", program);
     else
-        launch_complain(launch->notice, "exec", program);
+        child_status_fail(launch->status, "exec", program);
     _exit(code);
 }
 
@@ -196,18 +181,18 @@ static _Noreturn void be_child(const struct launch *launch, bool in_cgroup)
         cgroup_enter();
     setsid();
     if (dup2(launch->input, 0) < 0 || dup2(launch->output, 1) < 0 || dup2(launch->errors, 2) < 0)
-        give_up(launch->notice, "dup2", "", EXIT_CANNOT_START);
+        give_up(launch->status, "dup2", "", EXIT_CANNOT_START);
     if (launch->has_terminal && ioctl(0, TIOCSCTTY, 0))
-        give_up(launch->notice, "ioctl", "TIOCSCTTY", EXIT_CANNOT_START);
+        give_up(launch->status, "ioctl", "TIOCSCTTY", EXIT_CANNOT_START);
     const char *step = namespaces_enter(launch->is_workload, launch->is_init);
     if (step)
-        give_up(launch->notice, "entering the workload's namespaces:", step, EXIT_CANNOT_START);
-    publish(launch->notice);
+        give_up(launch->status, "entering the workload's namespaces:", step, EXIT_CANNOT_START);
+    publish(launch->status);
     restore_defaults();
     if (!launch->run)
         run_program(launch);
     syscall(SYS_close_range, 3U, ~0U, 0U);
-    _exit(launch->run(launch->argument, launch->notice));
+    _exit(launch->run(launch->argument, launch->status));
 }
 
 static pid_t fork_into(uint64_t flags, int cgroup)
@@ -235,7 +220,7 @@ pid_t launch(const struct launch *launch, struct failure *failure)
         in_cgroup = false;
         pid = fork_into(flags, -1);
     }
-    /* The workload is dying: its PID namespace takes no more processes, before we hear of its end. */
+    /* The workload is ending: its PID namespace takes no more processes, and SIGCHLD has not come yet. */
     if (pid < 0 && errno == ENOMEM && namespaces_leave() == 0)
         pid = fork_into(flags, in_cgroup ? cgroup : -1);
     if (pid == 0)
@@ -244,6 +229,6 @@ pid_t launch(const struct launch *launch, struct failure *failure)
         return fail(failure, "clone3", launch->run ? "" : launch->arguments[0]);
     if (launch->is_init)
         cgroup_hand_over();
-    await_pid(launch->notice, pid);
+    await_pid(launch->status, pid);
     return pid;
 }

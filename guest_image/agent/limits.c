@@ -10,11 +10,11 @@
 
 #include "protocol.h"
 
-/* As many files as Docker allows. Not as many at first: what closes each that it might have takes seconds for a million
- * of them. */
+/* The hard limit is Docker's. The soft one is lower: a program that closes every possible descriptor takes seconds for a
+ * million of them. */
 enum { SOFT_FILES = 65536, HARD_FILES = 1048576, NAME = 200 };
 
-/* Docker's and podman's: nobody else is there to be protected from a low port, or from a ping. */
+/* As Docker and podman set them: the guest has no other users to protect from low ports and pings. */
 static const char *const settings[] = {
     "net.ipv4.ip_unprivileged_port_start=0",
     "net.ipv4.ping_group_range=0 2147483647",
@@ -36,7 +36,7 @@ static const char *const names[RLIM_NLIMITS] = {
     "memlock", "as",    "locks", "sigpending", "msgqueue", "nice", "rtprio", "rttime",
 };
 
-/* In a name of dots, a slash stands for a dot of its own (net.ipv4.conf.eth0/1.forwarding), as sysctl(8) has it. */
+/* Where dots separate the parts of a name, a slash stands for a dot (net.ipv4.conf.eth0/1.forwarding), as in sysctl(8). */
 static void make_path(char *name)
 {
     const char *first = strpbrk(name, "./");
@@ -98,8 +98,8 @@ static int read_limit(const char *text, struct failure *failure)
 int limits_configure(const struct body *body, struct failure *failure)
 {
     for (size_t i = 0; i < sizeof settings / sizeof settings[0]; i++)
-        if (!report_test_mode || strncmp(settings[i], "net.", 4) == 0) /* a test's kernel is not its own */
-            set(settings[i]); /* a kernel without it has nothing to be set */
+        if (!report_test_mode || strncmp(settings[i], "net.", 4) == 0) /* a test shares the host's kernel */
+            set(settings[i]); /* a kernel may lack it */
     for (size_t i = 0; i < body->count; i++) {
         const struct field *field = &body->fields[i];
         if (field->tag == FIELD_SYSCTL && set_asked_for(field->bytes, failure))
@@ -110,13 +110,13 @@ int limits_configure(const struct body *body, struct failure *failure)
     return 0;
 }
 
-int limits_apply(struct notice *notice)
+int limits_apply(struct child_status *status)
 {
     for (int resource = 0; resource < RLIM_NLIMITS; resource++) {
         const struct limit *limit = &limits[resource];
         if (!limit->is_set || setrlimit(resource, &limit->value) == 0 || !limit->is_asked_for)
             continue;
-        launch_complain_text(notice, "ulimit %s=%lld: %s", names[resource], (long long)limit->value.rlim_max,
+        child_status_fail_with(status, "ulimit %s=%lld: %s", names[resource], (long long)limit->value.rlim_max,
                              strerror(errno));
         return -1;
     }

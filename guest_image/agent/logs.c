@@ -18,8 +18,8 @@ enum { ONLY_UNSENT = 8 };
 struct reader {
     struct stream stream;
     struct reader *next;
-    uint64_t at;   /* of the next byte to send, counted from the first that was ever written */
-    bool stalled;  /* it did not read for STALL_MS while the ring was full: the workload waits for it no more */
+    uint64_t at;   /* of the next byte to send, counted from the first byte ever written */
+    bool stalled;  /* it did not read for STALL_MS while the ring was full: the workload no longer waits for it */
     bool mid_line; /* the last byte sent was no newline */
 };
 
@@ -28,7 +28,7 @@ static void note_overdue(void);
 
 static char ring[RING];
 static uint64_t written; /* bytes in all */
-static uint64_t sent;    /* how far any reader has come */
+static uint64_t sent;    /* bytes that at least one reader was sent */
 static uint64_t dropped;
 static struct source output = {.fd = -1, .ready = on_output};
 static bool may_have_more, workload_ended, finished;
@@ -65,7 +65,7 @@ void logs_end(void)
     workload_ended = may_have_more = true;
 }
 
-/* How much fits without taking away what a reader that keeps up has not read. */
+/* How many bytes fit without overwriting what a reader that is not stalled has still to read. */
 static uint64_t room(void)
 {
     uint64_t space = RING;
@@ -82,7 +82,7 @@ static uint64_t room(void)
 
 static void note_overdue(void)
 {
-    /* Not given up yet: where the whole guest stood still, the host's next bytes are still to be read. */
+    /* Do not give up on the readers yet: the whole guest may have been paused, and the host's grants may wait to be read. */
     is_overdue = may_have_more = true;
 }
 
@@ -93,7 +93,7 @@ static void give_up_on_stalled(void)
             reader->stalled = true;
 }
 
-static void wake_readers(void)
+static void ready_readers(void)
 {
     for (struct reader *reader = readers; reader; reader = reader->next)
         streams_ready(&reader->stream);
@@ -138,11 +138,11 @@ bool logs_pump(void)
         take_output(space < READ_PER_TURN ? (size_t)space : READ_PER_TURN);
     }
     if (written != before || finished)
-        wake_readers();
+        ready_readers();
     return output.fd >= 0 && may_have_more && room();
 }
 
-/* Skip what was overwritten, up to the next line, and say so in the stream. */
+/* Skip what was overwritten, up to the next line, and put a note into the stream. */
 static void send_marker(struct reader *reader)
 {
     uint64_t from = reader->at;

@@ -1,4 +1,4 @@
-/* The workload's output: a ring that always takes it, and LOGS streams that read the ring. */
+/* The workload's output: a ring that holds it, and LOGS streams that read the ring. */
 #ifndef FCVM_LOGS_H
 #define FCVM_LOGS_H
 
@@ -7,16 +7,16 @@
 
 #include "fields.h"
 
-/* Take over the reading end of the workload's output. */
+/* Read the workload's output from `fd` from now on. */
 int logs_follow(int fd);
 
-/* The workload has ended: what the pipe still holds is the rest. */
+/* The workload has ended: the pipe holds the rest of its output. */
 void logs_end(void);
 
 /* Move what the pipe has into the ring. True: stopped early to let others run. */
 bool logs_pump(void);
 
-/* Bytes that nobody read before newer ones took their place. */
+/* Bytes that were overwritten before any reader was sent them. */
 uint64_t logs_dropped(void);
 
 int logs_open(uint32_t id, const struct body *body, struct failure *failure);

@@ -1,4 +1,4 @@
-/* The event loop: one epoll, every descriptor registered once and edge-triggered, no wakeup without a cause. */
+/* The event loop: one epoll, every descriptor registered once and edge-triggered, no periodic wakeup. */
 #ifndef FCVM_LOOP_H
 #define FCVM_LOOP_H
 
@@ -21,10 +21,10 @@ struct alarm {
 void loop_open(void);
 int loop_add(struct source *source, uint32_t events);
 
-/* Hand out another event if the source is ready still: for who stopped before EAGAIN. */
+/* Get another event if the source is still ready: for callers that stopped before EAGAIN. */
 void loop_again(struct source *source, uint32_t events);
 
-/* Give a listed source's descriptor to another source, which gets an event if there is something. */
+/* Give a listed source's descriptor to another source, which gets an event if the descriptor is ready. */
 void loop_move(struct source *from, struct source *to, uint32_t events);
 
 /* Close the source's descriptor. Events already fetched for it are dropped. */
@@ -36,7 +36,7 @@ void loop_free(void *memory);
 void loop_set_alarm(struct alarm *alarm, int64_t at);
 int64_t loop_now_ms(void);
 
-/* Wait (not at all when `busy`) and hand out what is there. */
+/* Wait for events (not at all when `busy`), call their sources and ring the alarms that are due. */
 void loop_turn(bool busy);
 
 #endif

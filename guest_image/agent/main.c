@@ -1,4 +1,4 @@
-/* The guest agent: process 1 of the virtual machine. */
+/* The guest agent: process 1 of the VM. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,11 +18,12 @@
 #include "output.h"
 #include "report.h"
 #include "session.h"
+#include "streams.h"
 #include "version.h"
 #include "workload.h"
 
 struct options {
-    int channel_fd; /* -1: find the channel of the machine */
+    int channel_fd; /* -1: find the channel of the VM */
     const char *root;
     const char *cgroup;
 };
@@ -62,13 +63,13 @@ static struct options parse_options(int count, char **arguments)
     return options;
 }
 
-/* What a sanitiser starts at exit must not land in the workload's PID namespace. */
+/* A process that a sanitiser starts at exit must not join the workload's PID namespace. */
 static void leave_namespaces(void)
 {
     namespaces_leave();
 }
 
-/* The kernel passes what it does not know of its command line to /init: only a test gives options that count. */
+/* Only for tests: the kernel passes unknown words of its command line to /init, which ignores them. */
 static void set_up_test(const struct options *options)
 {
     prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -88,10 +89,10 @@ static _Noreturn void serve(void)
         loop_turn(is_busy);
         bool was_backed_up = output_is_backed_up();
         is_busy = session_read();
-        is_busy |= output_pump();
-        is_busy |= logs_pump(); /* behind the other two: they make room in the ring */
-        is_busy |= output_pump();
-        is_busy |= was_backed_up && !output_is_backed_up(); /* requests that waited can go on */
+        is_busy |= output_pump(streams_take_turn);
+        is_busy |= logs_pump(); /* after the other two: they make room in the ring */
+        is_busy |= output_pump(streams_take_turn);
+        is_busy |= was_backed_up && !output_is_backed_up(); /* requests that waited can be served */
         if (workload_wants_power_off() && output_is_empty())
             report_power_off();
     }

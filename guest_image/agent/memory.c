@@ -11,8 +11,8 @@
 
 enum {
     WINDOW_MS = 1000,
-    PATIENCE_MS = 900, /* two windows in a row */
-    FILE_BYTES = 1024, /* what an empty file costs: inode and name, of the tmpfs and for a while of the overlay */
+    PATIENCE_MS = 900, /* two consecutive windows */
+    FILE_BYTES = 1024, /* memory of an empty file: inode and name, in the tmpfs and for a while in the overlay */
     SHARED_BYTES = 65 << 20 /* a container's /dev/shm has 64 MiB */
 };
 
@@ -22,7 +22,7 @@ bool memory_read(struct memory *memory)
 {
     static const char total[] = "MemTotal:", available[] = "MemAvailable:";
     char line[128];
-    bool has_total = false, has_available = false; /* none at all may be available */
+    bool has_total = false, has_available = false; /* 0 available is a valid answer */
     FILE *file = fopen("/proc/meminfo", "re");
 
     while (file && !(has_total && has_available) && fgets(line, sizeof line, file)) {
@@ -39,7 +39,8 @@ bool memory_read(struct memory *memory)
     return has_total && has_available;
 }
 
-/* So little that what programs run on is read anew as soon as it is dropped. What the kernel can drop counts as there. */
+/* So little is available that the kernel drops pages of programs and reads them again at once. Droppable caches count as
+ * available. */
 static bool is_exhausted(void)
 {
     struct memory memory;
@@ -61,14 +62,14 @@ static void on_pressure(struct source *source, uint32_t events)
     else if (!since || now - last > 2 * WINDOW_MS)
         since = now;
     else if (now - since >= PATIENCE_MS) {
-        ssize_t ignored = write(sysrq, "f", 1); /* the out-of-memory killer: it chooses, counts and tells the console */
+        ssize_t ignored = write(sysrq, "f", 1); /* run the kernel's out-of-memory killer */
         (void)ignored;
         since = 0;
     }
     last = now;
 }
 
-/* Without swap, the kernel finds pages of programs to drop for minutes before it says that memory has run out. */
+/* Without swap, the kernel drops pages of programs for minutes before its own out-of-memory killer runs. */
 void memory_end_thrashing(void)
 {
     static struct source pressure = {.ready = on_pressure};
@@ -77,7 +78,7 @@ void memory_end_thrashing(void)
     sysrq = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC);
     pressure.fd = open("/proc/pressure/memory", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     if (pressure.fd < 0)
-        return; /* a kernel that cannot tell */
+        return; /* the kernel has no CONFIG_PSI */
     if (sysrq < 0 || write(pressure.fd, trigger, sizeof trigger) < 0 || loop_add(&pressure, EPOLLPRI))
         loop_close(&pressure);
 }
@@ -98,7 +99,7 @@ struct memory_shares memory_share(uint64_t layer, bool is_on_disk, uint64_t shar
     uint64_t all = available - available / 6; /* the rest is for processes */
     if (!is_wanted)
         shared = smaller(SHARED_BYTES, available / 8 * 3);
-    uint64_t left = shared < all ? all - shared : all / 8; /* who wants so much of the one has little for the other */
+    uint64_t left = shared < all ? all - shared : all / 8; /* so much shared memory leaves little for the layer */
     layer = is_on_disk ? 0 : smaller(layer ? layer : available / 2, left);
     if (!is_wanted && shared < (available - layer) / 2)
         shared = smaller((available - layer) / 2, all - layer);

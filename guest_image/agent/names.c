@@ -33,7 +33,7 @@ static bool has_dbus_file; /* a file of its own in the image; usually it is abse
 static char hostname[NAME_MAX_LENGTH + 1];
 static char machine_id[33];
 static char address[ADDRESS_LENGTH]; /* without the prefix length */
-static char hosts_lines[HOSTS_MAX];  /* ours in /etc/hosts, each with its newline: the guest's own, then those of the host */
+static char hosts_lines[HOSTS_MAX];  /* ours in /etc/hosts, each with its newline: the guest's own, then the host's */
 static size_t own_lines;             /* bytes of the former */
 static bool is_configured;
 
@@ -44,7 +44,7 @@ static int open_in_root(const char *path, uint64_t flags)
     return (int)syscall(SYS_openat2, namespaces_root(), path, &how, sizeof how);
 }
 
-/* -1 where /etc is a symlink, or has no regular file by that name: it is replaced each time then. */
+/* -1 where /etc is a symlink or has no regular file of that name. The file is then replaced each time. */
 static void open_upper(struct etc_file *file)
 {
     char path[64];
@@ -60,8 +60,8 @@ static void open_upper(struct etc_file *file)
     file->upper = -1;
 }
 
-/* A regular file of our own; a symlink in its place (resolv.conf often is one) goes. A clone whose layer is full lives without
- * a file that its workload has removed. */
+/* Write a new regular file, in place of a symlink (resolv.conf often is one). A clone whose layer is full goes without a
+ * file that its workload has removed. */
 static int replace_file(struct etc_file *file, const char *text, size_t length, struct failure *failure)
 {
     unlinkat(etc, file->name, 0);
@@ -79,12 +79,12 @@ static int replace_file(struct etc_file *file, const char *text, size_t length, 
     return written || is_full ? 0 : -1;
 }
 
-/* Straight into the writable layer's file: through the overlay it takes a clone ten times as long. */
+/* Write to the file of the writable layer: through the overlay it takes ten times as long in a clone. */
 static int rewrite_file(struct etc_file *file, const char *text, size_t length, struct failure *failure)
 {
     struct stat status;
 
-    /* The workload may have put another file in its place. */
+    /* The workload may have replaced the file. */
     if (file->upper < 0 || fstat(file->upper, &status) || status.st_nlink == 0)
         return replace_file(file, text, length, failure);
     if (pwrite(file->upper, text, length, 0) != (ssize_t)length)
@@ -94,7 +94,7 @@ static int rewrite_file(struct etc_file *file, const char *text, size_t length, 
     return 0;
 }
 
-/* The name that the kernel says: once per boot, because what has started under it remembers it. */
+/* Set the kernel's host name, once per boot: programs that have started remember it. */
 static int set_hostname(const struct body *body, struct failure *failure)
 {
     const struct field *field = body_find(body, FIELD_HOSTNAME);
@@ -154,7 +154,7 @@ static int add_lines(const struct body *body, char *text, size_t used, struct fa
     return 0;
 }
 
-/* The guest's own address by its host name, in short too, and the lines of the host: those of before unless there are new. */
+/* List the guest's own address with its full and short host name, then the host's lines: new ones, or those of before. */
 static int list_hosts(const struct body *body, char *text, struct failure *failure)
 {
     size_t dot = strcspn(hostname, "."), before = own_lines;
@@ -169,7 +169,7 @@ static int list_hosts(const struct body *body, char *text, struct failure *failu
     return 0;
 }
 
-/* The file as it is now, wherever the workload has put it; -1 without one. */
+/* Open the file as it is now: the workload may have moved or replaced it. -1: there is none. */
 static int open_hosts(struct stat *status)
 {
     if (hosts_file.upper < 0 || fstat(hosts_file.upper, status) || status->st_nlink == 0)
@@ -232,13 +232,13 @@ int names_set_hosts(const struct body *body, struct failure *failure)
 
 static int set_resolver(const struct body *body, bool always, struct failure *failure)
 {
-    /* Nothing listens there, so a lookup is refused at once instead of waiting for an answer. */
-    static const char nobody[] = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
+    /* Nothing listens there: a lookup fails at once instead of waiting for an answer. */
+    static const char refusing[] = "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n";
     char text[1024];
     size_t used = 0;
 
     if (!body_find(body, FIELD_DNS))
-        return always ? rewrite_file(&resolver_file, nobody, sizeof nobody - 1, failure) : 0;
+        return always ? rewrite_file(&resolver_file, refusing, sizeof refusing - 1, failure) : 0;
     for (size_t i = 0; i < body->count; i++) {
         const struct field *field = &body->fields[i];
         if (field->tag != FIELD_DNS)
@@ -273,6 +273,6 @@ int names_configure(const struct body *body, struct failure *failure)
         return -1;
     is_configured = true;
     unlinkat(etc, "mtab", 0);
-    symlinkat("/proc/mounts", etc, "mtab"); /* where a directory is in the way, it stays */
+    symlinkat("/proc/mounts", etc, "mtab"); /* a directory of that name stays */
     return set_resolver(body, true, failure);
 }

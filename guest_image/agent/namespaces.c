@@ -37,7 +37,7 @@ static const struct workload_mount {
 } workload_mounts[] = {
     {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
     {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
-    {"devtmpfs", "/dev", "mode=0755,size=4M", MS_NOSUID}, /* for nodes, not for what a program writes there by mistake */
+    {"devtmpfs", "/dev", "mode=0755,size=4M", MS_NOSUID}, /* small: not for files, which programs write by mistake */
     {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
     {"tmpfs", SHARED_MEMORY, "mode=1777", MS_NOSUID | MS_NODEV},
     {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
@@ -115,7 +115,7 @@ static int mount_writable(const struct writable_layer *layer, struct failure *fa
     if (layer->device) {
         if (!boot_wait_for(exists, layer->device, DEVICE_WAIT_S))
             return fail_with(failure, ENOENT, "the disk %s did not appear within %d s", layer->device, DEVICE_WAIT_S);
-        /* The inode tables are holes, and stay them. */
+        /* Keep the inode tables sparse. */
         return mount(layer->device, WORKLOAD_BASE, "ext4", MS_NOATIME, "noinit_itable")
                    ? fail(failure, "mount", layer->device)
                    : 0;
@@ -155,7 +155,7 @@ static int mount_root(struct failure *failure)
 {
 #define LAYERS "lowerdir=" LOWER ",upperdir=" WORKLOAD_UPPER ",workdir=" WORKLOAD_BASE "/work"
 
-    /* Inode and device numbers stay when the kernel forgets or copies up; directories of the image can be renamed. */
+    /* These options keep inode and device numbers stable, and allow renaming directories of the image. */
     if (mount("fcvm", NEW_ROOT, "overlay", 0, LAYERS ",xino=on,redirect_dir=on") &&
         mount("fcvm", NEW_ROOT, "overlay", 0, LAYERS))
         return fail(failure, "mount", "overlay");
@@ -236,7 +236,7 @@ int namespaces_make(const char *device, const struct writable_layer *layer, stru
     return result;
 }
 
-/* A detached copy of a mount of ours, to be attached inside the workload's namespace. */
+/* Return a detached copy of a mount, to be attached inside the workload's namespace. */
 static int clone_mount(const char *path)
 {
     return (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | O_CLOEXEC);
@@ -250,7 +250,7 @@ static int attach_mount(int tree, const char *target)
     return result;
 }
 
-/* Mount /proc of the caller's PID namespace, with the boot id over the kernel's own. */
+/* Mount /proc of the caller's PID namespace, with our boot id over the kernel's. */
 static const char *show_processes(int boot_id_tree)
 {
     umount2("/proc", MNT_DETACH);
@@ -260,8 +260,8 @@ static const char *show_processes(int boot_id_tree)
     return failed && !report_test_mode ? "mount /proc" : NULL;
 }
 
-/* What an init takes for left over from the last boot where it is not empty (systemd's container interface asks for it).
- * /run has a part of what /dev/shm had, /tmp is a directory of the layer: together they take no more memory than without. */
+/* Mount empty /run, /run/lock and /tmp, as systemd's container interface requires: an init takes files there for those of
+ * this boot. /run gets a part of the size of /dev/shm, /tmp is a directory of the layer: no more memory is used. */
 static const char *mount_for_init(int tmp_tree)
 {
     char run_options[96];
@@ -297,7 +297,7 @@ const char *namespaces_enter(bool is_workload, bool is_init)
             return "setns cgroup";
         return NULL;
     }
-    /* The cgroup's view is a comfort: a workload that cannot have it still runs. */
+    /* The view of its cgroup is optional: a workload runs without it too. */
     if (unshare(CLONE_NEWCGROUP) == 0) {
         umount2("/sys/fs/cgroup", MNT_DETACH);
         mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
@@ -320,7 +320,7 @@ void namespaces_follow(pid_t pid)
     workload_cgroups = -1;
     setns(own_pids, CLONE_NEWPID);
     if (!pid) {
-        /* /proc of a dead PID namespace is empty: show our own to what runs from now on. */
+        /* /proc of a dead PID namespace is empty: show the agent's to programs that start from now on. */
         int tree = clone_mount(BOOT_ID);
         if (setns(workload_mounts_fd, CLONE_NEWNS) == 0)
             show_processes(tree);
@@ -331,7 +331,7 @@ void namespaces_follow(pid_t pid)
     snprintf(path, sizeof path, "/proc/%d/ns/pid", pid);
     int pids = open(path, O_RDONLY | O_CLOEXEC);
     if (pids < 0)
-        return; /* it has ended already; its end will be told */
+        return; /* it has ended already: SIGCHLD follows */
     setns(pids, CLONE_NEWPID);
     close(pids);
     snprintf(path, sizeof path, "/proc/%d/ns/cgroup", pid);

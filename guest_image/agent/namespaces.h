@@ -1,4 +1,4 @@
-/* The workload's world: its root, its mount namespace, and entering the namespaces it made. */
+/* The workload's root and mount namespace, and entering the workload's namespaces. */
 #ifndef FCVM_NAMESPACES_H
 #define FCVM_NAMESPACES_H
 
@@ -16,7 +16,7 @@
 /* Tests: the directory that stands for the root device. */
 void namespaces_use_directory(const char *path);
 
-/* Where what the workload writes goes: the ext4 file system of a disk, or memory. */
+/* Where the workload writes: the ext4 file system of a disk, or memory. */
 struct writable_layer {
     const char *device; /* NULL: memory */
     struct memory_shares shares;
@@ -30,17 +30,17 @@ bool namespaces_are_made(void);
 /* The workload's root as the agent sees it, for openat2 with RESOLVE_IN_ROOT. */
 int namespaces_root(void);
 
-/* In a child: enter; the workload itself also makes its own views of /proc and of its cgroup, an init's also what it expects
- * to be empty. NULL, or the step that failed. */
+/* In a child: enter the namespaces. The workload itself also mounts its views of /proc and of its cgroup, an init also the
+ * directories that must be empty. NULL, or the step that failed. */
 const char *namespaces_enter(bool is_workload, bool is_init);
 
-/* Let later children enter the PID and cgroup namespaces of the workload, whose first process `pid` is; 0: it has ended. */
+/* Let later children enter the PID and cgroup namespaces of the workload, by its first process `pid`; 0: it has ended. */
 void namespaces_follow(pid_t pid);
 
 /* The workload's /dev/pts, for openat. */
 int namespaces_terminals(void);
 
-/* Have later children in the agent's own PID namespace. */
+/* Start later children in the agent's own PID namespace. */
 int namespaces_leave(void);
 
 /* What the workload reads as /proc/sys/kernel/random/boot_id. */

@@ -17,7 +17,7 @@ enum { BATCH_MAX = 4096, MESSAGES_MAX = 32 };
 
 static int netlink = -1;
 static union {
-    struct nlmsghdr header; /* for its alignment */
+    struct nlmsghdr header; /* for the alignment */
     unsigned char bytes[BATCH_MAX];
 } batch;
 static size_t batch_size, last_start;
@@ -70,7 +70,7 @@ static void *append(size_t size)
     size_t start = NLMSG_ALIGN(batch_size);
 
     if (start + size > BATCH_MAX)
-        abort(); /* batches are of a fixed shape, far smaller */
+        abort(); /* batches are far smaller */
     memset(batch.bytes + batch_size, 0, start + size - batch_size);
     batch_size = start + size;
     return batch.bytes + start;
@@ -189,7 +189,7 @@ int netlink_commit(struct failure *failure)
 
     if (!messages)
         return 0;
-    last_message()->nlmsg_flags |= NLM_F_ACK; /* the others answer only when they fail */
+    last_message()->nlmsg_flags |= NLM_F_ACK; /* the other messages are answered only when they fail */
     if (netlink < 0)
         netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
     if (netlink < 0 || send(netlink, batch.bytes, batch_size, 0) != (ssize_t)batch_size)

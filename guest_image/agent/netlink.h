@@ -1,4 +1,4 @@
-/* A batch of rtnetlink messages: built in one buffer, sent in one call, each answered. */
+/* A batch of rtnetlink messages, sent in one call. */
 #ifndef FCVM_NETLINK_H
 #define FCVM_NETLINK_H
 
@@ -21,16 +21,16 @@ bool inet_equal(const struct inet *one, const struct inet *other);
 
 void netlink_begin(void);
 
-/* Change a link: `mac` may be NULL, `up` false leaves it as it is. */
+/* Change a link. NULL as `mac` and false as `up` leave each as it is. */
 void netlink_link(unsigned index, const uint8_t *mac, bool up);
 void netlink_dummy(const char *name);
 void netlink_address(bool add, unsigned index, const struct inet *address);
 void netlink_default_route(unsigned index, const struct inet *gateway);
 
-/* Forget every IPv4 neighbour of the link; setting a MAC does so by itself. */
+/* Forget every IPv4 neighbour of the link. Setting a MAC does so too. */
 void netlink_flush_neighbours(unsigned index);
 
-/* Send the batch. EEXIST and EADDRNOTAVAIL pass: what should be there is there, what should go is gone. */
+/* Send the batch. EEXIST and EADDRNOTAVAIL are no failures: the wanted state is there. */
 int netlink_commit(struct failure *failure);
 
 #endif

@@ -15,7 +15,7 @@
 #include "names.h"
 #include "protocol.h"
 
-enum { JOINED_MAX = 8 }; /* cards beside the first */
+enum { JOINED_MAX = 8 }; /* NICs besides the first */
 
 static unsigned loopback, interface;
 static struct inet address, gateway;
@@ -79,7 +79,7 @@ static void set_option(const char *family, const char *device, const char *optio
     close(fd);
 }
 
-/* The interface by that name; without one a dummy, and where the kernel has no dummies the loopback device. */
+/* Find the interface by name, else make a dummy device, else use the loopback device. */
 static void find_interface(const char *name)
 {
     struct failure failure;
@@ -99,11 +99,11 @@ static void find_interface(const char *name)
 
 static void set_options(const char *name)
 {
-    /* Otherwise removing an address removes the newer ones of its subnet as well. */
+    /* Otherwise removing an address also removes newer ones of its subnet. */
     set_option("ipv4", "all", "promote_secondaries", "1");
-    /* Whoever on the link knows the base's MAC learns a clone's at once. */
+    /* Peers that know the base's MAC learn the clone's at once. */
     set_option("ipv4", name, "arp_notify", "1");
-    /* Nobody on the link speaks IPv6, and every change of the MAC would be its business in every clone. */
+    /* The link has no IPv6, which would take time at each change of the MAC, in every clone. */
     set_option("ipv6", name, "disable_ipv6", "1");
 }
 
@@ -168,7 +168,7 @@ int network_configure(const struct body *body, struct failure *failure)
     return netlink_commit(failure);
 }
 
-/* What a private network's card was given last: a copy of a machine joins with another address. */
+/* The last address of a private network's NIC: a fork of the clone joins with another one. */
 static struct inet *joined_address(unsigned index)
 {
     static struct joined {
@@ -183,7 +183,7 @@ static struct inet *joined_address(unsigned index)
     return &joined[i].address;
 }
 
-/* IPv6 was off a moment ago, and has no address of before. */
+/* An IPv6 address needs no removal: turning IPv6 off has removed it. */
 static int join_address(unsigned index, const char *text, struct failure *failure)
 {
     struct inet own, *before = joined_address(index);
@@ -201,7 +201,7 @@ static int join_address(unsigned index, const char *text, struct failure *failur
     return 0;
 }
 
-/* Nobody but the members is there: no router is asked for, and no address is another's. */
+/* A private network has no router to ask and no duplicate addresses. */
 static void turn_on_ipv6(const char *name)
 {
     set_option("ipv6", name, "accept_ra", "0");
@@ -210,7 +210,7 @@ static void turn_on_ipv6(const char *name)
     set_option("ipv6", name, "disable_ipv6", "0");
 }
 
-/* On a private network frames are whole when they leave: what carries them on completes no checksum and cuts none. */
+/* On a private network the switch completes no checksum and segments no frame: turn the offloads off. */
 static void make_frames_whole(const char *name)
 {
     static const uint32_t offloads[] = {ETHTOOL_STXCSUM, ETHTOOL_SSG, ETHTOOL_STSO, ETHTOOL_SUFO, ETHTOOL_SGSO};
@@ -224,7 +224,7 @@ static void make_frames_whole(const char *name)
         struct ethtool_value off = {.cmd = offloads[i]};
 
         request.ifr_data = (void *)&off;
-        ioctl(control, SIOCETHTOOL, &request); /* refused by a card that has no such thing */
+        ioctl(control, SIOCETHTOOL, &request); /* refused by a NIC without this offload */
     }
     close(control);
 }
@@ -248,7 +248,7 @@ int network_join(const struct body *body, struct reply *reply, struct failure *f
     netlink_link(index, own_mac ? (const uint8_t *)own_mac->bytes : NULL, true);
     if (netlink_commit(failure))
         return -1;
-    turn_on_ipv6(name); /* behind the MAC, of which it makes an address of its own */
+    turn_on_ipv6(name); /* after the MAC, from which the kernel derives a link-local address */
     netlink_begin();
     for (size_t i = 0; i < body->count; i++)
         if (body->fields[i].tag == FIELD_ADDRESS && join_address(index, body->fields[i].bytes, failure))
@@ -256,7 +256,7 @@ int network_join(const struct body *body, struct reply *reply, struct failure *f
     return netlink_commit(failure);
 }
 
-/* Before a snapshot: no connection from the gateway's address is left, and clones need not take it away one by one. */
+/* Give up the gateway's address once, before the snapshot, instead of in every clone. */
 int network_forget_peer(const struct body *body, struct failure *failure)
 {
     struct inet host = host_only(&gateway);
@@ -273,7 +273,7 @@ int network_forget_peer(const struct body *body, struct failure *failure)
     return netlink_commit(failure);
 }
 
-/* By ioctl: a clone pays for every part of the kernel that it is the first to run, and netlink's has far more of them. */
+/* By ioctl: kernel code that runs for the first time in a clone is slow, and netlink runs far more of it. */
 static int change_mac(const uint8_t *old_mac, bool had_mac, struct failure *failure)
 {
     static int control = -1;
@@ -290,7 +290,7 @@ static int change_mac(const uint8_t *old_mac, bool had_mac, struct failure *fail
     return 0;
 }
 
-/* New addresses come before the old ones go, so that no socket sees the interface without one. */
+/* Add new addresses before removing the old ones, so that the interface always has one. */
 int network_personalise(const struct body *body, struct failure *failure)
 {
     const struct inet old_address = address, old_gateway = gateway;
@@ -316,7 +316,7 @@ int network_personalise(const struct body *body, struct failure *failure)
             netlink_flush_neighbours(interface);
         if (moved && old_address.family)
             netlink_address(false, interface, &old_address);
-        add_gateway(); /* last: removing an address takes the routes through it along */
+        add_gateway(); /* last: removing an address removes the routes through it */
     }
     return netlink_commit(failure);
 }

@@ -6,22 +6,21 @@
 #include "fields.h"
 #include "protocol.h"
 #include "report.h"
-#include "session.h"
-#include "streams.h"
 
 enum {
-    CONTROL_MAX = 2097152,    /* every stream's REPLY, CLOSE and WINDOW frames, and the requests under BACKED_UP */
+    CONTROL_MAX = 2097152,    /* REPLY, CLOSE and WINDOW of every stream, and the replies below BACKED_UP */
     CONTROL_BACKED_UP = 49152,
     STAGE_FULL = 32768,       /* no more frames are added; a virtio port takes no more at once */
     STAGE_MAX = STAGE_FULL + PROTOCOL_HEADER + PROTOCOL_PAYLOAD_MAX + 1,
     WRITES_PER_TURN = 8
 };
 
-/* Both are far larger than they usually fill: untouched pages cost nothing. */
+/* Both are far larger than they usually fill. Untouched pages cost nothing. */
 static unsigned char control[CONTROL_MAX];
 static size_t control_start, control_end;
-static size_t control_hold; /* while held: what lies from here on waits */
+static size_t control_hold; /* while held: bytes from here on wait */
 static bool is_held;
+static bool is_accepting;
 static unsigned char stage[STAGE_MAX];
 static size_t stage_start, stage_end;
 
@@ -44,14 +43,19 @@ static void compact_control(void)
     control_start = 0;
 }
 
+void output_accept(bool has_session)
+{
+    is_accepting = has_session;
+}
+
 void output_control(uint8_t type, uint32_t stream, const void *payload, size_t length)
 {
-    if (!session_exists())
+    if (!is_accepting)
         return;
     if (control_end + PROTOCOL_HEADER + length + 1 > CONTROL_MAX)
         compact_control();
     if (control_end + PROTOCOL_HEADER + length + 1 > CONTROL_MAX)
-        return; /* cannot be: requests are not read while more than CONTROL_BACKED_UP waits */
+        return; /* impossible: requests are not read while more than CONTROL_BACKED_UP waits */
     control_end += put_frame(control + control_end, type, stream, payload, length);
 }
 
@@ -106,7 +110,7 @@ unsigned char *output_data_place(size_t *room)
 void output_data(uint32_t stream, uint8_t channel, size_t length)
 {
     stage[stage_end + PROTOCOL_HEADER] = channel;
-    stage_end += put_frame(stage + stage_end, FRAME_DATA, stream, NULL, length + 1); /* the payload is in its place */
+    stage_end += put_frame(stage + stage_end, FRAME_DATA, stream, NULL, length + 1); /* the payload is already in place */
 }
 
 void output_in_turn(uint8_t type, uint32_t stream, const void *payload, size_t length)
@@ -132,9 +136,8 @@ void output_release(void)
     is_held = false;
 }
 
-static void fill_stage(void)
+static void fill_stage(bool (*next_turn)(void))
 {
-    struct stream *stream;
     size_t waiting = (is_held ? control_hold : control_end) - control_start;
     size_t taken = waiting < STAGE_FULL ? waiting : STAGE_FULL;
 
@@ -145,18 +148,18 @@ static void fill_stage(void)
     if (is_held || control_start < control_end)
         return;
     control_start = control_end = 0;
-    /* A turn can itself queue control (a REPLY that its stream owed); that goes before further data. */
-    while (stage_end < STAGE_FULL && control_end == 0 && session_is_live() && (stream = streams_next_ready()))
-        streams_take_turn(stream);
+    /* A turn can queue a control frame, which goes before further data. */
+    while (stage_end < STAGE_FULL && control_end == 0 && is_accepting && next_turn())
+        ;
 }
 
-bool output_pump(void)
+bool output_pump(bool (*next_turn)(void))
 {
     for (int i = 0; i < WRITES_PER_TURN; i++) {
         if (!channel_can_write())
             return false;
         if (stage_start == stage_end)
-            fill_stage();
+            fill_stage(next_turn);
         if (stage_start < stage_end)
             stage_start += channel_write(stage + stage_start, stage_end - stage_start);
         else if (is_held || control_start == control_end)

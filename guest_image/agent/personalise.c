@@ -19,10 +19,9 @@
 
 enum { ENTROPY = 32, NS_PER_S = 1000000000, STAYS_FROZEN = 16 };
 
-static int64_t told_at_ns; /* on the monotonic clock: when the host was told that it may tell the time; 0 at any other */
+static int64_t replied_at_ns; /* on the monotonic clock: the REPLY after which the host sends the time of day; 0: none */
 
-
-/* Its length was checked with the body. */
+/* body_check has checked the length. */
 static bool has_secret(const struct body *body, uint16_t tag)
 {
     const struct field *secret = body_find(body, tag);
@@ -40,15 +39,15 @@ int personalise_quiesce(const struct body *body, struct reply *reply, struct fai
     sockets_note_quiesce(true);
     if (network_forget_peer(body, failure) == 0)
         return 0;
-    personalise_thaw(); /* refused: the session goes on, and so does the workload */
+    personalise_thaw(); /* refused: the session and the workload go on */
     return -1;
 }
 
-int personalise_park(const struct body *body, struct reply *reply, struct failure *failure)
+int personalise_suspend(const struct body *body, struct reply *reply, struct failure *failure)
 {
     (void)reply;
-    if (!has_secret(body, FIELD_SECRET) || !has_secret(body, FIELD_RETURN))
-        return fail_with(failure, EINVAL, "PARK needs a SECRET and a RETURN without zero bytes");
+    if (!has_secret(body, FIELD_SECRET) || !has_secret(body, FIELD_RESUME_TOKEN))
+        return fail_with(failure, EINVAL, "SUSPEND needs a SECRET and a RESUME_TOKEN without zero bytes");
     if (cgroup_freeze(failure))
         return -1;
     sockets_note_quiesce(false);
@@ -62,7 +61,7 @@ int personalise_freeze(const struct body *body, struct reply *reply, struct fail
     return cgroup_freeze(failure);
 }
 
-/* Writing to /dev/urandom is not enough, nor is the first of the two calls alone: clones then still agree. */
+/* Both ioctls are necessary: after a write to /dev/urandom or RNDADDENTROPY alone, clones get the same random numbers. */
 static int stir_random_numbers(const struct body *body, struct failure *failure)
 {
     static int device = -1;
@@ -92,22 +91,22 @@ static int64_t read_clock(clockid_t clock)
     return (int64_t)time.tv_sec * NS_PER_S + time.tv_nsec;
 }
 
-/* The host took the time between our reply and now, about half-way. Programs take it ill when time runs back: what is
- * less than a second is worked off by the kernel, a two-thousandth part at a time. */
+/* The host read its clock about half-way between our REPLY and now. Programs misbehave when time runs backwards: a clock that
+ * is ahead by less than a second is slowed down instead (adjtime). */
 static int set_clock(const struct body *body, struct failure *failure)
 {
-    uint64_t told;
+    uint64_t sent;
 
-    if (!body_number(body, FIELD_REALTIME_NS, &told))
+    if (!body_number(body, FIELD_REALTIME_NS, &sent))
         return 0;
-    int64_t way = told_at_ns ? (read_clock(CLOCK_MONOTONIC) - told_at_ns) / 2 : 0;
-    int64_t now = (int64_t)told + way, ahead = read_clock(CLOCK_REALTIME) - now;
+    int64_t delay = replied_at_ns ? (read_clock(CLOCK_MONOTONIC) - replied_at_ns) / 2 : 0;
+    int64_t now = (int64_t)sent + delay, ahead = read_clock(CLOCK_REALTIME) - now;
     const struct timespec time = {.tv_sec = (time_t)(now / NS_PER_S), .tv_nsec = (long)(now % NS_PER_S)};
     const struct timeval back = {.tv_usec = (suseconds_t)(-ahead / 1000)};
 
-    told_at_ns = 0;
+    replied_at_ns = 0;
     if (report_test_mode)
-        return 0; /* it would be the host's clock */
+        return 0; /* this is the host's clock */
     if (ahead >= 0 && ahead < NS_PER_S)
         adjtime(&back, NULL);
     else if (clock_settime(CLOCK_REALTIME, &time))
@@ -122,7 +121,7 @@ static int set_boot_id(const struct body *body, struct failure *failure)
     return id ? namespaces_set_boot_id(id->bytes, id->length, failure) : 0;
 }
 
-/* Only in a guest that becomes another one: whoever was paused and goes on keeps its connections. */
+/* Only in a guest that gets another identity. A clone that was paused and resumes keeps its connections. */
 static int reset_connections(const struct body *body, struct reply *reply, struct failure *failure)
 {
     if (!body_find(body, FIELD_ENTROPY) && !body_find(body, FIELD_MAC))
@@ -140,7 +139,7 @@ bool personalise_leaves_frozen(const struct body *body)
 
     body_number(body, FIELD_FLAGS, &flags);
     if (flags & STAYS_FROZEN)
-        told_at_ns = read_clock(CLOCK_MONOTONIC);
+        replied_at_ns = read_clock(CLOCK_MONOTONIC);
     return flags & STAYS_FROZEN;
 }
 

@@ -1,4 +1,4 @@
-/* Going to sleep before a snapshot, and waking up in a clone as somebody else. */
+/* Freezing the workload before a snapshot, and giving a clone its identity. */
 #ifndef FCVM_PERSONALISE_H
 #define FCVM_PERSONALISE_H
 
@@ -7,14 +7,14 @@
 #include "fields.h"
 
 int personalise_quiesce(const struct body *body, struct reply *reply, struct failure *failure);
-int personalise_park(const struct body *body, struct reply *reply, struct failure *failure);
+int personalise_suspend(const struct body *body, struct reply *reply, struct failure *failure);
 int personalise_freeze(const struct body *body, struct reply *reply, struct failure *failure);
 int personalise(const struct body *body, struct reply *reply, struct failure *failure);
 
-/* Whether the workload is to stay frozen until the host has told the time; the host is about to have the reply. */
+/* Whether the workload stays frozen until the host has sent the time of day. Call it right before the REPLY is written. */
 bool personalise_leaves_frozen(const struct body *body);
 
-/* Let the workload go on, once the host has been told that all is set. */
+/* Thaw the workload, after the REPLY is written. */
 void personalise_thaw(void);
 
 #endif

@@ -8,9 +8,8 @@
 #include <sys/reboot.h>
 #include <unistd.h>
 
-#include "channel.h"
-
 bool report_test_mode;
+static bool resets;
 
 void report(const char *format, ...)
 {
@@ -25,7 +24,7 @@ void report(const char *format, ...)
         return;
     size_t end = strlen(line);
     line[end++] = '\n';
-    /* One write per line: a serial port under emulation costs an exit per byte already. */
+    /* One write per line: under emulation each byte on a serial port costs an exit. */
     ssize_t ignored = write(STDERR_FILENO, line, end);
     (void)ignored;
 }
@@ -41,11 +40,15 @@ noreturn void report_power_off(void)
     if (report_test_mode)
         exit(0);
     sync();
-    /* Firecracker has no power management: only a reset ends it. QEMU ends on either, given -no-reboot. */
-    reboot(channel_is_vsock() ? RB_AUTOBOOT : RB_POWER_OFF);
+    reboot(resets ? RB_AUTOBOOT : RB_POWER_OFF); /* QEMU ends on either, given -no-reboot */
     reboot(RB_AUTOBOOT);
     for (;;)
         pause();
+}
+
+void report_power_off_by_reset(void)
+{
+    resets = true;
 }
 
 int fail(struct failure *failure, const char *call, const char *subject)

@@ -9,7 +9,7 @@
 #include "connect.h"
 #include "exec.h"
 #include "fields.h"
-#include "information.h"
+#include "status.h"
 #include "logs.h"
 #include "loop.h"
 #include "output.h"
@@ -17,10 +17,9 @@
 #include "personalise.h"
 #include "protocol.h"
 #include "report.h"
-#include "session.h"
 #include "workload.h"
 
-enum { BODIES_MAX = 8 * PROTOCOL_BODY_MAX }; /* bytes of incomplete bodies in all */
+enum { BODIES_MAX = 8 * PROTOCOL_BODY_MAX }; /* bytes of all incomplete bodies */
 
 /* A stream whose body is still arriving. */
 struct incoming {
@@ -30,7 +29,7 @@ struct incoming {
     unsigned char *bytes;
 };
 
-/* Verbs fill in the reply; streams begin by themselves and send their REPLY when they are ready to. */
+/* A verb fills in the reply. A stream begins by itself and sends its REPLY later. */
 typedef int verb(const struct body *body, struct reply *reply, struct failure *failure);
 typedef int opener(uint32_t id, const struct body *body, struct failure *failure);
 
@@ -42,16 +41,16 @@ static const struct request_kind {
     {KIND_CONFIGURE, configure, NULL},
     {KIND_START, workload_start, NULL},
     {KIND_STATUS, workload_status, NULL},
-    {KIND_METRICS, information_metrics, NULL},
+    {KIND_METRICS, status_metrics, NULL},
     {KIND_QUIESCE, personalise_quiesce, NULL},
     {KIND_PERSONALISE, personalise, NULL},
-    {KIND_LISTENING, information_listening, NULL},
+    {KIND_LISTENING, status_listening, NULL},
     {KIND_STOP, workload_stop, NULL},
     {KIND_POWEROFF, workload_power_off, NULL},
-    {KIND_SYNC, information_sync, NULL},
+    {KIND_SYNC, status_sync, NULL},
     {KIND_FREEZE, personalise_freeze, NULL},
     {KIND_JOIN, network_join, NULL},
-    {KIND_PARK, personalise_park, NULL},
+    {KIND_SUSPEND, personalise_suspend, NULL},
     {KIND_EXEC, NULL, exec_open},
     {KIND_CONNECT, NULL, connect_open},
     {KIND_LOGS, NULL, logs_open},
@@ -79,7 +78,31 @@ static const struct request_kind *find_kind(uint8_t kind)
     return NULL;
 }
 
-static int serve(uint32_t id, uint8_t kind, const struct body *body, struct failure *failure)
+static void copy_secret(unsigned char *to, const struct body *body, uint16_t tag)
+{
+    memcpy(to, body_find(body, tag)->bytes, PROTOCOL_SECRET);
+}
+
+/* What follows the REPLY of a verb. */
+static void follow_up(uint8_t kind, const struct body *body, struct request_effect *effect)
+{
+    if (kind == KIND_PERSONALISE) {
+        bool stays_frozen = personalise_leaves_frozen(body);
+        output_pump(streams_take_turn); /* ahead of the thaw: the first instructions of the workload are the slowest */
+        if (!stays_frozen)
+            personalise_thaw();
+    }
+    if (kind == KIND_QUIESCE || kind == KIND_SUSPEND)
+        copy_secret(effect->secret, body, FIELD_SECRET);
+    if (kind == KIND_SUSPEND)
+        copy_secret(effect->resume_token, body, FIELD_RESUME_TOKEN);
+    effect->next = kind == KIND_QUIESCE   ? SESSION_QUIESCES
+                   : kind == KIND_SUSPEND ? SESSION_SUSPENDS
+                                          : SESSION_GOES_ON;
+}
+
+static int serve(uint32_t id, uint8_t kind, const struct body *body, struct request_effect *effect,
+                 struct failure *failure)
 {
     const struct request_kind *request = find_kind(kind);
     struct reply reply;
@@ -94,31 +117,21 @@ static int serve(uint32_t id, uint8_t kind, const struct body *body, struct fail
     if (request->verb(body, &reply, failure))
         return -1;
     output_reply(id, 0, reply.bytes, reply.used);
-    if (kind == KIND_PERSONALISE) {
-        bool stays_frozen = personalise_leaves_frozen(body);
-        output_pump(); /* the host goes on while the workload wakes: its first instructions are the slowest */
-        if (!stays_frozen)
-            personalise_thaw();
-    }
-    if (kind == KIND_QUIESCE)
-        session_quiesce((const unsigned char *)body_find(body, FIELD_SECRET)->bytes);
-    if (kind == KIND_PARK)
-        session_park((const unsigned char *)body_find(body, FIELD_SECRET)->bytes,
-                     (const unsigned char *)body_find(body, FIELD_RETURN)->bytes);
+    follow_up(kind, body, effect);
     return 0;
 }
 
-/* The whole body is there; bytes[length] is writable. */
-static void run(uint32_t id, uint8_t kind, unsigned char *bytes, size_t length)
+/* Serve a request whose body is complete. bytes[length] is writable. */
+static void run(uint32_t id, uint8_t kind, unsigned char *bytes, size_t length, struct request_effect *effect)
 {
     struct failure failure = {0};
     struct body body;
 
     if (!body_parse(&body, bytes, length)) {
-        session_fault("the body of stream %u is no list of fields", id);
+        fail_with(&effect->malformed, EPROTO, "the body of stream %u is not a list of fields", id);
         return;
     }
-    if (serve(id, kind, &body, &failure))
+    if (serve(id, kind, &body, effect, &failure))
         refuse(id, &failure);
     body_free(&body);
 }
@@ -159,26 +172,27 @@ static int collect(uint32_t id, uint8_t kind, uint32_t total, const unsigned cha
     return 0;
 }
 
-void requests_open(uint32_t id, uint8_t kind, uint32_t total, unsigned char *bytes, uint32_t here)
+void requests_open(uint32_t id, uint8_t kind, uint32_t total, unsigned char *bytes, uint32_t here,
+                   struct request_effect *effect)
 {
     struct failure failure = {0};
 
     if (streams_are_full())
         fail_with(&failure, EAGAIN, "%d streams are open already", PROTOCOL_STREAMS_MAX);
     else if (here == total)
-        run(id, kind, bytes, total);
+        run(id, kind, bytes, total, effect);
     else
         collect(id, kind, total, bytes, here, &failure);
     if (failure.error)
         refuse(id, &failure);
 }
 
-void requests_continue(struct stream *stream, const unsigned char *bytes, uint32_t length)
+void requests_continue(struct stream *stream, const unsigned char *bytes, uint32_t length, struct request_effect *effect)
 {
     struct incoming *incoming = (struct incoming *)stream;
 
     if (stream->ops != &incoming_ops || length > incoming->total - incoming->here) {
-        session_fault("BODY beyond what stream %u announced", stream->id);
+        fail_with(&effect->malformed, EPROTO, "BODY beyond what stream %u announced", stream->id);
         return;
     }
     memcpy(incoming->bytes + incoming->here, bytes, length);
@@ -190,8 +204,8 @@ void requests_continue(struct stream *stream, const unsigned char *bytes, uint32
     uint32_t total = incoming->total;
     unsigned char *body = incoming->bytes;
     incoming_bytes -= total;
-    streams_end(stream); /* the request begins a stream of its own under the same id */
+    streams_end(stream); /* the request begins another stream under the same id */
     loop_free(incoming);
-    run(id, kind, body, total);
+    run(id, kind, body, total, effect);
     free(body);
 }

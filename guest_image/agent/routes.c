@@ -39,7 +39,7 @@ static int ask(const struct inet *peer)
     return netlink;
 }
 
-/* The device by which a peer is reached: 0 for the guest itself, -1 where it is not reached. */
+/* The device through which a peer is reached; 0: the guest itself, -1: unreachable. */
 static int find_device(const struct inet *peer)
 {
     union {
@@ -65,7 +65,7 @@ static int find_device(const struct inet *peer)
     return -1;
 }
 
-/* Whether a device is a NIC of the VM, or has one below it, as a VLAN and a bridge do. */
+/* Whether a device is a NIC of the VM, or a VLAN or bridge above one. */
 static bool is_nic(const char *device, int depth)
 {
     char path[128];

@@ -1,4 +1,4 @@
-/* By which way a peer is reached. */
+/* The route to a peer. */
 #ifndef FCVM_ROUTES_H
 #define FCVM_ROUTES_H
 
@@ -6,8 +6,8 @@
 
 #include "netlink.h"
 
-/* Whether what is sent to an address leaves the guest, or cannot be sent: not for the guest's own addresses, nor by a
- * device that leads to another network namespace of the guest. */
+/* Whether packets for an address leave the guest, or cannot be sent. False for the guest's own addresses, and for devices
+ * that lead to another network namespace of the guest. */
 bool routes_lead_outside(const struct inet *peer);
 
 #endif

@@ -15,14 +15,14 @@
 #include "workload.h"
 
 enum {
-    INPUT_MAX = 262144, /* room for a frame that is incomplete and much behind it; untouched pages cost nothing */
+    INPUT_MAX = 262144, /* an incomplete frame and much behind it; untouched pages cost nothing */
     READ_PER_TURN = 262144,
     NONCE = 16,
     HELLO_SIZE = 4 + NONCE + PROTOCOL_SECRET,
     HELLO_FRAME = PROTOCOL_HEADER + HELLO_SIZE + 1
 };
 
-enum session_state { DISCARDING, GREETING, LIVE, PARKED };
+enum session_state { DISCARDING, GREETING, LIVE, SUSPENDED };
 
 struct frame {
     uint8_t type;
@@ -34,21 +34,17 @@ struct frame {
 static const unsigned char hello_header[PROTOCOL_HEADER] = {HELLO_SIZE, 0, 0, 0, FRAME_HELLO};
 static enum session_state state = DISCARDING;
 static unsigned char secret[PROTOCOL_SECRET + 1] = PROTOCOL_BOOT_SECRET;
-static unsigned char way_back[PROTOCOL_SECRET]; /* while PARKED: what lets the session go on */
+static unsigned char resume_token[PROTOCOL_SECRET]; /* while SUSPENDED: resumes the session */
 static unsigned char input[INPUT_MAX];
-static size_t input_start, input_end; /* what is not yet acted on */
-static size_t searched;               /* up to here no secret begins */
+static size_t input_start, input_end; /* bytes that are not handled yet */
+static size_t searched;               /* no secret begins before this */
 static uint64_t offset;               /* of input_start, in this session's input */
-static uint32_t highest;              /* stream id opened so far */
+static uint32_t highest;              /* stream id that was opened */
 
-bool session_is_live(void)
+static void enter(enum session_state next)
 {
-    return state == LIVE;
-}
-
-bool session_exists(void)
-{
-    return state == LIVE || state == PARKED;
+    state = next;
+    output_accept(state == LIVE || state == SUSPENDED);
 }
 
 static void consume(size_t length)
@@ -59,7 +55,8 @@ static void consume(size_t length)
         searched = input_start;
 }
 
-void session_fault(const char *format, ...)
+/* End the session with ERROR and discard input up to the secret. For use while a frame is handled. */
+static __attribute__((format(printf, 1, 2))) void fault(const char *format, ...)
 {
     unsigned char payload[8 + 160];
     va_list arguments;
@@ -69,39 +66,41 @@ void session_fault(const char *format, ...)
     va_start(arguments, format);
     vsnprintf((char *)payload + 8, sizeof payload - 8, format, arguments);
     va_end(arguments);
-    state = LIVE; /* a host that never said hello is told as well */
+    enter(LIVE); /* a host that never sent HELLO gets the ERROR as well */
     output_control(FRAME_ERROR, 0, payload, 8 + strlen((char *)payload + 8));
-    state = DISCARDING;
+    enter(DISCARDING);
     streams_end_all(STREAMS_LOST);
 }
 
-/* Look for it in what was searched for the old one, behind the frame that brings it (see consume): one host may have said
- * hello and died, and the next one have said hello too, before the guest read any of it. */
+/* Search for the new secret from the end of the frame that brings it (see consume), also in bytes that were searched for the
+ * old one: a host may have sent HELLO and died, and the next one sent HELLO, before the guest read either. */
 static void set_secret(const unsigned char *new_secret)
 {
     memcpy(secret, new_secret, PROTOCOL_SECRET);
     searched = input_start;
 }
 
-void session_quiesce(const unsigned char *new_secret)
+/* What a request does to the session. After QUIESCE and SUSPEND only what is queued now is written. */
+static void apply(const struct request_effect *effect)
 {
-    set_secret(new_secret);
-    state = DISCARDING;
-}
-
-void session_park(const unsigned char *new_secret, const unsigned char *new_way_back)
-{
-    set_secret(new_secret);
-    memcpy(way_back, new_way_back, PROTOCOL_SECRET);
-    output_hold();
-    state = PARKED;
+    if (effect->malformed.error)
+        fault("%s", effect->malformed.text);
+    if (effect->next != SESSION_GOES_ON)
+        set_secret(effect->secret);
+    if (effect->next == SESSION_QUIESCES)
+        enter(DISCARDING);
+    if (effect->next == SESSION_SUSPENDS) {
+        memcpy(resume_token, effect->resume_token, PROTOCOL_SECRET);
+        output_hold();
+        enter(SUSPENDED);
+    }
 }
 
 static void begin_session(size_t after_secret)
 {
-    enum streams_ending how = state == PARKED ? STREAMS_COPIED : STREAMS_LOST;
+    enum streams_ending how = state == SUSPENDED ? STREAMS_COPIED : STREAMS_LOST;
 
-    state = GREETING;
+    enter(GREETING);
     streams_end_all(how);
     output_reset();
     input_start = searched = after_secret;
@@ -109,7 +108,7 @@ static void begin_session(size_t after_secret)
     highest = 0;
 }
 
-/* Secrets hold no zero byte and frames end in one, so a secret never begins in bytes that were already acted on. */
+/* A secret never begins in a handled frame: secrets hold no zero byte, and frames end in one. */
 static void find_secret(void)
 {
     unsigned char *found;
@@ -126,24 +125,26 @@ static void on_hello(const struct frame *frame)
     unsigned char welcome[4 + sizeof VERSION_TEXT];
 
     if (frame->length != HELLO_SIZE || memchr(frame->payload + 4 + NONCE, 0, PROTOCOL_SECRET)) {
-        session_fault("HELLO must have %d bytes and a secret without zero bytes", HELLO_SIZE);
+        fault("HELLO must have %d bytes and a secret without zero bytes", HELLO_SIZE);
         return;
     }
     set_secret(frame->payload + 4 + NONCE);
-    state = LIVE;
+    enter(LIVE);
     output_raw(frame->payload + 4, NONCE);
     store_u32(welcome, PROTOCOL_VERSION);
     memcpy(welcome + 4, VERSION_TEXT, sizeof VERSION_TEXT - 1);
     output_control(FRAME_WELCOME, 0, welcome, 4 + sizeof VERSION_TEXT - 1);
-    workload_tell_end();
+    workload_report_end();
     if (load_u32(frame->payload) != PROTOCOL_VERSION)
-        session_fault("the host speaks protocol version %u, the agent %d", load_u32(frame->payload), PROTOCOL_VERSION);
+        fault("the host speaks protocol version %u, the agent %d", load_u32(frame->payload), PROTOCOL_VERSION);
 }
 
 static void on_open(const struct frame *frame)
 {
+    struct request_effect effect = {0};
+
     if (frame->length < 5 || frame->stream <= highest) {
-        session_fault(frame->length < 5 ? "OPEN is too short" : "OPEN reuses a stream id");
+        fault(frame->length < 5 ? "OPEN is too short" : "OPEN reuses a stream id");
         return;
     }
     uint8_t kind = frame->payload[0];
@@ -151,9 +152,10 @@ static void on_open(const struct frame *frame)
     uint32_t here = frame->length - 5;
     highest = frame->stream;
     if (total > PROTOCOL_BODY_MAX || here > total)
-        session_fault("OPEN has a body of %u bytes, %u of them here", total, here);
+        fault("OPEN has a body of %u bytes, %u of them here", total, here);
     else
-        requests_open(frame->stream, kind, total, frame->payload + 5, here);
+        requests_open(frame->stream, kind, total, frame->payload + 5, here, &effect);
+    apply(&effect);
 }
 
 static bool has_its_shape(const struct frame *frame)
@@ -178,37 +180,48 @@ static bool has_its_shape(const struct frame *frame)
     }
 }
 
+/* A frame of an open stream, in its shape. -1: malformed. */
+static int pass_on(struct stream *stream, const struct frame *frame, struct failure *failure)
+{
+    switch (frame->type) {
+    case FRAME_DATA:
+        return streams_take_data(stream, frame->payload + 1, frame->length - 1, failure);
+    case FRAME_EOF:
+        return streams_take_eof(stream, failure);
+    case FRAME_WINDOW:
+        return streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1), failure);
+    case FRAME_SIGNAL:
+        return streams_signal(stream, frame->payload[0], failure);
+    case FRAME_RESIZE:
+        streams_resize(stream, (uint16_t)load_u16(frame->payload), (uint16_t)load_u16(frame->payload + 2));
+        return 0;
+    default:
+        streams_abandon(stream);
+        return 0;
+    }
+}
+
 /* The frames of streams: everything but HELLO and OPEN. */
 static void on_stream_frame(const struct frame *frame)
 {
     struct stream *stream = streams_find(frame->stream);
+    struct request_effect effect = {0};
 
     if (frame->stream == 0 || frame->stream > highest)
-        session_fault("a frame of type %u for stream %u, which was never opened", frame->type, frame->stream);
+        fault("a frame of type %u for stream %u, which was never opened", frame->type, frame->stream);
     else if (!has_its_shape(frame))
-        session_fault("malformed frame of type %u, %u bytes", frame->type, frame->length);
-    else if (!stream)
-        return; /* it has ended */
-    else if (frame->type == FRAME_BODY)
-        requests_continue(stream, frame->payload, frame->length);
-    else if (frame->type == FRAME_DATA)
-        streams_take_data(stream, frame->payload + 1, frame->length - 1);
-    else if (frame->type == FRAME_EOF)
-        streams_take_eof(stream);
-    else if (frame->type == FRAME_WINDOW)
-        streams_grant(stream, frame->payload[0], load_u32(frame->payload + 1));
-    else if (frame->type == FRAME_CLOSE)
-        streams_abandon(stream);
-    else if (frame->type == FRAME_RESIZE)
-        streams_resize(stream, (uint16_t)load_u16(frame->payload), (uint16_t)load_u16(frame->payload + 2));
-    else
-        streams_signal(stream, frame->payload[0]);
+        fault("malformed frame of type %u, %u bytes", frame->type, frame->length);
+    else if (stream && frame->type == FRAME_BODY) /* without a stream: it has ended */
+        requests_continue(stream, frame->payload, frame->length, &effect);
+    else if (stream)
+        pass_on(stream, frame, &effect.malformed);
+    apply(&effect);
 }
 
 static void on_frame(const struct frame *frame)
 {
     if (state == GREETING && (frame->type != FRAME_HELLO || frame->stream != 0))
-        session_fault("the first frame must be HELLO");
+        fault("the first frame must be HELLO");
     else if (state == GREETING)
         on_hello(frame);
     else if (frame->type == FRAME_OPEN)
@@ -217,8 +230,8 @@ static void on_frame(const struct frame *frame)
         on_stream_frame(frame);
 }
 
-/* A host that died within its secret, and the next one's secret right behind: where its end and beginning are alike, the
- * first match is a mixture of the two, and the true one reaches into it. */
+/* A host may have died in the middle of its secret, with the next host's secret right behind. Where the end of a secret is
+ * like its beginning, the first match mixes the two, and the true match overlaps it. */
 static bool find_overlapping_secret(void)
 {
     for (size_t shift = 1; shift < PROTOCOL_SECRET; shift++) {
@@ -231,42 +244,42 @@ static bool find_overlapping_secret(void)
     return false;
 }
 
-/* Go on with a parked session once its host asks for it. */
-static bool find_way_back(void)
+/* Resume a suspended session once its host sends the resume token. */
+static bool find_resume_token(void)
 {
     unsigned char *at = input + input_start;
-    unsigned char *found = memmem(at, input_end - input_start, way_back, PROTOCOL_SECRET);
+    unsigned char *found = memmem(at, input_end - input_start, resume_token, PROTOCOL_SECRET);
 
     if (!found)
         return false;
     consume((size_t)(found - at) + PROTOCOL_SECRET);
     output_release();
-    state = LIVE;
+    enter(LIVE);
     return true;
 }
 
-/* Act on the next frame if all of it is there. */
+/* Handle the next frame if it is complete. */
 static bool take_frame(void)
 {
     unsigned char *at = input + input_start;
     size_t here = input_end - input_start;
 
-    if (state == PARKED)
-        return find_way_back();
+    if (state == SUSPENDED)
+        return find_resume_token();
     if (state == DISCARDING || here < (state == GREETING ? HELLO_FRAME : PROTOCOL_HEADER))
         return false;
     if (state == GREETING && memcmp(at, hello_header, sizeof hello_header) != 0 && find_overlapping_secret())
         return true;
     struct frame frame = {at[4], load_u32(at + 5), load_u32(at), at + PROTOCOL_HEADER};
     if (frame.length > PROTOCOL_PAYLOAD_MAX) {
-        session_fault("frame of type %u has %u bytes", frame.type, frame.length);
+        fault("frame of type %u has %u bytes", frame.type, frame.length);
         return false;
     }
     if (here < PROTOCOL_HEADER + (size_t)frame.length + 1 || output_is_backed_up())
         return false;
     if (frame.payload[frame.length] != 0) {
-        /* Not consumed: the next host's secret may have begun in what looked like the end of this frame. */
-        session_fault("frame of type %u does not end in zero", frame.type);
+        /* Not consumed: the next host's secret may begin in what looks like the end of this frame. */
+        fault("frame of type %u does not end in zero", frame.type);
         return false;
     }
     on_frame(&frame);
@@ -274,12 +287,12 @@ static bool take_frame(void)
     return true;
 }
 
-static void act_on_input(void)
+static void handle_input(void)
 {
     do {
         find_secret(); /* again after each frame: HELLO and QUIESCE change what to look for */
     } while (take_frame());
-    if (state == DISCARDING || state == PARKED)
+    if (state == DISCARDING || state == SUSPENDED)
         input_start = searched;
     if (input_start == input_end)
         input_start = input_end = searched = 0;
@@ -297,18 +310,18 @@ bool session_read(void)
 {
     size_t taken = 0, got;
 
-    act_on_input(); /* frames may have been left because too many replies waited */
+    handle_input(); /* frames may be left from when too many replies waited */
     while (taken < READ_PER_TURN) {
         if (input_end == INPUT_MAX)
             make_room();
         if (input_end == INPUT_MAX)
-            return false; /* full of requests that wait for the host to read replies */
+            return false; /* full of requests, which wait for the host to read replies */
         got = channel_read(input + input_end, INPUT_MAX - input_end);
         if (!got)
             return false;
         input_end += got;
         taken += got;
-        act_on_input();
+        handle_input();
     }
     return true;
 }

@@ -26,11 +26,11 @@ struct question {
 
 static int diag = -1;
 static bool usable;
-static bool distrust_gateway; /* its address is the guest's own now, and may be the network's in a clone */
-static bool none_at_quiesce; /* nothing can have connected to a frozen workload since */
+static bool distrust_gateway; /* its address is the guest's own now, and may belong to the network in a clone */
+static bool none_at_quiesce; /* a frozen workload makes no connections since */
 static struct inet_diag_sockid found[FOUND_MAX];
 static unsigned found_count;
-static struct inet last_peer; /* whose way was looked up in this dump */
+static struct inet last_peer; /* the last one whose route was looked up in this dump */
 
 static int ask(uint16_t type, uint16_t flags, uint8_t family, const struct inet_diag_sockid *id)
 {
@@ -49,7 +49,7 @@ static bool is_gateway(const struct inet *peer)
     return network_peer() && inet_equal(peer, network_peer());
 }
 
-/* A peer of IPv4 may be spoken to over IPv6. Many sockets in a row have the same one. */
+/* An IPv6 socket may have an IPv4 peer. Many consecutive sockets have the same peer. */
 static bool leaves(const struct inet *peer)
 {
     static const uint8_t mapped[12] = {[10] = 0xff, [11] = 0xff};
@@ -111,7 +111,7 @@ static int dump(uint8_t family)
         return -1;
     while (!end)
         end = take_answer(true);
-    /* ENOENT: a kernel without IPv6 has no such connections. */
+    /* ENOENT: the kernel has no IPv6. */
     return end > 0 || (family == AF_INET6 && errno == ENOENT) ? 0 : -1;
 }
 
@@ -137,7 +137,7 @@ static int reset_family(uint8_t family, struct failure *failure)
         for (unsigned i = 0; i < found_count; i++) {
             if (ask(SOCK_DESTROY, NLM_F_ACK, family, &found[i]))
                 return fail(failure, "send", "SOCK_DESTROY");
-            /* ENOENT: it ended by itself meanwhile. EOPNOTSUPP: the kernel is built without; the host is told. */
+            /* ENOENT: the connection has ended. EOPNOTSUPP: the kernel lacks SOCK_DESTROY; the reply says so. */
             if (take_answer(false) < 0 && errno == EOPNOTSUPP)
                 usable = false;
         }

@@ -28,7 +28,7 @@ static void on_output(struct source *source, uint32_t events)
 
     (void)events;
     if (got > 0)
-        loop_again(source, EPOLLIN); /* one that writes without end must not keep the agent here */
+        loop_again(source, EPOLLIN); /* a process that writes without end must not keep the agent here */
     else if (got == 0 || errno != EAGAIN)
         forget((struct spill *)(void *)source);
 }

@@ -1,8 +1,9 @@
 #include "streams.h"
 
+#include <errno.h>
+
 #include "output.h"
 #include "protocol.h"
-#include "session.h"
 
 enum { BUCKETS = 4096 };
 
@@ -64,38 +65,35 @@ void streams_end_all(enum streams_ending why)
             buckets[i]->ops->abandon(buckets[i], why);
 }
 
-void streams_take_data(struct stream *stream, const unsigned char *bytes, size_t length)
+int streams_take_data(struct stream *stream, const unsigned char *bytes, size_t length, struct failure *failure)
 {
-    if (!stream->ops->data || stream->input_ended) {
-        session_fault("DATA for stream %u, which takes none", stream->id);
-    } else if (length > stream->may_receive) {
-        session_fault("%zu bytes of DATA for stream %u, %u beyond its credit", length, stream->id,
-                      (unsigned)(length - stream->may_receive));
-    } else {
-        stream->may_receive -= (uint32_t)length;
-        stream->ops->data(stream, bytes, length);
-    }
+    if (!stream->ops->data || stream->input_ended)
+        return fail_with(failure, EPROTO, "DATA for stream %u, which takes none", stream->id);
+    if (length > stream->may_receive)
+        return fail_with(failure, EPROTO, "%zu bytes of DATA for stream %u, %u beyond its credit", length, stream->id,
+                         (unsigned)(length - stream->may_receive));
+    stream->may_receive -= (uint32_t)length;
+    stream->ops->data(stream, bytes, length);
+    return 0;
 }
 
-void streams_take_eof(struct stream *stream)
+int streams_take_eof(struct stream *stream, struct failure *failure)
 {
-    if (!stream->ops->eof || stream->input_ended) {
-        session_fault("EOF for stream %u, which takes none", stream->id);
-        return;
-    }
+    if (!stream->ops->eof || stream->input_ended)
+        return fail_with(failure, EPROTO, "EOF for stream %u, which takes none", stream->id);
     stream->input_ended = true;
     stream->ops->eof(stream);
+    return 0;
 }
 
-void streams_grant(struct stream *stream, uint8_t channel, uint32_t bytes)
+int streams_grant(struct stream *stream, uint8_t channel, uint32_t bytes, struct failure *failure)
 {
-    if (stream->may_send[channel] > UINT64_MAX / 2) {
-        session_fault("too much credit for stream %u", stream->id);
-        return;
-    }
+    if (stream->may_send[channel] > UINT64_MAX / 2)
+        return fail_with(failure, EPROTO, "too much credit for stream %u", stream->id);
     stream->may_send[channel] += bytes;
     if (stream->ops->emit)
         streams_ready(stream);
+    return 0;
 }
 
 void streams_abandon(struct stream *stream)
@@ -109,12 +107,12 @@ void streams_resize(struct stream *stream, uint16_t rows, uint16_t columns)
         stream->ops->resize(stream, rows, columns);
 }
 
-void streams_signal(struct stream *stream, int number)
+int streams_signal(struct stream *stream, int number, struct failure *failure)
 {
-    if (stream->ops->signal)
-        stream->ops->signal(stream, number);
-    else
-        session_fault("SIGNAL for stream %u, which is no exec", stream->id);
+    if (!stream->ops->signal)
+        return fail_with(failure, EPROTO, "SIGNAL for stream %u, which is not an exec", stream->id);
+    stream->ops->signal(stream, number);
+    return 0;
 }
 
 void streams_consumed(struct stream *stream, size_t length)
@@ -138,14 +136,14 @@ void streams_ready(struct stream *stream)
     last_ready = stream;
 }
 
-struct stream *streams_next_ready(void)
+bool streams_take_turn(void)
 {
-    return first_ready;
-}
+    struct stream *stream = first_ready;
 
-void streams_take_turn(struct stream *stream)
-{
+    if (!stream)
+        return false;
     leave_line(stream);
     if (stream->ops->emit(stream))
         streams_ready(stream);
+    return true;
 }

@@ -13,7 +13,7 @@ struct look {
     const char *group;
     char *names;
     size_t size, used;
-    unsigned asleep, running;
+    unsigned uninterruptible, running;
 };
 
 static bool read_text(const char *path, char *text, size_t size)
@@ -43,7 +43,7 @@ static void name(struct look *look, const char *stat, const char *process)
 {
     const char *begin = strchr(stat, '('), *end = strrchr(stat, ')');
 
-    if (look->asleep + look->running > NAMED_MAX || look->used >= look->size)
+    if (look->uninterruptible + look->running > NAMED_MAX || look->used >= look->size)
         return;
     int put = snprintf(look->names + look->used, look->size - look->used, "%s%.*s (pid %.16s)",
                        look->used ? ", " : "", (int)(end - begin - 1), begin + 1, process);
@@ -58,7 +58,7 @@ static void look_at_task(struct look *look, const char *process, const char *tas
     const char *end = read_text(path, stat, sizeof stat) ? strrchr(stat, ')') : NULL;
     if (!end || !strchr(stat, '(') || !end[1] || !strchr("DR", end[2]))
         return;
-    *(end[2] == 'D' ? &look->asleep : &look->running) += 1;
+    *(end[2] == 'D' ? &look->uninterruptible : &look->running) += 1;
     name(look, stat, process);
 }
 
@@ -90,5 +90,5 @@ bool stuck_in_kernel(const char *group, char *names, size_t size)
             look_at_process(&look, process->d_name);
     if (processes)
         closedir(processes);
-    return look.asleep && !look.running;
+    return look.uninterruptible && !look.running;
 }

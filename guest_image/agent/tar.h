@@ -4,18 +4,18 @@
 
 #include <stdint.h>
 
-#include "launch.h"
+#include "child_status.h"
 
 enum { TAR_AT_PLACE = 16, TAR_HIDES = 32 };
 
 struct tar_request {
     const char *path;
-    const char *user; /* extraction: who is to own what is extracted, instead of the archive's numbers */
+    const char *user; /* extraction: the owner of what is extracted, in place of the archive's numbers */
     uint64_t flags;   /* extraction: TAR_AT_PLACE, TAR_HIDES */
 };
 
-/* Both take a struct tar_request and return an exit code, with a notice when it is not 0. */
-int tar_extract(void *request, struct notice *notice);
-int tar_create(void *request, struct notice *notice);
+/* Both take a struct tar_request and return an exit code, with the reason in `status` when it is not 0. */
+int tar_extract(void *request, struct child_status *status);
+int tar_create(void *request, struct child_status *status);
 
 #endif

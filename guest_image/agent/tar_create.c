@@ -16,7 +16,7 @@
 
 enum { BUFFER = 65536, BUCKETS = 1024, VIRTUAL_MAX = 4194304 };
 
-/* The first name under which a file with several was sent. */
+/* A file with several names, and the first one under which it was sent. */
 struct known_file {
     dev_t device;
     ino_t inode;
@@ -28,12 +28,12 @@ static unsigned char buffer[BUFFER];
 static size_t buffered;
 static struct known_file *known_files[BUCKETS];
 static struct tar_entry entry;
-static struct notice *complaints;
+static struct child_status *own_status;
 static dev_t device;
 
-static int complain(const char *call, const char *subject)
+static int report_error(const char *call, const char *subject)
 {
-    launch_complain(complaints, call, subject);
+    child_status_fail(own_status, call, subject);
     return -1;
 }
 
@@ -42,7 +42,7 @@ static int flush(void)
     for (size_t done = 0; done < buffered;) {
         ssize_t put = write(STDOUT_FILENO, buffer + done, buffered - done);
         if (put < 0 && errno != EINTR)
-            return complain("write", "to the host");
+            return report_error("write", "to the host");
         done += put > 0 ? (size_t)put : 0;
     }
     buffered = 0;
@@ -82,7 +82,7 @@ static int put_header(void)
     return put(blocks, tar_encode(&entry, blocks));
 }
 
-/* Exactly as many bytes as the header announced, whatever happens to the file meanwhile. */
+/* Send exactly as many bytes as the header announced, also when the file changes meanwhile. */
 static int put_contents(int fd, const char *path)
 {
     static unsigned char chunk[BUFFER];
@@ -93,7 +93,7 @@ static int put_contents(int fd, const char *path)
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
-            return complain("read", path);
+            return report_error("read", path);
         if (got == 0)
             break;
         if (put(chunk, (size_t)got))
@@ -116,7 +116,7 @@ static void fill_entry(const struct stat *status, char type, const char *path)
     strncpy(entry.path, path, TAR_PATH - 1);
 }
 
-/* The name this inode was sent under before; otherwise NULL, and remember this one. */
+/* The name under which this inode was sent before. If there is none, remember this one and return NULL. */
 static const char *find_known(const struct stat *status, const char *path)
 {
     struct known_file **bucket = &known_files[status->st_ino % BUCKETS];
@@ -126,7 +126,7 @@ static const char *find_known(const struct stat *status, const char *path)
             return file->path;
     struct known_file *file = malloc(sizeof *file + strlen(path) + 1);
     if (!file)
-        return NULL; /* then it is sent twice */
+        return NULL; /* the file is sent twice */
     file->device = status->st_dev;
     file->inode = status->st_ino;
     strcpy(file->path, path);
@@ -135,7 +135,7 @@ static const char *find_known(const struct stat *status, const char *path)
     return NULL;
 }
 
-static int put_file(int folder, const char *name, const char *path, const struct stat *status)
+static int put_file(int directory, const char *name, const char *path, const struct stat *status)
 {
     const char *known = status->st_nlink > 1 ? find_known(status, path) : NULL;
 
@@ -144,21 +144,21 @@ static int put_file(int folder, const char *name, const char *path, const struct
         strncpy(entry.link, known, TAR_PATH - 1);
         return put_header();
     }
-    int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    int fd = openat(directory, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
-        return complain("open", path);
+        return report_error("open", path);
     entry.size = (uint64_t)status->st_size;
     int result = put_header() || put_contents(fd, path) ? -1 : 0;
     close(fd);
     return result;
 }
 
-static int put_symlink(int folder, const char *name, const char *path, const struct stat *status)
+static int put_symlink(int directory, const char *name, const char *path, const struct stat *status)
 {
     fill_entry(status, TAR_SYMLINK, path);
-    ssize_t length = readlinkat(folder, name, entry.link, TAR_PATH - 1);
+    ssize_t length = readlinkat(directory, name, entry.link, TAR_PATH - 1);
     if (length < 0)
-        return complain("readlink", path);
+        return report_error("readlink", path);
     entry.link[length] = 0;
     return put_header();
 }
@@ -171,7 +171,7 @@ static int put_device(const char *path, const struct stat *status, char type)
     return put_header();
 }
 
-/* File systems whose files are no data: /proc, /sys and the like stay out where they are not asked for themselves. */
+/* File systems without data, as /proc and /sys: left out unless PATH itself is on one. */
 static bool is_of_the_kernel(int fd)
 {
     static const unsigned long kinds[] = {PROC_SUPER_MAGIC, SYSFS_MAGIC,  CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC,
@@ -187,44 +187,44 @@ static bool is_of_the_kernel(int fd)
     return false;
 }
 
-/* FUSE: what another user has mounted is not root's to read, and what nobody serves any more is nobody's. */
+/* FUSE: root cannot read what another user has mounted (EACCES), and nobody what is no longer served (ENOTCONN). */
 static bool is_closed_to_us(void)
 {
     return errno == EACCES || errno == ENOTCONN;
 }
 
-static int put_folder(int fd, char *path);
+static int put_directory(int fd, char *path);
 
-static int put_subfolder(int folder, const char *name, char *path, const struct stat *status)
+static int put_subdirectory(int directory, const char *name, char *path, const struct stat *status)
 {
     strcat(path, "/"); /* put_name left room */
     fill_entry(status, TAR_DIRECTORY, path);
     if (put_header())
         return -1;
-    int fd = openat(folder, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    int fd = openat(directory, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
-        return is_closed_to_us() ? 0 : complain("open", path);
+        return is_closed_to_us() ? 0 : report_error("open", path);
     if (status->st_dev != device && is_of_the_kernel(fd)) {
         close(fd);
         return 0;
     }
-    return put_folder(fd, path);
+    return put_directory(fd, path);
 }
 
-/* `path` is the entry's, with room for TAR_PATH bytes. What has vanished since the directory was read is left out. */
-static int put_name(int folder, const char *name, char *path)
+/* `path` is the entry's, with room for TAR_PATH bytes. A file that has vanished since the directory was read is left out. */
+static int put_name(int directory, const char *name, char *path)
 {
     struct stat status;
 
-    if (fstatat(folder, name, &status, AT_SYMLINK_NOFOLLOW))
-        return errno == ENOENT || is_closed_to_us() ? 0 : complain("stat", path);
+    if (fstatat(directory, name, &status, AT_SYMLINK_NOFOLLOW))
+        return errno == ENOENT || is_closed_to_us() ? 0 : report_error("stat", path);
     switch (status.st_mode & S_IFMT) {
     case S_IFREG:
-        return put_file(folder, name, path, &status);
+        return put_file(directory, name, path, &status);
     case S_IFDIR:
-        return put_subfolder(folder, name, path, &status);
+        return put_subdirectory(directory, name, path, &status);
     case S_IFLNK:
-        return put_symlink(folder, name, path, &status);
+        return put_symlink(directory, name, path, &status);
     case S_IFCHR:
         return put_device(path, &status, TAR_CHARACTER);
     case S_IFBLK:
@@ -233,33 +233,33 @@ static int put_name(int folder, const char *name, char *path)
         fill_entry(&status, TAR_FIFO, path);
         return put_header();
     default:
-        return 0; /* sockets have no place in an archive */
+        return 0; /* an archive cannot hold sockets */
     }
 }
 
-/* Everything in the directory `fd`, which is closed; `path` ends in a slash. */
-static int put_folder(int fd, char *path)
+/* Send everything in the directory `fd`, and close it. `path` ends in a slash. */
+static int put_directory(int fd, char *path)
 {
     const size_t length = strlen(path);
     struct dirent *item;
-    DIR *folder = fdopendir(fd);
+    DIR *directory = fdopendir(fd);
     int result = 0;
 
-    if (!folder)
-        return complain("opendir", path);
-    while (result == 0 && (item = readdir(folder))) {
+    if (!directory)
+        return report_error("opendir", path);
+    while (result == 0 && (item = readdir(directory))) {
         if (strcmp(item->d_name, ".") == 0 || strcmp(item->d_name, "..") == 0)
             continue;
         if (length + strlen(item->d_name) + 2 > TAR_PATH) {
             errno = ENAMETOOLONG;
-            result = complain("path", path);
+            result = report_error("path", path);
             break;
         }
         strcpy(path + length, item->d_name);
-        result = put_name(dirfd(folder), item->d_name, path);
+        result = put_name(dirfd(directory), item->d_name, path);
     }
     path[length] = 0;
-    closedir(folder);
+    closedir(directory);
     return result;
 }
 
@@ -268,8 +268,8 @@ static size_t smaller(size_t one, size_t other)
     return one < other ? one : other;
 }
 
-/* Files of /proc say they are empty and those of /sys that they have a page: their size is what reading them gives. The
- * kernel makes room for all that is asked for, and has not much. */
+/* Files of /proc and /sys have a wrong size (0 or a page): read them to learn it. Read in portions: the kernel allocates as
+ * much memory as is asked for. */
 static int put_virtual_file(int fd, const char *path)
 {
     static unsigned char contents[VIRTUAL_MAX];
@@ -278,14 +278,14 @@ static int put_virtual_file(int fd, const char *path)
 
     while (used < sizeof contents && (got = read(fd, contents + used, smaller(sizeof contents - used, BUFFER))) != 0) {
         if (got < 0)
-            return complain("read", path);
+            return report_error("read", path);
         used += (size_t)got;
     }
     entry.size = used;
     return put_header() || put(contents, used) || put_zeros(tar_padding(used)) ? -1 : 0;
 }
 
-/* The requested path itself: its symlinks are followed. A file goes under its base name, a directory as "./". */
+/* Send the requested path, with its symlinks followed: a file under its base name, a directory as "./". */
 static int put_request(const char *path)
 {
     static char name[TAR_PATH] = "./";
@@ -293,17 +293,17 @@ static int put_request(const char *path)
     int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 
     if (fd < 0 || fstat(fd, &status))
-        return complain("open", path);
+        return report_error("open", path);
     device = status.st_dev;
     if (S_ISDIR(status.st_mode)) {
         fill_entry(&status, TAR_DIRECTORY, name);
-        return put_header() ? -1 : put_folder(fd, name);
+        return put_header() ? -1 : put_directory(fd, name);
     }
     const char *slash = strrchr(path, '/');
     fill_entry(&status, TAR_FILE, slash ? slash + 1 : path);
     if (!S_ISREG(status.st_mode)) {
         errno = EINVAL;
-        return complain("not a file or directory:", path);
+        return report_error("not a file or directory:", path);
     }
     entry.size = (uint64_t)status.st_size;
     if (!status.st_blocks && status.st_size <= VIRTUAL_MAX)
@@ -311,10 +311,10 @@ static int put_request(const char *path)
     return put_header() || put_contents(fd, path) ? -1 : 0;
 }
 
-int tar_create(void *argument, struct notice *notice)
+int tar_create(void *argument, struct child_status *status)
 {
     const struct tar_request *request = argument;
 
-    complaints = notice;
+    own_status = status;
     return put_request(request->path) || put_zeros(2 * TAR_BLOCK) || flush() ? 1 : 0;
 }

@@ -71,7 +71,7 @@ const char *tar_decode(const unsigned char block[TAR_BLOCK], struct tar_entry *e
         !parse_small(header.gid, sizeof header.gid, &entry->gid) ||
         !parse_small(header.major, sizeof header.major, &entry->major) ||
         !parse_small(header.minor, sizeof header.minor, &entry->minor))
-        return "a header holds a number that is none";
+        return "a field of a header is not a number";
     entry->mtime = (int64_t)mtime;
     bool has_prefix = memcmp(header.magic, "ustar", 6) == 0 && header.prefix[0];
     snprintf(entry->path, sizeof entry->path, "%.155s%s%.100s", has_prefix ? header.prefix : "", has_prefix ? "/" : "",
@@ -79,7 +79,7 @@ const char *tar_decode(const unsigned char block[TAR_BLOCK], struct tar_entry *e
     snprintf(entry->link, sizeof entry->link, "%.100s", header.link);
     size_t length = strlen(entry->path);
     if (entry->type == TAR_FILE && length && entry->path[length - 1] == '/')
-        entry->type = TAR_DIRECTORY; /* before ustar there was no type for them */
+        entry->type = TAR_DIRECTORY; /* formats before ustar have no type for directories */
     return NULL;
 }
 
@@ -188,7 +188,7 @@ void tar_apply(const struct tar_overrides *overrides, struct tar_entry *entry)
     }
 }
 
-/* Octal with a final zero; what has no room is 0 here and said in a PAX record. */
+/* Octal with a final zero. A number without room is 0 here and in a PAX record. */
 static bool put_number(char *at, size_t size, uint64_t value)
 {
     bool fits = value < 1ULL << (3 * (size - 1));
@@ -221,7 +221,7 @@ static void put_header(const struct tar_entry *entry, unsigned char *block)
 
 static size_t put_record(char *at, const char *key, const char *value)
 {
-    /* The length counts its own digits: try until it agrees with itself. */
+    /* The length counts its own digits: try until it fits. */
     size_t body = strlen(key) + strlen(value) + 3, length = body;
     char digits[24];
 

@@ -42,7 +42,7 @@ struct tar_overrides {
 /* Decode a header. NULL, or what is wrong with it. */
 const char *tar_decode(const unsigned char block[TAR_BLOCK], struct tar_entry *entry);
 
-/* Take in the records of a PAX header. NULL, or what is wrong. */
+/* Decode the records of a PAX header. NULL, or what is wrong. */
 const char *tar_decode_pax(char *records, size_t length, struct tar_overrides *overrides);
 void tar_apply(const struct tar_overrides *overrides, struct tar_entry *entry);
 

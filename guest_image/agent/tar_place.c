@@ -43,21 +43,21 @@ int tar_open_below(const char *path, uint64_t flags)
     return (int)syscall(SYS_openat2, base, *path ? path : ".", &how, sizeof how);
 }
 
-/* Make the directories above an entry that the archive does not have itself. */
-static int make_parents(char *folder)
+/* Make the directories above an entry that the archive does not contain. */
+static int make_parents(char *directory)
 {
-    for (char *at = folder;; at++) {
+    for (char *at = directory;; at++) {
         if (*at != '/' && *at)
             continue;
         char kept = *at;
         *at = 0;
-        char *slash = strrchr(folder, '/');
+        char *slash = strrchr(directory, '/');
         if (slash)
             *slash = 0;
-        int parent = tar_open_below(slash ? folder : "", O_PATH | O_DIRECTORY);
+        int parent = tar_open_below(slash ? directory : "", O_PATH | O_DIRECTORY);
         if (slash)
             *slash = '/';
-        const char *name = slash ? slash + 1 : folder;
+        const char *name = slash ? slash + 1 : directory;
         int made = parent < 0 ? -1 : mkdirat(parent, name, 0755);
         if (made == 0 && owner)
             fchownat(parent, name, owner->id, owner->group, AT_SYMLINK_NOFOLLOW);
@@ -81,14 +81,14 @@ int tar_open_parent(char *path, const char **name)
     *name = slash ? slash + 1 : path;
     if (slash)
         *slash = 0;
-    const char *folder = slash ? path : "";
-    if (parent < 0 || strcmp(folder, last) != 0) {
+    const char *directory = slash ? path : "";
+    if (parent < 0 || strcmp(directory, last) != 0) {
         if (parent >= 0)
             close(parent);
-        parent = tar_open_below(folder, O_PATH | O_DIRECTORY);
+        parent = tar_open_below(directory, O_PATH | O_DIRECTORY);
         if (parent < 0 && errno == ENOENT && slash && make_parents(path) == 0)
-            parent = tar_open_below(folder, O_PATH | O_DIRECTORY);
-        strcpy(last, folder);
+            parent = tar_open_below(directory, O_PATH | O_DIRECTORY);
+        strcpy(last, directory);
     }
     if (slash)
         *slash = '/';
@@ -119,7 +119,7 @@ int tar_open_base(const char *path, const struct user *user)
         return -1;
     close(base);
     base = fd;
-    /* In "/" an absolute symlink of the image means what it says; elsewhere it would lead out, and is refused. */
+    /* With "/" as the base an absolute symlink of the image is followed. Elsewhere it leads out and is refused. */
     bool is_root = target.st_ino == root.st_ino && target.st_dev == root.st_dev;
     resolution = is_root ? RESOLVE_IN_ROOT : RESOLVE_BENEATH;
     return 0;

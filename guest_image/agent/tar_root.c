@@ -13,34 +13,34 @@
 
 static char name[TAR_PATH]; /* the root's, below the base; "" is the base itself */
 
-static int empty_folder(int fd)
+static int empty_directory(int fd)
 {
     struct dirent *item;
-    DIR *folder = fdopendir(fd);
+    DIR *directory = fdopendir(fd);
     int result = 0;
 
-    if (!folder)
+    if (!directory)
         return -1;
-    while (result == 0 && (item = readdir(folder))) {
+    while (result == 0 && (item = readdir(directory))) {
         if (strcmp(item->d_name, ".") == 0 || strcmp(item->d_name, "..") == 0)
             continue;
         if (unlinkat(fd, item->d_name, 0) == 0)
             continue;
         int inside = errno == EISDIR ? openat(fd, item->d_name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
-        result = inside < 0 || empty_folder(inside) || unlinkat(fd, item->d_name, AT_REMOVEDIR) ? -1 : 0;
+        result = inside < 0 || empty_directory(inside) || unlinkat(fd, item->d_name, AT_REMOVEDIR) ? -1 : 0;
     }
     int error = errno;
-    closedir(folder);
+    closedir(directory);
     errno = error;
     return result;
 }
 
-/* An archive knows mode, owner and time of its root: the directory that was there is to be as that is. */
-static int hide_folder(const char *path)
+/* Empty the directory: it gets mode, owner and time of the archive's root. */
+static int hide_directory(const char *path)
 {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
-    return fd < 0 ? -1 : empty_folder(fd);
+    return fd < 0 ? -1 : empty_directory(fd);
 }
 
 int tar_root_open(const char *place, const struct tar_entry *root, bool hides, const struct user *user)
@@ -57,15 +57,15 @@ int tar_root_open(const char *place, const struct tar_entry *root, bool hides, c
     for (size_t length = strlen(path); length > 1 && path[length - 1] == '/'; length--)
         path[length - 1] = 0;
     bool is_there = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-    bool is_folder = root->type == TAR_DIRECTORY;
-    if (is_there && hides && !is_folder) {
+    bool is_directory = root->type == TAR_DIRECTORY;
+    if (is_there && hides && !is_directory) {
         errno = EISDIR;
         return -1;
     }
-    if (is_there && hides && hide_folder(path))
+    if (is_there && hides && hide_directory(path))
         return -1;
     if (is_there) {
-        strcpy(name, is_folder ? "" : root->path);
+        strcpy(name, is_directory ? "" : root->path);
         return tar_open_base(path, user);
     }
     char *slash = strrchr(path, '/');

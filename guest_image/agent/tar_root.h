@@ -1,4 +1,4 @@
-/* Where an archive's one root goes when a place is named for it, as cp has it. */
+/* Where an archive's one root goes when its place is named, as with cp. */
 #ifndef FCVM_TAR_ROOT_H
 #define FCVM_TAR_ROOT_H
 
@@ -7,12 +7,11 @@
 #include "tar_format.h"
 #include "users.h"
 
-/* Open the base for the archive whose first entry is `root` and is to be `place`. A directory that is there takes a root
- * that is none into it, and is one with a root that is a directory; `hides`: nothing is left of what it held. 0, or -1
- * with errno. */
+/* Open the base for an archive whose first entry, `root`, goes to `place`. If `place` is a directory, a file goes into it,
+ * and a directory merges with it; with `hides` the directory is emptied first. 0, or -1 with errno. */
 int tar_root_open(const char *place, const struct tar_entry *root, bool hides, const struct user *user);
 
-/* What a clean path of the archive is called below that base. NULL, or what is wrong. */
+/* Turn a clean path of the archive into one below that base. NULL, or what is wrong. */
 const char *tar_root_rename(char path[TAR_PATH]);
 
 #endif

@@ -18,7 +18,7 @@ int terminal_open(struct terminal_size size, int *program, struct failure *failu
 
     if (terminal < 0)
         return fail(failure, "open", "/dev/pts/ptmx");
-    /* By name the other end would be looked up in the agent's own devpts, where it is another's or nobody's. */
+    /* Not by name: in the agent's own devpts the name belongs to another terminal or to none. */
     *program = ioctl(terminal, TIOCSPTLCK, &unlocked) ? -1 : ioctl(terminal, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
     if (*program < 0) {
         fail(failure, "ioctl", "TIOCGPTPEER");

@@ -1,4 +1,4 @@
-/* Pseudo-terminals of the workload's own devpts, so that a program finds its terminal by name. */
+/* Pseudo-terminals of the workload's devpts, so that a program finds its terminal by name. */
 #ifndef FCVM_TERMINAL_H
 #define FCVM_TERMINAL_H
 
@@ -12,10 +12,10 @@ struct terminal_size {
     uint16_t rows, columns;
 };
 
-/* The controlling end, non-blocking, and in *program the other; -1 when there is none to be had. */
+/* Return the controlling end, non-blocking, and the other end in *program; -1: there is no terminal. */
 int terminal_open(struct terminal_size size, int *program, struct failure *failure);
 
-/* The foreground process group learns of it by SIGWINCH. */
+/* Resize the terminal. The kernel sends SIGWINCH to the foreground process group. */
 void terminal_resize(int terminal, struct terminal_size size);
 
 #endif

@@ -1,13 +1,16 @@
 #include "users.h"
 
 #include <grp.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-/* These files are read as runc and Docker read them (github.com/moby/sys/user): of a line that is short the rest is empty,
- * what is no number is 0, of several lines that fit the first counts, and a number is an id and never a name. */
+#include "report.h"
+
+/* Read these files as runc and Docker do (github.com/moby/sys/user): columns that a short line lacks are empty, text in place
+ * of a number is 0, the first line that matches counts, and a number is always an id and never a name. */
 enum { COLUMNS = 7, NAME = 256 };
 
 struct table {
@@ -60,11 +63,11 @@ static unsigned number_in(const char *column)
     unsigned id;
 
     if (*column == '-' && parse_id(column + 1, &id))
-        return -id; /* nobody's, where 16 bits were enough: not 0, which is root */
+        return -id; /* truncated to 16 bits it is not 0, which is root */
     return parse_id(column, &id) ? id : 0;
 }
 
-/* By number, else by name; nobody named is root. A number without an entry is fine, and so is root. */
+/* By number, else by name; no name is root. A number without an entry is allowed, and so is root. */
 static bool find_user(const char *name, struct user *user, char login[NAME])
 {
     struct table table = {.file = fopen("/etc/passwd", "re")};
@@ -125,7 +128,7 @@ static void find_supplementary(const char *login, struct user *user)
     close_table(&table);
 }
 
-int users_find(const char *name, struct user *user, struct notice *notice)
+int users_find(const char *name, struct user *user, struct child_status *status)
 {
     char person[NAME], group[NAME] = "", login[NAME] = "";
 
@@ -137,22 +140,22 @@ int users_find(const char *name, struct user *user, struct notice *notice)
     if (name[length])
         snprintf(group, sizeof group, "%.*s", (int)strcspn(name + length + 1, ":"), name + length + 1);
     if (!find_user(person, user, login)) {
-        launch_complain_text(notice, "user %s is not in the image's /etc/passwd", person);
+        child_status_fail_with(status, "user %s is not in the image's /etc/passwd", person);
         return -1;
     }
     if (*group && !find_group(group, &user->group)) {
-        launch_complain_text(notice, "group %s is not in the image's /etc/group", group);
+        child_status_fail_with(status, "group %s is not in the image's /etc/group", group);
         return -1;
     }
     user->groups[user->group_count++] = user->group;
-    if (!*group && *login) /* OCI image specification, conversion.md: only without a group of the caller's own */
+    if (!*group && *login) /* OCI image specification, conversion.md: only if no group is given */
         find_supplementary(login, user);
     return 0;
 }
 
 int users_become(const struct user *user)
 {
-    /* A test without root has a user namespace in which setgroups(2) is denied to all. */
+    /* A test without root runs in a user namespace that denies setgroups(2). */
     if (setgroups(user->group_count, user->groups) && !report_test_mode)
         return -1;
     return setgid(user->group) || setuid(user->id) ? -1 : 0;

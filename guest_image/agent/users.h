@@ -4,7 +4,7 @@
 
 #include <sys/types.h>
 
-#include "launch.h"
+#include "child_status.h"
 
 struct user {
     uid_t id;
@@ -14,8 +14,9 @@ struct user {
     char home[4096];
 };
 
-/* For use in a child, in the image's root. `name` is user|uid[:group|gid]; NULL and "" are root. 0, or -1 with a notice. */
-int users_find(const char *name, struct user *user, struct notice *notice);
+/* In a child, in the image's root: look up `name`, which is user|uid[:group|gid]; NULL and "" are root. 0, or -1 with the
+ * reason in `status`. */
+int users_find(const char *name, struct user *user, struct child_status *status);
 
 int users_become(const struct user *user);
 

@@ -13,9 +13,9 @@
 #include "directories.h"
 #include "report.h"
 
-enum { SHARE = 2 }; /* of the room that is left: what a volume's content may take */
+enum { SHARE = 2 }; /* the part of the free space that a volume's content may use */
 
-/* Make a directory of the volume's own path below the store, so that whoever reads a disk finds it. */
+/* Make a directory of the volume's own path below the store, where a reader of the disk finds it. */
 static int make_place(int store, const char *path)
 {
     if (directories_make(store, path + 1))
@@ -54,12 +54,12 @@ static const char *mount_one(int store, const char *path, int from)
     return step;
 }
 
-/* A directory that is on another file system already, as one inside another volume, stays where it is. */
-static bool is_on_overlay(int folder, const struct stat *root)
+/* A directory that is on another file system already, for example inside another volume, stays where it is. */
+static bool is_on_overlay(int directory, const struct stat *root)
 {
     struct stat status;
 
-    return fstat(folder, &status) == 0 && status.st_dev == root->st_dev;
+    return fstat(directory, &status) == 0 && status.st_dev == root->st_dev;
 }
 
 void volumes_mount(int store, char *const *paths)
@@ -67,7 +67,7 @@ void volumes_mount(int store, char *const *paths)
     struct stat root;
 
     for (; *paths && stat("/", &root) == 0; paths++) {
-        directories_make(AT_FDCWD, *paths); /* what fails shows when it is opened */
+        directories_make(AT_FDCWD, *paths); /* a failure shows when it is opened */
         int from = open(*paths, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         const char *step = from < 0 ? "open" : is_on_overlay(from, &root) ? mount_one(store, *paths, from) : NULL;
         if (step)

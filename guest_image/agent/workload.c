@@ -15,11 +15,11 @@
 #include "output.h"
 #include "protocol.h"
 
-static void on_end(struct child *child, int status);
+static void on_end(struct child *child, int wait_status);
 
 static struct child workload = {.ended = on_end};
 static bool started, ended, is_init, wants_power_off;
-static uint64_t oom_kills_told;
+static uint64_t oom_kills_reported;
 
 static void send_event(uint8_t event, const struct reply *fields)
 {
@@ -30,38 +30,38 @@ static void send_event(uint8_t event, const struct reply *fields)
     output_control(FRAME_EVENT, 0, payload, 1 + fields->used);
 }
 
-static void tell_oom(void)
+static void report_oom(void)
 {
     struct reply fields = {0};
     uint64_t kills = cgroup_oom_kills();
 
-    if (kills == oom_kills_told)
+    if (kills == oom_kills_reported)
         return;
-    oom_kills_told = kills;
+    oom_kills_reported = kills;
     reply_number(&fields, FIELD_OOM_KILLS, kills);
     send_event(EVENT_OOM, &fields);
 }
 
-void workload_tell_end(void)
+void workload_report_end(void)
 {
     struct reply fields = {0};
 
     if (!ended)
         return;
-    child_put_status(&fields, &workload, workload.status);
-    reply_number(&fields, FIELD_OOM_KILLS, oom_kills_told);
+    child_put_end(&fields, &workload);
+    reply_number(&fields, FIELD_OOM_KILLS, oom_kills_reported);
     send_event(EVENT_WORKLOAD_EXIT, &fields);
 }
 
-static void on_end(struct child *child, int status)
+static void on_end(struct child *child, int wait_status)
 {
     (void)child;
-    (void)status;
+    (void)wait_status;
     ended = true;
     namespaces_follow(0);
     logs_end();
-    tell_oom();
-    workload_tell_end();
+    report_oom();
+    workload_report_end();
 }
 
 static int launch_with_output(struct launch *how, struct failure *failure)
@@ -71,7 +71,7 @@ static int launch_with_output(struct launch *how, struct failure *failure)
     if (pipe2(output, O_CLOEXEC))
         return fail(failure, "pipe2", "for the log");
     fcntl(output[0], F_SETFL, O_NONBLOCK);
-    how->output = how->errors = output[1]; /* one pipe, so that the order of lines is the order of writing */
+    how->output = how->errors = output[1]; /* one pipe keeps the order of lines */
     int result = child_start(&workload, how, failure);
     close(output[1]);
     if (result || logs_follow(output[0])) {
@@ -81,7 +81,7 @@ static int launch_with_output(struct launch *how, struct failure *failure)
     started = true;
     is_init = how->is_init;
     namespaces_follow(workload.pid);
-    cgroup_watch_oom(tell_oom);
+    cgroup_watch_oom(report_oom);
     return 0;
 }
 
@@ -93,7 +93,7 @@ static int start(struct launch *how, struct reply *reply, struct failure *failur
     int result = launch_with_output(how, failure);
     close(how->input);
     if (result == 0)
-        reply_number(reply, FIELD_PID, (uint64_t)workload.notice->pid);
+        reply_number(reply, FIELD_PID, (uint64_t)workload.status->pid);
     return result;
 }
 
@@ -142,7 +142,7 @@ int workload_status(const struct body *body, struct reply *reply, struct failure
     (void)failure;
     reply_text(reply, FIELD_STATE, state_name());
     if (ended)
-        child_put_status(reply, &workload, workload.status);
+        child_put_end(reply, &workload);
     reply_number(reply, FIELD_OOM_KILLS, cgroup_oom_kills());
     return 0;
 }

@@ -12,13 +12,13 @@ int workload_status(const struct body *body, struct reply *reply, struct failure
 int workload_stop(const struct body *body, struct reply *reply, struct failure *failure);
 int workload_power_off(const struct body *body, struct reply *reply, struct failure *failure);
 
-/* Tell a new session of an end that came before it. */
-void workload_tell_end(void);
+/* Report the end of the workload, if it has ended, to a new session. */
+void workload_report_end(void);
 
-/* Whether POWEROFF was asked for; its reply goes out first. */
+/* Whether POWEROFF was requested. Its REPLY must be written first. */
 bool workload_wants_power_off(void);
 
-/* The first process of a workload that is the init of a system, 0 for any other. */
+/* The process id of a workload that is the init of a system; 0: it is not, or has ended. */
 pid_t workload_init(void);
 
 #endif

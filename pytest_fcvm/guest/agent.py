@@ -1,4 +1,4 @@
-"""What the agent can do, as typed calls over a session. Every method may be called from any thread."""
+"""Typed calls to the agent in the guest, over a session. Every method may be called from any thread."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from pytest_fcvm.model.net import Attachment, Proto
 __all__ = ["DEFAULT_TIMEOUT_S", "Agent", "start_session"]
 
 DEFAULT_TIMEOUT_S = 30.0
-_LAST_WORDS_S = 2.0
+_FINAL_OUTPUT_S = 2.0
 ClockSource = Callable[[], int]  # in ns since 1970
 
 _DETACHED, _ON_TERMINAL, _IS_INIT = 1, 2, 4
@@ -53,10 +53,10 @@ _NAME_LENGTH = 60  # of a command in messages
 
 
 class Agent:
-    """The agent at the other end of a session, which is started after this is made, or events may be missed.
+    """The agent at the other end of a session. Make the agent before the session starts, or events may be missed.
 
     Every call raises GuestTimeout at its deadline (`timeout_s`), CallFailed when the guest could not do it, and the
-    reason of the session's end at once when that comes first.
+    reason of the session's end as soon as the session has ended.
     """
 
     def __init__(self, session: Session) -> None:
@@ -70,7 +70,7 @@ class Agent:
     # Verbs
 
     def configure(self, config: GuestConfig, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Mount the root file system, set up names and network; once per boot, before `start`."""
+        """Mount the root file system, set up names and network. Call it once per boot, before `start`."""
         self._call(StreamKind.CONFIGURE, config_body(config), timeout_s)
 
     def start(self, spec: ProcessSpec, *, is_init: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> int:
@@ -81,40 +81,39 @@ class Agent:
         return self._call(StreamKind.START, body, timeout_s).number(FieldTag.PID)
 
     def status(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> WorkloadStatus:
-        """Return what the workload does. An exit that is seen here counts as told."""
+        """Return the state of the workload. An exit that is seen here is also passed to `on_workload_exit`."""
         status = workload_status(self._call(StreamKind.STATUS, [], timeout_s))
         if status.state is WorkloadState.EXITED and status.exit is not None:
             self._note_exit(status.exit)
         return status
 
     def metrics(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> dict[str, float | int | str]:
-        """Return what the guest counts; the units are in the names."""
+        """Return the metrics of the guest. The units are in the names."""
         return metric_values(self._call(StreamKind.METRICS, [], timeout_s))
 
     def quiesce(self, next_secret: bytes, *, keeps_peer: bool = False, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Freeze the workload and end this session; the agent then waits for `next_secret`.
 
-        With `keeps_peer` the gateway's address stays the guest's own, for clones that have no other peer either.
-        Afterwards nothing reads or writes the channel, so that the VM can be saved; `close` is for when it is dead.
+        With `keeps_peer` the guest keeps the gateway's address, for clones that have no other peer either. Afterwards
+        nothing reads or writes the channel, so that the VM can be saved. Call `close` after the VM has ended.
         """
         self._end_input(quiesce_opening(next_secret, keeps_peer=keeps_peer), next_secret, None, timeout_s)
 
     def suspend(self, copy_secret: bytes, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Freeze the workload and let the channel rest, so that the VM can be copied; calls wait for `resume_session`.
+        """Freeze the workload and suspend the session, so that the VM can be copied; calls wait for `resume_session`.
 
-        The agent of a copy waits for `copy_secret`.
+        The agent in a copy waits for `copy_secret`.
         """
         resume_token = new_secret()
-        body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RETURN, resume_token)]
-        self._end_input(
-            Opening(kind=StreamKind.SUSPEND, what="park", fields=body), copy_secret, resume_token, timeout_s
-        )
+        body: Body = [(FieldTag.SECRET, copy_secret), (FieldTag.RESUME_TOKEN, resume_token)]
+        opening = Opening(kind=StreamKind.SUSPEND, what="suspend", fields=body)
+        self._end_input(opening, copy_secret, resume_token, timeout_s)
 
     def resume_session(
         self, channel: socket.socket, clock_ns: ClockSource | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
-        """Go on after `park` over the channel that the VM has now, and let the workload go on at the host's time."""
-        deadline, holds = Deadline(timeout_s), clock_ns is not None  # a call that waits would find it frozen
+        """Resume the session over the channel that the VM has now, set the guest's clock and thaw the workload."""
+        deadline, holds = Deadline(timeout_s), clock_ns is not None  # hold waiting calls until the thaw
         stream = self.session.resume_session(channel, personalise_opening(Identity(stays_frozen=holds)), holds=holds)
         try:
             stream.wait_reply(deadline)
@@ -124,13 +123,11 @@ class Agent:
         if clock_ns:
             stream.wait_reply(deadline)
 
-    def wake(
+    def resume(
         self, resume: Callable[[], object], clock_ns: ClockSource | None, *, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
-        """Let a VM go on that `resume` resumes, and its workload at the host's time.
-
-        The question whether it runs is in the channel before it does.
-        """
+        """Call `resume`, which resumes the VM, then set the guest's clock and thaw the workload."""
+        # Send the request before the VM runs, so that the guest answers at once.
         stream = self.session.open(personalise_opening(Identity(stays_frozen=clock_ns is not None)))
         resume()
         deadline = Deadline(timeout_s)
@@ -139,15 +136,15 @@ class Agent:
             self.session.open(personalise_opening(Identity(realtime_ns=clock_ns()))).wait_reply(deadline)
 
     def freeze(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Let the workload execute nothing more until `personalise`; the session goes on."""
+        """Freeze the workload until `personalise`. The session goes on."""
         self._call(StreamKind.FREEZE, [], timeout_s)
 
     def personalise(self, identity: Identity, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Give the guest its own random bytes, time, names and addresses, then let the workload go on."""
+        """Give the guest its own random bytes, time, names and addresses, then thaw the workload."""
         self._call(StreamKind.PERSONALISE, identity_body(identity), timeout_s)
 
     def rename_hosts(self, lines: Sequence[str], *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Replace the lines of /etc/hosts beside the guest's own."""
+        """Replace the lines of /etc/hosts, except for the guest's own name."""
         self._call(StreamKind.JOIN, join_body(lines), timeout_s)
 
     def listening(self, port: int, proto: Proto = Proto.TCP, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> ListenState:
@@ -166,7 +163,7 @@ class Agent:
         self._call(StreamKind.SYNC, [], timeout_s)
 
     def poweroff(self, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Turn the VM off. A channel that ends before the reply came is what was asked for."""
+        """Turn the VM off. The channel may end before the reply, which is no error."""
         try:
             self._call(StreamKind.POWEROFF, [], timeout_s)
         except GuestError:
@@ -183,10 +180,10 @@ class Agent:
         terminal: tuple[int, int] | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> GuestProcess:
-        """Start a program beside the workload, on a terminal of so many rows and columns where one is given.
+        """Start a program beside the workload. `terminal` gives it a terminal of (rows, columns).
 
-        `detached` lets it outlive its stream and the session: what nobody reads of its output goes, but the last
-        64 KiB. The timeout is for the start.
+        A `detached` program goes on without its stream and session; of output that is not read, the last 64 KiB are
+        kept. The timeout is for the start.
         """
         body = process_body(spec)
         flags = (_DETACHED if detached else 0) | (_ON_TERMINAL if terminal else 0)
@@ -200,34 +197,34 @@ class Agent:
         return GuestProcess(stream, stream.wait_reply(Deadline(timeout_s)).number(FieldTag.PID))
 
     def attach(self, pid: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestProcess:
-        """Return a command that lives on without the session that started it, or has ended since; once each.
+        """Return a command that goes on, or has ended, without the session that started it. Works once per command.
 
-        Its input is at its end, and of what it printed meanwhile the last 64 KiB of each output are there.
+        Its stdin is at the end. The last 64 KiB of each output since then can be read.
         """
         stream = self._open(StreamKind.ATTACH, [(FieldTag.PID, pid)], f"attach to process {pid}")
         reply = stream.wait_reply(Deadline(timeout_s))
         return GuestProcess(stream, pid, lost_bytes=int(metric_values(reply).get("dropped_bytes", 0)))
 
     def connect(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S, *, address: str = "") -> GuestSocket:
-        """Connect to a TCP port in the guest, on its interface's own address unless another is given.
+        """Connect to a TCP port in the guest, at the address of its interface unless `address` is given.
 
-        Raise ConnectionRefusedError or what else the guest's connect said, as OSError.
+        Raise the error of connect in the guest as OSError, for example ConnectionRefusedError.
         """
         return GuestSocket(self._dial(port, Proto.TCP, address, timeout_s))
 
-    def serve(self, listener: Socket, port: int, tell_fault: Callable[[str, str], object]) -> ServedPort:
-        """Let clients of a listener of the host's, taken over, reach a TCP port in the guest, until either ends.
+    def serve(self, listener: Socket, port: int, report_fault: Callable[[str, str], object]) -> ServedPort:
+        """Connect the clients of a host listener to a TCP port in the guest, until `close` or the session's end.
 
-        `tell_fault` hears what became of a connection that did not stand ("was reset"), and why.
+        The result owns the listener. `report_fault(what, why)` is called for a connection that fails ("was reset").
         """
-        return ServedPort(self.session, listener, port, tell_fault)
+        return ServedPort(self.session, listener, port, report_fault)
 
     def connect_datagrams(self, port: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> GuestDatagrams:
         """Open a stream of datagrams to and from a UDP port in the guest. Raise OSError as `connect` does."""
         return GuestDatagrams(self._dial(port, Proto.UDP, "", timeout_s))
 
     def accept(self, port: int, address: str, *, timeout_s: float | None = None) -> GuestSocket:
-        """Wait for the next TCP connection that a program of the guest makes to an address of its own.
+        """Wait for the next TCP connection that a program in the guest makes to one of the guest's addresses.
 
         Raise OSError when the guest cannot listen there, or why the session ended.
         """
@@ -235,9 +232,9 @@ class Agent:
         return GuestSocket(self._open_socket(StreamKind.ACCEPT, body, f"accept on port {port}", Deadline(timeout_s)))
 
     def logs(self, sink: Sink, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> LogStream:
-        """Follow the workload's output, from what the agent's ring holds on.
+        """Follow the workload's output, beginning with what the agent's ring holds.
 
-        `sink` is called on the session's thread: it must be quick and must not call the agent.
+        `sink` is called on the session's thread. It must be quick and must not call the agent.
         """
         stream = self.session.open(logs_opening(sink, only_unsent=False))
         stream.wait_reply(Deadline(timeout_s))
@@ -254,8 +251,8 @@ class Agent:
     ) -> TarSink:
         """Unpack a tar stream below the guest's directory `path`. The timeout is for the whole transfer.
 
-        With `at_place`, `path` is where the stream's one root goes: a file into a directory that is there, a directory
-        into one that it merges with. With `hides` nothing is left of what such a directory held.
+        With `at_place`, the one root goes to `path`: a file into an existing directory, a directory merges with it.
+        With `hides` the existing directory is emptied first.
         """
         stream = self.session.open(tar_in_opening(path, user, at_place=at_place, hides=hides))
         stream.wait_reply(Deadline(timeout_s))
@@ -271,11 +268,11 @@ class Agent:
 
     @property
     def workload_exit(self) -> ExitStatus | None:
-        """Return how the workload ended, None while it runs as far as is known."""
+        """Return how the workload ended, None while no end is known."""
         return self._workload_exit
 
     def on_workload_exit(self, callback: Callable[[ExitStatus], None]) -> None:
-        """Call back once when the workload has ended, on the thread that learns of it; now if it already has."""
+        """Call back once when the workload has ended, on any thread; at once if it has ended already."""
         with self.session.lock:
             status = self._workload_exit
             if status is None:
@@ -284,18 +281,18 @@ class Agent:
             callback(status)
 
     def wait_until_workload_exit(self, timeout_s: float | None) -> ExitStatus:
-        """Return how the workload ended."""
+        """Wait for the workload's end and return how it ended."""
         self.session.wait_until(
             lambda: self._workload_exit is not None, Deadline(timeout_s), "the workload did not end"
         )
         assert self._workload_exit is not None
         return self._workload_exit
 
-    def wait_for_last_words(self) -> None:
-        """Wait until all that an ended workload printed is in the log: its end is told ahead of what it said last."""
+    def wait_for_final_output(self) -> None:
+        """Wait until the log has all output of an ended workload, whose end is reported before its final output."""
         if self._log is not None and self._workload_exit is not None:
             with suppress(FcvmError):
-                self._log.wait_end(Deadline(_LAST_WORDS_S))
+                self._log.wait_end(Deadline(_FINAL_OUTPUT_S))
 
     def check_workload(self) -> None:
         """Raise WorkloadExited if the workload is known to have ended."""
@@ -342,11 +339,11 @@ class Agent:
             stream = self.session.open_last(opening, secret, resume_token)
             stream.wait_reply(Deadline(timeout_s))
         except GuestTimeout as error:
-            self.session.abort(error)  # nobody knows which secret counts: no call may go on as if nothing were
+            self.session.abort(error)  # it is unknown which secret the agent waits for
             raise
         except FcvmError:
             raise
-        except BaseException:  # by Ctrl-C, or the deadline of the test
+        except BaseException:  # Ctrl-C, or the timeout of the test
             self.session.abort(GuestError(f"{opening.what} was interrupted", hint="ask for a new clone"))
             raise
 
@@ -378,12 +375,12 @@ def start_session(
     explain: Explain | None = None,
     clock_ns: ClockSource | None = None,
 ) -> Agent:
-    """Start a session and return its agent once that has answered, personalised if there is an `identity`.
+    """Start a session and return its agent after the first answer. With an `identity` the guest is personalised.
 
-    Hello, private networks, identity and the log's stream go in one write. With `clock_ns`, which returns ns since
-    1970, the workload stays frozen until the agent has answered and been told the time of then: what was written first
-    is read when the guest comes to life, a hundred milliseconds later on a busy host. The session owns the socket, and
-    has closed it when this raises.
+    Hello, private networks, identity and the log's stream go out in one write, which the guest reads only when it runs,
+    up to a hundred milliseconds later on a busy host. With `clock_ns`, which returns ns since 1970, the workload stays
+    frozen until the agent has answered and then got the time of day. The session owns the socket, and has closed it if
+    this function raises.
     """
     try:
         agent = Agent(Session(sock, secret, explain=explain))

@@ -1,4 +1,4 @@
-"""Where the agent's binaries lie in the installed package."""
+"""Finds the agent's binaries in the installed package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ __all__ = ["resolve_agent"]
 _DIRECTORY = Path(__file__).parent.parent / "agents"
 
 
-def resolve_agent(running: str = "x86_64") -> Path:
-    """Return the static agent for a machine type. Raise HostError when the package was installed without it."""
-    path = _DIRECTORY / f"agent-{running}"
+def resolve_agent(arch: str = "x86_64") -> Path:
+    """Return the static agent for a CPU architecture. Raise HostError when the package was installed without it."""
+    path = _DIRECTORY / f"agent-{arch}"
     if not path.is_file():
-        raise HostError(
-            f"this pytest-fcvm has no guest agent for {running}", hint="run guest_image/build, or reinstall"
-        )
+        raise HostError(f"this pytest-fcvm has no guest agent for {arch}", hint="run guest_image/build, or reinstall")
     return path

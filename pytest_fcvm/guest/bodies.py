@@ -1,4 +1,4 @@
-"""Bodies of requests and replies: from our dataclasses to fields, and back from what the guest says."""
+"""Bodies of requests and replies: dataclasses to fields, and fields to dataclasses."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ Body = list[tuple[FieldTag, FieldValue]]
 
 
 def config_body(config: GuestConfig) -> Body:
-    """Return the fields of CONFIGURE. Raise UsageProblem for a MAC address that is none."""
-    body = _machine_body(config)
+    """Return the fields of CONFIGURE. Raise UsageProblem for an invalid MAC address."""
+    body = _common_body(config)
     body.append((FieldTag.ROOT_DEVICE, config.root_device))
     if config.upper_mib is not None:
         body.append((FieldTag.UPPER_MIB, config.upper_mib))
@@ -53,7 +53,7 @@ def config_body(config: GuestConfig) -> Body:
 
 
 def identity_body(identity: Identity) -> Body:
-    """Return the fields of PERSONALISE. Raise UsageProblem for a MAC address that is none."""
+    """Return the fields of PERSONALISE. Raise UsageProblem for an invalid MAC address."""
     body: Body = []
     if identity.entropy:
         body.append((FieldTag.ENTROPY, identity.entropy))
@@ -61,7 +61,7 @@ def identity_body(identity: Identity) -> Body:
         body.append((FieldTag.REALTIME_NS, identity.realtime_ns))
     if identity.boot_id:
         body.append((FieldTag.BOOT_ID, identity.boot_id))
-    body += _machine_body(identity)
+    body += _common_body(identity)
     body += ((FieldTag.ARG, argument) for argument in identity.hook)
     body += ((FieldTag.ENV, f"{name}={value}") for name, value in identity.hook_env.items())
     if identity.stays_frozen:
@@ -98,7 +98,7 @@ def process_body(spec: ProcessSpec) -> Body:
 
 
 def find_exit_status(fields: Fields) -> ExitStatus | None:
-    """Return how a program ended, None when the fields do not say."""
+    """Return how a program ended, None if the fields do not contain it."""
     code, signal = fields.find_number(FieldTag.EXIT_CODE), fields.find_number(FieldTag.EXIT_SIGNAL)
     if code is None and signal is None:
         return None
@@ -111,7 +111,7 @@ def find_exit_status(fields: Fields) -> ExitStatus | None:
 
 
 def exit_status(fields: Fields) -> ExitStatus:
-    """Return how a program ended; an agent that does not say counts as a start that failed."""
+    """Return how a program ended. Without a status in the fields, the start counts as failed."""
     return find_exit_status(fields) or ExitStatus(code=126, message=fields.line(FieldTag.MESSAGE) or "no exit status")
 
 
@@ -126,9 +126,9 @@ def workload_status(fields: Fields) -> WorkloadStatus:
 
 
 def metric_values(fields: Fields) -> dict[str, float | int | str]:
-    """Return the reply to METRICS by name; a value that is no number stays text.
+    """Return the reply to METRICS by name. A value that is not a number stays text.
 
-    `memory` is there, in words, once the guest's memory has run out.
+    `memory` is added once the guest's memory has run out: a sentence that says what to do.
     """
     pairs = (text.partition("=") for text in fields.texts(FieldTag.METRIC))
     values = {name: _number_or_text(value) for name, _, value in pairs}
@@ -138,21 +138,21 @@ def metric_values(fields: Fields) -> dict[str, float | int | str]:
     return values
 
 
-def _machine_body(running: GuestConfig | Identity) -> Body:
-    """Return the fields that a boot and a clone have in common; what is empty is left out."""
+def _common_body(source: GuestConfig | Identity) -> Body:
+    """Return the fields that CONFIGURE and PERSONALISE have in common, without empty ones."""
     texts = (
-        (FieldTag.MACHINE_ID, running.machine_id),
-        (FieldTag.INTERFACE, running.interface),
-        (FieldTag.ADDRESS, running.address),
-        (FieldTag.GATEWAY, running.gateway),
+        (FieldTag.MACHINE_ID, source.machine_id),
+        (FieldTag.INTERFACE, source.interface),
+        (FieldTag.ADDRESS, source.address),
+        (FieldTag.GATEWAY, source.gateway),
     )
     body: Body = [(tag, text) for tag, text in texts if text]
-    if running.mac:
-        body.append((FieldTag.MAC, _mac_bytes(running.mac)))
-    body += ((FieldTag.DNS, server) for server in running.dns)
-    body += ((FieldTag.HOSTS, line) for line in running.hosts)
-    if running.peer_gateway is not None:
-        body.append((FieldTag.PEER_GATEWAY, int(running.peer_gateway)))
+    if source.mac:
+        body.append((FieldTag.MAC, _mac_bytes(source.mac)))
+    body += ((FieldTag.DNS, server) for server in source.dns)
+    body += ((FieldTag.HOSTS, line) for line in source.hosts)
+    if source.peer_gateway is not None:
+        body.append((FieldTag.PEER_GATEWAY, int(source.peer_gateway)))
     return body
 
 
@@ -162,7 +162,7 @@ def _mac_bytes(text: str) -> bytes:
     except ValueError:
         data = b""
     if len(data) != 6:
-        raise UsageProblem(f"{text!r} is no MAC address", hint="write it as 52:54:00:12:34:56")
+        raise UsageProblem(f"{text!r} is not a MAC address", hint="write it as 52:54:00:12:34:56")
     return data
 
 

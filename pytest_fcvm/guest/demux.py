@@ -1,6 +1,7 @@
-"""What the agent sends, sorted: everything before the nonce is thrown away, each frame after it goes where it belongs.
+"""Sorts what the agent sends: drops everything before the nonce, and hands each frame after it to its stream.
 
-The guest is not trusted: what breaks a rule raises ProtocolError, which ends the session. Nothing here does I/O.
+The guest is not trusted: input that breaks a rule raises ProtocolError, which ends the session. No I/O is done
+here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _EVENTS = {int(kind): kind for kind in EventKind}
 
 
 class Hub(Protocol):
-    """What the demultiplexer needs of the session."""
+    """The part of the session that the demultiplexer uses."""
 
     lock: threading.Lock
     reason: FcvmError | None
@@ -48,11 +49,11 @@ class Hub(Protocol):
         """Note that a stream has its reply. The lock is held."""
 
     def take_event(self, kind: EventKind, fields: Fields) -> None:
-        """Hand on an event. The lock is not held."""
+        """Pass on an event. The lock is not held."""
 
 
 class Demultiplexer:
-    """Feed it what the channel brings; it calls the hub and the streams."""
+    """Takes the bytes of the channel, and calls the hub and the streams."""
 
     def __init__(self, hub: Hub, nonce: bytes) -> None:
         self._hub = hub
@@ -73,17 +74,17 @@ class Demultiplexer:
                 where = f"in the {frame.type.name} frame at offset {self._parser.offset}"
                 raise ProtocolError(f"{error.message}, {where}", hint=error.hint, evidence=error.evidence) from error
             if self._hub.reason is not None:
-                return  # nothing that follows the end of a session counts
+                return  # ignore frames after the end of the session
 
     def describe(self) -> str:
-        """Return how far the session has come, for a person."""
+        """Return the state of the session, for messages."""
         if self._welcomed:
             return "the agent has answered hello"
         last = bytes(self._stale[-_STALE_KEPT:]).decode("utf-8", "backslashreplace")
         return f"the agent has not answered hello; {self._stale_count} bytes came, the last: {last!r}"
 
     def _skip_to_nonce(self, data: memoryview) -> bytes:
-        """Return what follows the nonce, b"" for as long as it is not there."""
+        """Return the bytes after the nonce, b"" before the nonce has come."""
         stale = self._stale
         stale += data
         self._stale_count += len(data)
@@ -154,7 +155,7 @@ class Demultiplexer:
         if not payload:
             raise ProtocolError("an empty EVENT")
         kind = _EVENTS.get(payload[0])
-        if kind is not None:  # an agent that is newer may say more than we know
+        if kind is not None:  # a newer agent may send other events
             self._hub.take_event(kind, decode_fields(payload[1:]))
 
     def _raise_error(self, payload: bytes) -> None:
@@ -163,6 +164,6 @@ class Demultiplexer:
         (offset,) = _OFFSET.unpack_from(payload)
         text = payload[_OFFSET.size :].decode("utf-8", "backslashreplace")
         raise GuestError(
-            f"the agent refused what it was sent at offset {offset}: {text}",
-            hint="agent and package may be of different versions: --fcvm-rebuild",
+            f"the agent refused the input at offset {offset}: {text}",
+            hint="the agent may be of another version than this package: --fcvm-rebuild",
         )

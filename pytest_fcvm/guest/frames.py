@@ -1,7 +1,7 @@
 """The wire protocol between the host and the guest agent.
 
-`guest_image/agent/protocol.h` says the same in C and explains it; a test compares the two, name by name. Nothing here
-does I/O.
+`guest_image/agent/protocol.h` has the same names and numbers in C and explains them; a test compares the two. No I/O is
+done here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PROTOCOL_PORT_NAME = "fcvm.agent"
 
 
 class FrameType(IntEnum):
-    """What a frame is."""
+    """The type of a frame."""
 
     HELLO = 1
     WELCOME = 2
@@ -75,7 +75,7 @@ class FrameType(IntEnum):
 
 
 class StreamKind(IntEnum):
-    """What a stream is opened for; below 32 it ends with its reply."""
+    """What a stream is for. A kind below 32 is a verb: its stream ends with the reply."""
 
     CONFIGURE = 1
     START = 2
@@ -105,14 +105,14 @@ class StreamKind(IntEnum):
 
 
 class EventKind(IntEnum):
-    """What the agent says unasked."""
+    """What the agent reports without a request."""
 
     WORKLOAD_EXIT = 1
     OOM = 2
 
 
 class FieldTag(IntEnum):
-    """What a field of a body means."""
+    """The meaning of a field in a body."""
 
     ARG = 1
     ENV = 2
@@ -149,7 +149,7 @@ class FieldTag(IntEnum):
     ROWS = 33
     COLUMNS = 34
     UPPER_DEVICE = 35
-    RETURN = 36
+    RESUME_TOKEN = 36
     VOLUME = 37
     SYSCTL = 38
     ULIMIT = 39
@@ -167,11 +167,11 @@ _TYPES = {int(kind): kind for kind in FrameType}
 
 
 class ProtocolError(GuestError):
-    """The other side broke the wire protocol; the message names the offset into the session's input."""
+    """The agent broke the wire protocol. The message names the offset into the session's input."""
 
 
 class Frame(NamedTuple):
-    """One frame, taken off the wire."""
+    """One decoded frame."""
 
     type: FrameType
     stream: int
@@ -179,7 +179,7 @@ class Frame(NamedTuple):
 
 
 class Fields(dict[int, list[bytes]]):
-    """The fields of a body by tag, in their order. What is missing or malformed reads as the default."""
+    """The fields of a body by tag, in their order. A missing or malformed field reads as the default."""
 
     def number(self, tag: FieldTag, default: int = 0) -> int:
         """Return the first number under `tag`."""
@@ -194,7 +194,7 @@ class Fields(dict[int, list[bytes]]):
         return int(_NUMBER.unpack(values[0])[0])
 
     def text(self, tag: FieldTag) -> str:
-        """Return the first text under `tag`, untrusted, "" where there is none."""
+        """Return the first text under `tag`, untrusted; "" if there is none."""
         return next(iter(self.texts(tag)), "")
 
     def line(self, tag: FieldTag) -> str:
@@ -207,7 +207,7 @@ class Fields(dict[int, list[bytes]]):
 
 
 class FrameParser:
-    """Cut a byte stream into frames, whatever pieces it comes in. Offsets count from the parser's first byte."""
+    """Cuts a byte stream into frames. Offsets count from the parser's first byte."""
 
     def __init__(self) -> None:
         self._pending = bytearray()
@@ -215,13 +215,13 @@ class FrameParser:
 
     @property
     def offset(self) -> int:
-        """Return the offset of the frame that was yielded last, or of the first byte that belongs to none yet."""
+        """Return the offset of the frame that was yielded last, or of the first incomplete one."""
         return self._offset
 
     def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Frame]:
-        """Yield the frames that `data` completes; the iterator must be used up before the next call.
+        """Yield the frames that `data` completes. Use the iterator up before the next call.
 
-        Raise ProtocolError at the first malformed byte, after the frames before it. The parser is of no use then.
+        Raise ProtocolError at the first malformed byte, after the frames before it. Do not use the parser afterwards.
         """
         pending, start, at = self._pending, self._offset, 0
         pending += data
@@ -236,7 +236,7 @@ class FrameParser:
             del pending[:at]
 
     def _find_end(self, at: int) -> int | None:
-        """Return where the frame at `at` ends, None when it is not whole yet."""
+        """Return where the frame at `at` ends, None if it is incomplete."""
         pending = self._pending
         if len(pending) - at < PROTOCOL_HEADER:
             return None
@@ -272,9 +272,9 @@ def encode_hello(nonce: bytes, next_secret: bytes) -> bytes:
 
 
 def encode_greeting(secrets: Sequence[bytes], nonce: bytes) -> bytes:
-    """Return the bytes that start a session from whichever of `secrets` (but the last) the agent waits for.
+    """Return the bytes that start a session, whichever of `secrets` (but the last) the agent waits for.
 
-    Each secret leads to the next one. An agent that waits for a later one finds it in the middle of what comes before.
+    Each HELLO replaces its secret by the next one. An agent that waits for a later secret finds it inside these bytes.
     """
     last = len(secrets) - 2
     return b"".join(
@@ -283,7 +283,7 @@ def encode_greeting(secrets: Sequence[bytes], nonce: bytes) -> bytes:
 
 
 def encode_open(stream: int, kind: StreamKind, body: bytes) -> bytes:
-    """Return the frames that open a stream: OPEN, and BODY as often as the body needs."""
+    """Return the frames that open a stream: OPEN, and as many BODY as necessary."""
     room = PROTOCOL_PAYLOAD_MAX - _OPEN.size
     first = encode_frame(FrameType.OPEN, stream, _OPEN.pack(kind, len(body)) + body[:room])
     if len(body) <= room:
@@ -293,9 +293,9 @@ def encode_open(stream: int, kind: StreamKind, body: bytes) -> bytes:
 
 
 def encode_fields(fields: Iterable[tuple[FieldTag, FieldValue]]) -> bytes:
-    """Return the body that says `fields`: numbers as u64, texts as UTF-8 (surrogates as the bytes they stand for).
+    """Return the body of `fields`: numbers as u64, texts as UTF-8 (surrogates as the bytes they stand for).
 
-    Raise UsageProblem for what no program can be given (a zero byte in a text) and for a body over PROTOCOL_BODY_MAX.
+    Raise UsageProblem for a text with a zero byte, and for a body over PROTOCOL_BODY_MAX.
     """
     parts: list[bytes] = []
     for tag, value in fields:
@@ -311,7 +311,7 @@ def encode_fields(fields: Iterable[tuple[FieldTag, FieldValue]]) -> bytes:
 
 
 def decode_fields(body: bytes | memoryview) -> Fields:
-    """Return the fields of a body. Raise ProtocolError when a length points past the end."""
+    """Return the fields of a body. Raise ProtocolError if a length points past the end."""
     fields, at = Fields(), 0
     while at < len(body):
         start = at + _FIELD.size
@@ -324,7 +324,7 @@ def decode_fields(body: bytes | memoryview) -> Fields:
 
 
 def new_secret() -> bytes:
-    """Return 16 random bytes of which none is zero, as the rule about the frame's trailer demands."""
+    """Return 16 random bytes without a zero byte, as the protocol requires of a secret."""
     secret = b""
     while len(secret) < PROTOCOL_SECRET:
         secret += os.urandom(2 * PROTOCOL_SECRET).replace(b"\0", b"")
@@ -339,5 +339,5 @@ def _encode_value(tag: FieldTag, value: FieldValue) -> bytes:
     except (struct.error, UnicodeEncodeError) as error:
         raise UsageProblem(f"{tag.name} cannot be sent to the guest: {error}", hint="correct the argument") from error
     if isinstance(value, str) and b"\0" in data:
-        raise UsageProblem(f"{tag.name} holds a zero byte: {value!r}", hint="remove it: no program can be given one")
+        raise UsageProblem(f"{tag.name} holds a zero byte: {value!r}", hint="remove it: programs cannot take one")
     return data

@@ -1,4 +1,4 @@
-"""What a stream needs of its session, and what it keeps of what came."""
+"""The part of a session that a stream uses, and what a stream keeps of its input."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["CallFailed", "Inbound", "Link"]
 
 
 class CallFailed(GuestError):
-    """The agent could not do what it was asked for; `errno` is the guest's."""
+    """The agent could not do what was requested. `errno` is the guest's."""
 
     errno: int = 0
 
 
 class Link(Protocol):
-    """What a stream needs of its session."""
+    """The part of a session that a stream uses."""
 
     lock: threading.Lock
     reason: FcvmError | None
@@ -31,37 +31,37 @@ class Link(Protocol):
     def retire(self, stream_id: int) -> None:
         """Forget a stream that has ended. The lock is held."""
 
-    def note(self, watcher: Callable[[], object]) -> None:
-        """Let a watcher be called soon, on the session's thread. The lock is held."""
+    def schedule(self, watcher: Callable[[], object]) -> None:
+        """Have a watcher called soon, on the session's thread. The lock is held."""
 
     def check_may_wait(self) -> None:
-        """Raise UsageProblem on the thread that everybody waits for. The lock is held."""
+        """Raise UsageProblem on the session's own thread. The lock is held."""
 
     def raise_reason(self) -> None:
         """Raise why the session ended. The lock is held."""
 
     def evidence(self) -> Mapping[str, str]:
-        """Return what a person wants to know about the session after a timeout. The lock is held."""
+        """Return the state of the session, as evidence for a timeout. The lock is held."""
         ...
 
 
 class Inbound:
-    """What came on one channel and was not read yet."""
+    """The bytes of one channel that have come and are not read yet."""
 
     __slots__ = ("bounded", "chunks", "collecting", "credit", "discarding", "ended", "lost", "owed")
 
     def __init__(self) -> None:
         self.chunks: deque[memoryview] = deque()
-        self.credit = PROTOCOL_WINDOW  # what the agent may still send
-        self.owed = 0  # read and not granted again yet
+        self.credit = PROTOCOL_WINDOW  # bytes that the agent may still send
+        self.owed = 0  # bytes that were read and not granted again yet
         self.ended = False
-        self.collecting = False  # keep everything, however much it is
+        self.collecting = False  # keep everything, without a limit
         self.discarding = False  # keep nothing
         self.bounded = False  # keep the last window
-        self.lost = 0  # bytes that were not kept for it
+        self.lost = 0  # bytes that `bounded` has dropped
 
     def keep(self, data: memoryview) -> None:
-        """Add what came."""
+        """Add bytes."""
         if self.bounded:
             whole = b"".join((*self.chunks, data))
             self.chunks.clear()

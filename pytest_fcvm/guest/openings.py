@@ -1,4 +1,4 @@
-"""The streams that a session begins with."""
+"""The streams that a session begins or ends with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_session(
     log_sink: Sink | None,
     deadline: Deadline,
 ) -> Stream | None:
-    """Start a session with the streams that it begins with, in one write, and return the log's stream."""
+    """Start a session with its first streams, in one write, and return the log's stream."""
     opening = [
         Opening(kind=StreamKind.JOIN, what="join", fields=join_body((), attachment, f"eth{number}"))
         for number, attachment in enumerate(attachments, start=1)
@@ -44,24 +44,24 @@ def open_session(
 
 
 def personalise_opening(identity: Identity) -> Opening:
-    """Return the stream that says who the guest is now."""
+    """Return the stream that gives the guest its identity."""
     return Opening(kind=StreamKind.PERSONALISE, what="personalise", fields=identity_body(identity))
 
 
 def quiesce_opening(next_secret: bytes, *, keeps_peer: bool) -> Opening:
-    """Return the stream that ends a session, as `Agent.quiesce` has it."""
+    """Return the stream that ends a session, as in `Agent.quiesce`."""
     body: Body = [(FieldTag.SECRET, next_secret), *([(FieldTag.PEER_GATEWAY, 1)] if keeps_peer else [])]
     return Opening(kind=StreamKind.QUIESCE, what="quiesce", fields=body)
 
 
 def logs_opening(sink: Sink, *, only_unsent: bool) -> Opening:
-    """Return the log's stream. A clone's leaves out what the base printed, which is on the host already."""
+    """Return the log's stream. A clone leaves out the output of the base, which is on the host already."""
     fields: Body = [(FieldTag.FLAGS, _ONLY_UNSENT)] if only_unsent else []
     return Opening(kind=StreamKind.LOGS, what="logs", fields=fields, sink=sink)
 
 
 def tar_in_opening(path: str, user: str, *, at_place: bool, hides: bool) -> Opening:
-    """Return the stream that unpacks a tar in the guest, as `Agent.tar_in` has it."""
+    """Return the stream that unpacks a tar in the guest, as in `Agent.tar_in`."""
     body: Body = [(FieldTag.PATH, path)]
     if at_place or hides:
         body.append((FieldTag.FLAGS, _AT_PLACE | (_HIDES if hides else 0)))

@@ -1,6 +1,6 @@
-"""Bytes on their way to the agent. Nobody ever blocks in a write: what the channel does not take now waits here.
+"""Bytes on their way to the agent. A write never blocks: bytes that the channel does not take now wait here.
 
-What waits is bounded by the credit of the streams and the number of calls under way.
+The credit of the streams and the number of pending calls limit how much waits.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from itertools import islice
 
 __all__ = ["Outbox"]
 
-# One sendmsg takes up to IOV_MAX (1024) pieces; more than this many bring nothing.
+# One sendmsg takes up to IOV_MAX (1024) pieces; more than these do not make it faster.
 _PIECES = 64
 
 
 class Outbox:
-    """Frames in the order they were put. Every method is called with the session's lock held."""
+    """Frames in the order in which they were put. Call every method with the session's lock held."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -30,23 +30,23 @@ class Outbox:
         (self._queue if self._held is None else self._held).append(frame)
 
     def hold(self) -> None:
-        """Keep back what is put from now on."""
+        """Hold back frames that are put from now on."""
         self._held = deque()
 
     def release(self, first: bytes = b"") -> None:
-        """Let go `first` and then what was kept back."""
+        """Queue `first` and then the frames that were held back."""
         self._queue.extend((first, *(self._held or ())) if first else self._held or ())
         self._held = None
 
     def move_to(self, sock: socket.socket, first: bytes, *, holds: bool = False) -> None:
-        """Go on over another channel with `first`, then what was kept back, unless that is held on."""
+        """Go on over another channel with `first`, then the frames that were held back unless `holds`."""
         self._sock, self.fault = sock, None
         self._queue.append(first)
         if not holds:
             self.release()
 
     def flush(self) -> None:
-        """Send what the channel takes; a fault is kept in `fault`, for the reading side knows better why."""
+        """Send what the channel takes. An error goes to `fault`: the reading side knows the cause better."""
         queue = self._queue
         while queue and self.fault is None:
             try:

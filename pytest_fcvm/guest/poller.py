@@ -1,4 +1,4 @@
-"""What a session's thread waits for: its channel, a wake-up by other threads, and sockets that it serves besides."""
+"""Events of a session's thread: its channel, a wake-up by other threads, and the sockets that it serves."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _RETRY_S = 0.05
 
 
 class Handler(Protocol):
-    """Who serves a socket. Both are called on the session's thread, must not wait, and must not raise."""
+    """Serves a socket. Both methods are called on the session's thread, must not wait, and must not raise."""
 
     def ready(self, events: int) -> None:
-        """Act on events of the socket."""
+        """Handle events of the socket."""
 
     def session_ended(self) -> None:
-        """Give everything back: the session is over."""
+        """Release everything: the session is over."""
 
 
 class Poller:
-    """Every method but `wait` may be called from any thread. Raise OSError where no descriptor is left."""
+    """Waits for events. Any thread may call every method but `wait`. Raises OSError if no descriptor is left."""
 
     def __init__(self, channel: socket.socket) -> None:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -38,21 +38,21 @@ class Poller:
         self._epoll.register(self._wake_fd, IN)
         self._lock = threading.Lock()
         self._handlers: dict[int, Handler] = {}
-        self._rests: dict[int, int] = {}  # descriptors that are looked at again a little later, and for what
+        self._rests: dict[int, int] = {}  # descriptors that are ignored for a moment, and their events
         self._over = False
         self.use_channel(channel)
 
     def use_channel(self, channel: socket.socket) -> None:
-        """Wait for this channel from now on; the one before has been forgotten or closed."""
+        """Wait for this channel from now on. Call `forget_channel` for the one before first."""
         self._channel_fd, self._channel_events = channel.fileno(), IN
         self._epoll.register(self._channel_fd, IN)
 
     def forget_channel(self) -> None:
-        """Wait for no channel, before it is closed."""
+        """Wait for no channel. Call it before the channel is closed."""
         self._epoll.unregister(self._channel_fd)
 
     def attach(self, descriptor: int, events: int, handler: Handler) -> None:
-        """Serve a descriptor until `detach`; where the session is over, tell that at once."""
+        """Serve a descriptor until `detach`. If the session is over, call `session_ended` at once."""
         with self._lock:
             over = self._over
             if not over:
@@ -62,13 +62,13 @@ class Poller:
             handler.session_ended()
 
     def change(self, descriptor: int, events: int) -> None:
-        """Wait for other events of a descriptor; for none it still tells errors."""
+        """Wait for other events of a descriptor. Errors are reported also for none."""
         with self._lock:
             if descriptor in self._handlers:
                 self._epoll.modify(descriptor, events)
 
     def rest(self, descriptor: int, events: int) -> None:
-        """Leave a descriptor alone for some hundredths of a second: what it needs lacks just now."""
+        """Ignore a descriptor for 50 ms, while a resource of the host is used up."""
         with self._lock:
             if descriptor in self._handlers:
                 self._epoll.modify(descriptor, 0)
@@ -87,9 +87,9 @@ class Poller:
             os.eventfd_write(self._wake_fd, 1)
 
     def wait(self, *, writes: bool, at_once: bool) -> bool:
-        """Wait, serve what is attached, and return whether the channel is ready.
+        """Wait, serve the attached descriptors, and return whether the channel is ready.
 
-        `writes` says whether it is to be told when the channel takes more, `at_once` that there is no time to wait.
+        With `writes`, also wait until the channel takes bytes. With `at_once`, do not wait.
         """
         wanted = IN | OUT if writes else IN
         if wanted != self._channel_events:
@@ -97,7 +97,7 @@ class Poller:
             self._channel_events = wanted
         ready = dict(self._epoll.poll(0 if at_once else _RETRY_S if self._rests else None))
         if self._rests:
-            self._resume_session()
+            self._end_rests()
         if ready.pop(self._wake_fd, 0):
             os.eventfd_read(self._wake_fd)
         channel_is_ready = bool(ready.pop(self._channel_fd, 0))
@@ -108,7 +108,7 @@ class Poller:
         return channel_is_ready
 
     def end(self) -> None:
-        """Tell everyone who is attached, and who attaches later, that the session is over."""
+        """Call `session_ended` of every handler, also of those that are attached later."""
         with self._lock:
             self._over = True
             handlers = set(self._handlers.values())
@@ -116,13 +116,13 @@ class Poller:
             handler.session_ended()
 
     def close(self) -> None:
-        """Give the descriptors back; idempotent."""
+        """Close the descriptors; idempotent."""
         descriptor, self._wake_fd = self._wake_fd, -1
         if descriptor >= 0:
             os.close(descriptor)
         self._epoll.close()
 
-    def _resume_session(self) -> None:
+    def _end_rests(self) -> None:
         with self._lock:
             resting, self._rests = self._rests, {}
             for descriptor, events in resting.items():

@@ -1,4 +1,4 @@
-"""A program that the host runs in the guest, held as `subprocess.Popen` holds one of the host."""
+"""A program that the host runs in the guest, with an interface like `subprocess.Popen`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TAIL_BYTES = 4000
 
 
 class StreamReader:
-    """One channel as a binary file to read. `timeout_s` bounds the wait of every read (None: as long as the VM lives).
+    """One channel as a binary file to read. `timeout_s` limits every read (None: as long as the VM lives).
 
-    Not for two threads at once. Without a reader the guest's program stops once a window (64 KiB) is full.
+    Do not read from two threads at once. Without a reader the program in the guest stops when 64 KiB wait.
     """
 
-    # Not an io.RawIOBase: that closes itself when it is collected, on any thread, with any lock held.
+    # Not an io.RawIOBase: the garbage collector would close that on any thread, with any lock held.
 
     def __init__(self, stream: Stream, channel: int = 0, *, timeout_s: float | None = None) -> None:
         self.timeout_s = timeout_s
@@ -32,10 +32,10 @@ class StreamReader:
         self._stream = stream
         self._channel = channel
         self._chunk = b""
-        self._at = 0  # what of the chunk was handed out
+        self._at = 0  # how much of the chunk was returned
 
     def read(self, size: int = -1) -> bytes:
-        """Return `size` bytes, fewer at the end of the stream only, or all that is left for -1."""
+        """Return `size` bytes, fewer only at the end of the stream; -1: all bytes up to the end."""
         parts: list[bytes] = []
         while size != 0 and (part := self.read1(size)):
             parts.append(part)
@@ -53,7 +53,7 @@ class StreamReader:
         return part
 
     def readline(self) -> bytes:
-        """Return the next line with its newline, without one at the end of the stream, b"" after it."""
+        """Return the next line with its newline (the last may have none), b"" at the end of the stream."""
         parts: list[bytes] = []
         while True:
             end = self._chunk.find(b"\n", self._at) + 1
@@ -66,7 +66,7 @@ class StreamReader:
         return iter(self.readline, b"")
 
     def take_buffered(self) -> bytes:
-        """Return what was fetched and not read yet."""
+        """Return the bytes that were fetched and not read yet."""
         rest, self._chunk, self._at = self._chunk[self._at :], b"", 0
         return rest
 
@@ -86,7 +86,7 @@ class StreamReader:
         """Do nothing, as files to read do."""
 
     def close(self) -> None:
-        """Throw away what comes from now on, so that the guest's program never waits for a reader."""
+        """Discard output from now on, so that the program in the guest never waits for a reader."""
         self.closed = True
         self._chunk, self._at = b"", 0
         self._stream.discard(self._channel)
@@ -106,7 +106,7 @@ class StreamReader:
 
 
 class StreamWriter:
-    """Channel 0 towards the guest as a binary file to write. `timeout_s` bounds the wait of every write."""
+    """Channel 0 to the guest as a binary file to write. `timeout_s` limits every write."""
 
     def __init__(self, stream: Stream, *, timeout_s: float | None = None) -> None:
         self.timeout_s = timeout_s
@@ -121,10 +121,10 @@ class StreamWriter:
         return memoryview(data).nbytes
 
     def flush(self) -> None:
-        """Do nothing: every write is on its way when it returns."""
+        """Do nothing: a write does not buffer."""
 
     def close(self) -> None:
-        """Say end of file to the guest; idempotent."""
+        """Send end of file to the guest; idempotent."""
         self.closed = True
         self._stream.write_eof()
 
@@ -136,9 +136,9 @@ class StreamWriter:
 
 
 class GuestProcess:
-    """A running program. `pid` is its number in the workload's PID namespace.
+    """A running program. `pid` is its process id in the workload's PID namespace.
 
-    A detached one goes on after `close`, and never waits for a reader.
+    A detached program goes on after `close`, and never waits for a reader.
     """
 
     def __init__(self, stream: Stream, pid: int, *, lost_bytes: int = 0) -> None:
@@ -151,7 +151,7 @@ class GuestProcess:
 
     @property
     def lost_bytes(self) -> int:
-        """Return how much of its output went by unread, for want of room."""
+        """Return how many bytes of its output were dropped unread."""
         return self._lost_bytes + self._stream.lost_bytes
 
     def signal(self, number: int) -> None:
@@ -168,7 +168,7 @@ class GuestProcess:
         return None if fields is None else exit_status(fields)
 
     def wait(self, timeout_s: float | None) -> ExitStatus:
-        """Wait for the program's end. It comes after all of its output: read that, close it, or use `communicate`.
+        """Wait for the program's end, which comes after all of its output: read or close that, or use `communicate`.
 
         Raise GuestTimeout at the deadline, or why the session ended.
         """
@@ -176,14 +176,14 @@ class GuestProcess:
             return exit_status(self._stream.wait_exit(Deadline(timeout_s)))
         except GuestTimeout as error:
             if self._stream.is_stalled():
-                error.hint = "nobody reads its output: read stdout and stderr, close them, or use communicate"
+                error.hint = "its output is not read: read stdout and stderr, close them, or use communicate"
             raise
 
     def communicate(self, data: bytes = b"", *, timeout_s: float | None) -> tuple[bytes, bytes]:
-        """Send `data` and end of file to stdin, collect all output, wait for the end; return stdout and stderr.
+        """Send `data` and end of file to stdin, wait for the program's end and return stdout and stderr.
 
-        Raise GuestTimeout with the last of the output as evidence; the program runs on, and a second call goes on
-        collecting.
+        Raise GuestTimeout with the end of the output as evidence. The program goes on, and a second call continues to
+        collect.
         """
         deadline = Deadline(timeout_s)
         for channel in (_STDOUT, _STDERR):
@@ -200,9 +200,9 @@ class GuestProcess:
         return self._take_collected()
 
     def close(self) -> None:
-        """Give the program up if it runs: its process group gets SIGHUP, and SIGKILL a second later. Idempotent.
+        """End the program if it runs: its process group gets SIGHUP, and SIGKILL a second later. Idempotent.
 
-        What it has started in process groups of their own goes on, and so does what it left when it ended by itself.
+        Its children in other process groups go on, and so do those that it left running when it ended by itself.
         A detached program goes on too.
         """
         self._stream.abandon()

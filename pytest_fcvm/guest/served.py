@@ -16,27 +16,26 @@ from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.guest.poller import ERROR, HANG_UP, IN, OUT
 from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.host.clock import Deadline
-from pytest_fcvm.host.sockets import Socket
-from pytest_fcvm.network.links import reset
-from pytest_fcvm.network.ports.relay import NOBODY
+from pytest_fcvm.host.sockets import Socket, reset
+from pytest_fcvm.model.net import NO_LISTENER
 
 __all__ = ["ServedPort"]
 
-_AT_ONCE = 64  # connections taken before anything else has its turn
+_AT_ONCE = 64  # connections that are accepted per event
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _NOW = Deadline(0)
 
 
 class ServedPort:
-    """One port. It takes the listener over; `tell_fault` hears what became of a connection ("was reset"), and why.
+    """One port. It owns the listener. `report_fault(what, why)` is called for a connection that fails ("was reset").
 
-    It ends with `close` or with the session: all its connections are reset then.
+    `close` and the end of the session reset all its connections.
     """
 
     def __init__(
-        self, session: Session, listener: Socket, guest_port: int, tell_fault: Callable[[str, str], object]
+        self, session: Session, listener: Socket, guest_port: int, report_fault: Callable[[str, str], object]
     ) -> None:
-        self.guest_port, self.tell_fault = guest_port, tell_fault
+        self.guest_port, self.report_fault = guest_port, report_fault
         self.session, self.lock = session, threading.RLock()
         self._listener: Socket | None = listener
         self._clients: set[_Client] = set()
@@ -54,7 +53,7 @@ class ServedPort:
             if listener is None:
                 return
             self.session.poller.detach(listener.fileno())
-            with suppress(OSError):  # a forked process may hold it open, and nothing may listen any more
+            with suppress(OSError):  # a forked process may hold the listener open
                 listener.shutdown(socket.SHUT_RDWR)
             listener.close()
             for client in list(self._clients):
@@ -65,7 +64,7 @@ class ServedPort:
         self.close()
 
     def ready(self, events: int) -> None:  # noqa: ARG002  the protocol's signature
-        """Take the connections that wait, some at a time."""
+        """Accept waiting connections, a limited number at a time."""
         with self.lock:
             for _ in range(_AT_ONCE):
                 if self._listener is None or not self._take(self._listener):
@@ -76,37 +75,37 @@ class ServedPort:
         self._clients.discard(client)
 
     def _take(self, listener: Socket) -> bool:
-        """Take one connection; say whether there may be another."""
+        """Accept one connection. Return whether another one may wait."""
         try:
             connection, _ = listener.accept()
         except OSError as error:
             if error.errno in _NO_DESCRIPTOR:
-                self.tell_fault("waits", str(error.strerror))
+                self.report_fault("waits", str(error.strerror))
                 self.session.poller.rest(listener.fileno(), IN)
                 return False
             return error.errno == errno.ECONNABORTED
         try:
             client = _Client(self, connection)
         except (OSError, FcvmError) as error:
-            self.tell_fault("was reset", str(error))
+            self.report_fault("was reset", str(error))
             reset(connection)
         else:
             self._clients.add(client)
-            client.ready(IN)  # what has come is sent along
+            client.ready(IN)  # send the bytes that have come along
         return True
 
 
 class _Client:
-    """A client's connection and its stream into the guest. Each half ends by itself; a break of one resets both.
+    """A client's connection and its stream into the guest. Each half ends by itself; an error of one resets both.
 
-    What the client says goes along with the opening of the stream: the guest is then woken once, not twice. All methods
-    are called with the port's lock held, or take it.
+    The client's first bytes go out together with the opening of the stream, so that the guest is woken once. Callers of
+    all methods hold the port's lock, or the method takes it.
     """
 
     def __init__(self, port: ServedPort, connection: Socket) -> None:
         self._port, self._socket = port, connection
-        self._waiting: memoryview | None = None  # what the guest said and the client does not take yet
-        self._stands = self._said_all = self._heard_all = self._over = False
+        self._waiting: memoryview | None = None  # bytes of the guest that the client does not take yet
+        self._connected = self._client_eof = self._guest_eof = self._over = False
         self._wanted, self._rests = IN, False
         connection.setblocking(False)  # noqa: FBT003  the socket's own signature
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -116,7 +115,7 @@ class _Client:
             fields=[(FieldTag.PORT, port.guest_port), (FieldTag.PROTO, "tcp")],
         )
         self._stream = port.session.open(opening)
-        self._stream.watch(self._something_came)
+        self._stream.watch(self._on_stream)
         try:
             self._attach(IN)
         except BaseException:
@@ -124,15 +123,15 @@ class _Client:
             raise
 
     def ready(self, events: int) -> None:
-        """Act on events of the client's socket."""
-        with self._port.lock, self._breaks():
+        """Handle events of the client's socket."""
+        with self._port.lock, self._resetting_on_error():
             if self._over:
                 return
             if events & ERROR:
                 raise ConnectionResetError
             if events & OUT:
-                self._bring_down()
-            self._bring_up()
+                self._copy_to_client()
+            self._copy_to_guest()
             self._settle()
             if events & HANG_UP and not (self._over or self._stream.room()):
                 self._rest()
@@ -142,26 +141,26 @@ class _Client:
         self.reset()
 
     def reset(self) -> None:
-        """End both ends by a reset; idempotent."""
+        """Reset the client's connection and the guest's; idempotent."""
         with self._port.lock:
             if not self._over:
                 self._stream.abandon(errno.ECONNRESET)
                 self._end()
                 reset(self._socket)
 
-    def _something_came(self) -> None:
-        with self._port.lock, self._breaks():
+    def _on_stream(self) -> None:
+        with self._port.lock, self._resetting_on_error():
             if self._over:
                 return
-            if self._stands or self._has_reply():
-                self._bring_down()
-            self._settle()  # without a reply too: the guest takes what was said before its peer speaks
+            if self._connected or self._has_reply():
+                self._copy_to_client()
+            self._settle()  # also before the reply: the agent takes the first bytes before the socket is connected
             if self._rests and self._stream.room():
                 self._rests = False
                 self._attach(self._wanted)
 
     def _rest(self) -> None:
-        """Leave a client alone that has hung up until the guest takes the rest of what it said: it is always ready."""
+        """Ignore a client that has hung up, and so is always ready, until the guest takes the rest of its bytes."""
         self._rests = True
         self._port.session.poller.detach(self._socket.fileno())
 
@@ -172,14 +171,14 @@ class _Client:
         reply = self._stream.poll_reply()
         if reply and reply[0]:
             refused = reply[0] == errno.ECONNREFUSED
-            self._port.tell_fault("was reset", NOBODY if refused else reply[1])
+            self._port.report_fault("was reset", NO_LISTENER if refused else reply[1])
             raise OSError(*reply)
-        self._stands = reply is not None
-        return self._stands
+        self._connected = reply is not None
+        return self._connected
 
-    def _bring_up(self) -> None:
-        """Pass on what the client says, as far as the guest takes it."""
-        while not self._said_all and (room := self._stream.room()):
+    def _copy_to_guest(self) -> None:
+        """Copy bytes of the client, as many as the guest takes."""
+        while not self._client_eof and (room := self._stream.room()):
             try:
                 data = self._socket.recv(room)
             except BlockingIOError:
@@ -188,18 +187,18 @@ class _Client:
                 self._stream.write(data, _NOW)
             else:
                 self._stream.write_eof()
-                self._said_all = True
+                self._client_eof = True
 
-    def _bring_down(self) -> None:
-        """Pass on what the guest has said, as far as the client takes it."""
-        while not self._heard_all:
+    def _copy_to_client(self) -> None:
+        """Copy bytes of the guest, as many as the client takes."""
+        while not self._guest_eof:
             data = self._waiting if self._waiting is not None else self._stream.read_now(0)
             self._waiting = None
             if data is None:
                 return
             if not data:
                 self._socket.shutdown(socket.SHUT_WR)
-                self._heard_all = True
+                self._guest_eof = True
             elif (sent := self._send(data)) < len(data):
                 self._waiting = data[sent:]
                 return
@@ -211,12 +210,12 @@ class _Client:
             return 0
 
     def _settle(self) -> None:
-        """End what is over, and wait for what is next."""
-        if self._said_all and self._heard_all:
+        """Close the connection if both halves have ended, else wait for the next events."""
+        if self._client_eof and self._guest_eof:
             self._end()
             self._socket.close()
             return
-        reads = not self._said_all and self._stream.room()
+        reads = not self._client_eof and self._stream.room()
         wanted = (IN if reads else 0) | (OUT if self._waiting is not None else 0)
         if wanted != self._wanted:
             self._wanted = wanted
@@ -228,8 +227,8 @@ class _Client:
         self._port.forget(self)
 
     @contextmanager
-    def _breaks(self) -> Iterator[None]:
-        """Reset both ends where one breaks."""
+    def _resetting_on_error(self) -> Iterator[None]:
+        """Reset both connections after an error of one."""
         try:
             yield
         except (OSError, FcvmError):

@@ -1,7 +1,7 @@
-"""A session with the agent: hello by secret, then many streams over one byte channel.
+"""A session with the agent: a greeting with a secret, then many streams over one byte channel.
 
-One thread per session reads; anybody may send, and nobody blocks in a write. The channel is a connected stream socket
-that the session owns from then on. Sessions and secrets are explained in `guest_image/agent/protocol.h`.
+One thread per session reads. Any thread may send, and a write never blocks. The session owns the channel, a connected
+stream socket. `guest_image/agent/protocol.h` explains sessions and secrets.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _ChannelEnded(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """A stream to open. `what` names it in messages; `sink` receives its channel 0 on the session's own thread."""
+    """A stream to open. `what` names it in messages. `sink` receives its channel 0 on the session's own thread."""
 
     kind: StreamKind
     what: str
@@ -57,11 +57,11 @@ class Opening:
 
 
 class Session:
-    """A live session. `secret` is what the agent waits for. Call `start` once; then any method from any thread.
+    """A live session. The agent waits for `secret`. Call `start` once; then any method from any thread.
 
-    `explain` is asked, on the session's thread, for a better reason when the channel ends (how the VMM died).
+    When the channel ends, `explain` is called on the session's thread for a better reason (how the VMM died).
     `on_event` may be set before `start` and is called on that thread too. `former` are older secrets, oldest first,
-    that the agent may still wait for, because a hello or quiesce that replaces them was never answered.
+    that the agent may still wait for, because a HELLO or QUIESCE that replaces them was never answered.
     """
 
     def __init__(
@@ -85,36 +85,36 @@ class Session:
         self.build_id: str | None = None
         self.on_event: OnEvent | None = None
         self._agreed = new_secret()
-        self._secrets = (*former, secret, self._agreed)  # one of these the agent waits for next
+        self._secrets = (*former, secret, self._agreed)  # the agent waits for one of these
         self._hello = encode_greeting(self._secrets, nonce)
         self._sock = sock
         self._explain = explain
         self._outbox = Outbox(sock)
         self._demux = Demultiplexer(self, nonce)
         self._streams: dict[int, Stream] = {}
-        self._noted: dict[Callable[[], object], None] = {}
+        self._scheduled: dict[Callable[[], object], None] = {}
         self._last_id = 0
         self._final: Stream | None = None
-        self._resume_token: bytes | None = None  # of a session that is to be parked, or is
+        self._resume_token: bytes | None = None  # of a session that is suspended, or about to be
         self._suspended = False
-        self._return_id = 0  # of the stream that is to be the first then, ahead of one more
+        self._resume_id = 0  # of the first stream after that; the next id is of `open_held`
         self._vague = self._closing = False
         self.changed = threading.Condition(self.lock)
         self._thread = ServiceThread(self._run, name="fcvm-session")
 
     @classmethod
     def resume(cls, sock: socket.socket, lost: Session, *, explain: Explain | None = None) -> Session:
-        """Return a session (not started) that follows a lost one, whatever the agent had read of the lost one."""
+        """Return a session (not started) that follows a lost one, however much the agent had read of that."""
         *former, secret = lost._secrets
         return cls(sock, secret, former=former, explain=explain)
 
     @property
     def next_secret(self) -> bytes:
-        """Return what the agent waits for when it has read all that this session sent."""
+        """Return the secret that the agent waits for once it has read everything from this session."""
         return self._secrets[-1]
 
     def start(self, opening: Sequence[Opening] = ()) -> list[Stream]:
-        """Say hello and open the first streams, all in one write; return the streams without waiting for an answer."""
+        """Send HELLO and open the first streams in one write. Return the streams without waiting for an answer."""
         bodies = [encode_fields(item.fields) for item in opening]
         with self.lock:
             streams = [self._new_stream(item) for item in opening]
@@ -136,8 +136,8 @@ class Session:
     def open_last(self, opening: Opening, secret: bytes, resume_token: bytes | None = None) -> Stream:
         """Open the stream that ends the session when it succeeds; the agent then waits for `secret`.
 
-        Nothing else is sent until its reply, and nothing is read after it: the channel must rest while its VM is saved.
-        With a `resume_token`, the session does not end but is parked: what is sent waits for `resume_session`.
+        Nothing else is sent before its reply, and nothing is read after it: the channel must be idle while its VM is
+        saved. With a `resume_token`, the session is suspended instead of ended: frames wait for `resume_session`.
         """
         body = encode_fields(opening.fields)
         with self.lock:
@@ -146,7 +146,7 @@ class Session:
                 raise UsageProblem("the session is being ended already", hint="quiesce a guest from one place")
             stream = self._final = self._new_stream(opening)
             self._resume_token = resume_token
-            self._return_id = self._last_id + 1
+            self._resume_id = self._last_id + 1
             self._last_id += 2  # ids grow, and calls that wait have later ones
             self.transmit(encode_open(stream.id, opening.kind, body))
             self._outbox.hold()
@@ -154,9 +154,9 @@ class Session:
             return stream
 
     def resume_session(self, sock: socket.socket, opening: Opening, *, holds: bool = False) -> Stream:
-        """Go on with a parked session over the channel that its VM has now; open a stream ahead of all that waits.
+        """Resume a suspended session over the channel that its VM has now. Open a stream ahead of the frames that wait.
 
-        Where it `holds`, all that goes on waiting for `open_held`. Raise why the session ended meanwhile.
+        With `holds`, these frames still wait, until `open_held`. Raise why the session ended meanwhile.
         """
         with ExitStack() as undo:
             undo.callback(sock.close)
@@ -169,9 +169,9 @@ class Session:
                 self._sock.close()
                 self._sock = sock
                 self.poller.use_channel(sock)
-                undo.pop_all()  # `close` has it now
+                undo.pop_all()  # `close` closes it now
                 assert self._resume_token is not None
-                stream = self._new_stream(opening, self._return_id)
+                stream = self._new_stream(opening, self._resume_id)
                 self._outbox.move_to(sock, self._resume_token + encode_open(stream.id, stream.kind, body), holds=holds)
                 self._outbox.flush()
                 self._suspended = False
@@ -180,22 +180,22 @@ class Session:
         return stream
 
     def open_held(self, opening: Opening) -> Stream:
-        """Open a stream ahead of what `resume_session` holds, and let that go."""
+        """Open a stream ahead of the frames that `resume_session` holds, then send these."""
         body = encode_fields(opening.fields)
         with self.lock:
             self.raise_reason()
-            stream = self._new_stream(opening, self._return_id + 1)
+            stream = self._new_stream(opening, self._resume_id + 1)
             self._outbox.release(encode_open(stream.id, stream.kind, body))
             self.transmit(b"")
         return stream
 
     def wait_until_welcome(self, deadline: Deadline) -> str:
-        """Return the agent's build id once it has answered. Raise GuestTimeout or why the session ended."""
+        """Wait for the agent's answer and return its build id. Raise GuestTimeout or why the session ended."""
         self.wait_until(lambda: self.build_id is not None, deadline, "the agent did not answer hello")
         return self.build_id or ""
 
     def wait_until(self, predicate: Callable[[], bool], deadline: Deadline, complaint: str) -> None:
-        """Wait for something that `changed` tells of. Raise GuestTimeout (`complaint`) or why the session ended."""
+        """Wait for a condition that `changed` notifies. Raise GuestTimeout (`complaint`) or why the session ended."""
         with self.lock:
             if not predicate() and self.reason is None:
                 self.check_may_wait()
@@ -205,26 +205,26 @@ class Session:
             self.raise_reason()
             raise GuestTimeout(
                 f"{complaint} within {deadline}",
-                hint="see the console and the workload log for how far the guest has come",
+                hint="see the console and the workload log for how far the guest got",
                 evidence=self.evidence(),
             )
 
     def abort(self, reason: FcvmError) -> None:
-        """Fail every pending and later call with `reason`. It replaces "the channel ended", and nothing more exact."""
+        """Fail every pending and later call with `reason`. It replaces only the reason that the channel ended."""
         with self.lock:
             if self._vague:
                 self.reason, self._vague = reason, False
             self._end(reason)
 
     def close(self) -> None:
-        """End the session, its thread and its channel; idempotent. A callback may call it as well."""
+        """End the session, its thread and its channel; idempotent. A callback may call it too."""
         with self.lock:
-            self._closing = True  # when the wait is interrupted, the thread gives back what it still uses
+            self._closing = True  # if the join is interrupted, the thread releases the channel
             self._end(GuestError("the session with the agent was closed by the host"))
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self.lock:
-            self._give_back()
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -238,7 +238,7 @@ class Session:
         """Send a frame, at once where the channel takes it."""
         self._outbox.put(frame)
         if self._outbox.blocked or threading.current_thread() is self._thread:
-            return  # the reading thread sends when it has dealt with what it received
+            return  # the reading thread sends after it has handled its input
         self._outbox.flush()
         if self._outbox.blocked or self._outbox.fault:
             self.poller.wake()
@@ -247,25 +247,25 @@ class Session:
         """Forget a stream that has ended; its late frames are ignored."""
         self._streams.pop(stream_id, None)
 
-    def note(self, watcher: Callable[[], object]) -> None:
-        """Let a watcher be called, on the session's thread, when all that has come is dealt with. The lock is held."""
-        self._noted[watcher] = None
+    def schedule(self, watcher: Callable[[], object]) -> None:
+        """Have a watcher called on the session's thread, after the input is handled. The lock is held."""
+        self._scheduled[watcher] = None
 
     def check_may_wait(self) -> None:
-        """Raise UsageProblem when the session's own thread is about to wait for itself."""
+        """Raise UsageProblem if the session's own thread is about to wait for itself."""
         if threading.current_thread() is self._thread:
             raise UsageProblem(
                 "a callback of the guest's session waits for the guest",
-                hint="callbacks run on the thread that reads; hand the work to another one",
+                hint="callbacks run on the thread that reads: do the work on another thread",
             )
 
     def raise_reason(self) -> None:
-        """Raise why the session ended, if it did: a copy per caller, for a traceback belongs to one thread."""
+        """Raise why the session ended, if it did. Each caller gets a copy: a traceback belongs to one thread."""
         if self.reason is not None:
             raise copy.copy(self.reason)
 
     def evidence(self) -> Mapping[str, str]:
-        """Return how far the session has come."""
+        """Return the state of the session."""
         return {"session": f"{self._demux.describe()}; {len(self._streams)} streams open"}
 
     # What the demultiplexer calls
@@ -278,7 +278,7 @@ class Session:
         return stream
 
     def take_welcome(self, build_id: str) -> None:
-        """Note that the agent has answered, and so has taken the new secret. The lock is held."""
+        """Note that the agent has answered, and so waits for the new secret. The lock is held."""
         self.build_id = build_id
         self._secrets = self._secrets[self._secrets.index(self._agreed) :]
         self.changed.notify_all()
@@ -293,13 +293,13 @@ class Session:
             if self._resume_token is not None:
                 self._suspended = True
                 return
-            self._end(GuestError("the session ended when the guest was made quiet", hint="start a new session"))
+            self._end(GuestError("the session ended when the guest was quiesced", hint="start a new session"))
         else:
             self._secrets = self._secrets[:-1]
             self._outbox.release()
 
     def take_event(self, kind: EventKind, fields: Fields) -> None:
-        """Hand on an event. The lock is not held."""
+        """Pass on an event. The lock is not held."""
         if self.on_event:
             self.on_event(kind, fields)
 
@@ -312,7 +312,7 @@ class Session:
         return stream
 
     def _end(self, reason: FcvmError) -> None:
-        """End the session for everybody at once; the first reason counts. The lock is held."""
+        """End the session for all callers at once; the first reason counts. The lock is held."""
         if self.reason is None:
             self.reason = reason
         self._outbox.clear()
@@ -321,23 +321,23 @@ class Session:
         self.changed.notify_all()
         self.poller.wake()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         """Close the channel. The lock is held."""
         self._sock.close()
         self.poller.close()
 
-    def _tell_watchers(self) -> None:
-        """Call who watches streams to which something has come."""
-        while self._noted:
-            watcher, _ = self._noted.popitem()
+    def _call_watchers(self) -> None:
+        """Call the watchers of streams that have new input."""
+        while self._scheduled:
+            watcher, _ = self._scheduled.popitem()
             watcher()
 
     def _start_reading(self) -> None:
-        """Start the thread. The lock is held; without a thread, nobody may wait for an answer."""
+        """Start the thread, or end the session: without a thread no call may wait. The lock is held."""
         try:
             self._thread.start()
         except BaseException:
-            self._end(GuestError("the session with the agent has no thread to read it"))
+            self._end(GuestError("the session with the agent cannot start its thread"))
             raise
 
     def _run(self) -> None:
@@ -348,7 +348,7 @@ class Session:
                 self.poller.end()
             with self.lock:
                 if self._closing:
-                    self._give_back()
+                    self._release()
 
     def _read(self) -> None:
         vague = False
@@ -361,9 +361,9 @@ class Session:
             vague = better is None
             reason = better or GuestError(
                 f"the channel to the agent ended: {error}",
-                hint="see the console and the VMM's log for what became of it",
+                hint="see the console and the VMM's log for the cause",
             )
-        except Exception as error:  # noqa: BLE001  whatever it was, nobody may be left waiting
+        except Exception as error:  # noqa: BLE001  any error must end the calls that wait
             reason = GuestError(f"the session with the agent failed: {type(error).__name__}: {error}")
         else:
             return
@@ -378,7 +378,7 @@ class Session:
             ready = self.poller.wait(writes=self._outbox.blocked, at_once=fault is not None)
             if self.reason is None and ready:
                 self._receive(view)
-                self._tell_watchers()
+                self._call_watchers()
             elif fault:
                 raise _ChannelEnded(str(fault))
             with self.lock:

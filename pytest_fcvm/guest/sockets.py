@@ -11,17 +11,17 @@ from pytest_fcvm.host.clock import Deadline
 
 __all__ = ["GuestDatagrams", "GuestSocket"]
 
-_LENGTH = struct.Struct("<H")  # ahead of every datagram
+_LENGTH = struct.Struct("<H")  # before every datagram
 
 
 class GuestSocket:
-    """A connected stream socket. Waits end with the VM; `timeout_s` ends them sooner, by GuestTimeout."""
+    """A connected stream socket. A wait ends with the VM, or by GuestTimeout after `timeout_s`."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def recv(self, size: int = -1, *, timeout_s: float | None = None) -> bytes:
-        """Return up to `size` bytes (-1: all that came) as soon as there are any, b"" after the peer's end.
+        """Return up to `size` bytes (-1: all that have come) as soon as there are any, b"" after the peer's end.
 
         Raise ConnectionResetError when the guest's side was reset.
         """
@@ -32,7 +32,7 @@ class GuestSocket:
         self._stream.write(data, Deadline(timeout_s))
 
     def shutdown_write(self) -> None:
-        """Say that nothing more comes; the other direction stays open."""
+        """Send end of file. The other direction stays open."""
         self._stream.write_eof()
 
     def reset(self) -> None:
@@ -51,7 +51,7 @@ class GuestSocket:
 
 
 class GuestDatagrams:
-    """A connected datagram socket. `send` may be called beside `recv`, each from one thread."""
+    """A connected datagram socket. One thread may call `send` while another calls `recv`."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -75,11 +75,11 @@ class GuestDatagrams:
         self._stream.write(_LENGTH.pack(len(data)) + data, Deadline(None))
 
     def close(self) -> None:
-        """End the stream and wake whoever waits; idempotent."""
+        """End the stream and every wait for it; idempotent."""
         self._stream.abandon()
 
     def _fetch(self, size: int, deadline: Deadline) -> bool:
-        """Read until so many bytes are there. False when they will not come."""
+        """Read until `size` bytes are there. False: the stream ends before."""
         while len(self._received) < size:
             data = self._stream.read(0, -1, deadline)
             if not data:

@@ -1,7 +1,7 @@
-"""One stream of a session: its reply, its bytes each way under credit, its end.
+"""One stream of a session: its reply, its bytes in both directions under credit, its end.
 
-All state is guarded by the session's lock. What the reading thread calls is named `take_`; everything else may be
-called from any other thread and waits there until a deadline or the end of the session.
+The session's lock guards all state. The reading thread calls the methods named `take_`. Any other thread may call the
+rest, and waits there until a deadline or the end of the session.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Sink = Callable[[bytes], None]
 _CHANNELS = 2
 _ERRNO = struct.Struct("<I")
 _GRANT = struct.Struct("<BI")
-# Half a window: a full one would leave frames of one byte behind (the channel's number takes a byte of the payload).
+# Half a window: a full one would leave frames of one byte (the channel takes a byte of the payload).
 _PIECE = PROTOCOL_WINDOW // 2
 
 
 class Stream:
-    """A stream as the host sees it. `what` names it in messages ("exec nginx")."""
+    """The host's end of a stream. `what` names it in messages ("exec nginx")."""
 
     def __init__(self, link: Link, stream_id: int, kind: StreamKind, what: str, sink: Sink | None = None) -> None:
         self.id = stream_id
@@ -92,11 +92,11 @@ class Stream:
                 raise GuestError(f"the receiver of {self.what} failed: {self._sink_fault}") from self._sink_fault
 
     def poll_exit(self) -> Fields | None:
-        """Return the fields of EXIT if it is there."""
+        """Return the fields of EXIT, None before it has come."""
         return self._exit
 
     def read(self, channel: int, limit: int, deadline: Deadline) -> bytes:
-        """Return up to `limit` bytes as soon as there are any, b"" at the end (`limit` -1: all that wait).
+        """Return up to `limit` bytes (-1: all that wait) as soon as there are any, b"" at the end.
 
         Raise OSError for a stream that was reset, GuestTimeout, or why the session ended.
         """
@@ -113,7 +113,7 @@ class Stream:
             return data
 
     def write(self, data: bytes | bytearray | memoryview, deadline: Deadline) -> None:
-        """Send all of `data` as the credit comes. Raise BrokenPipeError or the errno of a stream that has ended."""
+        """Send all of `data`, waiting for credit. Raise BrokenPipeError or the errno of a stream that has ended."""
         view = memoryview(data).cast("B")
         with self._link.lock:
             while view:
@@ -127,7 +127,7 @@ class Stream:
                 view = view[len(piece) :]
 
     def write_eof(self) -> None:
-        """Say that nothing more comes; idempotent, and harmless on a stream that has ended."""
+        """Send end of file; idempotent, and harmless on a stream that has ended."""
         with self._link.lock:
             if not self._is_write_over():
                 self._sent_eof = True
@@ -136,19 +136,19 @@ class Stream:
 
     def signal(self, number: int) -> None:
         """Send a signal to the process group of an exec; harmless when it has ended."""
-        self._tell(FrameType.SIGNAL, bytes((number,)))
+        self._send_if_open(FrameType.SIGNAL, bytes((number,)))
 
     def resize(self, rows: int, columns: int) -> None:
         """Give the terminal of an exec another size; harmless when it has ended."""
-        self._tell(FrameType.RESIZE, struct.pack("<HH", rows, columns))
+        self._send_if_open(FrameType.RESIZE, struct.pack("<HH", rows, columns))
 
-    def _tell(self, kind: FrameType, payload: bytes) -> None:
+    def _send_if_open(self, kind: FrameType, payload: bytes) -> None:
         with self._link.lock:
             if self._exit is None and not self._abandoned and self._closed is None:
                 self._link.transmit(encode_frame(kind, self.id, payload))
 
     def collect(self, channel: int) -> None:
-        """Keep all that comes from now on, and never let the agent wait for a reader."""
+        """Keep all input from now on, so that the agent never waits for a reader."""
         with self._link.lock:
             inbound = self._inbound[channel]
             inbound.bounded = False
@@ -157,25 +157,25 @@ class Stream:
                 self._grant(channel, sum(map(len, inbound.chunks)))
 
     def keep_last(self) -> None:
-        """Keep the last window of each channel for a reader, and never let the agent wait for one."""
+        """Keep the last window of each channel, so that the agent never waits for a reader."""
         for channel, inbound in enumerate(self._inbound):
             self.collect(channel)
             inbound.bounded = True
 
     @property
     def lost_bytes(self) -> int:
-        """Return how much of what came was not kept for want of a reader."""
+        """Return how many bytes were dropped because they were not read."""
         return sum(inbound.lost for inbound in self._inbound)
 
     def discard(self, channel: int) -> None:
-        """Throw away what came and what comes on a channel."""
+        """Discard all input of a channel, also what has come already."""
         self.collect(channel)
         with self._link.lock:
             self._inbound[channel].discarding = True
             self._inbound[channel].chunks.clear()
 
     def is_stalled(self) -> bool:
-        """Say whether the agent may not send more because nobody reads."""
+        """Return whether the agent has no credit left because the input is not read."""
         return any(inbound.credit == 0 for inbound in self._inbound)
 
     def read_waiting(self, channel: int) -> bytes:
@@ -183,25 +183,25 @@ class Stream:
         with self._link.lock:
             return _take(self._inbound[channel].chunks, -1)
 
-    # What a watcher does: it is called on the session's thread, where nobody may wait
+    # What a watcher calls, on the session's thread, which must not wait
 
     def watch(self, watcher: Callable[[], object]) -> None:
-        """Have a function called on the session's thread after whatever comes to this stream; it must not raise."""
+        """Have a function called on the session's thread after any input of this stream. It must not raise."""
         self._watcher = watcher
 
     def room(self) -> int:
-        """Return how many bytes `write` takes now without waiting."""
+        """Return how many bytes `write` takes without waiting."""
         return min(self._credit, _PIECE)
 
     def poll_reply(self) -> tuple[int, str] | None:
-        """Return the errno of the reply and what the agent says, None before it is there."""
+        """Return the errno and the message of the reply, None before it has come."""
         reply = self._reply
         if reply is None:
             return None
         return _ERRNO.unpack_from(reply)[0], decode_fields(memoryview(reply)[_ERRNO.size :]).line(FieldTag.MESSAGE)
 
     def read_now(self, channel: int) -> memoryview | None:
-        """Return some bytes that have come, empty at the end, None when none are there. Raise OSError after a reset."""
+        """Return some bytes, an empty view at the end, None if there are none yet. Raise OSError after a reset."""
         inbound = self._inbound[channel]
         with self._link.lock:
             if not inbound.chunks:
@@ -213,7 +213,7 @@ class Stream:
             return data
 
     def abandon(self, code: int = 0) -> None:
-        """End the stream from this side and wake whoever waits on it; idempotent."""
+        """End the stream from this side and every wait for it; idempotent."""
         with self._link.lock:
             if self._abandoned:
                 return
@@ -228,11 +228,11 @@ class Stream:
     # What the reading thread does
 
     def wake(self) -> None:
-        """Let every waiter look again. The lock is held."""
+        """Wake every waiter, to check its condition again. The lock is held."""
         self._notify()
 
     def take_reply(self, payload: bytes) -> bool:
-        """Accept REPLY and say whether the call succeeded. The lock is held."""
+        """Accept REPLY and return whether the call succeeded. The lock is held."""
         if self._reply is not None or len(payload) < _ERRNO.size:
             raise ProtocolError("a second or short REPLY")
         self._reply = payload
@@ -294,10 +294,10 @@ class Stream:
     # Inside; the lock is held unless said
 
     def _notify(self) -> None:
-        """Let every waiter look again, and the watcher."""
+        """Wake every waiter and schedule the watcher."""
         self._changed.notify_all()
         if self._watcher:
-            self._link.note(self._watcher)
+            self._link.schedule(self._watcher)
 
     def _wait(self, ready: Callable[[], bool], deadline: Deadline, verb: str) -> None:
         link = self._link
@@ -333,7 +333,7 @@ class Stream:
         return self._inbound[payload[0]]
 
     def _grant(self, channel: int, size: int) -> None:
-        """Count what was consumed, and give it back once it is half a window."""
+        """Count consumed bytes, and grant them again once they are half a window."""
         inbound = self._inbound[channel]
         inbound.owed += size
         if inbound.owed * 2 < PROTOCOL_WINDOW or inbound.ended or self._is_over():
@@ -349,7 +349,7 @@ class Stream:
         return self._sent_eof or self._is_over()
 
     def _is_over(self) -> bool:
-        """Say whether the stream has ended by the rules of the protocol."""
+        """Return whether the stream has ended by the rules of the protocol."""
         if self._exit is not None or self._closed is not None or self._abandoned:
             return True
         if self.kind.is_verb:
@@ -362,10 +362,10 @@ class Stream:
             self._link.retire(self.id)
 
     def _feed_sink(self, sink: Sink, payload: bytes) -> None:
-        """Hand on what came; a sink that fails loses its stream, the session goes on. The lock is not held."""
+        """Pass bytes to the sink. A sink that raises loses its stream; the session goes on. The lock is not held."""
         try:
             sink(payload[1:])
-        except Exception as error:  # noqa: BLE001  foreign code on the thread that everybody depends on
+        except Exception as error:  # noqa: BLE001  foreign code, on the session's thread
             self._sink_fault = error
             self.abandon()
 

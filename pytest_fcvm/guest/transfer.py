@@ -1,11 +1,11 @@
-"""Bulk in one direction: tar streams into and out of the guest, and the workload's log."""
+"""Transfers in one direction: tar streams into and out of the guest, and the workload's log."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Self
 
-from pytest_fcvm.errors import GuestError
+from pytest_fcvm.errors import GuestError, GuestTimeout
 from pytest_fcvm.guest.bodies import exit_status
 from pytest_fcvm.guest.process import StreamReader
 from pytest_fcvm.guest.streams import Stream
@@ -22,9 +22,11 @@ class TarSink:
         self._deadline = Deadline(timeout_s)
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Send `data`. Raise GuestError with the agent's reason when it gave up, GuestTimeout at the deadline."""
+        """Send `data`. Raise GuestError with the reason if the agent failed, GuestTimeout at the deadline."""
         try:
             self._stream.write(data, self._deadline)
+        except GuestTimeout:  # an OSError too
+            raise
         except OSError as error:
             _check_exit(self._stream, self._deadline)
             raise GuestError(f"{self._stream.what} ended before all was sent") from error
@@ -54,7 +56,7 @@ class TarSource:
         self._reader = StreamReader(stream)
 
     def read(self, size: int = -1) -> bytes:
-        """Return `size` bytes, fewer at the end only. Raise GuestError there when the agent could not send all."""
+        """Return `size` bytes, fewer only at the end. Raise GuestError there if the agent could not send everything."""
         self._reader.timeout_s = self._deadline.remaining()
         data = self._reader.read(size)
         if size and len(data) < max(size, 1):
@@ -62,7 +64,7 @@ class TarSource:
         return data
 
     def close(self) -> None:
-        """End the transfer, at its end or before; idempotent."""
+        """End the transfer, also before its end; idempotent."""
         self._stream.abandon()
 
     def __enter__(self) -> Self:
@@ -73,17 +75,17 @@ class TarSource:
 
 
 class LogStream:
-    """The workload's output on its way to a sink."""
+    """The transfer of the workload's output to a sink."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def wait_until_end(self, timeout_s: float | None) -> None:
-        """Wait until the workload has ended and all it said was handed on. Raise GuestError if the sink failed."""
+        """Wait until the workload has ended and the sink has all its output. Raise GuestError if the sink failed."""
         self._stream.wait_end(Deadline(timeout_s))
 
     def close(self) -> None:
-        """Stop following; the agent keeps what comes in its ring."""
+        """Stop following. The agent keeps later output in its ring."""
         self._stream.abandon()
 
 

@@ -17,7 +17,7 @@ CONFIGURE, START, STATUS, METRICS, QUIESCE, PERSONALISE, LISTENING, STOP, POWERO
 EXEC, CONNECT, LOGS, TAR_IN, TAR_OUT, ATTACH, ACCEPT = range(32, 39)
 (ARG, ENV, CWD, USER, HOSTNAME, MACHINE_ID, BOOT_ID, MAC, ADDRESS, GATEWAY, DNS, HOSTS, ENTROPY, REALTIME_NS, UPPER_MIB,
  SECRET, PORT, PROTO, SIGNAL_FIELD, PATH, FLAGS, MESSAGE, PID, EXIT_CODE, EXIT_SIGNAL, STATE, METRIC, ROOT_DEVICE,
- INTERFACE, LISTENING_FIELD, OOM_KILLS, PEER_GATEWAY, ROWS, COLUMNS, UPPER_DEVICE, RETURN, VOLUME, SYSCTL, ULIMIT,
+ INTERFACE, LISTENING_FIELD, OOM_KILLS, PEER_GATEWAY, ROWS, COLUMNS, UPPER_DEVICE, RESUME_TOKEN, VOLUME, SYSCTL, ULIMIT,
  SHM_MIB) = range(1, 41)  # fmt: skip
 NUMBERS = {REALTIME_NS, UPPER_MIB, PORT, SIGNAL_FIELD, FLAGS, PID, EXIT_CODE, EXIT_SIGNAL, LISTENING_FIELD, OOM_KILLS}
 NUMBERS |= {PEER_GATEWAY, ROWS, COLUMNS, SHM_MIB}
@@ -55,7 +55,7 @@ class SessionError(Exception):
 
 
 class Stream:
-    """What has arrived for one stream; `grants` says whether the client tops up the agent's credit."""
+    """The input of one stream. With `grants` the client renews the agent's credit."""
 
     def __init__(self, number, grants=True):
         self.number, self.grants = number, grants
@@ -74,7 +74,7 @@ class Stream:
 
 
 class Client:
-    """One session over a socket that several may use one after the other."""
+    """One session over a socket, which other sessions may use before and after."""
 
     def __init__(self, channel, secret=BOOT_SECRET):
         self.channel = channel
@@ -92,7 +92,7 @@ class Client:
         self.wait(lambda: self.welcome)
 
     def send(self, data):
-        """Write all of it, taking in what arrives meanwhile."""
+        """Write all of it, and read what arrives meanwhile."""
         view = memoryview(data)
         while view:
             readable, writable, _ = select.select([self.channel], [self.channel], [], 20)
@@ -193,7 +193,7 @@ class Client:
         return stream
 
     def run(self, *argv, stdin=b"", extra=(), timeout=20):
-        """Exec to the end; the stream has code, data and message."""
+        """Run a program to its end; the stream has code, data and message."""
         stream = self.start_exec(*argv, extra=extra)
         self.write(stream, stdin)
         if stream.exit is None:

@@ -1,4 +1,4 @@
-"""The real agent as an ordinary process: in namespaces of its own, on a socket, over a small root file system."""
+"""The real agent as an ordinary process: in its own namespaces, on a socket, with a small root file system."""
 
 import contextlib
 import importlib.util
@@ -58,7 +58,7 @@ def agent_binary(builder):
 
 @pytest.fixture(scope="session")
 def namespaces():
-    """The command that gives a process namespaces of its own."""
+    """The command that starts a process in its own namespaces."""
     command = ["unshare", "--mount", "--pid", "--net", "--uts", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
         command[1:1] = ["--user", "--map-root-user"]
@@ -124,7 +124,7 @@ socket.send_fds(socket.socket(fileno=int(channel)), [b"x"], [client.fileno()])
 
 
 class Guest:
-    """One agent process, its channel, and the session that is current."""
+    """One agent process, its channel, and its current session."""
 
     def __init__(self, command, log):
         self.channel, theirs = socket.socketpair()
@@ -134,7 +134,7 @@ class Guest:
             command[place] = str(theirs.fileno())
             options = {"ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:exitcode=99", "LC_ALL": "C"}
             environment = {**os.environ, **options}
-            # What nohup, or a shell's background job, ignores would be ignored by the guest's programs too.
+            # The guest's programs would inherit signals that nohup, or a shell's background job, ignores.
             command = ["env", "--default-signal", *command]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=file, env=environment)
         self.client = None
@@ -150,7 +150,7 @@ class Guest:
         fields = [(protocol.HOSTNAME, "box"), (protocol.MACHINE_ID, "0123456789abcdef" * 2), (protocol.UPPER_MIB, 256)]
         fields += [(protocol.INTERFACE, "eth0"), (protocol.MAC, b"\x02\0\0\0\0\1"), (protocol.ADDRESS, "10.0.2.15/24")]
         fields += [(protocol.GATEWAY, "10.0.2.2"), (protocol.HOSTS, "10.0.2.2 gateway"), (protocol.PEER_GATEWAY, 1)]
-        self.client.call(protocol.CONFIGURE, *more, *fields)  # of two that may be there once, the first counts
+        self.client.call(protocol.CONFIGURE, *more, *fields)  # where a field may occur once, the first one counts
         return self.client
 
     def start(self, script, *more):
@@ -172,7 +172,7 @@ class Guest:
         return self._open(BIND_DATAGRAMS, port, address)
 
     def dial(self, port, address):
-        """Return a socket that a program of the guest has connected. Raise ConnectionRefusedError."""
+        """Return a socket that a program in the guest has connected. Raise ConnectionRefusedError."""
         return self._open(DIAL, port, address)
 
     def _open(self, script, port, address, of=None):
@@ -195,7 +195,7 @@ class Guest:
 
 
 def leave_no_groups(namespaces, names):
-    """Remove the agents' cgroups, which are the host's."""
+    """Remove the agents' cgroups from the host."""
     end = namespaces.index("--pid")
     script = "mount -t cgroup2 none /mnt && cd /mnt && rmdir $0 $@"
     subprocess.run([*namespaces[:end], "sh", "-c", script, *names], capture_output=True)

@@ -1,4 +1,4 @@
-"""ACCEPT: connections that the guest makes, each taken by a stream of the host's. The clients are in its network."""
+"""ACCEPT: connections that the guest makes, each given to a stream. The clients are sockets in the guest's network."""
 
 import errno
 import struct
@@ -16,7 +16,7 @@ def accept(client, p):
 
 @pytest.fixture
 def ready(client, p):
-    """Return a function that waits until the agent has taken what was sent before."""
+    """Return a function that waits until the agent has handled all earlier input."""
     return lambda: client.call(p.STATUS)
 
 
@@ -27,7 +27,7 @@ def receive(sock, size):
     return data
 
 
-def test_nothing_listens_until_the_host_wants_a_connection(guest, accept, ready):
+def test_the_agent_listens_only_while_an_accept_is_open(guest, accept, ready):
     with pytest.raises(ConnectionRefusedError):
         guest.dial(9000, ADDRESS)
     accept()
@@ -53,7 +53,7 @@ def test_the_reply_comes_with_the_connection_and_data_goes_both_ways(guest, clie
     client.wait(lambda: stream.eof)
 
 
-def test_connections_go_to_the_oldest_that_waits_and_wait_for_the_next(guest, client, accept, ready):
+def test_connections_go_to_the_oldest_accept_and_wait_for_the_next_one(guest, client, accept, ready):
     first, second = accept(), accept()
     ready()
     one, two, three = (guest.dial(9000, ADDRESS) for _ in range(3))
@@ -66,7 +66,7 @@ def test_connections_go_to_the_oldest_that_waits_and_wait_for_the_next(guest, cl
         assert [stream.data[0] for stream in (first, second, third)] == [b"1", b"2", b"3"]
 
 
-def test_ports_are_apart(guest, client, accept, ready):
+def test_ports_are_separate(guest, client, accept, ready):
     one, other = accept(9000), accept(9001)
     ready()
     with guest.dial(9001, ADDRESS):
@@ -74,7 +74,7 @@ def test_ports_are_apart(guest, client, accept, ready):
         assert one.reply is None
 
 
-def test_when_the_host_wants_none_any_more_the_guest_is_refused(guest, client, p, accept, ready):
+def test_after_the_last_accept_is_closed_the_guest_is_refused(guest, client, p, accept, ready):
     stream = accept()
     client.send(p.frame(p.CLOSE, stream.number, struct.pack("<I", 0)))
     ready()
@@ -104,7 +104,7 @@ def test_a_close_by_the_host_is_a_reset_in_the_guest(guest, client, p, accept, r
             sock.recv(1)
 
 
-def test_a_port_that_is_taken_is_told(guest, client, p):
+def test_a_port_in_use_is_reported(guest, client, p):
     with guest.listen(9000, ADDRESS), pytest.raises(OSError, match="listen") as caught:
         client.call(p.ACCEPT, (p.PORT, 9000), (p.ADDRESS, ADDRESS))
     assert caught.value.errno == errno.EADDRINUSE

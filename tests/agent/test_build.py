@@ -1,4 +1,4 @@
-"""guest_image/build: the same sources give the same bytes, and agents do not grow old."""
+"""guest_image/build: the same sources give the same bytes, and stale agents are rebuilt."""
 
 import importlib.util
 import struct
@@ -25,7 +25,7 @@ def program_header_types(data):
 
 
 @needs_zig
-def test_the_other_architecture_is_built_without_its_machine(builder, tmp_path):
+def test_the_other_architecture_is_cross_built(builder, tmp_path):
     (agent,) = builder.build_agents(["aarch64"], tmp_path)
     data = agent.read_bytes()
     assert struct.unpack_from("<H", data, 18)[0] == 183  # EM_AARCH64
@@ -45,7 +45,7 @@ def test_an_agent_of_the_same_sources_is_kept_and_another_is_replaced(builder, t
     assert builder.embedded_digest(agent) == builder.source_digest()
 
 
-def test_a_compiler_that_fails_is_told_with_what_it_said(builder, tmp_path):
+def test_a_compiler_that_fails_is_reported_with_its_output(builder, tmp_path):
     with pytest.raises(builder.BuildError, match="no-such-compiler"):
         builder.build_host_agent(tmp_path, "no-such-compiler")
     with pytest.raises(builder.BuildError, match="false failed"):
@@ -53,9 +53,9 @@ def test_a_compiler_that_fails_is_told_with_what_it_said(builder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_the_packages_agents_are_of_the_sources_that_lie_here(builder, running):
-    agent = builder.DEFAULT_DEST / f"agent-{running}"
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+def test_the_packages_agents_match_the_sources(builder, architecture):
+    agent = builder.DEFAULT_DEST / f"agent-{architecture}"
     if not agent.exists():
-        pytest.skip(f"{agent.name} has not been built: guest_image/build --arch {running}")
+        pytest.skip(f"{agent.name} has not been built: guest_image/build --arch {architecture}")
     assert builder.embedded_digest(agent) == builder.source_digest(), "older than its sources: run guest_image/build"

@@ -1,4 +1,4 @@
-"""CONNECT: connections as a peer on the guest's network would make them. The servers are sockets in its network."""
+"""CONNECT: connections as from a peer on the guest's network. The servers are sockets in that network."""
 
 import errno
 import socket
@@ -96,7 +96,7 @@ def test_a_connection_over_ipv6(guest, client, p):
         served.close()
 
 
-def test_a_reset_by_the_guest_is_told_after_the_data_before_it(client, pair):
+def test_a_reset_by_the_guest_is_reported_after_the_data_before_it(client, pair):
     stream, served = pair
     served.sendall(b"last words")
     reset(served)
@@ -104,7 +104,7 @@ def test_a_reset_by_the_guest_is_told_after_the_data_before_it(client, pair):
     assert (stream.close, stream.data[0]) == (errno.ECONNRESET, b"last words")
 
 
-def test_a_reset_by_the_guest_is_told_while_the_host_sends(client, pair):
+def test_a_reset_by_the_guest_is_reported_while_the_host_sends(client, pair):
     stream, served = pair
     client.write(stream, b"x" * 50000)
     reset(served)
@@ -130,7 +130,7 @@ def test_a_stream_is_over_when_both_sides_have_ended(client, p, pair):
     client.end_input(stream)
     served.close()
     client.wait(lambda: stream.eof)
-    client.send(p.frame(p.DATA, stream.number, b"\0ignored"))  # would be malformed on a stream that is open
+    client.send(p.frame(p.DATA, stream.number, b"\0ignored"))  # malformed on an open stream
     assert client.call(p.STATUS)[p.STATE] == ["idle"]
 
 
@@ -152,7 +152,7 @@ def test_a_guest_that_does_not_read_stops_the_hosts_credit_and_nothing_is_lost(c
         stream.credit -= len(portion)
         sent += len(portion)
         client.send(p.frame(p.DATA, stream.number, b"\0" + portion))
-        client.call(p.STATUS)  # what was consumed has been granted by now
+        client.call(p.STATUS)  # consumed bytes have been granted by now
     assert sent < len(data)
     received = bytearray()
     while len(received) < sent:
@@ -176,7 +176,7 @@ def test_bulk_goes_both_ways_at_once(client, pair):
             received += served.send(echo[received:])
         except BlockingIOError:
             pass
-        client.call(2 + 1)  # STATUS: takes in what has arrived
+        client.call(2 + 1)  # STATUS: reads what has arrived
     assert stream.data[0] == data
 
 
@@ -208,7 +208,7 @@ def test_bad_targets_are_refused(client, p, fields, message):
         ("::ffff:127.0.0.1", 2),
     ],
 )
-def test_listening_tells_where(guest, client, p, address, expected):
+def test_listening_reports_where(guest, client, p, address, expected):
     def listening(proto):
         return client.call(p.LISTENING, (p.PORT, 8080), (p.PROTO, proto))[p.LISTENING_FIELD]
 
@@ -218,7 +218,7 @@ def test_listening_tells_where(guest, client, p, address, expected):
         assert listening("udp") == [0]
 
 
-def test_a_listener_over_ipv6_alone_is_told(guest, client, p):
+def test_a_listener_over_ipv6_alone_is_reported(guest, client, p):
     with guest.listen(8080, "::", only_ipv6=True):
         assert client.call(p.LISTENING, (p.PORT, 8080), (p.PROTO, "tcp"))[p.LISTENING_FIELD] == [3]
         with guest.listen(8080):

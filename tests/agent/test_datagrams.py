@@ -35,14 +35,14 @@ def test_a_datagram_goes_whole_both_ways(client, stream, service, size):
     assert stream.data[0] == packed(data)
 
 
-def test_datagrams_are_told_apart_however_their_bytes_come(client, stream, service):
+def test_datagrams_stay_separate_however_their_bytes_arrive(client, stream, service):
     for byte in packed(b"one", b"", b"three"):
         client.write(stream, bytes([byte]))
     client.write(stream, packed(b"four", b"five"))
     assert [service.recv(100) for _ in range(5)] == [b"one", b"", b"three", b"four", b"five"]
 
 
-def test_what_nobody_listens_to_is_lost_and_nothing_else(client, p, guest):
+def test_only_datagrams_without_a_listener_are_lost(client, p, guest):
     stream = client.open(p.CONNECT, (p.PORT, 5354), (p.PROTO, "udp"))
     client.wait(lambda: stream.reply)
     client.write(stream, packed(b"too early"))

@@ -1,4 +1,4 @@
-"""Processes: how they start, what they see, how they end."""
+"""Processes: their start, environment and end."""
 
 import signal
 
@@ -71,7 +71,7 @@ def test_an_unknown_user_or_group_cannot_start_anything(client, p, user):
     assert "not in the image's /etc/" in stream.message
 
 
-def test_the_environment_is_what_was_asked_for_with_path_and_home_added(client, p):
+def test_the_environment_is_the_requested_one_with_path_and_home_added(client, p):
     stream = client.run("env", extra=[(p.ENV, "A=1"), (p.ENV, "B=x y=z")])
     assert sorted(stream.data[0].decode().split("\n")[:-1]) == [
         "A=1", "B=x y=z", "HOME=/root", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -86,7 +86,7 @@ def test_programs_are_searched_in_the_path_that_was_given(client, p):
 
 
 @pytest.mark.parametrize("user", ["root", "app"])
-def test_a_command_makes_no_directory_to_work_in(client, p, user):
+def test_a_command_does_not_create_its_working_directory(client, p, user):
     stream = client.run("pwd", extra=[(p.CWD, "/a/b"), (p.USER, user)])
     assert (stream.code, stream.message) == (126, "chdir /a/b: No such file or directory")
     assert client.run("ls", "-d", "/a").code != 0
@@ -99,7 +99,7 @@ def test_a_user_who_is_not_root_can_open_dev_stdout(client, p):
 
 def test_a_program_starts_with_no_signal_blocked_or_ignored_and_no_descriptor_of_the_agent(client):
     status = client.run("grep", "^Sig[BI]", "/proc/self/status").data[0].decode().split()
-    own_of_the_c_library = 0x180000000  # signals 32 and 33: nobody can set them, and they are as our parent left them
+    own_of_the_c_library = 0x180000000  # signals 32 and 33: they cannot be set, and stay as inherited
     assert int(status[1], 16) == 0
     assert int(status[3], 16) & ~own_of_the_c_library == 0
     assert client.run("sh", "-c", "ls /proc/$$/fd; true").data[0].split() == [b"0", b"1", b"2"]
@@ -110,7 +110,7 @@ def test_stdin_ends_when_the_host_ends_it(client):
     assert stream.data[0] == b"some text\ndone\n"
 
 
-def test_stdin_that_nobody_reads_does_not_block_the_host(client, p):
+def test_unread_stdin_does_not_block_the_host(client, p):
     stream = client.start_exec("sh", "-c", "exec <&-; sleep 1")
     client.write(stream, b"x" * 1_000_000)
     client.wait(lambda: stream.exit is not None)
@@ -142,8 +142,8 @@ def test_output_written_right_before_the_end_is_complete(client):
 POLITE = "trap 'sleep 0.2; touch /tmp/polite; exit' HUP; echo 1; while :; do sleep 0.1; done"
 
 
-def test_closing_a_stream_hangs_its_process_group_up_and_kills_it_after_a_second(client, p):
-    # What ends in its own time after SIGHUP was not killed at once; what does not end at all was killed later.
+def test_closing_a_stream_sends_sighup_to_its_process_group_and_sigkill_after_a_second(client, p):
+    # A program that ends by itself after SIGHUP was not killed; one that does not end was killed later.
     polite = client.start_exec("sh", "-c", POLITE)
     deaf = client.start_exec("sh", "-c", "trap '' HUP; echo 1; while :; do sleep 0.1; done")
     client.wait(lambda: polite.data[0] and deaf.data[0])
@@ -208,7 +208,7 @@ def wait_for_file(client, path):
 
 
 @pytest.mark.parametrize("redirect", ["", ">&2"])
-def test_what_a_command_leaves_running_may_print_without_end(client, redirect):
+def test_processes_that_a_command_leaves_running_may_print_without_end(client, redirect):
     loop = f"for i in 1 2 3 4 5 6; do sleep 0.1; seq 1 20000 {redirect} || exit; done; touch /tmp/talked"
     stream = client.run("sh", "-c", f"({loop}) & echo started")
     assert (stream.data[0], stream.code) == (b"started\n", 0)
@@ -226,7 +226,7 @@ def test_a_detached_program_goes_on_when_its_stream_is_closed(client, p):
     assert (again.code, again.data[0][-6:]) == (5, b"20000\n")
 
 
-def test_the_end_of_a_program_leaves_those_in_groups_of_their_own(client, p):
+def test_the_end_of_a_program_leaves_other_process_groups_running(client, p):
     script = "setsid sh -c 'echo ready; sleep 1.5; echo late && touch /tmp/late' & sleep 100"
     stream = client.start_exec("sh", "-c", script)
     client.wait(lambda: stream.data[0])

@@ -1,4 +1,4 @@
-"""Bulk: credit in both directions, fairness, bounded memory, and no work when there is nothing to do."""
+"""Bulk data: credit in both directions, fairness, bounded memory, and an idle agent."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ def test_50_mb_of_input_arrive_whole(client):
 def test_output_stops_at_the_credit_and_goes_on_when_more_is_granted(client, p):
     stream = client.start_exec("sh", "-c", "head -c 300000 /dev/zero", grants=False)
     client.wait(lambda: len(stream.data[0]) == p.WINDOW)
-    assert client.run("true").code == 0  # a round trip later nothing more has come
+    assert client.run("true").code == 0  # after a round trip nothing more has come
     assert (len(stream.data[0]), stream.exit) == (p.WINDOW, None)
     client.send(p.frame(p.GRANT, stream.number, b"\0" + (1000).to_bytes(4, "little")))
     client.wait(lambda: len(stream.data[0]) == p.WINDOW + 1000)
@@ -50,7 +50,7 @@ def test_output_stops_at_the_credit_and_goes_on_when_more_is_granted(client, p):
     assert len(stream.data[0]) == 300000
 
 
-def test_both_outputs_have_a_credit_of_their_own(client, p):
+def test_each_output_has_its_own_credit(client, p):
     stream = client.start_exec("sh", "-c", "head -c 100000 /dev/zero; head -c 1000 /dev/zero >&2", grants=False)
     client.wait(lambda: len(stream.data[0]) == p.WINDOW)
     client.send(p.frame(p.GRANT, stream.number, b"\0" + (100000).to_bytes(4, "little")))
@@ -58,7 +58,7 @@ def test_both_outputs_have_a_credit_of_their_own(client, p):
     assert (len(stream.data[0]), len(stream.data[1])) == (100000, 1000)
 
 
-def test_a_stalled_reader_and_a_stalled_writer_hold_none_of_100_streams(client, p):
+def test_a_stalled_reader_and_a_stalled_writer_delay_none_of_100_streams(client, p):
     stalled = client.start_exec("sh", "-c", "yes", grants=False)
     full = client.start_exec("sleep", "1000")
     client.send(p.frame(p.DATA, full.number, b"\0" + b"x" * 60000))
@@ -74,7 +74,7 @@ def test_a_stalled_reader_and_a_stalled_writer_hold_none_of_100_streams(client, 
 
 def test_streams_with_much_to_send_take_turns(guest, p):
     guest.start("head -c 1000000 /dev/zero; exec sleep 1000")
-    logs = [guest.client.open(p.LOGS, grants=False) for _ in range(10)]  # of the ring: all always have something
+    logs = [guest.client.open(p.LOGS, grants=False) for _ in range(10)]  # of the ring: all always have data
     guest.client.wait(lambda: all(len(stream.data[0]) == p.WINDOW for stream in logs))
     for stream in logs:
         guest.client.send(p.frame(p.GRANT, stream.number, b"\0" + (1 << 20).to_bytes(4, "little")))
@@ -90,10 +90,10 @@ def test_a_reply_passes_bulk_output(client, p):
         before = sum(len(stream.data[0]) for stream in client.streams.values())
         client.call(p.STATUS)
         waits.append(sum(len(stream.data[0]) for stream in client.streams.values()) - before)
-    assert sorted(waits)[10] < 2_000_000  # what was on its way, not what the streams still had to say
+    assert sorted(waits)[10] < 2_000_000  # only the bytes that were on their way
 
 
-def test_a_host_that_does_not_read_stops_its_own_requests_only(guest, p):
+def test_a_host_that_does_not_read_stops_only_its_own_requests(guest, p):
     client = guest.client
     guest.channel.settimeout(0)
     numbers = range(1000, 101000)
@@ -113,7 +113,7 @@ def test_a_host_that_does_not_read_stops_its_own_requests_only(guest, p):
     assert all(client.streams[number].reply[0] == 0 for number in numbers)
 
 
-def test_a_new_host_is_heard_while_the_old_ones_replies_fill_the_channel(guest, p):
+def test_a_new_host_gets_through_while_replies_for_the_old_one_fill_the_channel(guest, p):
     guest.channel.settimeout(0)
     number = 1000
     try:
@@ -140,9 +140,9 @@ def test_an_idle_agent_never_wakes_up(guest, p, with_streams):
 
     def switches():
         while not (status := agent_status(guest))["State"].strip().startswith("S"):
-            pass  # it is still putting things away
+            pass  # it is still finishing earlier work
         return int(status["voluntary_ctxt_switches"])
 
     before = switches()
-    time.sleep(1)  # the time in which nothing may happen
+    time.sleep(1)  # nothing may happen in this time
     assert switches() == before

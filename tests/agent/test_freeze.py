@@ -1,4 +1,4 @@
-"""Freezing a workload of which a process waits in the kernel for what does not come."""
+"""Freezing a workload with a process that waits in the kernel for ever."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ CLONE_NEWNS = 0x00020000
 
 
 class HangingFiles:
-    """A FUSE file system in the guest that answers nothing after its greeting; `end` lets all of it fail."""
+    """A FUSE file system in the guest that never answers after its greeting. `end` makes every request fail."""
 
     def __init__(self, process, place):
         self._fd = os.open("/dev/fuse", os.O_RDWR)
@@ -31,7 +31,7 @@ class HangingFiles:
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _mount(self, process, place):
-        """Mount it as the guest sees it, on a thread of its own that stays there."""
+        """Mount it in the guest's namespace, on a thread that stays there."""
         libc = ctypes.CDLL(None, use_errno=True)
         with Path(f"/proc/{process}/ns/mnt").open() as namespace:
             libc.unshare(CLONE_NEWNS)
@@ -74,7 +74,7 @@ def hanging(guest):
     files.end()
 
 
-def test_who_waits_in_the_kernel_does_not_keep_the_workload_from_being_frozen(hanging, p):
+def test_a_process_that_waits_in_the_kernel_does_not_keep_the_workload_from_being_frozen(hanging, p):
     started = time.monotonic()
     hanging.client.call(p.FREEZE)
     assert time.monotonic() - started < 3

@@ -1,4 +1,4 @@
-"""Mutated sessions against the sanitised agent: it answers the next host, whatever the last one sent.
+"""Mutated sessions against the sanitised agent: it answers the next host, whatever the host before sent.
 
 FCVM_FUZZ_SECONDS sets how long (`make fuzz`), FCVM_FUZZ_SEED repeats a run.
 """
@@ -27,7 +27,7 @@ def tar_bytes():
 
 
 def corpus(p):
-    """Sessions as lists of frames, each of which the agent understands."""
+    """Sessions as lists of valid frames."""
 
     def opened(number, kind, *items):
         body = p.fields(items)
@@ -84,7 +84,7 @@ def mutate_bytes(rng, data):
 
 
 def mutate_frame(rng, p, frame):
-    """Change the payload and keep the frame whole, so that the change gets past the first checks."""
+    """Change the payload of a frame and keep the frame valid, so that the change gets past the first checks."""
     kind, number = frame[4], struct.unpack_from("<I", frame, 5)[0]
     payload = mutate_bytes(rng, frame[9:-1] or b"\0")
     if kind == p.OPEN and payload and payload[0] == p.POWEROFF:

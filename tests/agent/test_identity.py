@@ -1,4 +1,4 @@
-"""QUIESCE and PERSONALISE: going to sleep as one guest and waking up as another."""
+"""QUIESCE and PERSONALISE: freezing one guest and giving it another identity."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ LOCALHOST = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 
 @pytest.fixture
 def frozen(guest, p):
-    """A guest whose workload counts, quiesced; the secret for the next session is in guest.secret."""
+    """A quiesced guest whose workload counts. The secret for the next session is in guest.secret."""
     guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
     logs = guest.client.open(p.LOGS)
     guest.client.wait(lambda: logs.data[0].count(b"\n") > 3)
@@ -36,7 +36,7 @@ def seen(client, script):
     return client.run("sh", "-c", script).data[0].decode()
 
 
-def test_after_quiesce_the_workload_stands_still_and_the_agent_is_silent(frozen):
+def test_after_quiesce_the_workload_is_frozen_and_the_agent_is_silent(frozen):
     frozen.client.buffer.clear()
     before = Path(f"/proc/{workload_pid(frozen)}/stat").read_text()
     frozen.channel.settimeout(0.5)
@@ -45,7 +45,7 @@ def test_after_quiesce_the_workload_stands_still_and_the_agent_is_silent(frozen)
     assert Path(f"/proc/{workload_pid(frozen)}/stat").read_text() == before
 
 
-def test_freeze_stops_the_workload_and_no_session_and_personalise_thaws_it(guest, p):
+def test_freeze_stops_the_workload_but_not_the_session_and_personalise_thaws_it(guest, p):
     client = guest.client
     guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
     logs = client.open(p.LOGS)
@@ -62,7 +62,7 @@ def test_freeze_stops_the_workload_and_no_session_and_personalise_thaws_it(guest
     client.wait(lambda: logs.data[0].count(b"\n") > count + 2)
 
 
-def test_who_was_only_frozen_keeps_connections_to_peers_outside(guest, p):
+def test_a_guest_that_was_only_frozen_keeps_connections_to_peers_outside(guest, p):
     client = guest.client
     seen(client, "ip addr add 10.9.9.9/32 dev lo")
     with guest.listen(7000) as outside:
@@ -82,7 +82,7 @@ def test_after_quiesce_all_input_is_discarded_up_to_the_secret(frozen, p):
     assert client.call(p.STATUS)[p.STATE] == ["frozen"]
 
 
-def test_the_secret_of_the_session_before_quiesce_is_worth_nothing(frozen, p):
+def test_the_secret_of_the_session_before_quiesce_has_no_effect(frozen, p):
     old = frozen.client.next_secret + p.frame(p.HELLO, 0, b"\1\0\0\0" + b"n" * 16 + b"s" * 16)
     frozen.channel.sendall(old)
     assert frozen.connect(frozen.secret).call(p.STATUS)[p.STATE] == ["frozen"]
@@ -125,7 +125,7 @@ def test_the_names_change_everywhere(frozen, p):
     )
 
 
-def test_the_host_name_stays_whoever_the_guest_becomes(client, p):
+def test_the_host_name_stays_with_any_identity(client, p):
     client.call(p.PERSONALISE, (p.HOSTNAME, "other"), (p.ENTROPY, b"e" * 32))
     assert seen(client, "hostname; cat /etc/hostname; grep -c other /etc/hosts") == "box\nbox\n0\n"
 
@@ -150,7 +150,7 @@ def test_a_host_name_with_a_domain_resolves_in_short_too(make_guest, p):
         "seq -f '10.1.0.%g many' 9000 >> hosts; echo '127.0.0.1 minio' >> hosts",
     ],
 )
-def test_lines_of_the_workloads_own_stay_in_etc_hosts(client, p, change):
+def test_lines_of_the_workload_stay_in_etc_hosts(client, p, change):
     seen(client, f"cd /etc; {change}")
     client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.15 clone"), (p.HOSTS, "10.0.2.3 other"))
     lines = seen(client, "cat /etc/hosts").splitlines()
@@ -163,7 +163,7 @@ def test_lines_of_the_workloads_own_stay_in_etc_hosts(client, p, change):
     assert again == [*lines[:-1], "10.0.2.4 another"]
 
 
-def test_what_the_workload_took_out_of_etc_hosts_stays_out(client, p):
+def test_lines_that_the_workload_removed_from_etc_hosts_stay_removed(client, p):
     seen(client, "cd /etc; sed -i '/::1/d; /gateway/d' hosts")
     client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.2 gateway"), (p.HOSTS, "10.0.2.3 other"))
     assert seen(client, "cat /etc/hosts") == "127.0.0.1\tlocalhost\n10.0.2.15\tbox\n10.0.2.3 other\n"
@@ -175,7 +175,7 @@ def test_without_an_etc_hosts_there_is_a_new_one(client, p):
     assert seen(client, "cat /etc/hosts") == f"{LOCALHOST}10.0.2.15\tbox\n10.0.2.3 other\n"
 
 
-def test_names_reach_files_that_the_workload_put_in_place_of_ours(client, p):
+def test_names_are_written_to_files_that_the_workload_has_replaced(client, p):
     seen(client, "cd /etc; cp hosts new; mv new hosts; rm hostname; rm machine-id; ln -s /tmp/elsewhere machine-id")
     client.call(p.PERSONALISE, (p.HOSTS, "10.0.2.15 clone"), (p.MACHINE_ID, "a" * 32))
     assert seen(client, "cd /etc; grep clone hosts; ls hostname; cat machine-id; ls /tmp") == (
@@ -183,7 +183,7 @@ def test_names_reach_files_that_the_workload_put_in_place_of_ours(client, p):
     )
 
 
-def test_a_full_layer_takes_no_file_that_the_workload_has_removed_and_the_clone_lives(client, p):
+def test_on_a_full_layer_a_clone_goes_without_a_file_that_the_workload_has_removed(client, p):
     seen(
         client,
         "rm /etc/hosts /etc/machine-id; dd if=/dev/zero of=/fill bs=65536; dd if=/dev/zero of=/fill2 bs=64; true",
@@ -195,7 +195,7 @@ def test_a_full_layer_takes_no_file_that_the_workload_has_removed_and_the_clone_
     assert seen(client, "cd /etc; cat machine-id; grep again hosts") == f"{'b' * 32}\n10.0.2.16 again\n"
 
 
-def test_the_machine_id_of_dbus_follows_only_where_it_is_a_file_of_its_own(make_guest, p, rootfs):
+def test_the_machine_id_of_dbus_changes_only_if_it_is_a_regular_file(make_guest, p, rootfs):
     directory = rootfs / "var/lib/dbus"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "machine-id").write_text("0" * 32 + "\n")
@@ -207,7 +207,7 @@ def test_the_machine_id_of_dbus_follows_only_where_it_is_a_file_of_its_own(make_
     assert seen(client, "cat /var/lib/dbus/machine-id") == "a" * 32 + "\n"
 
 
-def test_the_address_changes_and_the_gateways_is_given_back(client, p):
+def test_the_address_changes_and_the_gateways_is_released(client, p):
     assert "10.0.2.2/32" in seen(client, "ip addr show lo")
     client.call(p.PERSONALISE, (p.ADDRESS, "10.0.2.77/24"), (p.PEER_GATEWAY, 0), (p.MAC, b"\x02\0\0\0\0\x09"))
     addresses = seen(client, "ip addr")
@@ -232,7 +232,7 @@ def test_the_address_changes_and_the_gateways_is_given_back(client, p):
         ([("ARG", "sh"), ("ARG", "-c"), ("ARG", "kill -9 $$")], "signal 9"),
     ],
 )
-def test_what_cannot_be_set_leaves_the_workload_frozen(frozen, p, fields, message):
+def test_a_field_that_cannot_be_set_leaves_the_workload_frozen(frozen, p, fields, message):
     client = frozen.connect(frozen.secret)
     with pytest.raises(OSError, match=message):
         client.call(p.PERSONALISE, *((getattr(p, name), value) for name, value in fields))
@@ -248,7 +248,7 @@ def test_the_hook_runs_before_the_thaw_as_the_new_guest(frozen, p):
 
 def test_a_hook_that_hangs_is_killed_after_ten_seconds(guest, p):
     began = time.monotonic()
-    with pytest.raises(OSError, match="took over 10 s: working"):
+    with pytest.raises(OSError, match="took more than 10 s: working"):
         guest.client.call(p.PERSONALISE, *((p.ARG, part) for part in ("sh", "-c", "echo working; sleep 1000")))
     assert 9 < time.monotonic() - began < 18
     assert "sleep 1000" not in seen(guest.client, "ps")
@@ -256,7 +256,7 @@ def test_a_hook_that_hangs_is_killed_after_ten_seconds(guest, p):
 
 @pytest.fixture
 def link(make_guest):
-    """A guest whose NIC has a neighbour, and what runs `ip` in the guest's network."""
+    """A guest whose NIC has a neighbour, and a function that runs `ip` in the guest's network."""
     guest = make_guest()
     guest.connect()
 
@@ -274,7 +274,7 @@ def link(make_guest):
 
 @contextlib.contextmanager
 def neighbour(guest, ip, card, address):
-    """Put the far end of a link into a network namespace of its own, and yield its process."""
+    """Put the far end of a link into another network namespace, and yield its process."""
     enter = ["nsenter", "--target", str(guest.agent_pid), "--net"]
     enter += [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
     script = (
@@ -339,7 +339,7 @@ def check_stays(guest, p, listener):
             stays.recv(1)
 
 
-def test_connections_to_peers_outside_end_before_the_snapshot_and_no_clone_has_to_do_it(link, p):
+def test_connections_to_peers_outside_are_reset_once_before_the_snapshot(link, p):
     guest, ip = link
     guest.start("sleep 99 | nc 10.0.2.99 7000")
     with neighbour(guest, ip, "far", "10.0.2.99") as far, guest.listen(7000, of=far.pid) as outside:

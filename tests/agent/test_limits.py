@@ -1,4 +1,4 @@
-"""What container engines give each container: limits, kernel settings; and who its user is in odd files."""
+"""Limits and sysctls as container engines set them, and users from unusual passwd and group files."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ def limits(client, *options, **more):
 
 
 def may_raise_limits():
-    """Say whether this process has CAP_SYS_RESOURCE, as the agent has in a guest."""
+    """Return whether this process has CAP_SYS_RESOURCE, as the agent has in a guest."""
     script = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1048576, 1048576))"
     return subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
@@ -23,13 +23,13 @@ def may_raise_limits():
 @needs_root
 @pytest.mark.skipif(not may_raise_limits(), reason="limits may not be raised here")
 @pytest.mark.parametrize("user", ["root", "app"])
-def test_files_processes_and_locked_memory_are_as_many_as_wanted(client, p, user):
+def test_the_limits_of_files_processes_and_locked_memory_are_docker_s(client, p, user):
     seen = limits(client, "-Sn", "-Hn", "-u", "-l", extra=[(p.USER, user)])
     assert seen == ["65536", "1048576", "unlimited", "unlimited"]
     assert limits(client, "-Hc", extra=[(p.USER, user)]) == ["unlimited"]
 
 
-def test_limits_that_were_asked_for_are_the_workloads_and_the_commands(make_guest, p):
+def test_requested_limits_apply_to_the_workload_and_to_commands(make_guest, p):
     guest = make_guest()
     guest.connect()
     client = guest.configure((p.ULIMIT, "7:100:200"), (p.ULIMIT, "4:0:0"))
@@ -39,7 +39,7 @@ def test_limits_that_were_asked_for_are_the_workloads_and_the_commands(make_gues
     assert client.run("cat", "/tmp/limit").data[0] == b"100\n200\n"
 
 
-def test_a_limit_that_cannot_be_had_starts_nothing(make_guest, p):
+def test_a_limit_that_cannot_be_set_starts_nothing(make_guest, p):
     guest = make_guest()
     guest.connect()
     client = guest.configure((p.ULIMIT, "7:-1:-1"))
@@ -49,14 +49,14 @@ def test_a_limit_that_cannot_be_had_starts_nothing(make_guest, p):
 
 
 @pytest.mark.parametrize("text", ["nofile:1:2", "7:1", "99:1:1", ""])
-def test_what_is_no_limit_is_refused(make_guest, p, text):
+def test_an_invalid_limit_is_refused(make_guest, p, text):
     guest = make_guest()
     guest.connect()
     with pytest.raises(OSError, match="is not a limit"):
         guest.configure((p.ULIMIT, text))
 
 
-def test_anybody_may_have_a_low_port_and_ping(client):
+def test_every_user_may_use_low_ports_and_ping(client):
     seen = client.run("sh", "-c", "cd /proc/sys/net/ipv4; cat ip_unprivileged_port_start ping_group_range")
     start, *groups = seen.data[0].decode().split()
     assert start == "0"
@@ -65,7 +65,7 @@ def test_anybody_may_have_a_low_port_and_ping(client):
 
 
 @pytest.mark.parametrize("name", ["net.ipv4.ip_default_ttl", "net/ipv4/ip_default_ttl"])
-def test_a_kernel_setting_that_was_asked_for_is_made(make_guest, p, name):
+def test_a_requested_sysctl_is_set(make_guest, p, name):
     guest = make_guest()
     guest.connect()
     client = guest.configure((p.SYSCTL, f"{name}=33"), (p.SYSCTL, "net.ipv4.ip_unprivileged_port_start=81"))
@@ -73,7 +73,7 @@ def test_a_kernel_setting_that_was_asked_for_is_made(make_guest, p, name):
     assert client.run("sh", "-c", script).data[0] == b"33\n81\n"
 
 
-def test_a_dot_in_the_name_of_a_card_is_a_slash_in_a_setting(make_guest, p):
+def test_a_dot_in_the_name_of_a_nic_is_a_slash_in_a_sysctl(make_guest, p):
     guest = make_guest()
     guest.connect()
     with pytest.raises(OSError, match=r"no sysctl net\.ipv4\.conf\.eth0/1\.forwarding"):
@@ -89,14 +89,14 @@ def test_a_dot_in_the_name_of_a_card_is_a_slash_in_a_setting(make_guest, p):
         ("../../etc/x=1", "kernel has no sysctl"),
     ],
 )
-def test_a_kernel_setting_that_cannot_be_made_is_told(make_guest, p, setting, message):
+def test_a_sysctl_that_cannot_be_set_is_reported(make_guest, p, setting, message):
     guest = make_guest()
     guest.connect()
     with pytest.raises(OSError, match=message):
         guest.configure((p.SYSCTL, setting))
 
 
-def test_shared_memory_has_the_size_that_was_asked_for(make_guest, p):
+def test_shared_memory_has_the_requested_size(make_guest, p):
     guest = make_guest()
     guest.connect()
     client = guest.configure((p.SHM_MIB, 48))
@@ -104,7 +104,7 @@ def test_shared_memory_has_the_size_that_was_asked_for(make_guest, p):
     assert client.run("stat", "-c", "%a", "/dev/shm").data[0] == b"1777\n"
 
 
-# Each of them as runc's own parser reads it.
+# The expected values are those of runc's parser.
 ODD = {
     "short:x:1234": ("short", "1234 0 0 /"),
     "name": ("name", "0 0 0 /"),
@@ -137,13 +137,13 @@ def test_root_has_the_groups_and_the_home_of_its_own_entry(client):
 
 
 @needs_root
-def test_a_group_of_very_many_members_has_its_last_one_too(client, p):
+def test_the_last_member_of_a_very_large_group_belongs_to_it(client, p):
     members = ",".join(f"user{number}" for number in range(20000))
     client.run("sh", "-c", "cat >> /etc/group", stdin=f"all:x:5000:{members},app\n".encode())
     assert client.run("id", "-G", extra=[(p.USER, "app")]).data[0].split() == [b"1001", b"2000", b"5000"]
 
 
-def test_without_the_files_a_number_will_do(client, p):
+def test_without_the_files_numbers_still_work(client, p):
     client.run("rm", "/etc/passwd", "/etc/group")
     for user, expected in ((None, "0 0 /"), ("1234", "1234 0 /"), ("12:34", "12 34 /")):
         extra = [(p.USER, user)] if user else []

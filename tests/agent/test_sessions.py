@@ -1,4 +1,4 @@
-"""Sessions: the handshake, hosts that die, input that is malformed."""
+"""Sessions: the handshake, hosts that die, malformed input."""
 
 import fcntl
 import os
@@ -18,7 +18,7 @@ def test_the_agent_welcomes_a_host_with_its_build(make_guest, p, agent_binary, b
 
 
 def trickle(channel, data, size=1):
-    """Send piece by piece, each only when the agent has read the one before."""
+    """Send piece by piece, each after the agent has read the one before."""
     for start in range(0, len(data), size):
         channel.sendall(data[start : start + size])
         while struct.unpack("i", fcntl.ioctl(channel, termios.TIOCOUTQ, b"\0" * 4))[0]:
@@ -36,7 +36,7 @@ def test_a_secret_in_single_bytes_amid_noise_is_found(make_guest, p, noise):
     guest.connect(b"s" * 16)
 
 
-def test_a_second_hello_right_behind_the_first_is_heard(make_guest, p):
+def test_a_second_hello_right_behind_the_first_begins_a_session(make_guest, p):
     guest = make_guest()
     first = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"n" * 16 + b"s" * 16)
     second = p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"m" * 16 + b"t" * 16)
@@ -69,7 +69,7 @@ def test_a_secret_that_begins_as_the_end_of_a_half_frame_is_found(guest, p, miss
     assert guest.connect(b"s" * 16).run("true").code == 0
 
 
-def test_the_old_secret_is_worth_nothing_after_hello(guest, p):
+def test_the_old_secret_has_no_effect_after_hello(guest, p):
     stale = p.BOOT_SECRET + p.frame(p.HELLO, 0, struct.pack("<I", 1) + b"n" * 16 + b"s" * 16)
     guest.client.send(stale)  # malformed as frames, and no session
     with pytest.raises(p.SessionError):
@@ -100,7 +100,7 @@ def test_a_host_that_dies_at_any_byte_of_a_request_leaves_nothing_behind(guest, 
     assert ran(guest.client) == []
 
 
-def test_a_half_frame_is_not_filled_up_by_the_next_hosts_bytes(guest, p):
+def test_a_half_frame_is_not_completed_by_the_next_hosts_bytes(guest, p):
     body = p.fields([(p.ARG, "touch"), (p.ARG, "/tmp/" + "x" * 40)])
     request = p.frame(p.OPEN, 1000, bytes([p.EXEC]) + struct.pack("<I", len(body)) + body)
     guest.client.send(request[:-30])  # the next secret completes the length, but not the trailer
@@ -108,12 +108,12 @@ def test_a_half_frame_is_not_filled_up_by_the_next_hosts_bytes(guest, p):
     assert client.run("ls", "/tmp").data[0] == b""
 
 
-def test_a_request_that_was_whole_runs_once(guest, p):
+def test_a_complete_request_runs_once(guest, p):
     body = p.fields([(p.ARG, part) for part in ("sh", "-c", "echo once >> /tmp/ran")])
     request = p.frame(p.OPEN, 1, bytes([p.EXEC]) + struct.pack("<I", len(body)) + body)
     guest.client.send(request)
     guest.reconnect()
-    for _ in range(3):  # hung up or run by now: a session's programs end within a second
+    for _ in range(3):  # by now it has run or got SIGHUP: a session's programs end within a second
         guest.client.run("sleep", "0.5")
     assert ran(guest.client) in ([], ["once"])
 

@@ -97,7 +97,7 @@ def test_pax_times_keep_their_fraction(client, p):
     assert shell(client, "stat -c %y /tmp/f").startswith("1970-01-01 00:16:40.250000000")
 
 
-def test_extracting_replaces_files_and_keeps_what_folders_are(client, p):
+def test_extracting_replaces_files_and_leaves_existing_directories(client, p):
     shell(
         client, "mkdir -m 700 /tmp/d; echo old > /tmp/f; ln -s /etc/passwd /tmp/l; ln -s d /tmp/to_d; chown 5:6 /tmp/d"
     )
@@ -124,7 +124,7 @@ def test_absolute_names_land_below_the_target(client, p):
     assert shell(client, "ls /tmp/etc; ls /etc | grep inside") == "inside\n"
 
 
-def test_in_the_root_symlinks_of_the_image_mean_what_they_say(client, p):
+def test_in_the_root_absolute_symlinks_of_the_image_are_followed(client, p):
     assert put(client, p, archive(entry("lib/more", content=b"x")), "/").code == 0
     assert shell(client, "ls /usr/lib") == "data\nmore\n"
 
@@ -167,7 +167,7 @@ def test_an_archive_cannot_leave_its_target(client, p, name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_nor_the_root(client, p, name):
+def test_an_archive_cannot_leave_the_root(client, p, name):
     put(client, p, archive(*HOSTILE[name]), "/")
     assert not Path("/outside").exists()
     assert client.run("true").code == 0
@@ -196,7 +196,7 @@ def test_a_broken_archive_is_refused_with_the_reason(client, p, name):
     assert message in stream.message
 
 
-def test_a_full_disk_is_told(client, p):
+def test_a_full_disk_is_reported(client, p):
     stream = put(client, p, archive(entry("big", content=b"x" * (300 << 20))), "/tmp")
     assert stream.code == 1
     assert "No space left on device" in stream.message
@@ -257,7 +257,7 @@ def test_a_volume_comes_out_with_the_directory_it_is_in(client, p):
         assert not [name for name in tar.getnames() if name.startswith("./proc/")]
 
 
-def test_other_file_systems_stay_out(client, p):
+def test_file_systems_of_the_kernel_are_left_out(client, p):
     with tarfile.open(fileobj=io.BytesIO(bytes(get(client, p, "/").data[0]))) as tar:
         names = tar.getnames()
     assert "./bin/busybox" in names
@@ -268,7 +268,7 @@ def test_other_file_systems_stay_out(client, p):
 @pytest.mark.parametrize(
     ("path", "message"), [("/no/such", "No such file"), ("/dev/null", "not a file"), ("", "no PATH")]
 )
-def test_what_cannot_be_sent_says_why(client, p, path, message):
+def test_a_path_that_cannot_be_sent_says_why(client, p, path, message):
     stream = client.open(p.TAR_OUT, (p.PATH, path))
     client.wait(lambda: stream.exit is not None or (stream.reply and stream.reply[0]))
     assert message in stream.message
@@ -288,13 +288,13 @@ def place(client, p, data, path, flags=AT_PLACE, *more):
 
 
 @pytest.mark.parametrize("path", ["/tmp", "/tmp/", "/link", "/link/", "/tmp/../tmp"])
-def test_a_file_goes_into_a_directory_that_is_there(client, p, path):
+def test_a_file_goes_into_an_existing_directory(client, p, path):
     shell(client, "ln -s /tmp /link; chmod 1777 /tmp")
     assert place(client, p, archive(entry("schema", content=b"text")), path).code == 0
     assert shell(client, "cat /tmp/schema; readlink /link; stat -c %a /tmp") == "text/tmp\n1777\n"
 
 
-def test_a_file_takes_its_places_name_where_no_directory_is(client, p):
+def test_a_file_gets_the_name_of_its_place_unless_that_is_a_directory(client, p):
     shell(client, "echo old > /tmp/old; ln -s old /tmp/link; ln -s /gone /tmp/dangling")
     for name in ("old", "link", "dangling", "a/b c/new"):
         assert place(client, p, archive(entry("schema", content=name.encode())), f"/tmp/{name}").code == 0
@@ -310,7 +310,7 @@ TREE = [
 
 
 @pytest.mark.parametrize("path", ["/tmp/d", "/link", "/tmp/new/d"])
-def test_a_directory_is_its_place_and_merges_with_what_is_there(client, p, path):
+def test_a_directory_merges_with_its_place(client, p, path):
     shell(client, "mkdir -m 700 /tmp/d; echo old > /tmp/d/old; ln -s /tmp/d /link")
     assert place(client, p, archive(*TREE), path).code == 0
     made = path == "/tmp/new/d"
@@ -320,7 +320,7 @@ def test_a_directory_is_its_place_and_merges_with_what_is_there(client, p, path)
 
 
 @pytest.mark.parametrize("path", ["/tmp/d", "/link", "/tmp/new/d", "/tmp/file"])
-def test_a_directory_that_hides_leaves_nothing_of_what_was_there(client, p, path):
+def test_a_directory_that_hides_replaces_the_existing_one(client, p, path):
     shell(
         client,
         "mkdir -p -m 700 /tmp/d/sub/sub; ln -s / /tmp/d/sub/root; echo x > /tmp/d/.hidden; echo x > /tmp/d/f;"
@@ -343,13 +343,13 @@ def test_a_file_does_not_hide_a_directory(client, p):
     assert shell(client, "ls /tmp/d") == "x\n"
 
 
-def test_a_user_owns_what_is_put_in_a_place(client, p):
+def test_a_user_owns_files_at_a_place(client, p):
     assert place(client, p, archive(*TREE), "/tmp/a/b", AT_PLACE, (p.USER, "app")).code == 0
     assert shell(client, "stat -c '%u:%g' /tmp/a /tmp/a/b /tmp/a/b/f").split() == ["1000:1001"] * 3
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_nor_can_an_archive_leave_its_place(client, p, name):
+def test_an_archive_cannot_leave_its_place(client, p, name):
     shell(client, "mkdir /tmp/target; echo precious > /tmp/precious")
     place(client, p, archive(*HOSTILE[name]), "/tmp/target", HIDES)
     assert shell(client, "ls /tmp; ls / | grep outside; stat -c %h /etc/passwd") == "precious\ntarget\n1\n"

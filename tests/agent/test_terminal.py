@@ -1,4 +1,4 @@
-"""Programs on a terminal: it is theirs by name, of the size that was asked for, typed on, and hung up."""
+"""Programs on a terminal: its name, size, input and end."""
 
 import struct
 import time
@@ -10,7 +10,7 @@ ON_TERMINAL = 2
 
 @pytest.fixture
 def on_terminal(client, p):
-    """Return a function that starts a program on a terminal of 30 by 100."""
+    """Return a function that starts a program on a terminal of 30 rows and 100 columns."""
 
     def start(*argv, user=None):
         extra = [(p.FLAGS, ON_TERMINAL), (p.ROWS, 30), (p.COLUMNS, 100), (p.ENV, "TERM=dumb")]
@@ -31,7 +31,7 @@ def test_all_three_are_one_terminal_that_the_program_controls(client, on_termina
     assert (stream.code, stream.data[1], stream.eof) == (0, b"", {0})
 
 
-def test_it_has_the_size_that_was_asked_for_and_learns_of_another(client, p, on_terminal):
+def test_a_terminal_has_the_requested_size_and_reports_a_new_one(client, p, on_terminal):
     stream = on_terminal(
         "sh", "-c", "stty size; trap 'stty size; exit 7' WINCH; echo ready; while :; do sleep 0.1; done"
     )
@@ -41,7 +41,7 @@ def test_it_has_the_size_that_was_asked_for_and_learns_of_another(client, p, on_
     assert stream.code == 7
 
 
-def test_what_is_written_is_typed_and_echoed(client, p, on_terminal):
+def test_input_is_typed_and_echoed(client, p, on_terminal):
     stream = on_terminal("sh", "-c", "read line; echo got $line")
     client.write(stream, b"hello\r")
     assert output(client, stream) == "hello\ngot hello\n"
@@ -73,7 +73,7 @@ def test_a_user_may_open_the_terminal_by_name(client, on_terminal):
     assert (output(client, stream), stream.code) == ("hello\n", 0)
 
 
-def test_who_is_given_up_is_hung_up(client, p, on_terminal):
+def test_closing_the_stream_hangs_the_terminal_up(client, p, on_terminal):
     stream = on_terminal("sh", "-c", "sleep 1234")
     client.send(p.frame(p.CLOSE, stream.number, b"\0" * 4))
     deadline = time.monotonic() + 10

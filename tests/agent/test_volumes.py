@@ -27,7 +27,7 @@ def declare(make_guest, p):
 
 @pytest.fixture
 def data(rootfs):
-    """A directory of the image, with one of each kind."""
+    """A directory of the image, with one file of each kind."""
     directory = rootfs / "srv/data"
     (directory / "sub").mkdir(parents=True)
     (directory / "file").write_text("was there\n")
@@ -58,7 +58,7 @@ def test_a_volume_that_no_layer_has_is_made(declare):
     seen(client, "echo x > /srv/deep/er/file && echo y > /var/new/file")
 
 
-def test_a_volume_has_what_the_image_has_there(declare, make_guest, data):
+def test_a_volume_has_the_content_of_the_image(declare, make_guest, data):
     plain = make_guest()
     plain.connect()
     before = seen(plain.configure(), f"cd /srv/data; {SHOWN}")
@@ -90,13 +90,13 @@ def test_a_volume_behind_a_symlink_of_the_image_is_where_that_leads(declare, roo
 
 
 @pytest.mark.parametrize("path", ["/proc", "/dev/shm", "/bin/busybox", "/"])
-def test_what_cannot_be_a_volume_stays_as_it_was(declare, path):
+def test_a_path_that_cannot_be_a_volume_stays_as_it_was(declare, path):
     client = declare(path, "/srv/good").client
     assert seen(client, "stat -f -c %T /srv/good").strip() == "tmpfs"
     assert seen(client, "test -e /proc/self && test -x /bin/busybox && stat -c %a /dev/shm") == "1777\n"
 
 
-def test_a_volume_whose_content_would_take_the_room_stays_on_the_overlay(declare, data):
+def test_a_volume_with_too_much_content_stays_on_the_overlay(declare, data):
     (data / "big").write_bytes(b"x" * (20 << 20))
     client = (guest := declare("/srv/data", "/srv/small", mib=32)).client
     assert seen(client, "wc -c < /srv/data/big").strip() == str(20 << 20)
@@ -105,7 +105,7 @@ def test_a_volume_whose_content_would_take_the_room_stays_on_the_overlay(declare
     assert "the volume /srv/data is on the overlay: copy: No space left on device" in guest.log.read_text()
 
 
-def test_what_volumes_hold_counts_as_written_and_is_copied_out(declare, p, tmp_path):
+def test_the_content_of_volumes_counts_as_written_and_is_copied_out(declare, p, tmp_path):
     client = declare("/srv/data").client
     seen(client, "head -c 10000000 /dev/zero > /srv/data/big; echo here > /srv/data/note")
     metrics = dict(text.split("=") for text in client.call(p.METRICS)[p.METRIC])

@@ -36,7 +36,7 @@ def test_a_lookup_without_a_resolver_is_refused_at_once(client):
     assert seconds < 1
 
 
-def test_the_rootfs_is_writable_and_its_layer_has_the_size_asked_for(client, p):
+def test_the_rootfs_is_writable_and_its_layer_has_the_requested_size(client, p):
     assert client.run("sh", "-c", "echo new > /lib/data && cat /usr/lib/data").data[0] == b"new\n"
     metrics = dict(text.split("=") for text in client.call(p.METRICS)[p.METRIC])
     assert int(metrics["overlay_size_bytes"]) == 256 << 20
@@ -93,7 +93,7 @@ def test_a_workload_that_cannot_start_ends_with_127_and_the_reason(guest, p):
     assert event[p.MESSAGE] == ["exec /no/such/server: No such file or directory"]
 
 
-def test_stop_sends_the_signal_that_was_asked_for(guest, p):
+def test_stop_sends_the_requested_signal(guest, p):
     guest.start("trap 'exit 42' USR1; echo ready; while :; do sleep 0.05; done")
     logs = guest.client.open(p.LOGS)
     guest.client.wait(lambda: logs.data[0] == b"ready\n")
@@ -110,7 +110,7 @@ def test_after_the_workloads_end_execs_still_run_and_see_processes(guest, p):
     assert b"ps" in stream.data[0]
 
 
-def test_the_end_of_the_workload_takes_its_execs_along(guest, p):
+def test_the_end_of_the_workload_ends_its_execs(guest, p):
     guest.start("exec sleep 1000")
     stream = guest.client.start_exec("sleep", "1000")
     guest.client.call(p.STOP, (p.SIGNAL_FIELD, 9))
@@ -128,7 +128,7 @@ def test_the_log_keeps_the_order_of_both_outputs_and_ends_with_the_workload(gues
     assert again.data[0] == logs.data[0]
 
 
-def test_a_log_that_nobody_reads_never_blocks_and_says_how_much_it_lost(guest, p):
+def test_an_unread_log_never_blocks_and_says_how_much_it_lost(guest, p):
     guest.start("seq 1 400000; echo end")
     guest.client.wait(lambda: guest.client.events, 30)
     logs = guest.client.open(p.LOGS)
@@ -163,7 +163,7 @@ def test_a_slow_reader_slows_the_workload_instead_of_losing_output(guest, p):
 
 
 def size_of_sequence(last):
-    """Bytes of the numbers 1 to `last`, a line each."""
+    """Return how many bytes the numbers 1 to `last` take, a line each."""
     size, digits, start = 0, 1, 1
     while start <= last:
         end = min(last, start * 10 - 1)
@@ -172,7 +172,7 @@ def size_of_sequence(last):
     return size
 
 
-def test_a_reader_that_stalls_does_not_hold_the_workload(guest, p):
+def test_a_stalled_reader_does_not_block_the_workload(guest, p):
     logs = guest.client.open(p.LOGS, grants=False)
     guest.start("seq 1 400000; echo end")
     guest.client.wait(lambda: guest.client.events, 30)
@@ -184,13 +184,13 @@ def test_a_reader_that_stalls_does_not_hold_the_workload(guest, p):
     assert logs.data[0].endswith(b"400000\nend\n")
 
 
-def test_a_workload_that_freezes_itself_holds_nobody_else(guest, p):
+def test_a_workload_that_freezes_itself_blocks_nothing_else(guest, p):
     guest.start("exec sleep 1000")
     if b"cgroup.freeze" not in guest.client.run("ls", "/sys/fs/cgroup").data[0]:
         pytest.skip("cgroups are not allowed here")
     guest.client.start_exec("sh", "-c", "echo 1 > /sys/fs/cgroup/cgroup.freeze")
     while guest.client.start_exec("true").reply[1][p.PID] != [0]:
-        pass  # until one is held before it could begin
+        pass  # until one is frozen before it could begin
     assert guest.client.call(p.STATUS)[p.STATE] == ["running"]
     secret = p.new_secret()
     guest.client.call(p.QUIESCE, (p.SECRET, secret))
@@ -199,7 +199,7 @@ def test_a_workload_that_freezes_itself_holds_nobody_else(guest, p):
     assert client.run("true").code == 0
 
 
-def test_an_out_of_memory_kill_is_told(guest, p):
+def test_an_out_of_memory_kill_is_reported(guest, p):
     guest.start("exec sleep 1000")
     if b"memory.max" not in guest.client.run("ls", "/sys/fs/cgroup").data[0]:
         pytest.skip("the memory controller of this machine is not in cgroup2")
@@ -207,14 +207,14 @@ def test_an_out_of_memory_kill_is_told(guest, p):
     guest.client.wait(lambda: any(kind == 2 for kind, _ in guest.client.events))
 
 
-def test_commands_beside_an_init_keep_nothing_from_it(guest, p):
-    """A process in its group would refuse it the controllers of the groups it makes."""
+def test_commands_do_not_keep_an_init_from_delegating_controllers(guest, p):
+    """A process in the group of an init keeps it from delegating controllers to its own groups."""
     guest.start("exec sleep 1000", (p.FLAGS, 4))
     seen = guest.client.run("grep", "-h", "^0:", "/proc/1/cgroup", "/proc/self/cgroup").data[0].decode()
     assert seen == "0::/\n0::/fcvm\n"
 
 
-def test_a_later_session_is_told_of_an_end_that_came_before_it(guest, p):
+def test_a_later_session_gets_the_report_of_an_earlier_end(guest, p):
     guest.start("exit 3")
     guest.client.wait(lambda: guest.client.events)
     later = guest.reconnect()
@@ -222,7 +222,7 @@ def test_a_later_session_is_told_of_an_end_that_came_before_it(guest, p):
     assert [(kind, fields[p.EXIT_CODE]) for kind, fields in later.events] == [(1, [3])]
 
 
-def test_a_session_is_told_of_no_end_while_the_workload_runs(guest, p):
+def test_a_session_gets_no_report_of_an_end_while_the_workload_runs(guest, p):
     guest.start("exec sleep 1000")
     later = guest.reconnect()
     later.call(p.STATUS)

@@ -1,7 +1,7 @@
-"""A guest agent in Python that keeps the rules of `guest_image/agent/protocol.h`, for tests of all above it.
+"""A guest agent in Python that keeps the rules of `guest_image/agent/protocol.h`, for tests of the host's side.
 
-It looks for its secret at every byte, obeys credit and ends the session of a host that does not, serves control before
-data, and outlives its hosts: `attach` gives it the next channel, which starts with what the last one did not take.
+It looks for its secret at every byte, obeys credit, ends the session of a host that does not, and sends control frames
+before data. `attach` gives it the channel of the next host, which begins with the bytes that the last one did not take.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ Program = Callable[[FakeStream], Awaitable[int]]
 
 
 class FakeAgent(Wire):
-    """The agent, on a thread of its own. Public attributes may be set before the host asks and read at any time."""
+    """The agent, on its own thread. Set public attributes before the host asks; read them at any time."""
 
     def __init__(self, sock: socket.socket | None = None, *, secret: bytes = PROTOCOL_BOOT_SECRET) -> None:
         super().__init__(secret, asyncio.new_event_loop())
-        self.refusals: dict[StreamKind, tuple[int, str]] = {}  # errno and message instead of the deed
+        self.refusals: dict[StreamKind, tuple[int, str]] = {}  # kinds that fail, with errno and message
         self.silent: set[StreamKind] = set()  # kinds that are never answered
         self.replies: dict[StreamKind, Body] = {}
         self.programs: dict[str, Program] = dict(PROGRAMS)
-        self.ports: dict[int, tuple[str, int]] = {}  # what CONNECT reaches
+        self.ports: dict[int, tuple[str, int]] = {}  # targets of CONNECT
         self.listening: dict[int, int] = {}
         self.metrics: dict[str, str] = {"uptime_ms": "1234", "load": "0.25", "kernel": "6.12.1"}
-        self.root = Path("/nonexistent")  # where tar streams go and come from
+        self.root = Path("/nonexistent")  # the directory of tar streams
         self.state, self.oom_kills = "idle", 0
         self.exit_fields: Body = []
         self.stale_on_attach = b""
@@ -60,31 +60,31 @@ class FakeAgent(Wire):
         if sock is not None:
             self.attach(sock)
 
-    # What tests do
+    # Called by tests
 
     def attach(self, sock: socket.socket) -> None:
         """Take the next host's channel."""
         self.run(self.take_channel, sock, self.stale_on_attach)
 
     def log(self, data: bytes) -> None:
-        """Let the workload print."""
+        """Make the workload print."""
         self.run(self._log, data)
 
     def exit_workload(self, *, code: int | None = None, number: int | None = None) -> None:
-        """Let the workload end."""
+        """Make the workload end."""
         self.run(self._exit_workload, code, number)
 
     def say_oom(self, kills: int) -> None:
-        """Let the kernel kill in the workload."""
+        """Report an out-of-memory kill in the workload."""
         self.oom_kills = kills
         self.run(self.event, EventKind.OOM, [(FieldTag.OOM_KILLS, kills)])
 
     def send_raw(self, data: bytes) -> None:
-        """Put bytes into the channel as they are."""
+        """Put raw bytes into the channel."""
         self.run(self.put_control, data)
 
     def hang_up(self) -> None:
-        """Close the channel, as a VM does that dies."""
+        """Close the channel, as when a VM dies."""
         self.run(self.drop_channel)
 
     def open_streams(self) -> int:
@@ -119,7 +119,7 @@ class FakeAgent(Wire):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # Deeds
+    # Verbs and streams
 
     def after_welcome(self) -> None:
         if self.exit_fields:
@@ -189,7 +189,7 @@ class FakeAgent(Wire):
             return self.reply(stream, error=(error.errno or errno.EIO, f"connect: {error.strerror}"))
         self.reply(stream)
         upward = self.spawn(_pump_up(stream, writer))
-        # Until both have said all, the end of it is a reset.
+        # Before both sides have ended, an end is a reset.
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         try:
             while data := await reader.read(PIECE):
@@ -259,7 +259,7 @@ class FakeAgent(Wire):
 
 
 def _place(members: list[tarfile.TarInfo], place: Path, *, hides: bool) -> Path:
-    """Rename the archive's root for its place, and return the directory that this is below."""
+    """Rename the archive's root to its place, and return the directory above that place."""
     place, root = place.resolve(), members[0]
     if place.is_dir() and not root.isdir():
         if hides:
@@ -299,7 +299,7 @@ async def _env(stream: FakeStream) -> int:
 
 
 async def _flood(stream: FakeStream) -> int:
-    """Print `argv[1]` bytes of a counter that shows what is lost."""
+    """Print `argv[1]` bytes of a counter that shows any loss."""
     left, block = int(stream.argv[1]), b"".join(struct.pack("<Q", n) for n in range(PIECE // 8))
     while left > 0:
         await stream.write(block[:left])

@@ -1,6 +1,6 @@
 """The fake agent's side of the wire: secret, frames, credit and the order of what it sends.
 
-Written from `guest_image/agent/protocol.h`, not from the host's code, of which it shares the encoding alone.
+It follows `guest_image/agent/protocol.h`. It shares only the encoding with the host's code.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _HOST_MAY_SEND = {1, 3, 4, 6, 7, 8, 9, 11}
 
 
 class Violation(Exception):
-    """The host broke a rule."""
+    """The host broke a rule of the protocol."""
 
 
 class FakeStream:
-    """A stream as the agent sees it; programs get one."""
+    """The agent's end of a stream, which programs get."""
 
     def __init__(self, agent: Wire, number: int, kind: StreamKind, body_size: int) -> None:
         self.agent, self.id, self.kind = agent, number, kind
         self.body, self.body_size = bytearray(), body_size
         self.fields = Fields()
         self.task: asyncio.Task[None] | None = None
-        self.credit = [PROTOCOL_WINDOW, PROTOCOL_WINDOW]  # what we may still send
-        self.granted = PROTOCOL_WINDOW  # what the host may still send
+        self.credit = [PROTOCOL_WINDOW, PROTOCOL_WINDOW]  # bytes that the agent may still send
+        self.granted = PROTOCOL_WINDOW  # bytes that the host may still send
         self.inbox: deque[bytes] = deque()
         self.eof = False
         self.owed = 0
@@ -65,7 +65,7 @@ class FakeStream:
     async def read(self) -> bytes:
         """Return what the host sent, b"" after its EOF."""
         while not self.inbox and not self.eof:
-            await self._change()
+            await self.wait_for_change()
         if not self.inbox:
             return b""
         data = self.inbox.popleft()
@@ -77,11 +77,11 @@ class FakeStream:
         return data
 
     async def write(self, data: bytes, channel: int = 0) -> None:
-        """Send all of `data` as the host's credit allows."""
+        """Send all of `data`, as the host's credit allows."""
         view = memoryview(data)
         while view:
             while not self.credit[channel]:
-                await self._change()
+                await self.wait_for_change()
             piece = view[: min(self.credit[channel], PIECE)]
             self.credit[channel] -= len(piece)
             await self.agent.data(self.id, bytes([channel]) + piece)
@@ -90,16 +90,16 @@ class FakeStream:
     def write_eof(self, channel: int = 0) -> None:
         self.agent.put_data(encode_frame(FrameType.EOF, self.id, bytes([channel])))
 
-    async def _change(self) -> None:
+    async def wait_for_change(self) -> None:
         self.changed.clear()
         await self.changed.wait()
 
 
 class Wire:
-    """The channel as the agent sees it. Everything runs on the thread of `loop`."""
+    """The agent's end of the channel. Everything runs on the thread of `loop`."""
 
     def __init__(self, secret: bytes, loop: asyncio.AbstractEventLoop) -> None:
-        self.errors: list[str] = []  # what ended sessions
+        self.errors: list[str] = []  # reasons that ended sessions
         self.version, self.build_id = PROTOCOL_VERSION, "fake"
         self.bytes_read = 0
         self.executed: list[tuple[StreamKind, Fields]] = []
@@ -116,16 +116,16 @@ class Wire:
         self._room = asyncio.Event()
 
     async def serve(self, stream: FakeStream) -> None:
-        """Do what a stream was opened for."""
+        """Serve a stream."""
         raise NotImplementedError
 
     def after_welcome(self) -> None:
-        """Tell a new session what came before it."""
+        """Report earlier events to a new session."""
 
     # The channel
 
     def take_channel(self, sock: socket.socket, stale: bytes = b"") -> None:
-        """Go on with the next host's channel; it reads `stale` first, as if left over from before."""
+        """Go on with the next host's channel. The agent reads `stale` first, like bytes of an earlier host."""
         self.drop_channel()
         sock.settimeout(0)
         self._sock = sock
@@ -158,10 +158,10 @@ class Wire:
         if data:
             self.feed(data)
         else:
-            self.drop_channel()  # a host that left is none of the agent's business
+            self.drop_channel()  # the agent ignores that a host has left
 
     def control(self, kind: FrameType, stream: int, payload: bytes) -> None:
-        """Send before any data that waits."""
+        """Send a frame before data that waits."""
         self.put_control(encode_frame(kind, stream, payload))
 
     def put_control(self, data: bytes) -> None:
@@ -199,7 +199,7 @@ class Wire:
     # Input: secret, frames
 
     def feed(self, data: bytes) -> None:
-        """Read what the host sent, as the agent does: secret first, frames in between."""
+        """Read input as the agent does: first look for the secret, then for frames."""
         view, known, hit = memoryview(data), b"", -1
         while view:
             if known != self._secret:
@@ -336,7 +336,7 @@ class Wire:
         return task
 
     def reply(self, stream: FakeStream, body: Body | None = None, error: tuple[int, str] = (0, "")) -> None:
-        """Send REPLY; the stream ends when it says no, or when it is a verb."""
+        """Send REPLY. The stream ends if the request failed or is a verb."""
         code, message = error
         fields: Body = [(FieldTag.MESSAGE, message)] if code else body or []
         self.control(FrameType.REPLY, stream.id, struct.pack("<I", code) + encode_fields(fields))

@@ -1,10 +1,10 @@
-"""A program that answers as Firecracker 1.16.1 does: its API, its files, its vsock socket, its ways to end.
+"""A program that behaves as Firecracker 1.16.1 does: its API, its files, its vsock socket, its ways to end.
 
     firecracker.py VERSION [firecracker's own arguments]
 
-Its guest listens on vsock port 1024 and answers every line `ping X` with `pong X`; `panic`, `reboot` and `exit N` end
-it. A kernel is what begins with the magic of an ELF file; one that holds the words "no kvm" meets a host whose /dev/kvm
-may not be opened. tests/firecracker compares it with the real one, request by request.
+The guest listens on vsock port 1024 and answers each line `ping X` with `pong X`. `panic`, `reboot` and `exit N` end
+it. A kernel is a file with the magic of ELF. For a kernel with the words "no kvm", /dev/kvm cannot be opened.
+tests/firecracker compares the fake with the real program, request by request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KVM = (
     "firecracker process is \\\nconfigured on the /dev/kvm file's ACL."
 )
 _OF_THE_JAILER = ("--start-time-us", "--start-time-cpu-us", "--parent-cpu-time-us")
-# The fields of each call that are told apart here, in the order in which the real one lists them.
+# The fields of each call, in the order in which the real Firecracker lists them.
 _FIELDS = {
     "/actions": ("action_type",),
     "/balloon": (
@@ -86,7 +86,7 @@ _FIELDS = {
 
 
 class Refusal(Exception):
-    """A call that is answered by 400; `fatal` when the program ends then."""
+    """A call gets the answer 400. With `fatal` the program ends."""
 
     def __init__(self, text: str, *, fatal: bool = False) -> None:
         super().__init__(text)
@@ -105,7 +105,7 @@ class RunningVm:
         self.metadata: Any = {}
         self.metrics = "/dev/null"
         self.latencies = {"load_snapshot": 0, "pause_vm": 0}
-        self._deaf = self._must_reset = False
+        self._hangs = self._must_reset = False
         self._ports = itertools.count(1 << 30)
 
     # calls
@@ -182,7 +182,7 @@ class RunningVm:
         self.get_balloon()["amount_mib"] = body["amount_mib"]
 
     def balloon_statistics(self) -> dict[str, Any]:
-        """Tell of a guest that gives what it is asked for."""
+        """Return the statistics of a guest that gives all the memory that it is asked for."""
         self._after_start()
         size = self.get_balloon()["amount_mib"]
         return {"target_pages": size << 8, "actual_pages": size << 8, "target_mib": size, "actual_mib": size}
@@ -222,7 +222,7 @@ class RunningVm:
                 "configuration or invalid kernel image: Kernel Loader: failed to load ELF kernel image: Kernel Loader: "
                 f"{reason}"
             )
-        self._say("[    0.000000] Linux version 6.12")
+        self._print("[    0.000000] Linux version 6.12")
         self._run()
 
     def patch_vm(self, body: Mapping[str, Any]) -> None:
@@ -235,7 +235,7 @@ class RunningVm:
         if body["state"] == "Paused":
             self.state = "Paused"
         elif self.state == "Paused":
-            self._deaf = not self._must_reset and self.version in ("1.16.0", "1.16.1")  # issue 6100
+            self._hangs = not self._must_reset and self.version in ("1.16.0", "1.16.1")  # issue 6100
             self._must_reset = False
             self.state = "Running"
 
@@ -254,7 +254,7 @@ class RunningVm:
                 )
         Path(body["snapshot_path"]).write_text(json.dumps({"magic": MAGIC, "config": self.config}))
         size, memory = self.config["machine-config"]["mem_size_mib"] << 20, Path(body["mem_file_path"])
-        if body.get("snapshot_type") == "Diff":  # over what is there, if that has the size
+        if body.get("snapshot_type") == "Diff":  # over an existing file of the right size
             with memory.open("ab") as file:
                 file.truncate(0 if file.tell() != size else size)
                 file.truncate(size)
@@ -344,7 +344,7 @@ class RunningVm:
             asked = re.fullmatch(rb"connect +(\d+)\s*\n", stream.readline(32), re.IGNORECASE)
             if not asked or int(asked[1]) != AGENT_PORT:
                 return
-            if self.state == "Paused" or self._deaf:
+            if self.state == "Paused" or self._hangs:
                 threading.Event().wait()
             stream.write(b"OK %d\n" % next(self._ports))
             stream.flush()
@@ -355,18 +355,18 @@ class RunningVm:
 
     def _apply(self, words: list[str]) -> None:
         if words[0] == "panic":
-            self._say("[    1.000000] Kernel panic - not syncing: sysrq triggered crash")
+            self._print("[    1.000000] Kernel panic - not syncing: sysrq triggered crash")
         if words[0] in ("panic", "reboot"):
             _leave(0)
         if words[0] == "exit":
             _leave(int(words[1]))
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         print(text, file=self.console, flush=True)
 
 
 def _open_tap(name: str) -> int:
-    """Open a tap device as the real one does, by name; it is made where that is allowed. Raise OSError."""
+    """Open a tap device by name, as the real Firecracker does. Create it where that is allowed. Raise OSError."""
     if len(name) >= _IFNAMSIZ:
         raise OSError(0, "Invalid interface name")
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Images made by hand: tar layers of any shape, `dir:` and `oci:` layouts, and what a squashfs file holds."""
+"""Make images for tests: tar layers of any shape, and `dir:` and `oci:` layouts; list the files in a squashfs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 
 def entry(name: str, content: bytes = b"", **attributes: Any) -> tuple[tarfile.TarInfo, bytes]:
-    """Return a regular file, or what `type` says, with TarInfo's attributes."""
+    """Return a regular file, or another member by `type`, with TarInfo's attributes."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     for key, value in attributes.items():
@@ -67,7 +67,7 @@ def sha256(data: bytes) -> str:
 
 @dataclass(kw_only=True)
 class HandmadeImage:
-    """An image before it is written down. `config` is the `config` section of its configuration."""
+    """An image that can be written in a layout. `config` is the `config` section of its configuration."""
 
     layers: Iterable[bytes] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class HandmadeImage:
         return directory
 
     def write_oci(self, directory: Path, tag: str = "latest", *, platforms: Iterable[HandmadeImage] = ()) -> Path:
-        """Write an OCI layout, of one manifest or of an index over `platforms` too, and return its directory."""
+        """Write an OCI layout with one manifest, or with an index over `platforms`, and return its directory."""
         blobs = directory / "blobs" / "sha256"
         blobs.mkdir(parents=True)
         (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')

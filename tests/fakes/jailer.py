@@ -1,9 +1,9 @@
-"""A program that does as Firecracker's jailer 1.16.1 does, but for the two steps after which no Python can run.
+"""A program that does what Firecracker's jailer 1.16.1 does, except two steps after which no Python could run.
 
     jailer.py VERSION [the jailer's own arguments]
 
-It keeps the root of the host and the user that it is: what it starts finds itself in the directory that would be its
-root. tests/firecracker compares it with the real one.
+It changes neither the root directory nor the user. It starts its program in the directory that would be the root.
+tests/firecracker compares the fake with the real jailer.
 """
 
 from __future__ import annotations

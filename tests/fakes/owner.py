@@ -1,7 +1,7 @@
-"""A process that owns a supervisor, to be killed by tests: `owner.py RUN_DIR ISOLATION PHASE`, JSON lines in and out.
+"""A process that owns a supervisor, for tests that kill it: `owner.py RUN_DIR ISOLATION PHASE`. It prints JSON lines.
 
-PHASE `started` says so as soon as the guard is exec'd; `burst` spawns without end in four threads; `serving` starts a
-child with descendants that do their best to get away, and does what stdin asks for.
+PHASE `started` only reports that the guard is exec'd; `burst` spawns without end in four threads; `serving` starts
+children with descendants that leave their process group or lose their parent, and runs the commands on stdin.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor.supervisor import Child, Supervisor
 
-# A child in the same group, one in a session of its own, and one whose parent has ended.
+# A process in the same group, one in a session of its own, and one whose parent has ended.
 FAMILY = "sleep 600 & setsid sleep 600 & (sleep 600 & exec true); exec sleep 600"
 
 

@@ -1,4 +1,4 @@
-"""A machine as readiness probes see it, whose ports are servers of the test's own process."""
+"""A guest as readiness probes see it. Its ports are servers in the test's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_fcvm.model.results import ExecResult
 
 
 class Target:
-    """A machine whose ports are servers of this process."""
+    """A guest whose ports are servers in this process."""
 
     def __init__(self) -> None:
         self.ports: dict[int, Endpoint] = {}
@@ -30,7 +30,7 @@ class Target:
         self.reason: Exception = WorkloadExited("the workload ended with exit code 3")
         self.on_pause: Callable[[], None] = lambda: None
         self.on_exec: Callable[[], None] = lambda: None
-        self.on_wait: Callable[[float], None] | None = None  # in the place of waiting
+        self.on_wait: Callable[[float], None] | None = None  # called in place of a wait
         self.cpu_us: Callable[[], float] = lambda: 0
 
     def endpoint(self, guest_port: int) -> Endpoint:
@@ -79,4 +79,4 @@ class Health(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Print nothing."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 USER, PASSWORD = "tester", "open-sesame"
-# PASSWORD by bcrypt, the only hash that the registry takes
+# PASSWORD by bcrypt, the only hash that the registry accepts
 HTPASSWD = f"{USER}:$2y$05$abcdefghijklmnopqrstuutXu9KzOt.1yBoZUeFWoT/914/JfszCO\n"
 
 
@@ -32,7 +32,7 @@ def running_registry(directory: Path, *, htpasswd: str = "") -> Iterator[str]:
 
 
 def _start(directory: Path, *, with_password: bool) -> tuple[subprocess.Popen[bytes], str]:
-    """Start it; another process may take the port in between, so try some."""
+    """Start the registry. Try several ports, because another process may take a free one first."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REGISTRY_")}
     for _ in range(5):
         address = _free_address()

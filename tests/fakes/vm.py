@@ -1,4 +1,4 @@
-"""An engine and VMs without a VMM: what is said to the guest goes to a fake agent over a real channel."""
+"""An engine and VMs without a VMM. A real channel connects each VM to a fake agent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pytest_fcvm.model.specs import NetworkMode
 
 
 class FakeVm:
-    """A VMM process that only its own methods can end. Guest ports are what `agent.ports` says."""
+    """A VM whose process only ends by its own methods. `agent.ports` has the guest's ports."""
 
     def __init__(self, name: str, directory: Path, agent: FakeAgent, plan: BootPlan | RestorePlan) -> None:
         self.name, self.pid, self.plan, self.agent = name, -1, plan, agent
@@ -51,17 +51,14 @@ class FakeVm:
             guest.close()
         return host
 
-    def get_ready(self) -> None:
-        self.calls.append("get_ready")
+    def preconfigure(self) -> None:
+        self.calls.append("preconfigure")
 
     def start(self) -> None:
         self.calls.append("start")
 
-    def wait_until_running(self, timeout_s: float) -> None:  # noqa: ARG002
-        self.calls.append("wait_until_running")
-
     def set_link(self, attachment: int, up: bool) -> None:
-        self.calls.append(f"attachment {attachment} {'in' if up else 'out'}")
+        self.calls.append(f"link {attachment} {'up' if up else 'down'}")
 
     def pause(self) -> None:
         self.calls.append("pause")
@@ -79,7 +76,7 @@ class FakeVm:
         self._end(VmExit(signal=9, killed_by_us=True))
 
     def die(self, signal: int) -> None:
-        """Let the VMM end by itself."""
+        """End the VMM by a signal that is not ours."""
         self._end(VmExit(signal=signal))
 
     def wait(self, timeout_s: float) -> VmExit:
@@ -123,16 +120,16 @@ class FakeVm:
 
 
 class FakeEngine:
-    """Makes fake VMs. `agents` makes the guest of the next one, `vms` are all that were made."""
+    """Makes fake VMs. `agents` makes the agent of the next VM; `vms` has all VMs that were made."""
 
     def __init__(self, directory: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._directory, self._agents = "fake", directory, agents
         self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
-        self.joins_namespaces, self.unused_nics = False, 2
+        self.joins_namespaces, self.unused_nics, self.vmm_mib = False, 2, 40
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
         self.prepare_guest: Callable[[FakeAgent], None] = lambda _agent: None
-        self.spoil: Callable[[FakeVm], None] = lambda _vm: None
+        self.change_vm: Callable[[FakeVm], None] = lambda _vm: None
         self._numbers = itertools.count()
 
     def check(self, shape: VmShape) -> None:
@@ -154,13 +151,8 @@ class FakeEngine:
     def prepare(self, plan: RestorePlan) -> FakeVm:
         vm = self._make(plan)
         bases = [vm for vm in self.vms if isinstance(vm.plan, BootPlan)]
-        if bases:  # the guest wakes up where the base fell asleep
+        if bases:  # the guest continues where the base was saved
             vm.agent.run(vm.agent.wait_for_secret, bases[-1].agent.run(lambda: bases[-1].agent._secret))
-        return vm
-
-    def restore(self, plan: RestorePlan) -> FakeVm:
-        vm = self.prepare(plan)
-        vm.start()
         return vm
 
     def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
@@ -171,7 +163,7 @@ class FakeEngine:
         self.prepare_guest(agent)
         vm = FakeVm(plan.name, self._directory / str(next(self._numbers)), agent, plan)
         self.vms.append(vm)
-        self.spoil(vm)
+        self.change_vm(vm)
         return vm
 
 
@@ -180,7 +172,7 @@ def _hello(_request: bytes) -> bytes:
 
 
 class Service:
-    """A TCP server on the host that plays a port of the guest; `answer` makes what a client is told, None resets it."""
+    """A TCP server on the host in place of a guest's port. `answer` makes the response; None resets connections."""
 
     def __init__(self, answer: Callable[[bytes], bytes] | None = _hello) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -211,7 +203,7 @@ class Service:
 
 
 def at_verb(agent: FakeAgent, kind: StreamKind, deed: Callable[[], object]) -> None:
-    """Do something on the agent's thread whenever a verb has come, before it is answered."""
+    """Call `deed` on the agent's thread for each request of a kind, before the agent answers it."""
     serve = agent._serve_verb
 
     def do_and_serve(stream: FakeStream) -> None:

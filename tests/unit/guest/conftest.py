@@ -1,4 +1,4 @@
-"""The fake agent and sessions with it, and a peer whose every frame the test writes itself."""
+"""The fake agent and sessions with it, and a peer whose frames the test writes itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fakes.agent import FakeAgent
 
 
 class Peer:
-    """The guest's end of a channel in the test's own hands."""
+    """The guest's end of a channel, which the test controls."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -65,7 +65,7 @@ class Peer:
         return self._frames.popleft()
 
     def take_all(self, timeout_s: float = 0.2, until: Callable[[deque[Frame]], bool] = lambda _: True) -> list[Frame]:
-        """Return the frames of the host: what `until` waits for, and more until it is silent for so long."""
+        """Return the frames of the host: until `until`, and then until the host is silent for `timeout_s`."""
         while not until(self._frames):
             self._frames.extend(self._parser.feed(self.sock.recv(1 << 16)))
         self.sock.settimeout(timeout_s)
@@ -90,7 +90,7 @@ class Peer:
 
 @pytest.fixture
 def cleanup() -> Iterator[ExitStack]:
-    """A stack that is unwound after the test, and after which no thread of a session or a fake lives."""
+    """A stack that is unwound after the test. Afterwards no thread of a session or a fake may be left."""
     with ExitStack() as stack:
         yield stack
     left = [thread.name for thread in threading.enumerate() if thread.name in ("fcvm-session", "fake-agent")]
@@ -123,16 +123,23 @@ def agent(cleanup: ExitStack, connect: Callable[[], socket.socket]) -> Agent:
 
 
 @pytest.fixture
-def peer_and_session(cleanup: ExitStack) -> tuple[Peer, Session]:
-    """A peer and a session with it that has not been started."""
+def channel_ends(cleanup: ExitStack) -> tuple[socket.socket, socket.socket]:
+    """The host's end of a channel, for a session to own, and the guest's end."""
     host, guest = socket.socketpair()
     cleanup.enter_context(guest)
+    return host, guest
+
+
+@pytest.fixture
+def peer_and_session(cleanup: ExitStack, channel_ends: tuple[socket.socket, socket.socket]) -> tuple[Peer, Session]:
+    """A peer and a session with it that has not been started."""
+    host, guest = channel_ends
     return Peer(guest), cleanup.enter_context(Session(host, PROTOCOL_BOOT_SECRET))
 
 
 @pytest.fixture
 def peer_and_agent(peer_and_session: tuple[Peer, Session]) -> tuple[Peer, Agent]:
-    """A peer that has said welcome and the agent that it plays."""
+    """A peer that has sent WELCOME, and the host's agent object."""
     peer, session = peer_and_session
     agent = Agent(session)
     session.start()

@@ -1,4 +1,4 @@
-"""The agent's verbs, and what it tells of the workload."""
+"""The agent's verbs, and its reports about the workload."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ IDENTITY = Identity(
 )
 
 
-def test_configure_and_start_say_everything_the_guest_needs(fake: FakeAgent, agent: Agent) -> None:
+def test_configure_and_start_send_all_settings(fake: FakeAgent, agent: Agent) -> None:
     agent.configure(CONFIG)
     assert agent.start(ProcessSpec(argv=("nginx", "-g", "daemon off;"), user="www-data")) == 1
     (configure, config), (start, process) = fake.executed
@@ -75,7 +75,7 @@ def test_configure_and_start_say_everything_the_guest_needs(fake: FakeAgent, age
     assert agent.status() == WorkloadStatus(state=WorkloadState.RUNNING)
 
 
-def test_personalise_says_what_it_was_given_and_nothing_else(fake: FakeAgent, agent: Agent) -> None:
+def test_personalise_sends_what_it_was_given_and_nothing_else(fake: FakeAgent, agent: Agent) -> None:
     agent.personalise(IDENTITY)
     agent.personalise(Identity(peer_gateway=False))
     (_, first), (_, second) = fake.executed
@@ -90,8 +90,8 @@ def test_personalise_says_what_it_was_given_and_nothing_else(fake: FakeAgent, ag
 
 
 @pytest.mark.parametrize("mac", ["52:54:00:12:34", "eth0", "52:54:00:12:34:5g"])
-def test_a_mac_address_that_is_none_is_refused(mac: str, agent: Agent) -> None:
-    with pytest.raises(UsageProblem, match="is no MAC address"):
+def test_an_invalid_mac_address_is_refused(mac: str, agent: Agent) -> None:
+    with pytest.raises(UsageProblem, match="is not a MAC address"):
         agent.personalise(Identity(mac=mac))
 
 
@@ -116,7 +116,7 @@ def test_a_session_that_cannot_begin_closes_its_channel(fake: FakeAgent, connect
     assert sock.fileno() == -1
 
 
-def test_metrics_are_numbers_where_they_are(agent: Agent) -> None:
+def test_metrics_are_numbers_where_possible(agent: Agent) -> None:
     metrics = agent.metrics()
     assert metrics == {"uptime_ms": 1234, "load": 0.25, "kernel": "6.12.1"}
     assert [type(value) for value in metrics.values()] == [int, float, str]
@@ -130,7 +130,7 @@ def test_metrics_say_in_words_that_memory_ran_out(fake: FakeAgent, agent: Agent)
     assert agent.metrics()["memory"] == said
 
 
-def test_listening_tells_closed_open_and_loopback_apart(fake: FakeAgent, agent: Agent) -> None:
+def test_listening_distinguishes_closed_open_and_loopback(fake: FakeAgent, agent: Agent) -> None:
     fake.listening.update({80: 1, 5432: 2, 99: 77})
     assert agent.listening(80) is ListenState.OPEN
     assert agent.listening(5432, Proto.UDP) is ListenState.LOOPBACK_ONLY
@@ -189,7 +189,7 @@ def test_poweroff_is_done_when_the_channel_ends(peer_and_agent: tuple) -> None:
     assert agent.session.reason is not None
 
 
-def test_the_end_of_the_workload_is_told_once_to_everybody_however_it_is_learned(fake: FakeAgent, agent: Agent) -> None:
+def test_the_end_of_the_workload_is_reported_once_to_every_callback(fake: FakeAgent, agent: Agent) -> None:
     told: list[ExitStatus] = []
     agent.on_workload_exit(told.append)
     assert agent.workload_exit is None

@@ -1,4 +1,4 @@
-"""The agent's streams that are no programs: sockets, tar, logs."""
+"""The agent's streams other than programs: sockets, tar, logs."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_reset_comes_after_what_was_sent_before_it(peer_and_agent: tuple) -> N
     assert peer.take_all(0.1) == []
 
 
-def test_a_reset_by_the_host_is_told_to_the_guest(peer_and_agent: tuple) -> None:
+def test_a_reset_by_the_host_reaches_the_guest(peer_and_agent: tuple) -> None:
     peer, agent = peer_and_agent
     thread = threading.Thread(target=lambda: peer.reply(peer.take().stream))
     thread.start()
@@ -141,7 +141,7 @@ def test_files_travel_both_ways_as_tar(fake: FakeAgent, agent: Agent, tmp_path: 
     assert fake.open_streams() == 0
 
 
-def test_a_copy_to_or_from_nowhere_says_what_is_missing(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+def test_a_copy_to_or_from_a_missing_path_names_it(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
     fake.root = tmp_path
     with pytest.raises(CallFailed, match=r"copy to /nowhere failed in the guest: open .*\(ENOENT\)"):
         agent.tar_in("/nowhere")
@@ -172,7 +172,7 @@ def test_an_agent_that_gives_up_while_a_copy_is_sent_is_quoted(peer_and_agent: t
         sink.write(bytes(1 << 20))
 
 
-def test_a_copy_that_is_broken_off_by_the_caller_is_given_up(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
+def test_a_copy_that_the_caller_breaks_off_is_abandoned(fake: FakeAgent, agent: Agent, tmp_path: Path) -> None:
     fake.root = tmp_path
 
     def fail(sink: object) -> None:
@@ -213,7 +213,7 @@ def test_the_log_brings_what_was_printed_before_and_after_and_then_ends(fake: Fa
     assert b"".join(got) == b"one\ntwo\nthree\n"
 
 
-def test_a_log_of_many_windows_needs_no_reader_but_its_sink(fake: FakeAgent, agent: Agent) -> None:
+def test_a_log_of_many_windows_needs_only_its_sink(fake: FakeAgent, agent: Agent) -> None:
     size = 0
 
     def sink(data: bytes) -> None:

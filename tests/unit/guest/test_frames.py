@@ -1,4 +1,4 @@
-"""Frames and fields, and that Python and C say the same."""
+"""Frames and fields, and that Python and C have the same names and numbers."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_body_of_any_length_arrives_whole(length: int) -> None:
     assert all(frame.payload for frame in got)
 
 
-def test_fields_keep_order_repeats_and_bytes_that_are_no_text() -> None:
+def test_fields_keep_order_repeats_and_bytes_that_are_not_text() -> None:
     fields = decode_fields(
         encode_fields([(FieldTag.ARG, "ls"), (FieldTag.PORT, 80), (FieldTag.ARG, "\udcff/ü"), (FieldTag.MAC, b"\0\1")])
     )
@@ -159,7 +159,7 @@ def test_fields_that_are_cut_off_are_refused() -> None:
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\ud800", -1, 1 << 64])
-def test_what_no_program_can_be_given_is_the_callers_mistake(value: str | int) -> None:
+def test_a_value_that_no_program_can_take_is_the_callers_mistake(value: str | int) -> None:
     with pytest.raises(UsageProblem, match="ARG"):
         encode_fields([(FieldTag.ARG, value)])
 

@@ -1,4 +1,4 @@
-"""How a session begins, ends, and outlives a host that was lost."""
+"""How a session begins and ends, and what follows after a lost host."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pytest_fcvm.guest.frames import (
 )
 from pytest_fcvm.guest.session import Opening, Session
 from pytest_fcvm.host import own
-from pytest_fcvm.host.clock import Deadline
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.guest import Identity, ProcessSpec
 
 Connect = Callable[[], socket.socket]
@@ -50,7 +50,7 @@ def test_hello_identity_and_log_leave_in_one_write_that_begins_with_the_secret(c
     assert [frame.payload[0] for frame in (personalise, logs)] == [StreamKind.PERSONALISE, StreamKind.LOGS]
 
 
-def test_stale_bytes_before_the_nonce_are_thrown_away(cleanup: ExitStack, fake: FakeAgent, connect: Connect) -> None:
+def test_stale_bytes_before_the_nonce_are_dropped(cleanup: ExitStack, fake: FakeAgent, connect: Connect) -> None:
     stale = encode_frame(FrameType.REPLY, 1, bytes(4)) * 20_000 + encode_frame(FrameType.DATA, 5, b"half")[:-2]
     secret = PROTOCOL_BOOT_SECRET
     for rubbish in (b"\0", os.urandom(15), os.urandom(16), stale):
@@ -89,7 +89,7 @@ def test_the_nonce_is_found_in_pieces_of_every_size() -> None:
         assert hub.builds.pop() == "x"
 
 
-def test_a_session_that_was_answered_is_resumed_by_one_secret(agent: Agent) -> None:
+def test_a_session_that_was_answered_is_followed_with_one_secret(agent: Agent) -> None:
     _, written = record_greeting(lambda sock: Session.resume(sock, agent.session), [])
     assert written[:16] == agent.session.next_secret
     assert [frame.type for frame in FrameParser().feed(written[16:])] == [FrameType.HELLO]
@@ -107,7 +107,7 @@ def record_greeting(session_of: Callable[[socket.socket], Session], opening: lis
 
 
 def deliver(connect: Connect, fake: FakeAgent, data: bytes) -> None:
-    """Be a host that writes `data` and dies."""
+    """Act as a host that writes `data` and dies."""
     before = fake.bytes_read
     sock = connect()
     sock.sendall(data)
@@ -118,7 +118,7 @@ def deliver(connect: Connect, fake: FakeAgent, data: bytes) -> None:
     sock.close()
 
 
-def test_a_host_that_dies_at_any_byte_has_done_all_or_nothing_and_the_next_one_is_heard(cleanup: ExitStack) -> None:
+def test_a_host_that_dies_at_any_byte_has_done_all_or_nothing_and_the_next_one_gets_through(cleanup: ExitStack) -> None:
     _, written = record_greeting(lambda sock: Session(sock, PROTOCOL_BOOT_SECRET), [START])
     for length in range(len(written) + 1):
         with ExitStack() as stack:
@@ -141,7 +141,7 @@ def test_a_host_that_dies_at_any_byte_has_done_all_or_nothing_and_the_next_one_i
             assert [kind for kind, _ in fake.executed] == [*[StreamKind.START] * done, StreamKind.SYNC]
 
 
-def test_hosts_that_die_in_a_row_before_any_answer_are_followed_by_one_that_is_heard(
+def test_after_hosts_that_die_before_any_answer_the_next_one_gets_through(
     fake: FakeAgent, connect: Connect, cleanup: ExitStack
 ) -> None:
     lost, written = record_greeting(lambda sock: Session(sock, PROTOCOL_BOOT_SECRET), [])
@@ -154,7 +154,7 @@ def test_hosts_that_die_in_a_row_before_any_answer_are_followed_by_one_that_is_h
     assert session.next_secret not in (lost.next_secret, PROTOCOL_BOOT_SECRET)
 
 
-def test_only_the_last_secret_is_heard(fake: FakeAgent, connect: Connect, agent: Agent) -> None:
+def test_only_the_last_secret_begins_a_session(fake: FakeAgent, connect: Connect, agent: Agent) -> None:
     with pytest.raises(GuestTimeout, match=r"did not answer hello within 0\.1 s") as caught:
         start_session(connect(), PROTOCOL_BOOT_SECRET, timeout_s=0.1)
     assert "has not answered hello" in caught.value.evidence["session"]
@@ -171,7 +171,9 @@ def test_a_new_session_ends_the_streams_of_the_one_before(
         assert fake.open_streams() == 0
 
 
-def test_quiesce_ends_the_session_and_touches_the_channel_no_more(peer_and_agent: tuple) -> None:
+def test_quiesce_ends_the_session_and_leaves_the_channel_alone(
+    peer_and_agent: tuple, channel_ends: tuple[socket.socket, socket.socket]
+) -> None:
     peer, agent = peer_and_agent
     secret, logged = new_secret(), list[bytes]()
     opened = threading.Thread(target=agent.logs, args=(logged.append,))
@@ -189,15 +191,15 @@ def test_quiesce_ends_the_session_and_touches_the_channel_no_more(peer_and_agent
     late = encode_frame(FrameType.EVENT, 0, bytes([EventKind.WORKLOAD_EXIT]) + encode_fields([(FieldTag.EXIT_CODE, 0)]))
     peer.sock.sendall(reply + late)
     quiet.join(10)
-    agent.session._thread.join(10)
-    assert agent.workload_exit is None, "what follows the reply was heard"
+    wait_until(lambda: "fcvm-session" not in {thread.name for thread in threading.enumerate()}, Deadline(10))
+    assert agent.workload_exit is None, "input after the reply was read"
     assert sum(map(len, logged)) == 65536
     agent.session.abort(EngineError("the base was killed"))
-    with pytest.raises(GuestError, match="ended when the guest was made quiet"):
+    with pytest.raises(GuestError, match="ended when the guest was quiesced"):
         agent.sync()
     peer.sock.sendall(b"left in the channel")
     assert peer.take_all() == []
-    assert agent.session._sock.recv(100) == b"left in the channel"
+    assert channel_ends[0].recv(100) == b"left in the channel"
     assert agent.session.next_secret == secret
 
 
@@ -228,7 +230,7 @@ def test_a_quiesce_that_is_refused_leaves_the_session_as_it_was(peer_and_agent: 
 
 
 @pytest.mark.parametrize("replied", [True, False])
-def test_after_a_quiesce_the_next_session_is_heard_whether_it_was_answered_or_not(
+def test_after_a_quiesce_the_next_session_begins_whether_it_was_answered_or_not(
     replied: bool, fake: FakeAgent, connect: Connect
 ) -> None:
     first = start_session(connect(), PROTOCOL_BOOT_SECRET, timeout_s=10)
@@ -249,7 +251,7 @@ def test_after_a_quiesce_the_next_session_is_heard_whether_it_was_answered_or_no
         assert first.session.next_secret == secret
 
 
-def test_a_session_for_which_no_descriptor_is_left_has_closed_its_socket(
+def test_a_session_without_a_free_descriptor_closes_its_socket(
     cleanup: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, theirs = socket.socketpair()

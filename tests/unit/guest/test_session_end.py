@@ -1,4 +1,4 @@
-"""How a session ends: at once for everybody, with its reason, whoever ended it."""
+"""How a session ends: at once for all callers, with its reason, whichever side ended it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_session_that_was_never_started_can_be_closed(cleanup: ExitStack) -> N
     assert host.fileno() == -1
 
 
-def test_closing_leaves_the_channel_open_for_whoever_holds_it_too(fake: FakeAgent, connect: Connect) -> None:
+def test_closing_leaves_the_channel_open_for_others_that_hold_it(fake: FakeAgent, connect: Connect) -> None:
     held = connect()
     first = start_session(held.dup(), PROTOCOL_BOOT_SECRET, timeout_s=10)
     first.close()
@@ -147,10 +147,10 @@ def test_a_callback_may_close_the_session_and_must_not_wait_for_it(fake: FakeAge
     fake.exit_workload(code=0)
     assert done.wait(10)
     agent.close()
-    assert "hand the work to another" in str(seen[0])
+    assert "do the work on another thread" in str(seen[0])
 
 
-def test_a_callback_that_fails_ends_the_session_and_leaves_nobody_waiting(fake: FakeAgent, agent: Agent) -> None:
+def test_a_callback_that_fails_ends_the_session_and_every_wait(fake: FakeAgent, agent: Agent) -> None:
     agent.on_workload_exit(lambda _: 1 / 0)  # type: ignore[arg-type, return-value]
     process = agent.exec(ProcessSpec(argv=("sleep",)))
     fake.exit_workload(code=0)
@@ -202,7 +202,7 @@ def test_an_agent_that_breaks_the_protocol_loses_the_session(
     peer.sock.sendall(frame)
     thread.join(10)
     assert complaint in str(failures[0])
-    if complaint != "malformed fields":  # of one reply alone: that call fails, the session goes on
+    if complaint != "malformed fields":  # in one reply only: that call fails, the session goes on
         assert "offset" in str(failures[0])
         with pytest.raises(ProtocolError, match=complaint):
             agent.sync()
@@ -230,7 +230,7 @@ def test_events_of_a_kind_not_known_yet_are_ignored(peer_and_agent: tuple) -> No
 
 @pytest.fixture
 def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time module as a test library leaves it that stops time."""
+    """The time module as patched by a library that stops time."""
     for name in ("time", "monotonic", "perf_counter"):
         monkeypatch.setattr(time, name, lambda: 1.0)
     monkeypatch.setattr(time, "sleep", lambda _: None)
@@ -270,14 +270,14 @@ def test_a_reply_that_comes_after_its_deadline_is_ignored(peer_and_agent: tuple)
     assert agent.session.reason is None
 
 
-def test_a_program_that_did_not_start_in_time_is_given_up(peer_and_agent: tuple) -> None:
+def test_a_program_that_did_not_start_in_time_is_abandoned(peer_and_agent: tuple) -> None:
     peer, agent = peer_and_agent
     with pytest.raises(GuestTimeout, match="exec x did not answer"):
         agent.exec(ProcessSpec(argv=("x",)), timeout_s=0.05)
     assert [(frame.type, frame.stream) for frame in peer.take_all(0.1)] == [(FrameType.OPEN, 1), (FrameType.CLOSE, 1)]
 
 
-def test_a_channel_that_takes_no_more_bytes_ends_the_session_though_it_still_could_bring_some(
+def test_a_channel_that_can_only_be_read_ends_the_session(
     peer_and_agent: tuple,
 ) -> None:
     peer, agent = peer_and_agent
@@ -286,7 +286,7 @@ def test_a_channel_that_takes_no_more_bytes_ends_the_session_though_it_still_cou
         agent.status(timeout_s=30)
 
 
-def test_the_first_word_on_how_the_workload_ended_counts(peer_and_agent: tuple) -> None:
+def test_the_first_report_of_the_workloads_end_counts(peer_and_agent: tuple) -> None:
     peer, agent = peer_and_agent
     for code in (1, 2):
         body = bytes([EventKind.WORKLOAD_EXIT]) + encode_fields([(FieldTag.EXIT_CODE, code)])

@@ -1,4 +1,4 @@
-"""Credit in both directions, readers that do not read, and many streams and threads at once."""
+"""Credit in both directions, readers that do not read, and many streams and threads at the same time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ import pytest
 from fakes.agent import FakeAgent
 
 from pytest_fcvm.guest.agent import Agent
-from pytest_fcvm.guest.frames import PROTOCOL_WINDOW, FieldTag, Frame, FrameType, ProtocolError, encode_fields
-from pytest_fcvm.guest.process import GuestProcess
+from pytest_fcvm.guest.frames import (
+    PROTOCOL_WINDOW,
+    FieldTag,
+    Frame,
+    FrameType,
+    ProtocolError,
+    StreamKind,
+    encode_fields,
+)
+from pytest_fcvm.guest.process import GuestProcess, StreamReader
+from pytest_fcvm.guest.session import Opening
 from pytest_fcvm.guest.streams import CallFailed
 from pytest_fcvm.host.clock import Deadline
 from pytest_fcvm.model.guest import ProcessSpec
 
 HALF = PROTOCOL_WINDOW // 2
-DEADLINE = Deadline(None)  # made at import: one with an end would have passed when the last tests run
+DEADLINE = Deadline(None)  # made at import: a deadline with an end would pass before the last tests run
 
 
 def in_thread(call: Callable[[], object]) -> threading.Thread:
@@ -66,12 +75,15 @@ def test_a_writer_sends_its_window_and_then_exactly_what_is_granted(running: tup
 
 
 @pytest.mark.parametrize("channel", [0, 1])
-def test_a_reader_grants_half_a_window_once_it_has_read_as_much_and_not_before(channel: int, running: tuple) -> None:
-    peer, process = running
-    reader = (process.stdout, process.stderr)[channel]
+def test_a_reader_grants_half_a_window_once_it_has_read_as_much_and_not_before(
+    channel: int, peer_and_agent: tuple
+) -> None:
+    peer, agent = peer_and_agent
+    stream = agent.session.open(Opening(kind=StreamKind.EXEC, what="exec cat"))
+    reader = StreamReader(stream, channel)
+    peer.reply(peer.take().stream)
     for _ in range(16):
         peer.send(FrameType.DATA, 1, bytes([channel]) + bytes(PROTOCOL_WINDOW // 16))
-    stream = process._stream
     assert len(stream.read(channel, 4096, DEADLINE)) == 4096
     for _ in range(6):
         stream.read(channel, 4096, DEADLINE)
@@ -83,7 +95,7 @@ def test_a_reader_grants_half_a_window_once_it_has_read_as_much_and_not_before(c
     assert grants(peer.take_all(0.1)) == [(channel, HALF)]
 
 
-def test_what_is_collected_is_granted_without_a_reader(running: tuple) -> None:
+def test_collected_output_is_granted_without_a_reader(running: tuple) -> None:
     peer, process = running
     result: list[tuple[bytes, bytes]] = []
     peer.send(FrameType.DATA, 1, b"\0" + bytes(HALF))
@@ -102,12 +114,12 @@ def test_an_agent_that_sends_beyond_its_credit_loses_the_session(channel: int, r
     peer, process = running
     for _ in range(2):
         peer.send(FrameType.DATA, 1, bytes([channel]) + bytes(HALF))
-    peer.send(FrameType.DATA, 1, bytes([channel]))  # nothing costs nothing
+    peer.send(FrameType.DATA, 1, bytes([channel]))  # an empty frame uses no credit
     peer.send(FrameType.DATA, 1, bytes([channel]) + b"x")
     with pytest.raises(ProtocolError, match=r"DATA beyond credit, in the DATA frame at offset \d+"):
         process.wait(10)
     reader = (process.stdout, process.stderr)[channel]
-    assert len(reader.read1()) == 2 * HALF, "what had come stays readable"
+    assert len(reader.read1()) == 2 * HALF, "earlier input stays readable"
     with pytest.raises(ProtocolError, match="DATA beyond credit"):
         reader.read1()
 
@@ -121,7 +133,7 @@ def test_data_after_eof_or_on_a_third_channel_ends_the_session(running: tuple) -
         process.wait(10)
 
 
-def test_frames_for_a_stream_that_was_given_up_are_ignored(running: tuple) -> None:
+def test_frames_for_a_closed_stream_are_ignored(running: tuple, peer_and_agent: tuple) -> None:
     peer, process = running
     process.close()
     process.close()
@@ -131,7 +143,7 @@ def test_frames_for_a_stream_that_was_given_up_are_ignored(running: tuple) -> No
         peer.send(FrameType.DATA, 1, b"\0" + bytes(HALF))
     peer.send(FrameType.EXIT, 1, encode_fields([(FieldTag.EXIT_CODE, 0)]))
     assert peer.take_all(0.1) == []
-    assert process._stream._link.reason is None
+    assert peer_and_agent[1].session.reason is None
 
 
 def test_nothing_is_sent_for_a_program_that_has_ended(running: tuple) -> None:

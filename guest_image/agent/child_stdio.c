@@ -1,4 +1,4 @@
-#include "ends.h"
+#include "child_stdio.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -21,7 +21,7 @@ static int make_pipe(int pair[2], bool we_read)
     return fcntl(pair[PARENT], F_SETFL, O_NONBLOCK);
 }
 
-int ends_make_pipes(int pipes[3][2], struct failure *failure)
+int child_stdio_pipes(int pipes[3][2], struct failure *failure)
 {
     for (int i = 0; i < 3; i++) {
         if (make_pipe(pipes[i], i > 0) == 0)
@@ -33,7 +33,7 @@ int ends_make_pipes(int pipes[3][2], struct failure *failure)
     return 0;
 }
 
-int ends_make_terminal(struct terminal_size size, int pipes[3][2], struct failure *failure)
+int child_stdio_terminal(struct terminal_size size, int pipes[3][2], struct failure *failure)
 {
     int program;
     int terminal = terminal_open(size, &program, failure);

@@ -1,4 +1,4 @@
-#include "information.h"
+#include "status.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -16,7 +16,7 @@
 #include "namespaces.h"
 #include "protocol.h"
 
-enum { NOBODY = 0, EVERYWHERE = 1, LOOPBACK_ONLY = 2, IPV6_ALONE = 3, TCP_LISTENING = 10, UDP_UNCONNECTED = 7 };
+enum { NOT_LISTENING = 0, EVERYWHERE = 1, LOOPBACK_ONLY = 2, IPV6_ALONE = 3, TCP_LISTENING = 10, UDP_UNCONNECTED = 7 };
 
 static const struct cgroup_metric {
     const char *name, *file, *key;
@@ -46,7 +46,7 @@ static void add_memory(struct reply *reply)
     add_metric(reply, "memory_available_bytes", memory.available);
 }
 
-/* Threads that run or wait for a CPU, the agent left out: none is there in a guest at rest. */
+/* Threads that run or wait for a CPU, without the agent: 0 in a guest at rest. */
 static void add_runnable(struct reply *reply)
 {
     unsigned long long runnable = 0;
@@ -58,7 +58,7 @@ static void add_runnable(struct reply *reply)
         fclose(file);
 }
 
-int information_metrics(const struct body *body, struct reply *reply, struct failure *failure)
+int status_metrics(const struct body *body, struct reply *reply, struct failure *failure)
 {
     struct statvfs layer;
     struct timespec up;
@@ -83,7 +83,7 @@ int information_metrics(const struct body *body, struct reply *reply, struct fai
     return 0;
 }
 
-/* Addresses in /proc/net are 32-bit words in the machine's order, each printed as a number. */
+/* Addresses in /proc/net are 32-bit words, printed as numbers in the CPU's byte order. */
 static bool is_loopback(const char *hex)
 {
     unsigned words[4] = {0};
@@ -98,12 +98,12 @@ static bool is_loopback(const char *hex)
     return words[2] == 0 && ntohl(words[3]) == 1;
 }
 
-/* How `port` is listened to according to one table of /proc/net. */
+/* How a socket listens at `port`, according to one table of /proc/net. */
 static int look_in_table(const char *path, uint64_t port, unsigned wanted_state)
 {
     char line[512], address[40];
     unsigned local_port, state;
-    int result = NOBODY;
+    int result = NOT_LISTENING;
     FILE *table = fopen(path, "re");
 
     while (table && result != EVERYWHERE && fgets(line, sizeof line, table)) {
@@ -117,7 +117,7 @@ static int look_in_table(const char *path, uint64_t port, unsigned wanted_state)
     return result;
 }
 
-/* Whether nothing listens to a TCP port over IPv4: who listens at :: does so too, unless it asked not to. */
+/* Whether nothing listens at a TCP port over IPv4. A socket at :: does, unless it is IPV6_V6ONLY. */
 static bool ipv4_is_free(uint64_t port)
 {
     const struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
@@ -129,7 +129,7 @@ static bool ipv4_is_free(uint64_t port)
     return is_free;
 }
 
-int information_listening(const struct body *body, struct reply *reply, struct failure *failure)
+int status_listening(const struct body *body, struct reply *reply, struct failure *failure)
 {
     const char *protocol = body_text(body, FIELD_PROTO);
     bool is_udp = protocol && strcmp(protocol, "udp") == 0;
@@ -139,15 +139,15 @@ int information_listening(const struct body *body, struct reply *reply, struct f
     if (!body_number(body, FIELD_PORT, &port) || port == 0 || port > 65535)
         return fail_with(failure, EINVAL, "PORT must be 1 to 65535");
     int four = look_in_table(is_udp ? "/proc/net/udp" : "/proc/net/tcp", port, state);
-    int six = four == EVERYWHERE ? NOBODY : look_in_table(is_udp ? "/proc/net/udp6" : "/proc/net/tcp6", port, state);
+    int six = four == EVERYWHERE ? NOT_LISTENING : look_in_table(is_udp ? "/proc/net/udp6" : "/proc/net/tcp6", port, state);
     int result = four == EVERYWHERE || six == EVERYWHERE ? EVERYWHERE : four ? four : six;
-    if (result == EVERYWHERE && four == NOBODY && !is_udp && ipv4_is_free(port))
+    if (result == EVERYWHERE && four == NOT_LISTENING && !is_udp && ipv4_is_free(port))
         result = IPV6_ALONE;
     reply_number(reply, FIELD_LISTENING, (uint64_t)result);
     return 0;
 }
 
-int information_sync(const struct body *body, struct reply *reply, struct failure *failure)
+int status_sync(const struct body *body, struct reply *reply, struct failure *failure)
 {
     (void)body;
     (void)reply;

@@ -1,4 +1,4 @@
-"""Parking: the machine is copied under a session that goes on, and the copy begins one of its own."""
+"""SUSPEND: the VM is copied during a session, which then resumes. The copy begins another session."""
 
 import time
 
@@ -8,14 +8,14 @@ SECRET, RESUME_TOKEN = b"s" * 16, b"w" * 16
 
 
 def suspend(client, p):
-    client.call(p.SUSPEND, (p.SECRET, SECRET), (p.RETURN, RESUME_TOKEN))
+    client.call(p.SUSPEND, (p.SECRET, SECRET), (p.RESUME_TOKEN, RESUME_TOKEN))
 
 
 def count_up(client):
     return client.start_exec("/bin/sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
 
 
-def test_a_parked_session_is_silent_and_goes_on_where_it_was(guest, p):
+def test_a_suspended_session_is_silent_and_resumes_where_it_was(guest, p):
     client = guest.client
     guest.start("i=0; while :; do i=$((i+1)); echo $i; sleep 0.02; done")
     logs, counter, typed = client.open(p.LOGS), count_up(client), client.start_exec("cat")
@@ -38,7 +38,7 @@ def test_a_parked_session_is_silent_and_goes_on_where_it_was(guest, p):
     assert typed.data[0] == b"still here"
 
 
-def test_nothing_that_comes_before_the_way_back_is_executed(guest, p):
+def test_nothing_that_comes_before_the_resume_token_is_executed(guest, p):
     guest.start("exec sleep 1000")
     suspend(guest.client, p)
     stale = p.frame(p.OPEN, 500, bytes([p.POWEROFF]) + b"\0" * 4)
@@ -46,7 +46,7 @@ def test_nothing_that_comes_before_the_way_back_is_executed(guest, p):
     assert guest.client.call(p.STATUS)[p.STATE][0] in ("frozen", "running")  # running without cgroups
 
 
-def test_in_a_copy_commands_live_on_without_their_streams(guest, p):
+def test_in_a_copy_commands_go_on_without_their_streams(guest, p):
     client = guest.client
     guest.start("exec sleep 1000")
     pid = count_up(client).reply[1][p.PID][0]
@@ -54,11 +54,11 @@ def test_in_a_copy_commands_live_on_without_their_streams(guest, p):
     suspend(client, p)
     copy = guest.connect(SECRET)
     copy.call(p.PERSONALISE, (p.REALTIME_NS, time.time_ns()))
-    time.sleep(1.2)  # what is hung up is killed after a second
+    time.sleep(1.2)  # a process that gets SIGHUP is killed after a second
     for number in (pid, reading.reply[1][p.PID][0]):
         assert copy.run("/bin/sh", "-c", f"kill -0 {number}").code == 0
-    told = copy.run("/bin/sh", "-c", f"tr '\\0' ' ' </proc/{reading.reply[1][p.PID][0]}/cmdline").data[0]
-    assert told == b"sleep 1000 "  # its input has ended
+    command = copy.run("/bin/sh", "-c", f"tr '\\0' ' ' </proc/{reading.reply[1][p.PID][0]}/cmdline").data[0]
+    assert command == b"sleep 1000 "  # stdin has ended
 
 
 def attach(client, p, pid):
@@ -76,7 +76,7 @@ def copied(guest, p):
     return copy
 
 
-def test_in_a_copy_a_command_is_attached_to_with_what_it_said_meanwhile(guest, p):
+def test_in_a_copy_attach_returns_the_output_since_the_suspension(guest, p):
     guest.start("mkfifo /tmp/go; exec sleep 1000")
     guest.client.wait(lambda: guest.client.run("test", "-p", "/tmp/go").code == 0)
     script = "cat; echo first; read -r _ </tmp/go; echo second; echo third >&2; exit 5"
@@ -86,14 +86,14 @@ def test_in_a_copy_a_command_is_attached_to_with_what_it_said_meanwhile(guest, p
     stream = attach(copy, p, pid)
     assert stream.reply[1][p.METRIC] == ["dropped_bytes=0"]
     copy.wait(lambda: stream.data[0] == b"first\n")
-    with pytest.raises(OSError, match="no command without a host"):
+    with pytest.raises(OSError, match="no command without a stream"):
         attach(copy, p, pid)
     copy.run("/bin/sh", "-c", "echo > /tmp/go")
     copy.wait(lambda: stream.exit)
     assert (bytes(stream.data[0]), bytes(stream.data[1]), stream.code) == (b"first\nsecond\n", b"third\n", 5)
 
 
-def test_in_a_copy_a_command_that_has_ended_still_tells_how(guest, p):
+def test_in_a_copy_attach_returns_how_a_command_ended(guest, p):
     guest.start("exec sleep 1000")
     pid = guest.client.start_exec("/bin/sh", "-c", "cat; echo done; exit 9").reply[1][p.PID][0]
     copy = copied(guest, p)
@@ -103,7 +103,7 @@ def test_in_a_copy_a_command_that_has_ended_still_tells_how(guest, p):
     assert (bytes(stream.data[0]), stream.code) == (b"done\n", 9)
 
 
-def test_of_much_output_the_last_is_kept_and_the_rest_counted(guest, p):
+def test_the_end_of_much_output_is_kept_and_the_rest_counted(guest, p):
     guest.start("exec sleep 1000")
     size = 300_000
     script = f"cat; head -c {size} /dev/zero | tr '\\0' x; echo end; exec sleep 1000"
@@ -116,7 +116,7 @@ def test_of_much_output_the_last_is_kept_and_the_rest_counted(guest, p):
     assert stream.reply[1][p.METRIC] == [f"dropped_bytes={size + 4 - 65536}"]
 
 
-def test_a_copy_keeps_the_ends_of_a_few_commands_and_no_more(guest, p):
+def test_a_copy_keeps_only_a_few_ended_commands(guest, p):
     guest.start("exec sleep 1000")
     pids = [guest.client.start_exec("cat").reply[1][p.PID][0] for _ in range(20)]
     copy = copied(guest, p)
@@ -132,7 +132,7 @@ def test_a_copy_keeps_the_ends_of_a_few_commands_and_no_more(guest, p):
     assert 0 < found <= 16
 
 
-def test_an_attached_command_is_hung_up_with_its_stream(guest, p):
+def test_an_attached_command_ends_with_its_stream(guest, p):
     guest.start("exec sleep 1000")
     pid = count_up(guest.client).reply[1][p.PID][0]
     copy = copied(guest, p)
@@ -142,7 +142,7 @@ def test_an_attached_command_is_hung_up_with_its_stream(guest, p):
     copy.wait(lambda: copy.run("/bin/sh", "-c", f"kill -0 {pid}").code)
 
 
-def test_in_a_copy_the_way_back_is_worth_nothing(guest, p):
+def test_in_a_copy_the_resume_token_has_no_effect(guest, p):
     suspend(guest.client, p)
     copy = guest.connect(SECRET)
     copy.send(RESUME_TOKEN)
@@ -150,7 +150,7 @@ def test_in_a_copy_the_way_back_is_worth_nothing(guest, p):
         copy.call(p.STATUS)
 
 
-def test_a_log_that_a_host_was_sent_is_not_sent_again_on_wish(guest, p):
+def test_log_output_that_a_host_was_sent_is_not_sent_again_if_requested(guest, p):
     client = guest.client
     guest.start("mkfifo /tmp/go; echo before; read -r _ </tmp/go; echo after; exec sleep 1000")
     first = client.open(p.LOGS)
@@ -165,10 +165,10 @@ def test_a_log_that_a_host_was_sent_is_not_sent_again_on_wish(guest, p):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"SECRET": SECRET}, {"RETURN": RESUME_TOKEN}, {"SECRET": SECRET, "RETURN": b"\0" * 16}]
+    "fields", [{"SECRET": SECRET}, {"RESUME_TOKEN": RESUME_TOKEN}, {"SECRET": SECRET, "RESUME_TOKEN": b"\0" * 16}]
 )
-def test_park_without_two_usable_secrets_is_refused_and_nothing_is_frozen(guest, p, fields):
+def test_suspend_without_two_usable_secrets_is_refused_and_nothing_is_frozen(guest, p, fields):
     guest.start("exec sleep 1000")
-    with pytest.raises(OSError, match="RETURN"):
+    with pytest.raises(OSError, match="RESUME_TOKEN"):
         guest.client.call(p.SUSPEND, *((getattr(p, name), value) for name, value in fields.items()))
     assert guest.client.call(p.STATUS)[p.STATE] == ["running"]

@@ -1,4 +1,4 @@
-"""Parking a session: calls wait, the channel rests, and it goes on over another one."""
+"""A suspended session: calls wait, the channel is idle, and the session resumes over another channel."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ SECRET = b"c" * 16
 
 @pytest.fixture
 def suspended(peer_and_agent: tuple[Any, Agent]) -> tuple[Agent, Any, bytes]:
-    """An agent whose session is parked, the guest's end of its channel, and the way back."""
+    """An agent with a suspended session, the guest's end of its channel, and the resume token."""
     peer, agent = peer_and_agent
-    parking = in_background(lambda: agent.suspend(SECRET))
+    suspending = in_background(lambda: agent.suspend(SECRET))
     request = peer.take()
     assert request.payload[0] == StreamKind.SUSPEND
     peer.reply(request.stream)
-    parking.join()
+    suspending.join()
     fields = decode_fields(request.payload[5:])
     assert fields[FieldTag.SECRET] == [SECRET]
-    return agent, peer, fields[FieldTag.RETURN][0]
+    return agent, peer, fields[FieldTag.RESUME_TOKEN][0]
 
 
 def in_background(call: Callable[[], object]) -> threading.Thread:
@@ -37,7 +37,7 @@ def in_background(call: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]) -> None:
+def test_calls_wait_and_go_out_after_the_resume_token(cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]) -> None:
     agent, old, resume_token = suspended
     answers: list[object] = []
     call = in_background(lambda: answers.append(agent.metrics(timeout_s=10)))
@@ -50,17 +50,17 @@ def test_calls_wait_and_go_out_after_the_way_back(cleanup: ExitStack, suspended:
     assert [frame.payload[0] for frame in requests] == [
         StreamKind.PERSONALISE,
         StreamKind.METRICS,
-    ]  # or what waits would find it frozen
+    ]  # in this order: the waiting call must not find the workload frozen
     assert requests[0].stream < requests[1].stream
     for frame in requests:
         new.reply(frame.stream)
     going.join()
     call.join()
     assert answers == [{}]
-    assert old.sock.recv(1) == b""  # the channel it had is closed
+    assert old.sock.recv(1) == b""  # the earlier channel is closed
 
 
-def test_calls_wait_until_the_time_is_told_because_the_workload_is_frozen_so_long(
+def test_calls_wait_until_the_time_is_set_and_the_workload_thaws(
     cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
 ) -> None:
     agent, old, resume_token = suspended
@@ -87,14 +87,14 @@ def test_calls_wait_until_the_time_is_told_because_the_workload_is_frozen_so_lon
     call.join()
 
 
-def test_nothing_is_read_while_it_is_parked(suspended: tuple[Agent, Any, bytes]) -> None:
+def test_nothing_is_read_while_a_session_is_suspended(suspended: tuple[Agent, Any, bytes]) -> None:
     agent, old, _ = suspended
     old.sock.sendall(b"no frame at all" * 100)
     assert old.take_all() == []
     assert agent.session.reason is None
 
 
-def test_a_parked_session_is_not_parked_again_and_loses_nothing_by_the_try(
+def test_suspending_a_suspended_session_is_refused_and_changes_nothing(
     cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
 ) -> None:
     agent, old, resume_token = suspended
@@ -117,9 +117,7 @@ def test_the_next_session_of_the_same_guest_has_the_copys_secret(suspended: tupl
     assert agent.session.next_secret == SECRET
 
 
-def test_a_machine_that_died_while_it_was_parked_is_told(
-    cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]
-) -> None:
+def test_the_death_of_a_vm_while_suspended_is_reported(cleanup: ExitStack, suspended: tuple[Agent, Any, bytes]) -> None:
     agent, _, _ = suspended
     host, guest = socket.socketpair()
     cleanup.callback(guest.close)
