@@ -18,7 +18,7 @@ demo: setup-demo ## a pytest suite against clones of a real nginx
 test-firecracker: setup-test kernel ## the VM tier on a real Firecracker, named by FCVM_TEST_FIRECRACKER, in an emulated host of KVM
 	$(BIN)/python -m pytest --fcvm-kernel stock --fcvm-pool 0 tests/firecracker
 
-test-images: setup-test kernel ## public images, each configured as its page has it, on our own kernel and on the stock one
+test-images: setup-test kernel ## public images, each configured as its page says, on our own kernel and on the stock one
 	@$(MAKE) --no-print-directory packages PACKAGES="maven"
 	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest tests/vm/test_services.py
 	FCVM_TEST_ALL_IMAGES=1 $(BIN)/python -m pytest --fcvm-kernel stock tests/vm/test_services.py
@@ -34,7 +34,7 @@ lint:
 docs: ## the generated reference pages
 	$(BIN)/python docs/generate.py
 
-soak: ## a thousand clones in a row: none deaf, none a double, nothing that grows; then 500 short runs, none bad
+soak: ## a thousand clones in a row: each answers, no two are alike, nothing grows; then 500 short runs, none bad
 	$(BIN)/python benchmarks/endurance.py
 	$(BIN)/python benchmarks/short_runs.py
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_fcvm.clone import Clone
+    from pytest_fcvm.clone import Clone, Guest, Snapshot
     from pytest_fcvm.errors import (
         CommandFailed,
         EngineError,
@@ -22,33 +22,47 @@ if TYPE_CHECKING:
         UsageProblem,
         WorkloadExited,
     )
-    from pytest_fcvm.fixtures import CloneFactory, GroupFactory, SnapshotFactory
+    from pytest_fcvm.fixtures import CloneFactory, GroupFactory, NetworkFactory, SnapshotFactory
     from pytest_fcvm.group import Group
-    from pytest_fcvm.model.net import Endpoint
-    from pytest_fcvm.model.results import ExecResult
-    from pytest_fcvm.model.specs import Prepare, VmSpec
+    from pytest_fcvm.guest.process import GuestProcess
+    from pytest_fcvm.model.guest import ExitStatus
+    from pytest_fcvm.model.net import Endpoint, PublishedPort
+    from pytest_fcvm.model.results import ExecResult, Timeline
+    from pytest_fcvm.model.specs import CloneFields, MappedPath, NetworkSpec, Prepare, ReadySpec, SpecFields, VmSpec
     from pytest_fcvm.network.private import Network
-    from pytest_fcvm.snapshot import Snapshot
+    from pytest_fcvm.network.switch import Counters
 
 __all__ = [
     "Clone",
     "CloneFactory",
+    "CloneFields",
     "CommandFailed",
+    "Counters",
     "Endpoint",
     "EngineError",
     "EngineUnavailable",
     "ExecResult",
+    "ExitStatus",
     "FcvmError",
     "Group",
     "GroupFactory",
+    "Guest",
     "GuestError",
+    "GuestProcess",
     "GuestTimeout",
     "HostError",
     "ImageError",
+    "MappedPath",
     "Network",
+    "NetworkFactory",
+    "NetworkSpec",
     "Prepare",
+    "PublishedPort",
+    "ReadySpec",
     "Snapshot",
     "SnapshotFactory",
+    "SpecFields",
+    "Timeline",
     "UsageProblem",
     "VmSpec",
     "WorkloadExited",
@@ -57,15 +71,27 @@ __all__ = [
 _HOMES = {
     "Clone": "clone",
     "CloneFactory": "fixtures",
+    "CloneFields": "model.specs",
+    "Counters": "network.switch",
     "Endpoint": "model.net",
     "ExecResult": "model.results",
+    "ExitStatus": "model.guest",
     "Group": "group",
     "GroupFactory": "fixtures",
-    "VmSpec": "model.specs",
-    "Network": "network",
+    "Guest": "clone",
+    "GuestProcess": "guest.process",
+    "MappedPath": "model.specs",
+    "Network": "network.private",
+    "NetworkFactory": "fixtures",
+    "NetworkSpec": "model.specs",
     "Prepare": "model.specs",
-    "Snapshot": "snapshot",
+    "PublishedPort": "model.net",
+    "ReadySpec": "model.specs",
+    "Snapshot": "clone",
     "SnapshotFactory": "fixtures",
+    "SpecFields": "model.specs",
+    "Timeline": "model.results",
+    "VmSpec": "model.specs",
 }
 
 

@@ -1,4 +1,4 @@
-"""The files of `--fcvm-artifacts`: a directory per test, of a name that any file system takes and no other test has."""
+"""The files of `--fcvm-artifacts`: a directory per test, with a unique name that every file system accepts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pytest_fcvm.host.own import shutil
 
 __all__ = ["directory_of", "write_artifacts"]
 
-_LONGEST_BYTES = 150  # of a name's readable part; file systems take 255, and some tools put an ending behind it
+_MAX_BYTES = 150  # of a name's readable part; file systems allow 255, and some tools add a suffix
 
 
 def directory_of(test: str) -> str:
-    """Return a directory name for a test's id: readable, and different for every id, also where case is ignored."""
+    """Return a directory name for a test's id: readable, and unique even on file systems that ignore case."""
     digest = hashlib.sha256(test.encode("utf-8", "backslashreplace")).hexdigest()[:8]
     return f"{_plain_name(test)}-{digest}".lstrip("-.")
 
 
 def write_artifacts(directory: Path, evidence: Mapping[str, Mapping[str, str]], files: Sequence[Path]) -> None:
-    """Write what clones told, by name and title, and copy other files beside it. Raise OSError.
+    """Write the evidence of clones, by clone and title, and copy other files beside it. Raise OSError.
 
-    The directory is made only when there is something to put into it.
+    Create the directory only if there is something to write.
     """
     for name, sections in evidence.items():
         for title, text in sections.items():
@@ -36,6 +36,6 @@ def write_artifacts(directory: Path, evidence: Mapping[str, Mapping[str, str]], 
 
 
 def _plain_name(text: str) -> str:
-    """Return the end of a text as a part of a file's name."""
+    """Return the end of a text, without characters that are special in file names."""
     plain = re.sub(r"[^\w.-]+", "-", text).strip("-.")
-    return plain.encode("utf-8", "ignore")[-_LONGEST_BYTES:].decode("utf-8", "ignore").lstrip("-.")
+    return plain.encode("utf-8", "ignore")[-_MAX_BYTES:].decode("utf-8", "ignore").lstrip("-.")

@@ -1,19 +1,19 @@
-"""What can go wrong, by who must act.
+"""The errors, sorted by who must act.
 
 FcvmError
 ├── UsageProblem   the person who wrote the command, the marker or the test
-│   └── UnresolvedSetting   a setting names what is not here (yet)
-├── HostError      the machine: KVM, rights, disk, memory, a missing tool
-│   └── EngineUnavailable   no engine works here
-├── ImageError     the OCI image or its registry
-├── EngineError    the VMM (QEMU, Firecracker)
-└── GuestError     the agent or the workload inside the VM
+│   └── UnresolvedSetting   a setting names what does not exist here (yet)
+├── HostError      the administrator of the host: KVM, privileges, disk, memory, a missing tool
+│   └── EngineUnavailable   no engine works on this host
+├── ImageError     the owner of the OCI image or its registry
+├── EngineError    the maintainer of pytest-fcvm or of the VMM (QEMU, Firecracker)
+└── GuestError     the author of the test or of the image: the agent or the workload failed
     ├── WorkloadExited   the image's own program ended
-    ├── GuestTimeout     a deadline passed
+    ├── GuestTimeout     a deadline passed (also a TimeoutError)
     └── CommandFailed    `succeed`, `fail` or `check=True` was not met
 
-Every error carries a `message` (the cause, one line), a `hint` (what to change) and `evidence`
-(named tails: console, workload log, VMM log). All of them survive pickling, so that xdist workers can hand them on.
+Every error has a `message` (the cause, one line), a `hint` (what to change) and `evidence` (the ends of the console,
+of the workload log and of the VMM log). Every error survives pickling, so that xdist workers can pass it on.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = [
 
 
 class FcvmError(Exception):
-    """Say what failed, how to mend it, and what was seen.
+    """Say what failed, how to fix it, and what was seen. The subclass says who must act.
 
-    `evidence` maps a section's title ("console", "workload log") to its text, untrusted and unescaped.
+    `evidence` maps a section's title ("console", "workload log") to its text, which is untrusted and not escaped.
     """
 
     def __init__(self, message: str, *, hint: str = "", evidence: Mapping[str, str] | None = None) -> None:
@@ -47,7 +47,7 @@ class FcvmError(Exception):
         self.message = message
         self.hint = hint
         self.evidence = dict(evidence or {})
-        self.clone = ""  # whose evidence it is, where that is known
+        self.clone = ""  # the name of the clone that the evidence is of, if known
 
     def __str__(self) -> str:
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
@@ -56,7 +56,7 @@ class FcvmError(Exception):
         return _rebuild, (type(self), self.message, self.hint, self.evidence, self.__dict__)
 
     def with_evidence(self, **sections: str) -> FcvmError:
-        """Add sections that are not there yet and return the error itself."""
+        """Add the sections that `evidence` lacks, and return the error itself."""
         for title, text in sections.items():
             self.evidence.setdefault(title.replace("_", " "), text)
         return self
@@ -71,40 +71,46 @@ def _rebuild(
 
 
 class UsageProblem(FcvmError):
-    """A wrong option, marker argument or call; becomes `pytest.UsageError` in the plugin, exit 2 in the command."""
+    """An option, a marker argument or a call is wrong: the person who wrote it must change it.
+
+    The plugin turns it into `pytest.UsageError`; the command exits with 2.
+    """
 
 
 class UnresolvedSetting(UsageProblem):
-    """A sound setting that names what is not here, or not yet: a variable, a file, a home directory."""
+    """A valid setting names a variable, a file or a home directory that does not exist here, or not yet.
+
+    The person who runs the tests must create it, or change the setting.
+    """
 
 
 class HostError(FcvmError):
-    """This machine lacks something: a device, a right, a tool, disk, memory, file descriptors."""
+    """The host lacks something: its administrator must add a device, privilege, tool, disk, memory or descriptor."""
 
 
 class EngineUnavailable(HostError):
-    """No engine works on this machine; the message has every engine's reason."""
+    """No engine works on this host: its administrator must fix one of the reasons in the message, one per engine."""
 
 
 class ImageError(FcvmError):
-    """The image cannot be had or is not sound."""
+    """The image is unavailable or invalid: its owner, or the person who named it, must act."""
 
 
 class EngineError(FcvmError):
-    """The VMM refused, died or answered what it must not."""
+    """The VMM refused a request, died or broke its protocol: the maintainer of pytest-fcvm or of the VMM must act."""
 
 
 class GuestError(FcvmError):
-    """The agent or the workload in the VM failed."""
+    """The agent or the workload in the VM failed: the author of the test or of the image must act."""
 
 
 class WorkloadExited(GuestError):
-    """The image's own program ended while it was needed."""
+    """The image's own program ended too early: the author of the image, or of its settings, must act."""
 
 
-class GuestTimeout(GuestError):
-    """A wait on the guest reached its deadline."""
+class GuestTimeout(GuestError, TimeoutError):
+    """A wait on the guest reached its deadline: give it more time, or fix what is slow in the guest."""
 
 
 class CommandFailed(GuestError):
-    """A command in the guest did not end as the test demanded."""
+    """A command in the guest did not end as the test demands: the author of the test or of the command must act."""

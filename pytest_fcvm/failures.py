@@ -1,4 +1,4 @@
-"""What failed once in a run is not tried again in it, by no worker: every later test is told the same at once."""
+"""Failures of a run: what failed once is not tried again; every later test fails at once with the same error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pytest_fcvm.errors import FcvmError
-from pytest_fcvm.host.own import getpid
+from pytest_fcvm.host.files import replace_file
 
 __all__ = ["Failures", "plain_message"]
 
@@ -19,7 +19,7 @@ _AGAIN = " (failed before in this run)"
 
 
 def plain_message(error: FcvmError) -> str:
-    """Return what an error says without the remark that it has been said before."""
+    """Return an error's message without the remark that the same failed before in this run."""
     return error.message.removesuffix(_AGAIN)
 
 
@@ -30,24 +30,27 @@ class Failures:
         self._directory = directory
 
     def check(self, name: str) -> None:
-        """Raise what `once` has recorded under a name, in this process or in another worker of the run."""
-        with suppress(OSError, pickle.UnpicklingError, EOFError):
+        """Raise the error that `once` has recorded under a name, in this process or in another worker of the run."""
+        try:
             known: FcvmError = pickle.loads(self._record(name).read_bytes())  # noqa: S301  in a private directory
-            known.message = f"{plain_message(known)}{_AGAIN}"
-            known.args = (known.message,)
-            known.evidence = {}
-            raise known
+        except (OSError, pickle.UnpicklingError, EOFError):
+            return
+        known.message = f"{plain_message(known)}{_AGAIN}"
+        known.args = (known.message,)
+        known.evidence = {}
+        raise known
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """Call `make` unless it failed before in this run. Under a lock of all workers, it is called once."""
+        """Return what `make` returns, unless it failed before in this run: then raise that error.
+
+        Hold a lock that all workers respect, so that `make` is called once.
+        """
         self.check(name)
         try:
             return make()
         except FcvmError as error:
-            with suppress(OSError):  # no room for it: the next test tries once more
-                fresh = self._directory / f"{name}.{getpid()}"
-                fresh.write_bytes(pickle.dumps(error))
-                fresh.replace(self._record(name))
+            with suppress(OSError):  # the disk is full: the next test tries again
+                replace_file(self._record(name), pickle.dumps(error))
             raise
 
     def _record(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Machines of several images that make up one thing: started on one network, ready together, ended together."""
+"""Groups: clones of several images on one network, which start and end together."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from pytest_fcvm.host.threads import block_signals
 if TYPE_CHECKING:
     from pytest_fcvm.clone import Clone
     from pytest_fcvm.network.private import Network
-    from pytest_fcvm.snapshot import Snapshot
+    from pytest_fcvm.snapshot import OpenSnapshot
 
-__all__ = ["Group", "check_needs", "start_group"]
+__all__ = ["Group", "check_depends_on", "start_group"]
 
 DependsOn = Mapping[str, tuple[str, ...]]
-Failed = Callable[[str, FcvmError], object]
 
 
 class Group(Mapping[str, "Clone"]):
@@ -43,29 +42,30 @@ class Group(Mapping[str, "Clone"]):
         self._closers.close()
 
 
-def check_needs(needs: DependsOn) -> None:
-    """Raise UsageProblem for a name that is not in the group, and for names that need each other."""
-    for name, others in needs.items():
+def check_depends_on(depends_on: DependsOn) -> None:
+    """Raise UsageProblem for a name that is not in the group, and for names that depend on each other."""
+    for name, others in depends_on.items():
         for other in others:
-            if other not in needs:
+            if other not in depends_on:
                 raise UsageProblem(
-                    f"{name!r} needs {other!r}, which is not there", hint=f"there are {', '.join(needs)}"
+                    f"{name!r} depends on {other!r}, which is not in the group",
+                    hint=f"names in the group: {', '.join(depends_on)}",
                 )
     try:
-        TopologicalSorter(needs).prepare()
+        TopologicalSorter(depends_on).prepare()
     except CycleError as error:
         raise UsageProblem(
-            f"{' needs '.join(reversed(error.args[1]))}", hint="let one start without the other"
+            f"{' depends on '.join(reversed(error.args[1]))}", hint="remove one of them from depends_on"
         ) from None
 
 
-def start_group(snapshots: Mapping[str, Snapshot], needs: DependsOn, network: Network, failed: Failed) -> Group:
-    """Start a clone of each snapshot under its name, those at once that do not need each other.
+def start_group(snapshots: Mapping[str, OpenSnapshot], depends_on: DependsOn, network: Network) -> Group:
+    """Start a clone of each snapshot under its name, those that do not depend on each other at the same time.
 
-    One that needs others is started when they are ready, and is ready when its own condition holds. Raise what the
-    first to fail raises, with its name, of which `failed` is told; none is left then.
+    A clone that depends on others is started when they are ready, and is ready when its own condition holds. Raise the
+    error of the first clone that fails, with its name in front; no clone is left then.
     """
-    order = TopologicalSorter(needs)
+    order = TopologicalSorter(depends_on)
     order.prepare()
     clones: dict[str, Clone] = {}
     starting: dict[Future[Clone], str] = {}
@@ -78,19 +78,19 @@ def start_group(snapshots: Mapping[str, Snapshot], needs: DependsOn, network: Ne
         late.callback(workers.shutdown, wait=False, cancel_futures=True)
         while order.is_active():
             for name in order.get_ready():
-                begin = _starter(snapshots[name], name, network, closers, is_dependent=bool(needs[name]))
-                starting[workers.submit(begin)] = name
+                start = _starter(snapshots[name], name, network, closers, is_dependent=bool(depends_on[name]))
+                starting[workers.submit(start)] = name
             for future in wait(starting, return_when=FIRST_COMPLETED).done:
                 name = starting.pop(future)
-                clones[name] = _result(future, name, failed)
+                clones[name] = _result(future, name)
                 order.done(name)
         return Group(network, {name: clones[name] for name in snapshots}, closers.pop_all())
 
 
 def _starter(
-    snapshot: Snapshot, name: str, network: Network, closers: ExitStack, *, is_dependent: bool
+    snapshot: OpenSnapshot, name: str, network: Network, closers: ExitStack, *, is_dependent: bool
 ) -> Callable[[], Clone]:
-    """Return a function that starts a clone, which is `closers`' at once: its caller may have given up meanwhile."""
+    """Return a function that starts a clone. `closers` owns the clone at once: the caller may have given up."""
 
     def start() -> Clone:
         clone = snapshot.clone(name=name, networks=[network])
@@ -102,10 +102,9 @@ def _starter(
     return start
 
 
-def _result(future: Future[Clone], name: str, failed: Failed) -> Clone:
+def _result(future: Future[Clone], name: str) -> Clone:
     try:
         return future.result()
     except FcvmError as error:
         error.message = f"{name}: {error.message}"
-        failed(name, error)
         raise

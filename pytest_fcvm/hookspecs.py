@@ -1,4 +1,4 @@
-"""Hooks that plugins and the rootdir conftest may implement, and the keys of what pytest's objects carry for us."""
+"""Hooks that plugins and the rootdir conftest may implement, and the stash keys of this plugin."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class RunReporter(Protocol):
-    """What fixtures need of whoever talks to the person."""
+    """What fixtures need of the part that reports to the user."""
 
     def shared_dir(self) -> Path:
         """Return the directory that all workers of this run share."""
@@ -39,15 +39,15 @@ class RunReporter(Protocol):
 
     @property
     def owns_shared_dir(self) -> bool:
-        """Say whether that is this process's alone, and goes with it."""
+        """Say whether that directory belongs to this process alone and is removed with it."""
         ...
 
     def announce(self, text: str) -> None:
         """Show a line of progress."""
         ...
 
-    def meet(self, clone: Clone) -> None:
-        """Learn of every clone of this process."""
+    def add_clone(self, clone: Clone) -> None:
+        """Register a clone of this process."""
         ...
 
 
@@ -62,15 +62,19 @@ TIMER: pytest.StashKey[tuple[pytest.Item, Any] | None] = pytest.StashKey()
 
 @pytest.hookspec(firstresult=True)
 def pytest_fcvm_modify_spec(spec: VmSpec, item: pytest.Item | None) -> VmSpec | None:
-    """Return another spec, or None to leave it. Called before a snapshot is looked up, markers already merged.
+    """Return another spec, or None to leave it as it is.
 
-    `item` is the test that asks, None for session fixtures. The first hook that returns a spec wins.
+    Called before a snapshot is looked up, after the markers are merged. `item` is the test that asks, None for session
+    fixtures. The first hook that returns a spec wins.
     """
 
 
 def pytest_fcvm_clone_created(clone: Clone, item: pytest.Item | None) -> None:
-    """Learn of a clone that answers, before the test gets it."""
+    """Called when a clone answers, before the code that asked for it gets it: a fixture, `snapshot.clone()`, `fork`.
+
+    `item` is the running test, None between tests. Calls come one at a time, from the thread that asked for the clone.
+    """
 
 
 def pytest_fcvm_clone_failed(spec: VmSpec, error: FcvmError, item: pytest.Item | None) -> None:
-    """Learn of a clone that did not come to life, before the error is raised."""
+    """Called when a clone did not start, before `error` is raised. `item` is the running test, None between tests."""

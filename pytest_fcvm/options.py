@@ -1,7 +1,7 @@
-"""The option table: each row is an option, an environment variable, an ini key and, for machines, a marker field.
+"""The option table: each row is an option, an environment variable, an ini key and, for a VmSpec field, a marker field.
 
-The command line's `--fcvm-NAME`, the environment's `FCVM_NAME`, the ini file's `fcvm_name` and the marker's `name` mean the
-same and are read by the same parser. Nearer wins: marker, `fcvm_spec`, command line, environment, ini, default.
+The command line's `--fcvm-NAME`, the environment's `FCVM_NAME`, the ini file's `fcvm_name` and the marker's `name` mean
+the same and have the same parser. The nearest source wins: marker, `fcvm_spec`, command line, environment, ini, default.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 class RowKind(StrEnum):
-    """How often an option may be given, and whether it has a value."""
+    """Whether an option takes a value, takes several, or is a flag. The value is pytest's name for the ini type."""
 
     VALUE = "string"
     LIST = "linelist"
@@ -43,7 +43,7 @@ class RowKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a setting was written: what relative paths start at, where bare `NAME`s of `env` are looked up."""
+    """The source of a setting: `base` is where its relative paths start, `environment` resolves bare `NAME`s of `env`."""
 
     base: Path
     environment: Mapping[str, str] = field(default_factory=environment)
@@ -54,7 +54,7 @@ Parser = Callable[[Any, Origin], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One option under all its names. `field` is a field of VmSpec when `of_machine`, else of Options."""
+    """One option under all its names. `field` is a field of VmSpec if `is_spec_field`, else a field of Options."""
 
     name: str
     field: str
@@ -64,7 +64,7 @@ class Row:
     metavar: str = "VALUE"
     choices: tuple[str, ...] = ()
     kind: RowKind = RowKind.VALUE
-    of_machine: bool = False
+    is_spec_field: bool = False
 
     @property
     def flag(self) -> str:
@@ -73,13 +73,23 @@ class Row:
 
     @property
     def marker(self) -> str:
-        """Return the marker's and, behind `fcvm_`, the ini file's spelling."""
+        """Return the marker's spelling; the ini file's is `fcvm_` and this."""
         return self.name.replace("-", "_")
 
     @property
     def variable(self) -> str:
         """Return the environment variable's name."""
         return f"FCVM_{self.marker.upper()}"
+
+    def argument(self) -> dict[str, Any]:
+        """Return the arguments of argparse's `add_argument` for this option, without its names and `dest`."""
+        text = f"{self.help} [{self.default}]" if self.default else self.help
+        common = {"default": None, "help": text.replace("%", "%%")}
+        if self.kind is RowKind.FLAG:
+            return {"action": "store_true", **common}
+        if self.kind is RowKind.LIST:
+            return {"action": "append", "metavar": self.metavar, **common}
+        return {"choices": self.choices, **common} if self.choices else {"metavar": self.metavar, **common}
 
 
 def _plain(parser: Callable[[Any], Any]) -> Parser:
@@ -88,7 +98,7 @@ def _plain(parser: Callable[[Any], Any]) -> Parser:
 
 def _text(value: Any, _origin: Origin) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise UsageProblem(f"{value!r} is not a text", hint="write a non-empty string")
+        raise UsageProblem(f"{value!r} is not a non-empty string", hint="write a non-empty string")
     return value
 
 
@@ -129,8 +139,8 @@ def _ports(value: Any, _origin: Origin) -> tuple[int, ...]:
 
 def _maps(value: Any, origin: Origin) -> tuple[Any, ...]:
     items = value if isinstance(value, (list, tuple)) else [value]
-    at_home = (expand_home(item) if isinstance(item, str) else item for item in items)
-    return tuple(parse.parse_map(item, origin.base) for item in at_home)
+    expanded = (expand_home(item) if isinstance(item, str) else item for item in items)
+    return tuple(parse.parse_map(item, origin.base) for item in expanded)
 
 
 def _metadata(value: Any, origin: Origin) -> dict[str, Any]:
@@ -142,7 +152,7 @@ def _prepare(value: Any, _origin: Origin) -> Prepare | str:
         return value
     if callable(value):
         return Prepare(value)
-    raise UsageProblem(f"{value!r} can not prepare a machine", hint="pass Prepare(function) or a shell command")
+    raise UsageProblem(f"{value!r} is not a prepare step", hint="pass Prepare(function) or a shell command")
 
 
 def _warm(value: Any, _origin: Origin) -> Callable[[Any], object] | str:
@@ -151,7 +161,7 @@ def _warm(value: Any, _origin: Origin) -> Callable[[Any], object] | str:
     if callable(value):
         command: Callable[[Any], object] = value
         return command
-    raise UsageProblem(f"{value!r} can not warm a machine", hint="pass a function or a shell command")
+    raise UsageProblem(f"{value!r} is not a warm step", hint="pass a function or a shell command")
 
 
 def _one_of(*words: str) -> Parser:
@@ -163,11 +173,11 @@ def _one_of(*words: str) -> Parser:
     return parser
 
 
-def _running(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
-    return Row(name=name, field=field_name, parser=parser, help=help, of_machine=True, **more)
+def _spec_option(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
+    return Row(name=name, field=field_name, parser=parser, help=help, is_spec_field=True, **more)
 
 
-def _run(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
+def _run_option(name: str, field_name: str, parser: Parser, help: str, **more: Any) -> Row:  # noqa: A002
     return Row(name=name, field=field_name, parser=parser, help=help, **more)
 
 
@@ -181,49 +191,49 @@ _STOCK = "stock"  # as in kernel/sources.py
 _LIST = RowKind.LIST
 
 ROWS: tuple[Row, ...] = (
-    _running("image", "image", _image, "OCI image, rootfs tar or directory each machine starts from", metavar="IMAGE"),
-    _running("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a machine", metavar="SIZE", default="256M"),
-    _running("cpus", "cpus", _plain(parse.parse_count), "CPUs of a machine", metavar="N", default="1"),
-    _running("disk", "disk_mib", _plain(parse.parse_disk_mib), "put what the guest writes on a disk of this size; else in memory", metavar="SIZE"),
-    _running("balloon", "balloon", _plain(parse.parse_bool), "let clone.inflate_balloon take memory from machines (Firecracker)", kind=RowKind.FLAG),
-    _running("env", "env", _env, "variable for the workload; NAME alone takes it from here", metavar="NAME[=VALUE]", kind=_LIST),
-    _running("publish", "publish", _publish, "map a guest port", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
-    _running("own-address", "own_address", _plain(parse.parse_bool), "give each clone's ports a 127.x.y.z of its own, under the guest's numbers", kind=RowKind.FLAG),
-    _running("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
-    _running("map", "map", _maps, "copy a host file or directory into the guest, in the place of what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
-    _running("metadata", "metadata", _metadata, "JSON file with what machines read at http://169.254.169.254 (Firecracker, with a network card)", metavar="FILE"),
-    _running("network", "network", _plain(parse.parse_network), "auto, user (slirp where it leads outside), relay (nothing outside), rootless or bridge (a network namespace for each); auto,egress to reach outside", metavar="MODE", default="auto"),
-    _running("ready", "ready", _plain(parse.parse_ready), "when the service answers; else HEALTHCHECK, first exposed port", metavar="HOW"),
-    _running("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "how long the service may take to answer", metavar="TIME", default="120s"),
-    _running("prepare", "prepare", _prepare, "command run in the ready guest before the snapshot", metavar="COMMAND"),
-    _running("warm", "warm", _warm, "command run in each clone that is made ahead of its test", metavar="COMMAND"),
-    _running("hook", "hook", _text, "command run in each clone before its workload goes on", metavar="COMMAND"),
-    _running("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
-    _running("user", "user", _text, "run the workload as this user", metavar="USER[:GROUP]"),
-    _running("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
-    _running("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program in place of the image's entrypoint and its arguments", metavar="COMMAND"),
-    _running("command", "command", _plain(parse.parse_command), "arguments in place of the image's own", metavar="COMMAND"),
-    _running("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload, which its clones keep", metavar="NAME", default="fcvm-base"),
-    _running("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="what the memory allows"),
-    _running("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands, -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
-    _running("sysctl", "sysctls", _plain(settings.parse_sysctl), "setting of the guest's kernel", metavar="NAME=VALUE", kind=_LIST),
-    _run("engine", "engine", _one_of(*_ENGINES), "what runs the machines", choices=_ENGINES, default="auto"),
-    _run("accel", "accel", _one_of(*_ACCELS), "hardware or software CPUs", choices=_ACCELS, default="auto"),
-    _run("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
-    _run("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that want a machine", choices=_UNAVAILABLE, default="fail"),
-    _run("qemu", "qemu", _path, "QEMU to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
-    _run("firecracker", "firecracker", _path, "Firecracker to use", metavar="PATH", default="firecracker on PATH"),
-    _run("jailer", "jailer", _plain(parse.parse_bool), "run Firecracker in its jailer: each machine as a user of its own, in a directory of its own; takes root", kind=RowKind.FLAG),
-    _run("kernel", "kernel", _kernel, "guest kernel (bzImage), or a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
-    _run("cache-dir", "cache_dir", _path, "where images and snapshots are kept", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
-    _run("cache-limit", "cache_limit_mib", _plain(parse.parse_limit_mib), "what all snapshots may take; more, and those not wanted for longest go", metavar="SIZE|off", default="20G"),
-    _run("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
-    _run("rebuild", "rebuild", _plain(parse.parse_bool), "build snapshots anew", kind=RowKind.FLAG),
-    _run("pool", "pool", _plain(parse.parse_pool), "clones kept ahead of the tests per image and worker; 0 for none", metavar="N|auto", default="auto"),
-    _run("max-clones", "max_clones", _plain(parse.parse_count), "machines alive at once on this host", metavar="N", default="as memory allows"),
-    _run("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
-    _run("keep", "keep", _one_of(*_KEEP), "save the machines of tests as they end, for fcvm replay", choices=_KEEP, default="off"),
-    _run("timings", "timings", _plain(parse.parse_bool), "show where each machine's start-up time went", kind=RowKind.FLAG),
+    _spec_option("image", "image", _image, "OCI image, rootfs tar or directory that each clone starts from", metavar="IMAGE"),
+    _spec_option("mem", "mem_mib", _plain(parse.parse_size_mib), "memory of a VM", metavar="SIZE", default="256M"),
+    _spec_option("cpus", "cpus", _plain(parse.parse_count), "CPUs of a VM", metavar="N", default="1"),
+    _spec_option("disk", "disk_mib", _plain(parse.parse_disk_mib), "size of a scratch disk for what the guest writes; without one, memory holds it", metavar="SIZE"),
+    _spec_option("balloon", "balloon", _plain(parse.parse_bool), "let clone.inflate_balloon take memory from clones (Firecracker)", kind=RowKind.FLAG),
+    _spec_option("env", "env", _env, "environment variable of the workload; NAME alone takes its value from the environment of pytest", metavar="NAME[=VALUE]", kind=_LIST),
+    _spec_option("publish", "publish", _publish, "map a guest port to the host", metavar="[HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]", kind=_LIST),
+    _spec_option("own-address", "own_address", _plain(parse.parse_bool), "give each clone its own 127.x.y.z, where ports have the guest's numbers", kind=RowKind.FLAG),
+    _spec_option("host-port", "host_ports", _ports, "port of this host that programs in a clone reach as host.fcvm:PORT", metavar="PORT", kind=_LIST),
+    _spec_option("map", "map", _maps, "copy a host file or directory into the guest, replacing what is there", metavar="HOST:GUEST[:ro,owner=USER]", kind=_LIST),
+    _spec_option("metadata", "metadata", _metadata, "JSON file that guests read at http://169.254.169.254 (Firecracker, with a NIC)", metavar="FILE"),
+    _spec_option("network", "network", _plain(parse.parse_network), "auto, user (slirp if it has egress), relay (no egress), rootless or bridge (each VM has a network namespace); auto,egress allows outbound access", metavar="MODE", default="auto"),
+    _spec_option("ready", "ready", _plain(parse.parse_ready), "condition under which the service is ready; else HEALTHCHECK, then the exposed TCP ports", metavar="HOW"),
+    _spec_option("ready-timeout", "ready_timeout_s", _plain(parse.parse_duration), "time limit for the service to become ready", metavar="TIME", default="120s"),
+    _spec_option("prepare", "prepare", _prepare, "command to run in the ready guest before the snapshot", metavar="COMMAND"),
+    _spec_option("warm", "warm", _warm, "command to run in each prewarmed clone", metavar="COMMAND"),
+    _spec_option("hook", "hook", _text, "command to run in each clone before its workload resumes", metavar="COMMAND"),
+    _spec_option("clock", "clock", _plain(parse.parse_clock), "time of day in a clone: the host's, or the snapshot's", metavar="host|snapshot", default="host"),
+    _spec_option("user", "user", _text, "user that runs the workload", metavar="USER[:GROUP]"),
+    _spec_option("workdir", "workdir", _text, "working directory of the workload", metavar="PATH"),
+    _spec_option("entrypoint", "entrypoint", _plain(parse.parse_entrypoint), "program that replaces the image's entrypoint and its arguments", metavar="COMMAND"),
+    _spec_option("command", "command", _plain(parse.parse_command), "arguments that replace the image's own", metavar="COMMAND"),
+    _spec_option("hostname", "hostname", _plain(settings.parse_hostname), "host name of the workload; clones keep it", metavar="NAME", default="fcvm-base"),
+    _spec_option("shm-size", "shm_mib", _plain(parse.parse_size_mib), "size of /dev/shm", metavar="SIZE", default="as memory allows"),
+    _spec_option("ulimit", "ulimits", _plain(settings.parse_ulimit), "limit of the workload and of commands; -1 for none", metavar="NAME=SOFT[:HARD]", kind=_LIST),
+    _spec_option("sysctl", "sysctls", _plain(settings.parse_sysctl), "kernel setting of the guest", metavar="NAME=VALUE", kind=_LIST),
+    _run_option("engine", "engine", _one_of(*_ENGINES), "engine that runs the clones", choices=_ENGINES, default="auto"),
+    _run_option("accel", "accel", _one_of(*_ACCELS), "run guests on hardware CPUs (kvm) or emulate them (tcg)", choices=_ACCELS, default="auto"),
+    _run_option("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
+    _run_option("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that need a clone", choices=_UNAVAILABLE, default="fail"),
+    _run_option("qemu", "qemu", _path, "QEMU program to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
+    _run_option("firecracker", "firecracker", _path, "Firecracker program to use", metavar="PATH", default="firecracker on PATH"),
+    _run_option("jailer", "jailer", _plain(parse.parse_bool), "run Firecracker in its jailer: each VM as its own user, in its own directory; requires root", kind=RowKind.FLAG),
+    _run_option("kernel", "kernel", _kernel, "guest kernel (bzImage), or stock for a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
+    _run_option("cache-dir", "cache_dir", _path, "directory for images and snapshots", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
+    _run_option("cache-limit", "cache_limit_mib", _plain(parse.parse_limit_mib), "size limit of all snapshots; the ones last used longest ago are removed", metavar="SIZE|off", default="20G"),
+    _run_option("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
+    _run_option("rebuild", "rebuild", _plain(parse.parse_bool), "rebuild snapshots", kind=RowKind.FLAG),
+    _run_option("pool", "pool", _plain(parse.parse_pool), "number of prewarmed clones per image and worker; 0 for none", metavar="N|auto", default="auto"),
+    _run_option("max-clones", "max_clones", _plain(parse.parse_count), "limit of clones that run at once on this host", metavar="N", default="as memory allows"),
+    _run_option("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
+    _run_option("keep", "keep", _one_of(*_KEEP), "save clones when their tests end, for fcvm replay", choices=_KEEP, default="off"),
+    _run_option("timings", "timings", _plain(parse.parse_bool), "show how long each phase of a clone's start took", kind=RowKind.FLAG),
 )  # fmt: skip
 
 _BY_MARKER = {row.marker: row for row in ROWS}
@@ -231,7 +241,7 @@ _BY_MARKER = {row.marker: row for row in ROWS}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Everything said outside of tests, read once per process. `given` names the rows that somebody set."""
+    """All settings from outside the tests, read once per process. `given` has the fields that a source has set."""
 
     spec: VmSpec = field(default_factory=VmSpec)
     engine: str = "auto"
@@ -255,7 +265,7 @@ class Options:
     unresolved: Mapping[str, UsageProblem] = field(default_factory=dict)
 
     def check_resolved(self) -> None:
-        """Raise UsageProblem where a setting names what is not here. The first clone asks; a run without one need not."""
+        """Raise UsageProblem for a setting that names what does not exist. Only runs that start a clone check this."""
         for problem in self.unresolved.values():
             raise UsageProblem(problem.message, hint=problem.hint)
 
@@ -265,8 +275,8 @@ def read_layer(
 ) -> dict[str, Any]:
     """Parse one source's settings, keyed by marker name, into values keyed by field.
 
-    Raise UsageProblem that names the setting in the source's own spelling; one of the kind `defer` is put in the
-    value's place, for `Options.check_resolved` to raise.
+    Raise UsageProblem that names the setting in the source's own spelling. A problem of the class `defer` is not raised
+    but stored as the value, for `Options.check_resolved` to raise.
     """
     layer = {}
     for name, value in raw.items():
@@ -279,7 +289,7 @@ def read_layer(
                 raise problem from error
             layer[row.field] = problem
         except (TypeError, ValueError, AttributeError) as error:
-            problem = UsageProblem(f"{spelling(row)}: {value!r} is of the wrong kind", hint=row.help)
+            problem = UsageProblem(f"{spelling(row)}: {value!r} has the wrong type", hint=row.help)
             if defer is not UsageProblem:
                 raise problem from error
             layer[row.field] = problem
@@ -287,7 +297,7 @@ def read_layer(
 
 
 def environment_layer(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the settings made by `FCVM_*` variables, unparsed; lists are split at line ends."""
+    """Return the values of `FCVM_*` variables by marker name, unparsed. Lists have one item a line."""
     found: dict[str, Any] = {}
     for row in ROWS:
         value = environment.get(row.variable, "")
@@ -297,42 +307,44 @@ def environment_layer(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def build_options(layers: Sequence[Mapping[str, Any]]) -> Options:
-    """Lay parsed layers over the defaults, the last one on top."""
+    """Merge parsed layers into the defaults. The last layer wins."""
     spec, run = VmSpec(), {}
-    machine_fields = {row.field for row in ROWS if row.of_machine}
+    spec_names = {row.field for row in ROWS if row.is_spec_field}
     unresolved: dict[str, UsageProblem] = {}
     for raw in layers:
         layer = {name: value for name, value in raw.items() if not isinstance(value, UsageProblem)}
-        for name in layer.keys() - {"env"}:  # the nearest layer wins; variables of all layers are taken together
+        for name in layer.keys() - {"env"}:  # the nearest layer wins; `env` is merged from all layers
             unresolved.pop(name, None)
         unresolved.update({name: value for name, value in raw.items() if isinstance(value, UsageProblem)})
-        spec = spec.merged({name: value for name, value in layer.items() if name in machine_fields})
-        run.update({name: value for name, value in layer.items() if name not in machine_fields})
+        spec = spec.merged({name: value for name, value in layer.items() if name in spec_names})
+        run.update({name: value for name, value in layer.items() if name not in spec_names})
     given = frozenset(name for layer in layers for name in layer)
     return Options(spec=spec, given=given, unresolved=unresolved, **run)
 
 
 def spec_changes(arguments: Mapping[str, Any], origin: Origin, spelling: str) -> dict[str, Any]:
     """Parse marker or factory arguments into changes of a VmSpec. Raise UsageProblem naming a wrong argument."""
-    allowed = [row.marker for row in ROWS if row.of_machine]
+    allowed = [row.marker for row in ROWS if row.is_spec_field]
     for name in arguments:
         if name not in allowed:
-            raise UsageProblem(f"{spelling} has no argument {name!r}", hint=f"arguments: {', '.join(allowed)}")
+            also = "depends_on, in fcvm_group, names others; " if name == "needs" else ""
+            raise UsageProblem(f"{spelling} has no argument {name!r}", hint=f"{also}arguments: {', '.join(allowed)}")
     return read_layer(arguments, origin, lambda row: f"{spelling}({row.marker}=…)")
 
 
 def proxy_variables() -> dict[str, str]:
-    """Return the variables that tell programs of a proxy, in either case, as the session began with them."""
+    """Return the proxy variables (`https_proxy` and the like, in either case) with which the session began."""
     names = [f"{scheme}_proxy" for scheme in ("http", "https", "ftp", "all", "no")]
-    ours = environment()
-    return {name: ours[name] for word in names for name in (word, word.upper()) if name in ours}
+    variables = environment()
+    return {name: variables[name] for word in names for name in (word, word.upper()) if name in variables}
 
 
 def named_programs(**options: Path | None) -> dict[str, Path]:
-    """Return the VMMs that options name. Raise UsageProblem for what is no program."""
+    """Return the VMMs that options name. Raise UsageProblem for a path that is not a program."""
     for name, path in options.items():
         if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
             raise UsageProblem(
-                f"--fcvm-{name}: {path} is not a program", hint="name one, or leave it out for the one on PATH"
+                f"--fcvm-{name}: {path} is not a program",
+                hint="name a program, or leave the option out to use the one on PATH",
             )
     return {name: path for name, path in options.items() if path is not None}

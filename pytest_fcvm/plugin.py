@@ -20,34 +20,26 @@ __all__: list[str] = []
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Make our own hooks known."""
+    """Register our own hooks."""
     pluginmanager.add_hookspecs(hookspecs)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """Add every row of the option table, to the command line and to the ini file."""
-    _import_as_we_are(pluginmanager)
+    _skip_assertion_rewriting(pluginmanager)
     group = parser.getgroup("fcvm", "fresh microVMs from OCI images (pytest-fcvm)")
     for row in ROWS:
-        text = f"{row.help} [{row.default}]" if row.default else row.help
-        how: dict[str, Any] = {"action": "store", "metavar": row.metavar}
-        if row.kind is RowKind.FLAG:
-            how = {"action": "store_true"}
-        elif row.kind is RowKind.LIST:
-            how = {"action": "append", "metavar": row.metavar}
-        elif row.choices:
-            how = {"action": "store", "choices": row.choices}
-        group.addoption(row.flag, dest=f"fcvm_{row.marker}", default=None, help=text.replace("%", "%%"), **how)
+        group.addoption(row.flag, dest=f"fcvm_{row.marker}", **row.argument())
         parser.addini(_ini_key(row), row.help, type=row.kind.value, default=None)
 
 
-def _import_as_we_are(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Keep pytest from compiling all of this package anew, for the sake of assertions that no test sees.
+def _skip_assertion_rewriting(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Keep pytest from rewriting the assertions of this package: no test sees them.
 
-    It does so for every module of a plugin's distribution, in each process of a run, where the result cannot be
-    written beside it: with PYTHONDONTWRITEBYTECODE, as images of Python set it, or for a user who does not own the
-    environment. That is half a second before the first test with a machine. pytest has no public way to ask for this;
-    where the private one has changed, it only takes longer.
+    pytest compiles every module of a plugin's distribution anew, in each process of a run, where it cannot write the
+    result beside it: with PYTHONDONTWRITEBYTECODE, as images of Python set it, or for a user who does not own the
+    environment. That costs half a second before the first test with a VM. pytest has no public way to ask for this;
+    where the private one changes, the run only takes longer.
     """
     names = getattr(getattr(pluginmanager, "rewrite_hook", None), "_must_rewrite", None)
     if isinstance(names, set):
@@ -56,9 +48,9 @@ def _import_as_we_are(pluginmanager: pytest.PytestPluginManager) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read all settings once; a wrong one ends the run before it starts."""
-    arguments = ", ".join(f"{row.marker}=…" for row in ROWS if row.of_machine)
-    config.addinivalue_line("markers", f"fcvm({arguments}): run the test against a fresh microVM made to these wishes")
-    config.add_cleanup(own.take_environment())
+    arguments = ", ".join(f"{row.marker}=…" for row in ROWS if row.is_spec_field)
+    config.addinivalue_line("markers", f"fcvm({arguments}): run the test against a fresh microVM with these settings")
+    config.add_cleanup(own.capture_environment())
     try:
         config.stash[OPTIONS] = _read_options(config)
     except UsageProblem as problem:
@@ -91,7 +83,7 @@ def _read_options(config: pytest.Config) -> Options:
 
 
 def _asks_for_help(config: pytest.Config) -> bool:
-    """Say whether pytest only tells of itself, which no setting may keep it from."""
+    """Say whether pytest only prints about itself: no setting may prevent that."""
     words = ("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
     return any(config.getoption(word, None) for word in words)
 
@@ -107,7 +99,7 @@ def _ini_layer(config: pytest.Config) -> dict[str, Any]:
             values[row.marker] = config.getini(_ini_key(row))
         except (TypeError, ValueError, pytest.UsageError) as error:  # UsageError since pytest 9.2
             if row.kind is RowKind.FLAG and str(error).endswith("''"):
-                continue  # nothing was written, which is no setting in any other place either
+                continue  # an empty value is no setting in any other place either
             if not _asks_for_help(config):
                 raise _not_of_its_type(row, error) from error
     return {name: value for name, value in values.items() if value not in (None, "", [])}
@@ -126,7 +118,7 @@ def _command_line_layer(config: pytest.Config) -> dict[str, Any]:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give tests that carry the marker their clone, and tests that ask for a VM the marker."""
+    """Add a clone to tests that carry the marker, and the marker to tests that use a VM fixture."""
     marks.complete_item(item)
 
 
@@ -140,7 +132,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
-    """Give a clone to tests that another hook has marked, whenever it did."""
+    """Add a clone to tests that another hook has marked."""
     yield
     for item in items:
         marks.complete_item(item)
@@ -161,7 +153,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
-    """Tell a wrong marker that came late, and a worker's clone that is of another directory's `fcvm_spec`."""
+    """Fail a test with a wrong late marker, or whose `fcvm_spec` is not that of `fcvm_worker_clone`."""
     marks.check_late(item)
     yield
     fixtures.check_worker_clone(item)
@@ -169,7 +161,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Tell a worker's clone of another directory's `fcvm_spec` also where the test itself has asked for it."""
+    """Check `fcvm_worker_clone` again: the test may have used `getfixturevalue`."""
     yield
     fixtures.check_worker_clone(item)
 

@@ -1,4 +1,4 @@
-"""Making room in the cache: the snapshots that were not wanted for longest go, and then what only they needed."""
+"""Free space in the cache: remove the snapshots that were last used longest ago, then the images that only they use."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.store import Collection, Entry, Store
 
-__all__ = ["Bounds", "Outcome", "make_room", "make_room_beside", "prune", "remove"]
+__all__ = ["Bounds", "Outcome", "free_space", "free_space_beside", "prune", "remove"]
 
 _SNAPSHOTS, _IMAGES = "snapshots", "images"
-_WHO = "making room"
+_WHO = "freeing space"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What may stay: snapshots wanted within `older_than_s`, `max_mib` of them together, `keep` of them."""
+    """Which snapshots to keep: those used in the last `older_than_s` seconds, at most `max_mib` in all, at most `keep`.
+
+    None sets no bound.
+    """
 
     older_than_s: float | None = None
     max_mib: int | None = None
@@ -25,7 +28,7 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What was done to an entry, or why not. `bad` outcomes make the command's exit code 1."""
+    """What happened to an entry, and why. With a `bad` outcome the command exits with 1."""
 
     kind: str
     key: str
@@ -35,7 +38,7 @@ class Outcome:
 
 
 def remove(kind: str, entry: Entry, collection: Collection) -> Outcome:
-    """Remove an entry unless somebody uses it."""
+    """Remove an entry unless a process uses it."""
     size = entry.size_bytes
     with collection.locked(entry.key, _WHO, lambda _text: None):
         gone = collection.remove(entry.key)
@@ -44,19 +47,19 @@ def remove(kind: str, entry: Entry, collection: Collection) -> Outcome:
 
 
 def prune(store: Store, bounds: Bounds, *, dry_run: bool = False) -> list[Outcome]:
-    """Remove snapshots as far as the bounds ask, then the root file systems that only they needed.
+    """Remove snapshots until the bounds hold, then the root file systems that only they use. Return the outcomes.
 
-    What is in use stays, and counts. With `dry_run` it is only said what would go.
+    Entries in use stay, and count. With `dry_run`, remove nothing and return what would be removed.
     """
     snapshots, images = store.collection(_SNAPSHOTS), store.collection(_IMAGES)
     before_s = real_time_ns() / 1e9 - bounds.older_than_s if bounds.older_than_s else None
     doomed = _choose(snapshots, bounds, before_s)
-    needed = {_rootfs_of(entry) for entry in snapshots.entries() if entry.key not in {one.key for one in doomed}}
+    used = {_rootfs_of(entry) for entry in snapshots.entries() if entry.key not in {one.key for one in doomed}}
     orphans = [
         entry
         for entry in images.entries()
         if "digest" in entry.facts
-        and entry.key not in needed
+        and entry.key not in used
         and (before_s is None or entry.used_s < before_s)
         and not images.is_in_use(entry.key)
     ]
@@ -70,26 +73,26 @@ def prune(store: Store, bounds: Bounds, *, dry_run: bool = False) -> list[Outcom
     return [remove(kind, entry, collection) for kind, entry, collection in chosen]
 
 
-def make_room(store: Store, max_mib: int) -> int:
-    """Prune once all snapshots together take more than so much; return how many bytes that has freed."""
+def free_space(store: Store, max_mib: int) -> int:
+    """Prune if all snapshots together take more than `max_mib`. Return how many bytes this freed."""
     bounds = Bounds(max_mib=max_mib)
     if not _choose(store.collection(_SNAPSHOTS), bounds, None):
         return 0
     return sum(outcome.size_bytes for outcome in prune(store, bounds))
 
 
-def make_room_beside(newest: Entry, store: Store, max_mib: int | None) -> Sequence[str]:
-    """Let snapshots go that were not wanted for longest, but this one, and return what a person should know of it."""
+def free_space_beside(newest: Entry, store: Store, max_mib: int | None) -> Sequence[str]:
+    """Remove the snapshots last used longest ago, but never `newest`. Return notes for the user."""
     if max_mib is None:
         return ()
     with newest.in_use():
-        freed = make_room(store, max_mib)
-    return [f"the cache had grown over --fcvm-cache-limit: {freed >> 20} MiB of it were freed"] if freed else ()
+        freed = free_space(store, max_mib)
+    return [f"the cache was larger than --fcvm-cache-limit: freed {freed >> 20} MiB"] if freed else ()
 
 
 def _choose(collection: Collection, bounds: Bounds, before_s: float | None) -> Sequence[Entry]:
     doomed, kept, room = [], 0, (bounds.max_mib or 0) << 20
-    for entry in collection.entries():  # those wanted last come first
+    for entry in collection.entries():  # the last used first
         size = entry.size_bytes
         room -= size
         kept += 1

@@ -1,4 +1,4 @@
-"""Readiness: how it is known that a service answers, on a base before its snapshot, on the client's path of a clone."""
+"""Readiness probes: of a base's service before its snapshot, and of a clone's port on the client's path."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from pytest_fcvm.model.specs import ReadyMode, ReadySpec
 __all__ = ["ClientPath", "ReadyTarget", "finalize_ready", "wait_until_ready"]
 
 _STATUS = "HTTP status"
-_TRY_S = 5.0  # one answer may take this long
-_LEAST_S = 0.1  # and a command is given this, at the deadline too
+_TRY_S = 5.0  # the timeout of one probe
+_LEAST_S = 0.1  # the least timeout of a command, at the deadline too
 _HUNG_UP = "the connection was closed"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.25
-_STANDS_S = 0.05  # a server that is still starting may accept and hang up
-_HANGS_UP_S = 3.0  # and one that does so for long is meant to: HAProxy without a server behind it
+_STABLE_S = 0.05  # a connection must last this long: a server that is starting may accept and close
+_HANGS_UP_S = 3.0  # a server that closes connections for this long is ready: HAProxy without a backend does
 _SERVED_S, _SERVED_BUSY_S, _SERVED_SHARE, _BUSY_SHARE = 10.0, 45.0, 0.75, 0.1
-_SETTLE_S = 0.2  # `agent`: a workload that dies at once is not ready
+_SETTLE_S = 0.2  # `agent`: a workload that ends within this time is not ready
 
 
 class ReadyTarget(Protocol):
-    """What probes need of a machine."""
+    """What probes require of a VM."""
 
     def endpoint(self, guest_port: int) -> Endpoint:
-        """Return where the host reaches a guest port."""
+        """Return the address at which the host reaches a guest port."""
         ...
 
     def why_silent(self, guest_port: int) -> str:
-        """Ask the agent for a listener that can be reached: return "" for one, else why there is no answer."""
+        """Ask the agent for a listener that can be reached. Return "" if there is one, else the reason."""
         ...
 
     def pause_for_exit(self, timeout_s: float) -> None:
-        """Wait, and raise WorkloadExited or EngineError at once when the workload or the VM has ended.
+        """Wait. Raise WorkloadExited or EngineError at once when the workload or the VM ends.
 
-        A workload that has ended as its condition lets it is no reason.
+        Do not raise for a workload that ended as its condition allows.
         """
         ...
 
     @property
     def exit_status(self) -> ExitStatus | None:
-        """Return how the workload ended, None while it runs."""
+        """Return the exit status of the workload, None while it runs."""
         ...
 
     def exec(self, cmd: str | Sequence[str], *, timeout: float) -> ExecResult:
@@ -58,13 +58,13 @@ class ReadyTarget(Protocol):
         ...
 
     def metrics(self) -> Mapping[str, float | int | str]:
-        """Return the guest's figures; `workload_cpu_us` is what the workload has used of its CPUs."""
+        """Return the guest's metrics. `workload_cpu_us` is the CPU time of the workload."""
         ...
 
     def wait_for_log(self, regex: str, *, timeout: float, times: int) -> object:
         """Wait until the workload's output has matched so many times.
 
-        Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
+        Raise GuestTimeout, or WorkloadExited at once when the workload ends before.
         """
         ...
 
@@ -80,8 +80,8 @@ def finalize_ready(
 ) -> ReadySpec:
     """Return the wanted condition, else the image's health check, else TCP on its exposed ports, else `agent`.
 
-    `health_test` is Docker's `Test` list, empty without one; `shell` runs its CMD-SHELL, `check_s` and `interval_s` are
-    its Timeout and Interval. Raise UsageProblem for a wanted but missing `healthcheck`.
+    `health_test` is Docker's `Test` list, empty without a health check. `shell` runs its CMD-SHELL, `check_s` and
+    `interval_s` are its Timeout and Interval. Raise UsageProblem if `healthcheck` is wanted and the image has none.
     """
     command = _health_command(health_test, shell)
     if wanted is None and command:
@@ -121,12 +121,12 @@ def wait_until_ready(target: ReadyTarget, ready: ReadySpec, timeout_s: float) ->
 
 
 class _Ports:
-    """The TCP ports that an image exposes, of which some may never be served.
+    """The TCP ports that an image exposes. Some of them may never be served.
 
-    They are ready when every one listens. When some do, the others are given up after 10 s in which neither one more
-    opened nor the workload used a tenth of a CPU, or three quarters of the time that a service may take, and 45 s
-    at least, in which none opened: RabbitMQ's image exposes TLS that it serves on demand alone; its first port, which
-    is another program's, listens long before the broker does.
+    They are ready when all of them listen. When only some listen, this gives the others up in two cases: for 10 s no
+    port opened and the workload used less than a tenth of a CPU; or no port opened for three quarters of the timeout,
+    at least 45 s. RabbitMQ's image, for example, exposes a TLS port that it does not serve by default, and its first
+    port belongs to another program, which listens long before the broker.
     """
 
     def __init__(self, target: ReadyTarget, ports: Sequence[int], timeout_s: float) -> None:
@@ -134,21 +134,21 @@ class _Ports:
         self._busy_s = max(_SERVED_BUSY_S, _SERVED_SHARE * timeout_s)
         self._hung_up: dict[int, float] = {}
         self._closed: dict[int, str] = dict.fromkeys(ports, "")
-        self._opened_at = self._rests_since = monotonic()
+        self._opened_at = self._idle_since = monotonic()
         self._used_us = 0.0
 
     def ask(self) -> str:
-        """Return "" when they are ready, else what was seen."""
+        """Return "" when the ports are ready, else what the probes saw."""
         before = len(self._closed)
         self._closed = {port: answer for port in self._closed if (answer := self._ask_one(port))}
         if not self._closed:
             return ""
         now = monotonic()
         if len(self._closed) < before or len(self._closed) == len(self._ports):
-            self._opened_at = self._rests_since = now
+            self._opened_at = self._idle_since = now
         elif self._is_busy():
-            self._rests_since = now
-        if now - self._rests_since >= _SERVED_S or now - self._opened_at >= self._busy_s:
+            self._idle_since = now
+        if now - self._idle_since >= _SERVED_S or now - self._opened_at >= self._busy_s:
             return ""
         served = ", ".join(str(port) for port in self._ports if port not in self._closed)
         return "; ".join(self._closed.values()) + (f" ({served} can be reached)" if served else "")
@@ -162,14 +162,13 @@ class _Ports:
 
     def _is_busy(self) -> bool:
         used_us = float(self._target.metrics().get("workload_cpu_us", 0))
-        was_busy = used_us - self._used_us > _BUSY_SHARE * (monotonic() - self._rests_since) * 1e6
+        was_busy = used_us - self._used_us > _BUSY_SHARE * (monotonic() - self._idle_since) * 1e6
         if was_busy:
             self._used_us = used_us
         return was_busy
 
 
 def _wait_for_line(target: ReadyTarget, ready: ReadySpec, timeout_s: float) -> None:
-    """Wait for the log alone: it is not asked, it tells."""
     try:
         target.wait_for_log(ready.text, timeout=timeout_s, times=ready.times)
     except GuestTimeout:
@@ -184,15 +183,15 @@ def _not_ready(ready: ReadySpec, waited_s: float, answer: str) -> GuestTimeout:
 
 
 class ClientPath:
-    """The path on which a test will reach a clone, proven before the test gets it.
+    """The path on which a test reaches a clone. `verify` probes it before the test gets the clone.
 
-    Over HTTP by the request itself. Otherwise by a connection to PROBE_PORT, where nothing listens: the refusal came
-    from the guest's kernel through its NIC and the forwarder, and cost the workload nothing. That the service listens
-    was seen when the base was frozen. A connection to the service would prove less, because a forwarder accepts for a
-    guest that is deaf, and the guest would spend 30 ms on it under emulation.
+    For HTTP, the probe is the request. Otherwise it is a connection to PROBE_PORT, where nothing listens: the guest's
+    kernel refuses it through the NIC and the forwarder, at no cost to the workload. The base's probes have already seen
+    that the service listens. A connection to the service would show less, because a forwarder accepts it even for a
+    guest that does not answer, and it would cost the guest 30 ms under emulation.
 
-    Nothing connects before the clone's agent has answered: the network would learn the MAC that the clone is about to
-    give up.
+    Nothing may connect before the clone's agent has answered: the network would learn the base's MAC address, which the
+    clone is about to change.
     """
 
     def __init__(self, publish: Callable[[PublishedPort], Endpoint], ready: ReadySpec, service_port: int) -> None:
@@ -201,7 +200,7 @@ class ClientPath:
         self._find_endpoint: Callable[[], Endpoint] = lambda: publish(port)
 
     def verify(self, pause_for_exit: Callable[[float], None], timeout_s: float) -> None:
-        """Wait until the clone, whose agent has answered, answers on the path too.
+        """Wait until the clone answers on the path. Call it after the clone's agent has answered.
 
         Raise GuestTimeout with the last answer, or what `pause_for_exit` raises when the clone has ended.
         """
@@ -213,7 +212,7 @@ class ClientPath:
             pause = min(pause * 2, _LONGEST_PAUSE_S)
 
     def _try(self) -> str:
-        """Return "" when the path works, else what was seen."""
+        """Return "" when the path works, else what the probe saw."""
         endpoint = self._find_endpoint()
         return _http_answer(endpoint, self._http) if self._http else _refusal(endpoint)
 
@@ -221,8 +220,8 @@ class ClientPath:
 def _refusal(endpoint: Endpoint) -> str:
     try:
         connection = connect(endpoint, timeout_s=_TRY_S)
-    except OSError as error:  # the forwarder accepts always: it is the host that says no
-        if error.errno == errno.EMFILE:  # which waiting does not mend
+    except OSError as error:  # the forwarder accepts always, so the host refused
+        if error.errno == errno.EMFILE:  # waiting does not fix that
             raise
         return f"nothing forwards to the guest: {error}"
     with connection:
@@ -236,7 +235,7 @@ def _refusal(endpoint: Endpoint) -> str:
 
 
 def _probe_for(target: ReadyTarget, ready: ReadySpec, deadline: Deadline) -> Callable[[], str]:
-    """Return a function that returns "" when ready, else what it saw instead."""
+    """Return a function that returns "" when ready, else what it saw."""
     match ready.mode:
         case ReadyMode.HTTP:
             return lambda: _ask_http(target, ready.port or 80, ready.text)
@@ -249,9 +248,9 @@ def _probe_for(target: ReadyTarget, ready: ReadySpec, deadline: Deadline) -> Cal
         case ReadyMode.AGENT:
             return lambda: _settle(target)
         case ReadyMode.EXIT:
-            return lambda: _ask_end(target, ready.may_end_with)
+            return lambda: _ask_end(target, ready.expected_exit_code)
         case ReadyMode.LOG:
-            raise AssertionError("a line is waited for")
+            raise AssertionError("a log line has no probe")
 
 
 def _health_command(test: Sequence[str], shell: Sequence[str]) -> tuple[str, ...]:
@@ -270,15 +269,15 @@ def _settle(target: ReadyTarget) -> str:
 def _ask_end(target: ReadyTarget, code: int | None) -> str:
     status = target.exit_status
     if status is None:
-        return "the workload still runs"
+        return "the workload is still running"
     return "" if status.exit_code == code else f"the workload ended with {status}"
 
 
 class _Command:
-    """A command of the guest that ends with 0 when the service is well.
+    """A command in the guest that exits with 0 when the service is ready.
 
-    It may take what the image's HEALTHCHECK gives it, else all the time there is. One that takes long is made again
-    after as long a pause, so that a guest has time for its service too, but not later than the image wants it.
+    Its timeout is that of the image's HEALTHCHECK, else the time that is left. A pause follows as long as the command
+    took, so that a slow guest has time for its service, but at most the interval of the HEALTHCHECK.
     """
 
     def __init__(self, target: ReadyTarget, command: str | Sequence[str], ready: ReadySpec, deadline: Deadline) -> None:
@@ -287,7 +286,7 @@ class _Command:
         self._again = 0.0
 
     def ask(self) -> str:
-        """Return "" when it ended with 0, else what was seen."""
+        """Return "" when the command exited with 0, else what it did."""
         while (pause := self._again - monotonic()) > 0 and not self._deadline.expired:
             self._target.pause_for_exit(min(pause, _LONGEST_PAUSE_S))
         left = self._deadline.remaining()
@@ -307,7 +306,7 @@ class _Command:
 
 
 def _ask_http(target: ReadyTarget, port: int, path: str) -> str:
-    """Send the request; where it broke, ask for a listener."""
+    """Send the request. When it fails without a status, ask for a listener."""
     answer = _http_answer(target.endpoint(port), path)
     with suppress(GuestTimeout):
         if answer and not answer.startswith(_STATUS):
@@ -316,18 +315,18 @@ def _ask_http(target: ReadyTarget, port: int, path: str) -> str:
 
 
 def _ask_tcp(target: ReadyTarget, port: int) -> str:
-    """Ask for a listener, then connect. A connect alone proves nothing: the host accepts for closed ports, too."""
+    """Ask for a listener, then connect. A connection alone shows nothing: the host accepts for closed ports too."""
     try:
         silent = target.why_silent(port)
     except GuestTimeout as error:
         return error.message
-    return silent or _tcp_answer(target.endpoint(port), _STANDS_S)
+    return silent or _tcp_answer(target.endpoint(port), _STABLE_S)
 
 
-def _tcp_answer(endpoint: Endpoint, stands_s: float = 0) -> str:
+def _tcp_answer(endpoint: Endpoint, stable_s: float) -> str:
     try:
         with connect(endpoint, timeout_s=_TRY_S) as connection:
-            connection.settimeout(stands_s)
+            connection.settimeout(stable_s)
             try:
                 return "" if connection.recv(1) else _HUNG_UP
             except (TimeoutError, BlockingIOError):

@@ -1,4 +1,4 @@
-"""What a person sees: progress during builds, sections on failures, artifacts, the summary line. Also across xdist."""
+"""What a user sees: progress during builds, sections on failures, artifacts, the summary line. Also across xdist."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _LONGEST = 16 * 1024  # of a report's section
 
 
 def prepare_fork(item: pytest.Item) -> None:
-    """Make the run's shared directory before pytest-forked forks: a child that ends by `os._exit` would leave its own."""
+    """Make the run's shared directory before pytest-forked forks: a child ends by `os._exit` and never removes one."""
     if "fcvm" in item.keywords and (getattr(item.config.option, "forked", None) or item.get_closest_marker("forked")):
-        with suppress(FcvmError):  # told by whoever asks for it
+        with suppress(FcvmError):  # the fixture that needs it reports it
             item.config.stash[REPORTER].shared_dir()
 
 
 class Reporter:
-    """The one place of a process that talks. A worker's progress goes through a FIFO to the controller."""
+    """Prints everything that this process prints. A worker's progress goes to the controller through a FIFO."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -53,15 +53,15 @@ class Reporter:
         worker_input: Mapping[str, Any] = getattr(config, "workerinput", {})
         self._shared_dir: str | None = worker_input.get(_WORKER_KEY)
         self._is_worker = bool(worker_input)
-        self._own: list[Clone] = []  # born since the test began
-        self._shared: dict[Clone, int] = {}  # that lived before, and how much each had printed then
+        self._own: list[Clone] = []  # started since the test began
+        self._shared: dict[Clone, int] = {}  # running before, and the bytes each had printed then
         self._shown = self._saved = self._in_call = False
-        self._lost: list[str] = []
+        self._errors: list[str] = []
 
     # -- progress
 
     def shared_dir(self) -> Path:
-        """Return the directory that all workers of this run share; made when first asked for."""
+        """Return the directory that all workers of this run share. It is made when it is first needed."""
         if self._shared_dir is None:
             from pytest_fcvm.host.paths import RunDir  # it needs a POSIX system
 
@@ -72,7 +72,7 @@ class Reporter:
 
     @property
     def owns_shared_dir(self) -> bool:
-        """Say whether the shared directory is this process's alone, and goes with it."""
+        """Say whether the shared directory belongs to this process alone and is removed with it."""
         return self._run is not None and not self._config.pluginmanager.hasplugin("dsession")
 
     def _leave_run_dir(self) -> None:
@@ -81,7 +81,7 @@ class Reporter:
             self._run = None
 
     def announce(self, text: str) -> None:
-        """Show a line of progress, wherever this process's terminal is."""
+        """Show a line of progress: here, or on the controller's terminal."""
         if not self._is_worker:
             self._print(f"fcvm: {text}")
             return
@@ -108,9 +108,9 @@ class Reporter:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker which directory the run shares, and start to listen to its progress.
+        """Send a worker the run's shared directory, and start to read its progress.
 
-        Where there can be no such directory, the tests that ask for a machine are told, and no other.
+        Without such a directory only the tests that need a VM fail.
         """
         if not hasattr(os, "mkfifo"):
             return
@@ -120,14 +120,14 @@ class Reporter:
         except HostError:
             return
         if first:
-            with suppress(OSError, RuntimeError, FcvmError):  # no room, descriptor or thread: nobody shows progress
+            with suppress(OSError, RuntimeError, FcvmError):  # no room, descriptor or thread: progress is not shown
                 self._start_listening(self.shared_dir() / _PROGRESS)
 
     def _start_listening(self, path: Path) -> None:
         from pytest_fcvm.host.threads import ServiceThread
 
         os.mkfifo(path, 0o600)
-        pipe = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for writing as well: it has no end between workers
+        pipe = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for writing too: else it ends between two workers
         thread = ServiceThread(self._listen, pipe, name="fcvm-progress")
         try:
             thread.start()
@@ -144,12 +144,12 @@ class Reporter:
 
     def _listen(self, pipe: int) -> None:
         with os.fdopen(pipe, "r", encoding="utf-8", errors="replace") as lines:
-            told: set[str] = set()
+            shown: set[str] = set()
             for line in iter(lines.readline, _END.decode()):
                 text = line.partition(": ")[2]
-                if text in told:  # by another worker, which does or awaits the same
+                if text in shown:  # another worker does the same, or waits for it
                     continue
-                told.add(text)
+                shown.add(text)
                 self._print(f"fcvm {line.rstrip()}")
 
     @pytest.hookimpl(optionalhook=True)
@@ -160,14 +160,14 @@ class Reporter:
             self._counts.append(counts)
 
     def pytest_sessionfinish(self) -> None:
-        """Hand a worker's counts to the controller, before its machines are given back."""
+        """Send a worker's counts to the controller, before its VMs end."""
         harness = self._config.stash.get(HARNESS, None)
-        if harness is None and not self._lost:
+        if harness is None and not self._errors:
             return
         counts: dict[str, Any] = {**dict.fromkeys(_COUNTED, 0), "engine": "", "notes": [], "timings": []}
         if harness is not None:
             counts = harness.summary()
-        counts["notes"] = [*counts["notes"], *dict.fromkeys(self._lost)]
+        counts["notes"] = [*counts["notes"], *dict.fromkeys(self._errors)]
         output: dict[str, Any] | None = getattr(self._config, "workeroutput", None)
         if output is None:
             self._counts.append(counts)
@@ -186,7 +186,7 @@ class Reporter:
         )
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
-        """Say which engine ran, what was built, and what a person should know."""
+        """Print the engine, the counts and the notes."""
         if not self._counts or self._config.get_verbosity() < -1:  # as pytest's own last line
             return
         total = {name: sum(int(part[name]) for part in self._counts) for name in _COUNTED}
@@ -197,7 +197,7 @@ class Reporter:
             + (f" ({total['replaced']} more died before a test took them)" if total["replaced"] else "")
         )
         if total["kept"]:
-            terminalreporter.write_line(f"fcvm: machines kept: {total['kept']}; fcvm replay lists them")
+            terminalreporter.write_line(f"fcvm: clones kept: {total['kept']}; fcvm replay lists them")
         for note in sorted({note for part in self._counts for note in part["notes"]}):
             terminalreporter.write_line(f"fcvm: {note}", yellow=True)
         for line in (line for part in self._counts for line in part["timings"]):
@@ -205,20 +205,20 @@ class Reporter:
 
     # -- failures
 
-    def meet(self, clone: Clone) -> None:
-        """Learn of every clone of this process, whoever asked for it."""
+    def add_clone(self, clone: Clone) -> None:
+        """Register a clone of this process."""
         self._own.append(clone)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self) -> None:
-        """Begin a test, or another attempt at it: the clones that live now are shared with tests before it."""
+        """Begin a test, or a rerun of it: the clones that run now are shared with earlier tests."""
         living = [clone for clone in (*self._shared, *self._own) if not clone.closed]
         self._shared = {clone: clone.printed_bytes for clone in living}
         self._own, self._shown, self._saved = [], False, False
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self) -> Generator[None, object, object]:
-        """Know reports of subtests, which come while the test goes on."""
+        """Note that the test runs: reports that come now are those of subtests."""
         self._in_call = True
         try:
             return (yield)
@@ -229,30 +229,30 @@ class Reporter:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add what the clones of a failed test printed, before teardown ends them. It never changes an outcome."""
+        """Add the output of a failed test's clones, before teardown ends them. This never changes an outcome."""
         error = call.excinfo.value if call.excinfo else None
         if isinstance(error, FcvmError) and call.excinfo:
             info = call.excinfo
-            call.excinfo = self._standby("the traceback was not cut", lambda: _for_people(info, error)) or info
+            call.excinfo = self._attempt("the traceback was not cut", lambda: _for_people(info, error)) or info
         report = yield
         if isinstance(error, FcvmError) and report.when == "setup" and report.failed:
             report.longrepr = f"{type(error).__name__}: {error}"
-        before = len(self._lost)
-        self._standby("no evidence was gathered", lambda: self._add_evidence(item, report, error))
+        before = len(self._errors)
+        self._attempt("no evidence was gathered", lambda: self._add_evidence(item, report, error))
         if report.failed:
-            report.sections += [("fcvm: not kept", line) for line in dict.fromkeys(self._lost[before:])]
+            report.sections += [("fcvm: not kept", line) for line in dict.fromkeys(self._errors[before:])]
         return report
 
     def _add_evidence(self, item: pytest.Item, report: pytest.TestReport, error: BaseException | None) -> None:
         clones = self._clones_of(item)
-        told: dict[str, Mapping[str, str]] = {}
+        evidence: dict[str, Mapping[str, str]] = {}
         options = self._config.stash[OPTIONS]
         if report.failed or options.artifacts == "all":
             for clone in clones:
-                told[clone.name] = self._standby(f"{clone.name} told nothing", clone.evidence) or {}
+                evidence[clone.name] = self._attempt(f"{clone.name} has no evidence", clone.evidence) or {}
         if report.failed:
-            shown = {} if self._shown and report.when == "teardown" else told
-            report.sections += _sections_of_error(error, told)
+            shown = {} if self._shown and report.when == "teardown" else evidence
+            report.sections += _sections_of_error(error, evidence)
             report.sections += self._sections(clones, shown)
             self._shown = True
         if not (report.failed or (report.when == "call" and not self._in_call)):
@@ -262,55 +262,55 @@ class Reporter:
 
             root = self._config.rootpath / _ARTIFACTS
             recordings = item.stash.get(RECORDINGS, [])
-            self._standby(
+            self._attempt(
                 f"nothing was kept in {root}",
-                lambda: write_artifacts(root / directory_of(item.nodeid), told, recordings),
+                lambda: write_artifacts(root / directory_of(item.nodeid), evidence, recordings),
             )
         if not self._saved and (options.keep == "all" or (options.keep == "failed" and report.failed)):
             self._saved = True
             living = [(number, clone) for number, clone in enumerate(clones) if not clone.closed]
-            report.sections += [self._keep_machine(item, clone, number) for number, clone in living]
+            report.sections += [self._keep(item, clone, number) for number, clone in living]
 
     def _clones_of(self, item: pytest.Item) -> list[Clone]:
-        """Return the clones born since the test began, then those of others that it asked for or that printed since."""
+        """Return the clones started since the test began, then the shared ones that it used or that printed since."""
         asked = [id(value) for value in getattr(item, "funcargs", {}).values()]
         shared = list(self._shared.items())
         touched = [clone for clone, printed in shared if id(clone) in asked or clone.printed_bytes != printed]
         return [*self._own, *touched]
 
-    def _sections(self, clones: list[Clone], told: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-        """Return what clones told as sections; a shared clone's may be of tests before, and says so."""
+    def _sections(self, clones: list[Clone], evidence: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+        """Return the evidence of clones as sections. The title of a shared clone's says so."""
         return [
             (
                 f"fcvm {_printable(clone.name)}: {title}{_SHARED if clone in self._shared else ''}",
                 _printable(text),
             )
             for clone in clones
-            for title, text in told.get(clone.name, {}).items()
+            for title, text in evidence.get(clone.name, {}).items()
         ]
 
-    def _keep_machine(self, item: pytest.Item, clone: Clone, number: int) -> tuple[str, str]:
-        """Save a clone of a test, and return how to get at it."""
-        before = len(self._lost)
-        self._standby(
+    def _keep(self, item: pytest.Item, clone: Clone, number: int) -> tuple[str, str]:
+        """Save a clone of a test, and return a section that says how to replay it."""
+        before = len(self._errors)
+        self._attempt(
             f"{clone.name} was not kept", lambda: self._config.stash[HARNESS].keep(clone, item.nodeid, number)
         )
         title = f"fcvm {clone.name}: kept"
-        if len(self._lost) > before:
-            return title, f"not kept: {self._lost.pop()}"
+        if len(self._errors) > before:
+            return title, f"not kept: {self._errors.pop()}"
         return title, f"fcvm replay {shlex.quote(item.nodeid)}    opens a shell in it, as it was"
 
-    def _standby(self, what: str, do: Callable[[], T]) -> T | None:
-        """Return what `do` does. Whatever it raises is a line for the person, and not the test's affair.
+    def _attempt(self, what: str, do: Callable[[], T]) -> T | None:
+        """Call `do` and return its result. Report what it raises as a line, so that the test's outcome stands.
 
-        A test may have patched anything that it needs, with something that calls `pytest.fail` or exits.
+        A test may have patched anything that `do` calls, even with a function that calls `pytest.fail` or exits.
         """
         try:
             return do()
         except (KeyboardInterrupt, pytest.exit.Exception):
             raise
         except BaseException as error:  # noqa: BLE001
-            self._lost.append(_printable(f"{what}: {_reason(error)}"))
+            self._errors.append(_printable(f"{what}: {_reason(error)}"))
             return None
 
 
@@ -327,9 +327,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> pytest.ExceptionInfo[BaseException]:
-    """Return the error with the frames of tests and fixtures alone, and with nothing in it that drives a terminal.
+    """Return the error with the frames of tests and fixtures alone, without bytes that control a terminal.
 
-    The traceback itself is made anew: pytest cuts what it shows from that, whatever was filtered before.
+    The traceback itself is rebuilt, because pytest filters it once more before it shows it.
     """
     error.message = _printable(error.message)
     error.__cause__, error.__suppress_context__ = None, True
@@ -344,11 +344,11 @@ def _for_people(info: pytest.ExceptionInfo[BaseException], error: FcvmError) -> 
     return pytest.ExceptionInfo.from_exception(error.with_traceback(trace)) if trace else info
 
 
-def _sections_of_error(error: BaseException | None, told: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Return what an error was given to tell, but what its clone tells as well."""
+def _sections_of_error(error: BaseException | None, evidence: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return the evidence of an error without the sections that its clone has too."""
     if not isinstance(error, FcvmError):
         return []
-    again = told.get(getattr(error, "clone", ""), {})
+    again = evidence.get(getattr(error, "clone", ""), {})
     return [
         (f"fcvm: {title}", _printable(text))
         for title, text in error.evidence.items()
@@ -357,7 +357,7 @@ def _sections_of_error(error: BaseException | None, told: Mapping[str, Mapping[s
 
 
 def _printable(text: str) -> str:
-    """Escape what a guest could use to drive a terminal or break a JUnit file."""
+    """Escape what a guest could use to control a terminal or break a JUnit file."""
     lines = text.splitlines()[-100:]
     escaped = ("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
     return "\n".join(escaped)[-_LONGEST:]

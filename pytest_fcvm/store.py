@@ -1,7 +1,8 @@
-"""The on-disk cache: entries of a kind under a key, built once per host, checked before use, never changed.
+"""The on-disk cache: collections of entries, each under a key, built once per host, checked before use, never changed.
 
-An entry is a directory of files with `manifest.json`, written last. It is made in a temporary directory, synced and renamed,
-under a lock per key that all processes of the host respect. Beside the lock lies a note of who builds and how far.
+An entry is a directory of files with a `manifest.json`, which is written last. A build fills a temporary directory,
+syncs it and renames it, under a lock per key that all processes of the host respect. A file beside the lock says who
+builds, and which phase the build is in.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.files import SEALED, replace_file, sync_directory, sync_path
+from pytest_fcvm.host.files import READ_ONLY_ERRORS, replace_file, stamp_of, sync_directory, sync_path
 from pytest_fcvm.host.own import getpid, os, shutil
 
 __all__ = ["MANIFEST_SCHEMA", "Collection", "Entry", "Store", "canonical_digest", "content_digest"]
 
-MANIFEST_SCHEMA = 1
+MANIFEST_SCHEMA = 3
 _MANIFEST = "manifest.json"
 _BLOCK = 64 * 1024
-_POLL_S = 0.05  # filelock has no wait that the kernel ends; this bounds how late a waiter notices
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_POLL_S = 0.05  # filelock polls; this limits how late a waiter notices a free lock
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A finished entry. `facts` is what its builder wanted to remember."""
+    """A finished entry. `facts` are the builder's own fields in the manifest."""
 
     path: Path
     key: str
@@ -46,8 +47,8 @@ class Entry:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keep the entry from being removed or replaced, and note that it was wanted."""
-        # The directory's own inode: the manifest is replaced when a copied or touched entry is proven anew.
+        """Keep the entry from being removed or replaced, and set the time of its last use."""
+        # Lock the directory's inode: the manifest is replaced when a copied or touched entry is hashed again.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -59,28 +60,28 @@ class Entry:
 
     @property
     def used_s(self) -> float:
-        """Return when it was last wanted, in seconds since 1970."""
+        """Return the time of the last use, in seconds since 1970."""
         return self.path.stat().st_mtime
 
     @property
     def size_bytes(self) -> int:
-        """Return what it takes on disk; holes take nothing."""
+        """Return the space that the entry takes on disk; holes take none."""
         return sum(path.lstat().st_blocks for path in self.path.iterdir()) * 512
 
 
 @dataclass(kw_only=True)
 class Collection:
-    """All entries of one kind. `note` is told, in a sentence, of anything a person should know."""
+    """All entries of one kind. `note` is called with a sentence for the user, such as a damaged entry."""
 
     path: Path
     note: Note = field(default=lambda _text: None)
     _held: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> Entry | None:
-        """Return the entry if it is there and sound.
+        """Return the entry if it exists and is valid.
 
-        One that is not is put aside, with a note, by the holder of the key's lock: without it, the entry that is moved
-        away could be the one that another process has just built.
+        Quarantine an invalid one, with a note, if this process holds the key's lock. Without the lock, this could
+        quarantine an entry that another process has just built.
         """
         directory = self.path / key
         try:
@@ -98,7 +99,7 @@ class Collection:
         return Entry(path=directory, key=key, facts=manifest["facts"])
 
     def entries(self) -> list[Entry]:
-        """Return all entries with a readable manifest, unproven, those that were wanted last first."""
+        """Return all entries with a readable manifest, the last used first. Do not verify them."""
         found = []
         for directory in self.path.iterdir():
             with suppress(OSError, ValueError, KeyError, TypeError):
@@ -108,7 +109,7 @@ class Collection:
         return sorted(found, key=lambda entry: entry.used_s, reverse=True)
 
     def is_in_use(self, key: str) -> bool:
-        """Say whether a process holds the entry in use."""
+        """Say whether a process uses the entry."""
         try:
             descriptor = os.open(self.path / key, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -122,23 +123,23 @@ class Collection:
         return False
 
     def remove(self, key: str) -> bool:
-        """Remove an entry unless somebody uses it; return whether it is gone. The key's lock must be held."""
+        """Remove an entry unless a process uses it; return whether it is gone. The caller holds the key's lock."""
         if self.is_in_use(key):
             return False
         shutil.rmtree(self._quarantine(self.path / key, ""), ignore_errors=True)
         return True
 
     def verify(self, key: str) -> str:
-        """Hash an entry's files again, whatever their stamps say. Return "" or the fault; an unsound one is put aside.
+        """Hash an entry's files again, whatever their stamps say. Return "", or the fault of an entry now quarantined.
 
-        The key's lock must be held.
+        The caller holds the key's lock.
         """
         directory = self.path / key
         try:
             manifest = json.loads((directory / _MANIFEST).read_bytes())
             for known in manifest["files"].values():
                 known["stamp"] = [0, 0, known["stamp"][2], 0, 0]
-            fault = _fault(directory, {**manifest, "seal": _seal(manifest)}, key)
+            fault = _fault(directory, {**manifest, "checksum": _checksum(manifest)}, key)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fault = f"its manifest is not readable ({error})"
         if fault:
@@ -146,26 +147,28 @@ class Collection:
         return fault
 
     @contextmanager
-    def locked(self, key: str, who: str, waiting: Note) -> Iterator[Note]:
-        """Hold the key's lock. Yield the function that notes the builder's phase; tell `waiting` whom we wait for.
+    def locked(self, key: str, who: str, on_wait: Note) -> Iterator[Note]:
+        """Hold the key's lock. Yield a function that records the phase of this process's build.
 
-        There is no lock where nothing can be written, and nothing to lock: entries that are there can be used.
+        Call `on_wait` with a sentence about the build that holds the lock. On a read-only file system no lock is taken:
+        existing entries can be used, and nothing can be built.
         """
         from filelock import FileLock, Timeout  # 0.07 s to import, and only builds need it
 
         lock = FileLock(self.path / f"{key}.lock", mode=0o600, thread_local=False)
-        state, told = self.path / f"{key}.builder", ""
+        state, said = self.path / f"{key}.builder", ""
         while not lock.is_locked:
             try:
                 lock.acquire(timeout=0.5, poll_interval=_POLL_S)
             except Timeout:
-                told = _tell(waiting, _read_builder(state), told)
+                if (text := _describe_builder(state)) != said:
+                    on_wait(said := text)
             except OSError as error:
-                if error.errno not in SEALED:
+                if error.errno not in READ_ONLY_ERRORS:
                     raise
                 break
-            except Exception as error:  # whatever a fake of os.open does to a library that uses it
-                what = f"the lock {lock.lock_file} cannot be taken: {type(error).__name__}: {error}"
+            except Exception as error:  # a test has replaced os.open, which filelock calls
+                what = f"cannot take the lock {lock.lock_file}: {type(error).__name__}: {error}"
                 raise HostError(what, hint="start a clone before a test replaces os.open") from error
         if lock.is_locked:
             self._held.add(key)
@@ -180,14 +183,14 @@ class Collection:
                 lock.release()
 
     @contextmanager
-    def scratch(self, otherwise: Path | None = None) -> Iterator[Path]:
-        """Yield a directory that is gone after the block, and by the next start where the process was killed in it.
+    def scratch(self, fallback: Path | None = None) -> Iterator[Path]:
+        """Yield a directory that is removed after the block, or by the next start if this process is killed.
 
-        It lies in `otherwise` where nothing can be written here.
+        The directory is in `fallback` if the store is read-only.
         """
         key = f"copy-{os.urandom(8).hex()}"
         with self.locked(key, "a copy", lambda _text: None):
-            place = self.path if key in self._held or otherwise is None else otherwise
+            place = self.path if key in self._held or fallback is None else fallback
             directory = place / f"{key}.tmp-{getpid()}"
             try:
                 directory.mkdir(mode=0o700)
@@ -198,10 +201,10 @@ class Collection:
                     (self.path / f"{key}.lock").unlink()
 
     def build(self, key: str, make: Callable[[Path], Mapping[str, Any]]) -> Entry:
-        """Let `make` fill a directory and return the facts, then publish it. The key's lock must be held.
+        """Publish the directory that `make` fills, with the facts that it returns. The caller holds the key's lock.
 
-        Raise HostError naming the directory when the disk is full, or when another run uses the entry that would be
-        replaced; nothing is left of an entry that failed.
+        Raise HostError when the disk is full (the message has the directory), or when another run uses the entry to be
+        replaced. A failed build leaves no files.
         """
         self._check_replaceable(key)
         self._sweep_key(key)
@@ -226,8 +229,8 @@ class Collection:
     def _check_replaceable(self, key: str) -> None:
         if self.is_in_use(key):
             raise HostError(
-                f"cache entry {key[:12]} cannot be replaced: another run uses it",
-                hint="leave out --fcvm-rebuild, or wait until that run has ended",
+                f"cannot replace cache entry {key[:12]}: another run uses it",
+                hint="leave out --fcvm-rebuild, or wait until that run ends",
             )
 
     def _sweep_key(self, key: str) -> None:
@@ -235,14 +238,14 @@ class Collection:
             shutil.rmtree(directory, ignore_errors=True)
 
     def _quarantine(self, directory: Path, fault: str) -> Path:
-        aside = self.path / f"{directory.name}.bad-{os.urandom(4).hex()}"
+        quarantined = self.path / f"{directory.name}.bad-{os.urandom(4).hex()}"
         with suppress(OSError):
             for old in self.path.glob(f"{directory.name}.bad-*"):
                 shutil.rmtree(old, ignore_errors=True)
-            directory.rename(aside)
+            directory.rename(quarantined)
         if fault:
-            self.note(f"cache entry {directory.name[:12]} is put aside and built anew: {fault} ({aside})")
-        return aside
+            self.note(f"cache entry {directory.name[:12]} is quarantined and rebuilt: {fault} ({quarantined})")
+        return quarantined
 
 
 class Store:
@@ -253,11 +256,11 @@ class Store:
         self._note = note
 
     def collection(self, kind: str) -> Collection:
-        """Return the shelf of a kind (images, kernels, snapshots), made when it is first asked for."""
+        """Return the collection of a kind (images, kernels, snapshots). Create its directory if needed."""
         return Collection(path=self.directory(kind), note=self._note)
 
     def directory(self, name: str) -> Path:
-        """Return a directory of the store that manages its own content."""
+        """Return a directory of the store, created if needed, for content of any layout."""
         path = self.root / name
         if not path.is_dir():
             with suppress(FileExistsError):
@@ -265,7 +268,7 @@ class Store:
         return path
 
     def hidden_digest(self, value: Mapping[str, Any]) -> str:
-        """Return an HMAC of values that must not be guessable from a key or a manifest: environment, metadata."""
+        """Return an HMAC of values that nobody may guess from a key or a manifest: environment, metadata."""
         return hmac.new(self._secret(), _canonical(dict(value)), hashlib.sha256).hexdigest()
 
     def _secret(self) -> bytes:
@@ -283,9 +286,9 @@ class Store:
         return path.read_bytes()
 
 
-def canonical_digest(parts: Mapping[str, Any]) -> str:
+def canonical_digest(value: Mapping[str, Any]) -> str:
     """Return the SHA-256 of canonical JSON (sorted keys, no spaces) as 64 hex digits."""
-    return hashlib.sha256(_canonical(parts)).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
 
 
 def content_digest(path: Path) -> str:
@@ -318,14 +321,9 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
 def _write_manifest(directory: Path, key: str, facts: Mapping[str, Any]) -> None:
     files = {
-        path.name: {"sha256": content_digest(path), "stamp": _stamp(path)}
+        path.name: {"sha256": content_digest(path), "stamp": stamp_of(path)}
         for path in sorted(directory.iterdir())
         if path.is_file() and not path.is_symlink()
     }
@@ -333,23 +331,23 @@ def _write_manifest(directory: Path, key: str, facts: Mapping[str, Any]) -> None
 
 
 def _replace_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
-    sealed = {**manifest, "seal": _seal(manifest)}
-    replace_file(directory / _MANIFEST, json.dumps(sealed, indent=1, sort_keys=True))
+    complete = {**manifest, "checksum": _checksum(manifest)}
+    replace_file(directory / _MANIFEST, json.dumps(complete, indent=1, sort_keys=True))
 
 
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return canonical_digest({name: value for name, value in manifest.items() if name != "seal"})
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return canonical_digest({name: value for name, value in manifest.items() if name != "checksum"})
 
 
 def _fault(directory: Path, manifest: Mapping[str, Any], key: str) -> str:
     if manifest["schema"] != MANIFEST_SCHEMA or manifest["key"] != key:
         return "it is from another version"
-    if manifest["seal"] != _seal(manifest):
+    if manifest["checksum"] != _checksum(manifest):
         return f"{_MANIFEST} has changed"
     changed = False
     for name, known in manifest["files"].items():
         try:
-            stamp = _stamp(directory / name)
+            stamp = stamp_of(directory / name)
         except FileNotFoundError:
             return f"{name} is missing"
         if stamp != known["stamp"]:
@@ -357,7 +355,7 @@ def _fault(directory: Path, manifest: Mapping[str, Any], key: str) -> str:
                 return f"{name} has changed"
             known["stamp"], changed = stamp, True
     if changed:
-        with suppress(OSError):  # no room for it: the entry is sound all the same, and is hashed again next time
+        with suppress(OSError):  # disk full: the entry is valid, and is hashed again next time
             _replace_manifest(directory, manifest)
     return ""
 
@@ -366,19 +364,19 @@ def _make_dir(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True)
     except OSError as error:
-        if error.errno in SEALED:
+        if error.errno in READ_ONLY_ERRORS:
             raise HostError(
-                f"the cache lacks what this run needs, and cannot take it: {path}: {error.strerror}",
-                hint="make it writable, or name another --fcvm-cache-dir",
+                f"the cache lacks what this run needs, and is read-only: {path}: {error.strerror}",
+                hint="make the cache writable, or name another --fcvm-cache-dir",
             ) from error
         raise
 
 
 def _raise_if_full(error: BaseException, directory: Path) -> None:
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
         raise HostError(
             f"no room left in {directory.parent}: {error.strerror}",
-            hint="free some disk or name another --fcvm-cache-dir",
+            hint="free disk space or name another --fcvm-cache-dir",
         ) from error
 
 
@@ -387,15 +385,9 @@ def _write_builder(path: Path, who: str, phase: str) -> None:
         replace_file(path, json.dumps({"pid": getpid(), "who": who, "phase": phase}))
 
 
-def _read_builder(path: Path) -> str:
+def _describe_builder(path: Path) -> str:
     try:
         builder = json.loads(path.read_text())
         return f"waiting for pid {builder['pid']} ({builder['who']}): {builder['phase']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "waiting for another build"
-
-
-def _tell(waiting: Note, text: str, told: str) -> str:
-    if text != told:
-        waiting(text)
-    return text

@@ -75,7 +75,7 @@ def _install(wheel: Path, directory: Path) -> str:
 
 
 def _path_without_compilers(directory: Path) -> str:
-    """Return a PATH with the tools that a machine needs, and no compiler."""
+    """Return a PATH with the tools that VMs need, and no compiler."""
     tools = directory / "tools"
     tools.mkdir()
     for name in (
@@ -87,6 +87,7 @@ def _path_without_compilers(directory: Path) -> str:
         "apt-get",
         "apt-cache",
         "dpkg-deb",
+        "tar",
         "setpriv",
         "sh",
     ):

@@ -16,21 +16,27 @@ import pytest
 PACKAGE = "pytest_fcvm"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
-# Top floor first. Parts of one floor do not import each other; a directory is one part.
+# Top floor first. Parts of one floor do not import each other; a folder is one part.
 FLOORS = (
     {"plugin"},
     {"fixtures", "reporting", "cli"},
+    {"hookspecs"},
     {"harness"},
-    {"snapshot", "network", "namespaces", "group"},
+    {"provision", "group"},
+    {"snapshot"},
     {"clone"},
-    {"ready", "image", "kernel", "pruning"},
-    {"engine", "guest", "options", "hookspecs", "store", "failures", "artifacts"},
-    {"net", "model", "host"},
+    {"ready"},
+    {"image", "kernel"},
+    {"engine"},
+    {"network"},
+    {"guest"},
+    {"options", "pruning", "failures", "artifacts"},
+    {"store"},
+    {"host"},
+    {"model"},
     {"errors"},
 )
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-# Neighbours that may: the words for ports and endpoints are the model's, the calls that no test replaces the host's.
-NEIGHBOURS = {("net", "model"), ("net", "host")}
 # Not a floor: the package itself, its version, and the agents' binaries.
 NO_PART = {"", "_version", "agents"}
 
@@ -70,7 +76,7 @@ class Module:
 
     @cached_property
     def imports(self) -> list[Import]:
-        """Every import that is done at run time, inside functions too."""
+        """Every import, those inside functions and under TYPE_CHECKING too."""
         return list(find_imports(self))
 
     def at(self, line: int) -> str:
@@ -82,27 +88,13 @@ def part_of(name: str) -> str:
 
 
 def find_imports(module: Module) -> Iterator[Import]:
-    for node in walk_without_type_checking(module.tree):
+    for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             yield from (Import(alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = resolve_base(module, node)
             yield Import(base, node.lineno)
             yield from (Import(f"{base}.{alias.name}", node.lineno) for alias in node.names)
-
-
-def walk_without_type_checking(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    if isinstance(node, ast.If) and is_type_checking(node.test):
-        for other in node.orelse:
-            yield from walk_without_type_checking(other)
-        return
-    for child in ast.iter_child_nodes(node):
-        yield from walk_without_type_checking(child)
-
-
-def is_type_checking(test: ast.expr) -> bool:
-    return getattr(test, "id", getattr(test, "attr", "")) == "TYPE_CHECKING"
 
 
 def resolve_base(module: Module, node: ast.ImportFrom) -> str:
@@ -161,7 +153,7 @@ def test_imports_point_down() -> None:
             here, there = FLOOR_OF.get(module.part), FLOOR_OF.get(part_of(found.target))
             if here is None or there is None or module.part == part_of(found.target):
                 continue
-            if there <= here and (module.part, part_of(found.target)) not in NEIGHBOURS:
+            if there <= here:
                 how = "up to" if there < here else "sideways to"
                 faults.append(f"{module.at(found.line)} imports {how} {found.target}")
     complain(faults)

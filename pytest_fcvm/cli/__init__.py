@@ -1,4 +1,4 @@
-"""The command `fcvm`. Only here a process exits; commands return results that are printed as text or JSON."""
+"""The command `fcvm`. The process exits here alone; commands return results, which are printed as text or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "make_parser"]
 
 _SHELL_ROWS = ("engine", "accel", "qemu", "firecracker", "kernel", "pull", "rebuild")
-_COMMAND_HELP = "What follows -- is a command to run in place of a shell."
+_COMMAND_HELP = "The words after -- are a command to run instead of a shell."
 _REPLAY_ROWS = ("qemu", "firecracker", "kernel")
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser(*, full: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of the command line, with the options of machines for those commands that are `full`."""
+    """Return the parser of the command line. The commands in `full` get their VM options."""
     parser = argparse.ArgumentParser(
-        prog="fcvm", description="Fresh microVMs from OCI images for tests. The machines themselves come by pytest."
+        prog="fcvm", description="Fresh microVMs from OCI images for tests. pytest starts them."
     )
     parser.add_argument("--version", action="version", version=f"fcvm {version('pytest-fcvm')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -59,7 +59,7 @@ def _add(
     commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.add_argument("--cache-dir", metavar="DIR", help="the cache, where it is not the usual one")
+    parser.add_argument("--cache-dir", metavar="DIR", help="the cache directory")
     parser.set_defaults(run=run)
     return parser
 
@@ -69,68 +69,64 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_doctor(commands: _Commands) -> None:
-    _add_json(_add(commands, "doctor", _doctor, "say what works here, and the exact command for what does not"))
+    _add_json(_add(commands, "doctor", _doctor, "check what works here, and print how to fix what does not"))
 
 
 def _add_setup(commands: _Commands) -> None:
-    parser = _add(commands, "setup", _setup, "get what machines need: programs, guest kernel, a working engine")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser = _add(commands, "setup", _setup, "install what VMs need: programs, guest kernel, a working engine")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be done")
     parser.add_argument("--sudo", action="store_true", help="install packages by sudo when not root")
-    parser.add_argument("what", nargs="?", choices=("firecracker",), help="get this alone")
-    parser.add_argument("--version", metavar="V", help="of Firecracker, the newest that was tried without")
-    parser.add_argument("--base-url", metavar="URL", help="where its releases are, in place of its own project")
+    parser.add_argument("what", nargs="?", choices=("firecracker",), help="install this alone")
+    parser.add_argument("--version", metavar="V", help="of Firecracker [the newest that was tested]")
+    parser.add_argument("--base-url", metavar="URL", help="where its releases are [its own project]")
 
 
 def _add_shell(commands: _Commands, *, with_options: bool) -> None:
-    """Add it, its machine's options only when they are needed: the table is as much to import as all the rest."""
-    parser = _add(commands, "shell", _shell, "start a fresh machine of an image, and a shell in it")
+    """Add the command, with its VM options only when they are needed: their table takes long to import."""
+    parser = _add(commands, "shell", _shell, "start a fresh VM of an image, and open a shell in it")
     parser.add_argument("image", metavar="IMAGE", nargs="?", help="OCI image, rootfs tar or directory")
     parser.epilog = _COMMAND_HELP
     if with_options:
-        _add_rows(parser, _SHELL_ROWS, of_machines=True)
+        _add_rows(parser, _SHELL_ROWS, of_vm=True)
 
 
 def _add_replay(commands: _Commands, *, with_options: bool) -> None:
-    text = "bring a machine back that pytest --fcvm-keep has saved, and open a shell in it"
+    text = "replay a clone that pytest --fcvm-keep has saved, and open a shell in it"
     parser = _add(commands, "replay", _replay, text)
-    parser.add_argument(
-        "test", metavar="TEST", nargs="?", help="a test's id, or part of it; without, list what is kept"
-    )
+    parser.add_argument("test", metavar="TEST", nargs="?", help="a test's id, or part of it [list what is kept]")
     parser.epilog = _COMMAND_HELP
-    parser.add_argument("--clone", metavar="NAME", help="which, where a test had several")
+    parser.add_argument("--clone", metavar="NAME", help="which clone, where a test had several")
     _add_json(parser)
     if with_options:
-        _add_rows(parser, _REPLAY_ROWS, of_machines=False)
+        _add_rows(parser, _REPLAY_ROWS, of_vm=False)
 
 
-def _add_rows(parser: argparse.ArgumentParser, names: Sequence[str], *, of_machines: bool) -> None:
-    from pytest_fcvm.options import ROWS, RowKind
+def _add_rows(parser: argparse.ArgumentParser, names: Sequence[str], *, of_vm: bool) -> None:
+    from pytest_fcvm.options import ROWS
 
     for row in ROWS:
-        if not ((row.of_machine and of_machines) or row.name in names) or row.name in ("image", "command"):
+        if not ((row.is_spec_field and of_vm) or row.name in names) or row.name in ("image", "command"):
             continue
-        how = "store_true" if row.kind is RowKind.FLAG else "append" if row.kind is RowKind.LIST else "store"
-        more: dict[str, Any] = {} if row.kind is RowKind.FLAG else {"metavar": row.metavar}
-        parser.add_argument(f"--{row.name}", dest=f"row_{row.marker}", action=how, default=None, help=row.help, **more)
+        parser.add_argument(f"--{row.name}", dest=f"row_{row.marker}", **row.argument())
 
 
 def _add_snapshot(commands: _Commands) -> None:
-    text = "look after the cache of snapshots"
+    text = "manage the cache of snapshots"
     snapshot = commands.add_parser("snapshot", help=text, description=text[0].upper() + text[1:] + ".")
     verbs = snapshot.add_subparsers(required=True, metavar="COMMAND")
-    ls = _add(verbs, "ls", _snapshot_ls, "list snapshots, those used last first")
-    ls.add_argument("--all", action="store_true", help="root file systems and kernels too")
-    inspect = _add(verbs, "inspect", _snapshot_inspect, "show all that is known of an entry")
+    ls = _add(verbs, "ls", _snapshot_ls, "list snapshots, the last used first")
+    ls.add_argument("--all", action="store_true", help="list root file systems and kernels too")
+    inspect = _add(verbs, "inspect", _snapshot_inspect, "show everything about an entry")
     inspect.add_argument("key", metavar="KEY", help="a key, or its beginning")
-    verify = _add(verbs, "verify", _snapshot_verify, "hash entries again; what has changed is put aside and built anew")
-    verify.add_argument("keys", metavar="KEY", nargs="*", help="keys, or their beginnings; all without")
+    verify = _add(verbs, "verify", _snapshot_verify, "hash entries again, and quarantine what has changed")
+    verify.add_argument("keys", metavar="KEY", nargs="*", help="keys, or their beginnings [all]")
     rm = _add(verbs, "rm", _snapshot_rm, "remove entries that no run uses")
     rm.add_argument("keys", metavar="KEY", nargs="+", help="keys, or their beginnings")
-    prune = _add(verbs, "prune", _snapshot_prune, "remove the snapshots that were not used for longest")
-    prune.add_argument("--older-than", metavar="TIME", help="not used for so long: 12h, 7d")
-    prune.add_argument("--max-size", metavar="SIZE", help="what all snapshots may take together: 5G")
-    prune.add_argument("--keep", metavar="N", help="how many to keep at most")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    prune = _add(verbs, "prune", _snapshot_prune, "remove the snapshots that were unused for longest")
+    prune.add_argument("--older-than", metavar="TIME", help="remove what was unused for this time: 12h, 7d")
+    prune.add_argument("--max-size", metavar="SIZE", help="the size of all snapshots together: 5G")
+    prune.add_argument("--keep", metavar="N", help="the number of snapshots to keep")
+    prune.add_argument("--dry-run", action="store_true", help="only print what would be removed")
     for parser in (ls, inspect, verify, rm, prune):
         _add_json(parser)
 
@@ -163,13 +159,13 @@ def _replay(options: argparse.Namespace) -> int:
     if options.test is not None:
         return open_kept(_settings(options), options.test, options.clone, options.command)
     if options.command:
-        raise UsageProblem("no test is named to run the command in", hint="fcvm replay TEST -- COMMAND")
+        raise UsageProblem("a command needs a test", hint="fcvm replay TEST -- COMMAND")
     sys.stdout.write(render_kept(find_kept(options.cache_dir), as_json=options.json))
     return 0
 
 
 def _settings(options: argparse.Namespace, **more: str | None) -> dict[str, Any]:
-    """Return what was said of the rows of the option table, by the names of markers."""
+    """Return the given options of the option table, by their marker names."""
     rows = {name.removeprefix("row_"): value for name, value in vars(options).items() if name.startswith("row_")}
     settings = {**rows, **more, "cache_dir": options.cache_dir}
     return {name: value for name, value in settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`fcvm doctor`: try everything that a machine needs, and say the exact command for what does not work."""
+"""`fcvm doctor`: try everything that a VM needs, and print the command that fixes what does not work."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _ONLY_OURS = (
     *("VXLAN", "WireGuard", "ipvlan", "ipset", "SCTP", "vcan", "XFS", "NFS", "CIFS", "device mapper"),
     "user attributes, O_DIRECT and O_TMPFILE in the layer in memory (before Linux 6.6)",
 )
-_OUR_KERNEL = "where a test wants that, install our own kernel: make kernel, or the wheel pytest-fcvm-kernel-x86-64"
+_OUR_KERNEL = "where a test needs that, install our own kernel: make kernel, or the wheel pytest-fcvm-kernel-x86-64"
 _NETWORKS = ("rootless", "rootless,egress", "bridge,egress")  # the others need nothing of the host
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was tried. `needed` things must be ok for a machine to run; `remedy` is a command or an option."""
+    """The result of one check. A VM runs only when all `needed` checks are ok. `remedy` is a command or an option."""
 
     what: str
     ok: bool
@@ -45,7 +45,7 @@ class Finding:
 
 
 def examine(cache_dir: str | None) -> list[Finding]:
-    """Try everything, also what comes after a failure, and return what was found. Boots a kernel; takes seconds."""
+    """Run all checks, also those after a failure. This boots a kernel and takes seconds."""
     options = Options(cache_dir=Path(cache_dir).resolve() if cache_dir else None)
     with tempfile.TemporaryDirectory(prefix="fcvm-doctor-") as shared:
         harness = Harness(options, shared_dir=Path(shared), announce=_talk)
@@ -82,7 +82,7 @@ def render(findings: list[Finding], *, as_json: bool, colour: bool) -> str:
         if finding.remedy and not finding.ok:
             lines.append(f"      → {finding.remedy}")
     broken = sum(not finding.ok for finding in findings if finding.needed)
-    lines.append("everything that is needed works" if not broken else f"{broken} of the needed things do not work")
+    lines.append("everything that is needed works" if not broken else f"{broken} of the needed checks failed")
     return "\n".join(lines) + "\n"
 
 
@@ -98,11 +98,11 @@ def _talk(text: str) -> None:
 
 
 def _host() -> str:
-    system, running = platform.system(), platform.machine()
-    if (system, running) != ("Linux", "x86_64"):
-        raise FcvmError(f"{system} on {running}", hint='machines need Linux on x86_64; deselect with -m "not fcvm"')
+    system, architecture = platform.system(), platform.machine()
+    if (system, architecture) != ("Linux", "x86_64"):
+        raise FcvmError(f"{system} on {architecture}", hint='VMs need Linux on x86_64: use -m "not fcvm"')
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    return f"Linux {platform.release()} on {running}, {os.cpu_count()} CPUs, {memory_mib} MiB"
+    return f"Linux {platform.release()} on {architecture}, {os.cpu_count()} CPUs, {memory_mib} MiB"
 
 
 def _tool(name: str, package: str) -> str:
@@ -122,29 +122,27 @@ def _cache(option: Path | None) -> str:
 
 
 def _kernel(harness: Harness) -> str:
-    kernel = harness.kernel
+    kernel = harness.provision.kernel
     return f"{kernel.release} ({kernel.origin})"
 
 
 def _features(harness: Harness) -> str:
-    """Say what programs of a guest may miss in a distribution's kernel."""
-    modules = harness.kernel.modules_dir
+    """Report what a distribution's kernel lacks for programs in a guest."""
+    modules = harness.provision.kernel.modules_dir
     if modules is None:
         return "everything is built in"
     lacking = [*find_lacking(modules), *_ONLY_OURS]
-    raise FcvmError(f"{harness.kernel.release} lacks {', '.join(lacking)}", hint=_OUR_KERNEL)
+    raise FcvmError(f"{harness.provision.kernel.release} lacks {', '.join(lacking)}", hint=_OUR_KERNEL)
 
 
 def _kvm(harness: Harness) -> str:
     report = harness.choice.report
     if report.accelerator != "kvm":
-        raise FcvmError(
-            report.reason or "not tried", hint=report.hint or "machines are emulated; nothing has to be done"
-        )
+        raise FcvmError(report.reason or "not tried", hint=report.hint or "VMs are emulated; nothing has to be done")
     return "boots the guest kernel"
 
 
 def _network(harness: Harness, text: str) -> str:
-    """Make a namespace as a machine of Firecracker's would get it, with all cards."""
+    """Make a namespace as a VM of Firecracker gets it, with all NICs."""
     harness.open_namespace(True, parse_network(text)).close()  # noqa: FBT003
-    return "a namespace was made" + (", and led outside" if "egress" in text else "")
+    return "a namespace was made" + (", with egress" if "egress" in text else "")

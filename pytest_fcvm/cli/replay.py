@@ -1,4 +1,4 @@
-"""`fcvm replay`: the machines of tests that `--fcvm-keep` has saved, alive again."""
+"""`fcvm replay`: run clones again that `--fcvm-keep` has saved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEY = 12  # characters of a key that are shown
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """A machine that was kept. The size is what is allocated on disk; the time is in seconds since 1970."""
+    """A clone that was kept. `size_bytes` is what is allocated on disk; `created_s` is in seconds since 1970."""
 
     test: str
     clone: str
@@ -35,7 +35,7 @@ class Kept:
 
 
 def find_kept(cache_dir: str | None) -> list[Kept]:
-    """Return the machines that were kept in a cache, the latest first."""
+    """Return the kept clones of a cache, the latest first."""
     store = Store(cache_root(Path(cache_dir).resolve() if cache_dir else None))
     kept = [
         _kept(entry)
@@ -46,11 +46,11 @@ def find_kept(cache_dir: str | None) -> list[Kept]:
 
 
 def render_kept(kept: Sequence[Kept], *, as_json: bool) -> str:
-    """Return kept machines as a table or as JSON."""
+    """Return kept clones as a table or as JSON."""
     if as_json:
         return render_json([{name: value for name, value in asdict(one).items() if name != "entry"} for one in kept])
     if not kept:
-        return "nothing is kept; pytest --fcvm-keep failed saves the machines of tests that fail\n"
+        return "nothing is kept; pytest --fcvm-keep failed saves the clones of tests that fail\n"
     now = real_time_ns() / 1e9
     rows = [
         (one.test, one.clone, one.key[:_KEY], render_age(now - one.created_s), render_size(one.size_bytes))
@@ -60,10 +60,10 @@ def render_kept(kept: Sequence[Kept], *, as_json: bool) -> str:
 
 
 def open_kept(settings: Mapping[str, Any], test: str, clone: str | None, command: Sequence[str]) -> int:
-    """Bring a kept machine back to life and run a command in it, its shell without one; return the exit code.
+    """Replay a kept clone and run a command in it, or its shell; return the exit code.
 
-    `test` is a test's id, part of it, or the beginning of a key. What is kept stays as it is: each replay is a new
-    clone of it. Raise UsageProblem when there is none or several, HostError when it cannot run here any more.
+    `test` is a test's id, part of it, or the beginning of a key. The kept clone stays as it is: each replay is a new
+    clone of it. Raise UsageProblem for none or several, HostError when this host cannot run it any more.
     """
     kept = _choose(find_kept(settings.get("cache_dir")), test, clone)
     options = read_settings({**settings, "engine": kept.engine, "accel": kept.accelerator})
@@ -89,7 +89,7 @@ def _kept(entry: Entry) -> Kept:
 
 def _choose(kept: Sequence[Kept], test: str, clone: str | None) -> Kept:
     if not kept:
-        raise UsageProblem("nothing is kept", hint="pytest --fcvm-keep failed saves the machines of tests that fail")
+        raise UsageProblem("nothing is kept", hint="pytest --fcvm-keep failed saves the clones of tests that fail")
     exact = [one for one in kept if one.test == test]
     found = exact or [one for one in kept if test in one.test or one.key.startswith(test)]
     found = [one for one in found if clone in (None, one.clone)]

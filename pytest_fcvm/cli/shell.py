@@ -1,4 +1,4 @@
-"""`fcvm shell`: a fresh machine of an image, and a shell in it."""
+"""`fcvm shell`: a fresh VM of an image, and a shell in it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["open_shell", "read_settings", "restored_terminal", "run_in", "say", 
 _SHELL = ("/bin/sh", "-c", "command -v bash >/dev/null 2>&1 && exec bash -l; exec sh -l")
 _PIECE = 1 << 16
 _END_S = 10.0
-# Puts the terminal back when its end of the pipe closes without a word: we were killed. It has a session of its own, so
-# that it is neither signalled with us nor stopped for touching a terminal in the background.
+# Restores the terminal when the pipe closes without a byte: this process was killed. The watcher has its own session,
+# so that it gets no signal of ours and may set a terminal from the background.
 _WATCHER = """
 import ast, os, sys, termios
 if not os.read(int(sys.argv[1]), 1):
@@ -38,10 +38,10 @@ if not os.read(int(sys.argv[1]), 1):
 
 
 def open_shell(settings: Mapping[str, Any], command: Sequence[str]) -> int:
-    """Make a machine as the settings say, by the names of markers, and run a command in it, its shell without one.
+    """Start a VM and run a command in it, or its shell. `settings` have the names of the marker's fields.
 
-    Return the command's exit code, 128 and the signal's number for one that was killed. On a terminal the command gets
-    one of the same size; else its stdin, stdout and stderr are ours. Raise FcvmError when there is no machine.
+    Return the command's exit code, or 128 plus the signal's number. On a terminal the command gets one of the same
+    size; else it gets this process's stdin, stdout and stderr. Raise FcvmError when the VM does not start.
     """
     options = read_settings(settings)
     if options.spec.image is None:
@@ -52,18 +52,18 @@ def open_shell(settings: Mapping[str, Any], command: Sequence[str]) -> int:
 
 @contextmanager
 def shell_harness(options: Options) -> Iterator[Harness]:
-    """Yield what makes machines for a command, and take it apart, also after a signal that asks us to end."""
+    """Yield a harness for a command, and close it, also after SIGTERM and SIGHUP."""
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGHUP):
             stack.callback(signal.signal, number, signal.signal(number, _leave))
-        shared = stack.enter_context(RunDir())  # the next start sweeps what is left of one that was killed
+        shared = stack.enter_context(RunDir())  # the next start removes what a killed process leaves
         harness = Harness(options, shared_dir=shared.path, owns_shared=True, announce=say)
         stack.callback(harness.close)
         yield harness
 
 
 def run_in(clone: Clone, command: Sequence[str]) -> int:
-    """Run a command in a machine, its shell without one, on our terminal if we have one. Return its exit code."""
+    """Run a command in a clone, or its shell, on this process's terminal if it has one. Return the exit code."""
     if os.isatty(0) and os.isatty(1):
         return _converse(clone, command or _SHELL)
     return _pipe(clone, command or _SHELL)
@@ -71,14 +71,14 @@ def run_in(clone: Clone, command: Sequence[str]) -> int:
 
 @contextmanager
 def restored_terminal(descriptor: int) -> Iterator[None]:
-    """Let a terminal be used raw, and put it back as it was, also when this process is killed."""
+    """Set a terminal to raw mode, and restore it, also when this process is killed."""
     before = termios.tcgetattr(descriptor)
     ours, theirs = os.pipe()
     try:
         command = [sys.executable, "-I", "-S", "-c", _WATCHER, str(ours), repr(before)]
         watcher = subprocess.Popen(command, stdin=descriptor, pass_fds=[ours], start_new_session=True)
         try:
-            tty.setraw(descriptor, termios.TCSADRAIN)  # what was typed ahead is for the guest
+            tty.setraw(descriptor, termios.TCSADRAIN)  # what was typed before is for the guest
             yield
         finally:
             termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
@@ -90,7 +90,7 @@ def restored_terminal(descriptor: int) -> Iterator[None]:
 
 
 def read_settings(settings: Mapping[str, Any]) -> Options:
-    """Return the options that settings, by the names of markers, and the environment make."""
+    """Return the options from the environment and from settings, which take precedence."""
     environment = dict(os.environ)
     origin = Origin(base=working_dir(), environment=environment)
     options = build_options(
@@ -107,7 +107,7 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 
 def say(text: str) -> None:
-    """Tell a person something beside the command's own output."""
+    """Print a line to standard error."""
     sys.stderr.write(f"fcvm: {text}\n")
 
 
@@ -146,7 +146,7 @@ def _exit_code(process: GuestProcess) -> int:
 
 @contextmanager
 def _typed_into(process: GuestProcess) -> Iterator[None]:
-    """Pass our stdin on from a thread of its own, which ends with the block."""
+    """Forward stdin in a thread that ends with the block."""
     stop, stopping = os.pipe()
     thread = ServiceThread(_copy_in, process, stop, name="fcvm-shell-input")
     try:

@@ -1,4 +1,4 @@
-"""`fcvm snapshot`: what the cache holds, whether it is sound, and how to make room."""
+"""`fcvm snapshot`: list, inspect, verify, remove and prune the entries of the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WHO = "fcvm snapshot"
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """An entry of the cache as it is listed. Sizes are what is allocated on disk; times are seconds since 1970."""
+    """An entry of the cache. Sizes are what is allocated on disk; times are seconds since 1970."""
 
     kind: str
     key: str
@@ -47,7 +47,7 @@ class Listing:
     created_s: int
     used_s: int
     in_use: bool
-    test: str = ""  # whose machine this is, kept as it ended
+    test: str = ""  # of a kept clone
     rootfs: str = field(default="", repr=False)
 
 
@@ -82,7 +82,7 @@ def render_listings(listings: Sequence[Listing], *, as_json: bool) -> str:
 
 
 def inspect(cache_dir: str | None, prefix: str) -> dict[str, Any]:
-    """Return all that is known of one entry but its secret. Raise UsageProblem for no such key or several."""
+    """Return the facts of one entry without its secret. Raise UsageProblem for no such key or several."""
     store = _store(cache_dir)
     kind, entry = _resolve(store, prefix)
     facts = {name: value for name, value in entry.facts.items() if name not in _HIDDEN}
@@ -95,23 +95,23 @@ def render_facts(facts: dict[str, Any], *, as_json: bool) -> str:
 
 
 def verify(cache_dir: str | None, prefixes: Sequence[str]) -> list[Outcome]:
-    """Hash entries again, all of them without prefixes. An unsound one is put aside and will be built anew."""
+    """Hash entries again, all of them without prefixes. Quarantine what has changed, so that it is rebuilt."""
     store = _store(cache_dir)
     chosen = [_resolve(store, prefix) for prefix in prefixes] or _entries(store, _KINDS)
     return [_verify(store, kind, entry) for kind, entry in chosen]
 
 
 def remove(cache_dir: str | None, prefixes: Sequence[str]) -> list[Outcome]:
-    """Remove entries that nobody uses."""
+    """Remove entries that no run uses."""
     store = _store(cache_dir)
     chosen = [_resolve(store, prefix) for prefix in prefixes]
     return [pruning.remove(kind, entry, store.collection(kind)) for kind, entry in chosen]
 
 
 def prune(cache_dir: str | None, bounds: Bounds, *, dry_run: bool = False) -> list[Outcome]:
-    """Remove the snapshots that were not wanted for longest, as far as the bounds ask, then what only they needed.
+    """Remove the snapshots that were unused for longest until the bounds hold, then what only they needed.
 
-    Raise UsageProblem without a bound. What is in use stays, and counts.
+    Raise UsageProblem without a bound. An entry in use stays, and counts.
     """
     if bounds == Bounds():
         raise UsageProblem("prune needs a bound", hint="--older-than 7d, --max-size 5G or --keep 10")
@@ -165,7 +165,7 @@ def _resolve(store: Store, prefix: str) -> tuple[str, Entry]:
         raise UsageProblem(f"no entry of the cache begins with {prefix!r}", hint="fcvm snapshot ls --all shows them")
     if len(found) > 1:
         keys = ", ".join(entry.key[: len(prefix) + 8] for _, entry in found)
-        raise UsageProblem(f"{prefix!r} is the beginning of several keys: {keys}", hint="write more of it")
+        raise UsageProblem(f"{prefix!r} is the beginning of several keys: {keys}", hint="write more of the key")
     return found[0]
 
 
@@ -173,7 +173,7 @@ def _verify(store: Store, kind: str, entry: Entry) -> Outcome:
     collection = store.collection(kind)
     with collection.locked(entry.key, _WHO, lambda _text: None):
         fault = collection.verify(entry.key)
-    what = f"put aside, will be built anew: {fault}" if fault else "sound"
+    what = f"quarantined, will be rebuilt: {fault}" if fault else "valid"
     return Outcome(kind=kind, key=entry.key, what=what, bad=bool(fault))
 
 

@@ -1,50 +1,33 @@
-"""`Clone`: a fresh VM of a snapshot, with the verbs a test needs."""
+"""`Clone`: a fresh VM of a snapshot, with its life cycle. Its other verbs are those of `Guest`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
-from pytest_fcvm.clone.commands import Command, ExecDefaults, command_failed, exec_result, spell
-from pytest_fcvm.clone.files import COPY_S, FileVerbs
+from pytest_fcvm.clone.commands import ExecDefaults
+from pytest_fcvm.clone.files import COPY_S
+from pytest_fcvm.clone.guest import Guest
 from pytest_fcvm.clone.running import RunningVm
-from pytest_fcvm.errors import GuestError, GuestTimeout, UsageProblem, WorkloadExited
-from pytest_fcvm.guest.process import GuestProcess
-from pytest_fcvm.host.clock import Deadline, monotonic
-from pytest_fcvm.host.files import read_regular
-from pytest_fcvm.host.limits import translating_emfile
+from pytest_fcvm.engine.abilities import metadata_of
+from pytest_fcvm.errors import GuestError, UsageProblem
 from pytest_fcvm.model.guest import ExitStatus
-from pytest_fcvm.model.net import Endpoint, Proto, PublishedPort
-from pytest_fcvm.model.parse import parse_metadata, parse_port, parse_regex, parse_size_mib
-from pytest_fcvm.model.results import ExecResult, Timeline
+from pytest_fcvm.model.net import PublishedPort, Segment
+from pytest_fcvm.model.parse import parse_metadata, parse_size_mib
 from pytest_fcvm.model.specs import VmSpec
-from pytest_fcvm.network.addresses import GUEST_ADDRESS
-from pytest_fcvm.network.ports.own_address import at_address, random_loopback
 
-if TYPE_CHECKING:
-    import httpx
-
-    from pytest_fcvm.snapshot.snapshot import Snapshot
-
-__all__ = ["Clone", "ExecDefaults", "StartVm", "TakeSnapshot"]
+__all__ = ["Clone", "Snapshot", "StartVm", "TakeSnapshot"]
 
 StartVm = Callable[[tuple[PublishedPort, ...]], RunningVm]
 TakeSnapshot = Callable[[RunningVm, str], "Snapshot"]
 
-_TERM = "xterm-256color"
-_CALL_S = 30.0  # a short call to the agent, and emulated guests are slow under load
+_CALL_S = 30.0
 
 
-class Clone(FileVerbs):
-    """A VM of one's own. Every method may be called from any thread; every wait has a deadline.
-
-    All methods raise EngineError when the VM has died, GuestTimeout at a deadline. `start` makes its machine, `copy` a
-    snapshot of it while it runs.
-    """
+class Clone(Guest):
+    """A VM of one's own, restored from a snapshot. `close` it, or use it as a context manager."""
 
     def __init__(
         self,
@@ -54,17 +37,13 @@ class Clone(FileVerbs):
         engine: str,
         defaults: ExecDefaults,
         start: StartVm,
-        copy: TakeSnapshot | None = None,
+        take_snapshot: TakeSnapshot,
     ) -> None:
-        self.name, self.spec, self.engine = name, spec, engine
-        self._defaults, self._start, self._copy = defaults, start, copy
-        self._copies = ExitStack()  # snapshots and forks of it, which end with it
+        """Start the VM: `start` maps the published ports. `take_snapshot` copies the VM while it runs."""
+        super().__init__(name=name, spec=spec, engine=engine, defaults=defaults, running=start(spec.publish))
+        self._start, self._take_snapshot = start, take_snapshot
+        self._copies = ExitStack()  # snapshots and forks of this clone, which end with it
         self._forks: list[Clone] = []
-        self._clients: list[httpx.Client] = []
-        self._paused = False
-        self._own_ip = random_loopback() if spec.own_address else ""
-        self._mapped = {(port.proto, port.guest_port): port for port in spec.publish}
-        self._running = start(tuple(self._mapped.values()))
 
     def __enter__(self) -> Self:
         return self
@@ -74,253 +53,57 @@ class Clone(FileVerbs):
             self.evidence()  # which waits for what the workload has just printed
         self.close()
 
-    def __repr__(self) -> str:
-        state = "closed" if self._running.closed else "paused" if self._paused else "running"
-        return f"<Clone {self.name} of {self.spec.image} on {self.engine}, {state}>"
-
-    # -- reaching it
-
-    @property
-    def ip(self) -> str:
-        """Return the guest's own address, as it sees itself."""
-        return GUEST_ADDRESS
-
-    @property
-    def timeline(self) -> Timeline:
-        """Return where the start-up time of this clone went."""
-        return self._running.timeline
-
-    @property
-    def closed(self) -> bool:
-        """Say whether it has been given back."""
-        return self._running.closed
-
-    def endpoint(self, guest_port: int, proto: str = "tcp") -> Endpoint:
-        """Return the host address of a guest port; it is mapped on first use and stays for the clone's life."""
-        if proto not in list(Proto):
-            raise UsageProblem(f"{proto!r} is neither tcp nor udp", hint='endpoint(53, "udp")')
-        wanted, guest_port = Proto(proto), parse_port(guest_port)
-        port = self._mapped.get((wanted, guest_port)) or PublishedPort(guest_port=guest_port, proto=wanted)
-        if self._own_ip and not port.host_port:
-            port = at_address(self._own_ip, port)
-        endpoint = self._live().publisher.publish(port)
-        self._mapped[wanted, guest_port] = replace(port, host_port=endpoint.port)
-        return endpoint
-
-    def port(self, guest_port: int, proto: str = "tcp") -> int:
-        """Return the host port of a guest port."""
-        return self.endpoint(guest_port, proto).port
-
-    def url(self, guest_port: int, path: str = "", scheme: str = "http") -> str:
-        """Return a URL of the guest port; without a path it has no trailing slash."""
-        path = f"/{path}" if path and not path.startswith("/") else path
-        return f"{scheme}://{self.endpoint(guest_port).netloc}{path}"
-
-    @translating_emfile("an HTTP client")
-    def http(self, guest_port: int = 80) -> httpx.Client:
-        """Return an HTTP client for the guest port, closed with the clone. It ignores proxy settings."""
-        from pytest_fcvm.clone.http import make_client  # httpx takes 0.1 s, and most tests have clients of their own
-
-        self._clients.append(make_client(self.url(guest_port), lambda: self.why_silent(guest_port)))
-        return self._clients[-1]
-
-    # -- commands
-
-    def exec(
-        self,
-        cmd: Command,
-        *,
-        stdin: bytes | str | None = None,
-        timeout: float = 60,
-        check: bool = False,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-    ) -> ExecResult:
-        """Run a command to its end: a list is argv, a string goes to the image's shell.
-
-        Raise GuestTimeout after `timeout` seconds (the command is killed), CommandFailed when `check` and it failed.
-        """
-        started = monotonic()
-        data = stdin.encode() if isinstance(stdin, str) else stdin
-        with self.popen(cmd, env=env, cwd=cwd, user=user) as process:
-            stdout, stderr = process.communicate(data or b"", timeout_s=timeout)
-            status = process.wait(_CALL_S)
-        result = exec_result(cmd, stdout, stderr, status, monotonic() - started)
-        if check and result.exit_code:
-            raise self._running.explain(command_failed(cmd, result, "failed"))
-        return result
-
-    def popen(
-        self,
-        cmd: Command,
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        tty: tuple[int, int] | None = None,
-        detach: bool = False,
-    ) -> GuestProcess:
-        """Start a command and return it with its streams; leaving its `with` block ends it and its process group.
-
-        With `detach` it goes on, and `attach` finds it by its `pid`; it never waits for a reader, who gets the last
-        64 KiB of each output.
-        `tty` gives it a terminal of so many rows and columns: it then has one stream of output, `stdout`, and what is
-        written to `stdin` is typed.
-        """
-        env = {**({"TERM": _TERM} if tty else {}), **(env or {})}
-        return self._live().agent.exec(self._defaults.process(cmd, env, cwd, user), terminal=tty, detached=detach)
-
-    def attach(self, pid: int) -> GuestProcess:
-        """Return what `popen` has started detached, or in the clone that this one was copied of; once each.
-
-        It runs or has ended. Its input is at its end, and of what it printed since, the last 64 KiB of each output are
-        there.
-        """
-        return self._live().agent.attach(pid)
-
-    def succeed(self, cmd: Command, *, timeout: float = 60) -> str:
-        """Run a command that must exit with 0 and return its standard output. Raise CommandFailed."""
-        return self.exec(cmd, timeout=timeout, check=True).stdout
-
-    def fail(self, cmd: Command, *, timeout: float = 60) -> str:
-        """Run a command that must not exit with 0 and return its standard output. Raise CommandFailed."""
-        result = self.exec(cmd, timeout=timeout)
-        if result.exit_code == 0:
-            raise self._running.explain(command_failed(cmd, result, "succeeded, and must not have"))
-        return result.stdout
-
-    def wait_until_succeeds(self, cmd: Command, *, timeout: float = 60) -> str:
-        """Run a command until it exits with 0 and return its standard output.
-
-        Raise GuestTimeout with the last try's output, WorkloadExited at once when the workload ends.
-        """
-        deadline, pause = Deadline(timeout), 0.01
-        while True:
-            result = self.exec(cmd, timeout=max(1.0, deadline.remaining() or 0))
-            if result.exit_code == 0:
-                return result.stdout
-            if deadline.expired:
-                said = (result.stderr or result.stdout)[-400:]
-                raise self._running.explain(GuestTimeout(f"{spell(cmd)} did not succeed within {timeout:g} s: {said}"))
-            self._live().pause_for_exit(pause)
-            pause = min(pause * 1.5, 0.25)
-
-    # -- watching it
-
-    def logs(self) -> str:
-        """Return what the workload has printed, what it printed before the snapshot first."""
-        return self._live().log.content().decode("utf-8", "replace")
-
-    def wait_for_log(self, regex: str, *, timeout: float = 60, times: int = 1) -> re.Match[str]:
-        """Wait until the workload's output has matched so many times (re.MULTILINE), and return the last match.
-
-        Raise GuestTimeout, or WorkloadExited at once when the workload ends without it.
-        """
-        running, pattern = self._live(), parse_regex(regex)
-        match = running.log.search(pattern, Deadline(timeout), lambda: running.is_silent, times=times)
-        if match is None and running.is_silent:
-            running.agent.wait_for_last_words()
-            match = running.log.search(pattern, Deadline(0), lambda: True, times=times)
-        if match is None:
-            running.raise_if_ended()
-            self._live()
-            wanted = f"{regex!r}{f' {times} times' * (times > 1)}"
-            if (status := running.agent.workload_exit) is not None:
-                ended = running.workload_exited(status)
-                raise running.explain(WorkloadExited(f"no line matched {wanted}, and {ended.message}", hint=ended.hint))
-            raise self._running.explain(GuestTimeout(f"no line matched {wanted} within {timeout:g} s"))
-        return match
-
-    def console(self) -> str:
-        """Return the serial console of the guest's kernel."""
-        return read_regular(self._live().vm.console_path).decode("utf-8", "replace")
-
-    def metrics(self) -> dict[str, float | int | str]:
-        """Return the guest's own figures; each name ends in its unit."""
-        return self._live().agent.metrics(timeout_s=_CALL_S)
-
-    @property
-    def printed_bytes(self) -> int:
-        """Return how much the workload has printed here; a reset begins anew."""
-        return self._running.log.size_bytes
-
-    def evidence(self) -> dict[str, str]:
-        """Return titled tails of log, console and VMM log, and the timeline, for a report."""
-        return self._running.evidence(settled=not self._paused)
-
-    # -- its life
-
     def pause(self) -> None:
         """Stop the guest's CPUs. Calls into the guest are refused until `resume`."""
         self._live().vm.pause()
         self._paused = True
 
     def resume(self) -> None:
-        """Let the guest go on, with the time of day that its spec wants."""
-        self._running.check_ours()
-        self._running.wake(self.spec.clock)
+        """Let the guest run on. Its time of day is then the host's, or the snapshot's where the spec says so."""
+        self.running.check_process()
+        self.running.resume(self.spec.clock)
         self._paused = False
 
     def inflate_balloon(self, size: str | int, timeout: float = 30) -> int:
-        """Take so much of the guest's free memory ("64M" in all; 0 gives all back), and return how many MiB are taken.
+        """Take `size` of the guest's free memory in all ("64M"; 0 returns everything); return the MiB that were taken.
 
-        It may take `timeout` seconds. The spec needs a `balloon`.
+        The guest has `timeout` seconds for it. Raise UsageProblem for a spec without a `balloon`.
         """
         self._check_has("balloon", self.spec.balloon)
         return self._live().inflate_balloon(parse_size_mib(size) if size else 0, timeout)
 
     def set_metadata(self, data: Mapping[str, Any]) -> None:
-        """Replace what the guest reads at http://169.254.169.254, for a spec that has `metadata` to begin with."""
+        """Replace what the guest reads at http://169.254.169.254. Raise UsageProblem for a spec without `metadata`."""
         self._check_has("metadata", self.spec.metadata is not None)
-        self._live().vm.set_metadata(parse_metadata(data, Path()))
-
-    @property
-    def exit_status(self) -> ExitStatus | None:
-        """Return how the workload ended, None while it runs."""
-        return self._live().agent.workload_exit
-
-    def wait(self, timeout: float = 60) -> ExitStatus:
-        """Wait until the workload has ended, return how, and have all that it printed in `logs`.
-
-        Raise GuestTimeout when it does not end in time.
-        """
-        running = self._live()
-        try:
-            status = running.agent.wait_until_workload_exit(timeout)
-        except GuestTimeout as error:
-            raise running.explain(error) from None
-        running.agent.wait_for_last_words()
-        return status
+        metadata_of(self._live().vm).set_metadata(parse_metadata(data, Path()))
 
     def stop(self, timeout: float = 30) -> ExitStatus:
-        """Ask the workload to end, by the signal that its image names, and return how it did. The guest runs on.
+        """Send the workload the stop signal of its image, and return how the workload ended. The guest runs on.
 
-        Raise GuestTimeout when it does not end in time.
+        Raise GuestTimeout when the workload has not ended after `timeout` seconds.
         """
         (agent := self._live().agent).stop(self._defaults.stop_signal, timeout_s=_CALL_S)
         return agent.wait_until_workload_exit(timeout)
 
     def kill(self) -> None:
-        """Cut the power. Of a clone with a disk, that is left for `disk_image` until it is closed.
+        """Cut the power. The disk of a clone that has one stays until `close`, for `disk_image`.
 
-        What the guest had synced is on the disk, and what it had not may be lost, as with a machine of one's own.
+        What the guest had synced is on the disk. What it had not synced may be lost.
         """
         self.close_clients()
-        self._running.close()
+        self.running.close()
 
     def snapshot(self, name: str = "") -> Snapshot:
-        """Return a snapshot of what the clone is now, processes and memory included; the clone itself goes on.
+        """Return a snapshot of the clone as it is now, with processes and memory. The clone runs on.
 
-        Its workload stands still meanwhile, for some hundredths of a second. In clones of it, connections to the
-        outside are reset, and what `popen` started runs on without its streams. It ends with this clone, or by `close`.
+        The workload is frozen for some hundredths of a second. Clones of the snapshot find their connections to the
+        outside reset; commands that `popen` started run on there without their streams. The snapshot ends with this
+        clone, or by its `close`.
         """
-        if self._copy is None:
-            raise UsageProblem(f"{self.name} is being prepared for a snapshot of its own", hint="copy its clones")
-        return self._copies.enter_context(self._copy(self._live(), name))
+        return self._copies.enter_context(self._take_snapshot(self._live(), name))
 
     def fork(self, count: int = 1) -> list[Clone]:
-        """Return clones of what this one is now; it goes on, and they end with it at the latest."""
+        """Return clones of this clone as it is now. It runs on; they end with it at the latest."""
         with ExitStack() as owned:
             copied = owned.enter_context(self.snapshot())
             made = [owned.enter_context(copied.clone()) for _ in range(count)]
@@ -330,61 +113,81 @@ class Clone(FileVerbs):
 
     @property
     def forks(self) -> tuple[Clone, ...]:
-        """Return the clones that `fork` has made."""
+        """Return the clones that `fork` has returned."""
         return tuple(self._forks)
 
     def disk_image(self, dest: str | Path) -> None:
-        """Save the disk as a sparse file: of a running clone after it has synced, of a killed one as it was.
+        """Save the disk as a sparse file, after a sync where the clone runs.
 
-        It holds an ext4 file system: `upper` is what the guest has written over its image, `volumes` what is in the
+        The file is an ext4 file system: `upper` has what the guest wrote over its image, `volumes` what is in the
         image's volumes. Raise GuestError for a clone without a disk.
         """
-        disk = self._running.vm.disk
+        disk = self.running.vm.disk
         if disk is None:
             raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
-        if not self._running.closed:
+        if not self.running.closed:
             self._live().agent.sync(timeout_s=COPY_S)
         disk.save(Path(dest))
 
     def reset(self) -> None:
-        """Replace the VM by a fresh one of the same snapshot behind the same host ports."""
-        self._running.close()
-        self._running.vm.wait(_CALL_S)  # its ports are free when the process has gone
+        """Replace the VM by a fresh one of the same snapshot, behind the same host ports."""
+        self.running.close()
+        self.running.vm.wait(_CALL_S)  # its ports are free when the process has gone
         self._paused = False
-        self._running = self._start(tuple(self._mapped.values()))
+        self.running = self._start(tuple(self._mapped.values()))
 
     def close(self) -> None:
-        """End the clone and what was copied of it; idempotent. Nothing of it is left."""
+        """End the clone with its snapshots and forks. Nothing of it is left. Idempotent."""
         with ExitStack() as last:
-            if self._running.vm.disk is not None:
-                last.callback(self._running.vm.disk.close)
-            last.callback(self._running.close)
+            if self.running.vm.disk is not None:
+                last.callback(self.running.vm.disk.close)
+            last.callback(self.running.close)
             last.callback(self.close_clients)
             self._copies.close()
-
-    def close_clients(self) -> None:
-        """Close the HTTP clients that were given out."""
-        while self._clients:
-            self._clients.pop().close()
-
-    # -- what readiness probes need beyond the above
-
-    def why_silent(self, guest_port: int) -> str:
-        """Say why a TCP port gives no answer, "" where something listens that can be reached from outside."""
-        return self._live().why_silent(guest_port)
-
-    def pause_for_exit(self, timeout_s: float) -> None:
-        """Wait, but raise WorkloadExited or EngineError at once when the workload or the VM has ended."""
-        self._live().pause_for_exit(timeout_s)
-
-    def _live(self) -> RunningVm:
-        self._running.check_ours()
-        if self._running.closed:
-            raise GuestError(f"{self.name} is closed", hint="ask for a new clone")
-        if self._paused:
-            raise GuestError(f"{self.name} is paused", hint="call resume() first")
-        return self._running
 
     def _check_has(self, what: str, has: bool) -> None:
         if not has:
             raise UsageProblem(f"{self.name} has no {what}", hint=f"give its spec {what} to begin with")
+
+
+class Snapshot(Protocol):
+    """A ready, frozen VM, from which clones are made."""
+
+    key: str
+    spec: VmSpec
+    facts: Mapping[str, Any]
+
+    @property
+    def engine(self) -> str:
+        """Return the name of the engine that runs its clones."""
+        ...
+
+    def clone(
+        self,
+        *,
+        name: str | None = None,
+        publish: tuple[PublishedPort, ...] | None = None,
+        networks: Sequence[Segment] = (),
+    ) -> Clone:
+        """Start a clone and return it when its service answers. Use it as a context manager, or close it.
+
+        Only what the snapshot does not depend on can be chosen: the name, the published ports and the private networks.
+        A clone that chooses none may come from the pool. Raise HostError without room for one more clone, EngineError
+        or GuestError when it does not start, UsageProblem for more networks than the engine has NICs for.
+        """
+        ...
+
+    def logs(self) -> str:
+        """Return what the workload printed before the snapshot was taken."""
+        ...
+
+    def close(self) -> None:
+        """Release what is kept ready for the next clone; running clones run on. Idempotent.
+
+        A snapshot of a running clone is deleted: it makes no further clones.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...

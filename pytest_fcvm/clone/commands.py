@@ -21,7 +21,7 @@ SHELL = ("/bin/sh", "-c")
 
 @dataclass(frozen=True, kw_only=True)
 class ExecDefaults:
-    """What a command in the guest gets unless told otherwise: environment, directory and user of image and spec.
+    """What a command in the guest gets by default: environment, directory and user of image and spec.
 
     `stop_signal` is what the image wants to be stopped by.
     """

@@ -23,7 +23,7 @@ _SPANS = re.compile(r"\n|\\[nsWDxuUN0]|\[\^|\(\?[a-zA-Z]*s")
 
 
 class WorkloadLog:
-    """What a workload printed: the base's part up to the snapshot, then this machine's own, appended by `append`."""
+    """What a workload printed: the base's part up to the snapshot, then the clone's own, added by `append`."""
 
     def __init__(self, path: Path, before: Path | None = None) -> None:
         self._file = path.open("w+b", buffering=0)
@@ -41,7 +41,7 @@ class WorkloadLog:
                 self._news.notify_all()
 
     def wake(self) -> None:
-        """Make waiters look again, because the machine's state has changed."""
+        """Wake those who wait: the state of the VM has changed."""
         with self._news:
             self._news.notify_all()
 
@@ -66,7 +66,7 @@ class WorkloadLog:
     ) -> re.Match[str] | None:
         """Wait until a pattern has matched so many times, old output counted too, and return the last of the matches.
 
-        None at the deadline, when told to give up, or once the log is closed. A line that has not ended counts when
+        None at the deadline, when `give_up` says so, or once the log is closed. A line that has not ended counts when
         nothing came for a moment: half of one matches what the whole does not.
         """
         window, offset, quiet = _Window(pattern, times), 0, False
@@ -113,7 +113,7 @@ class WorkloadLog:
                     yield lines
 
     def _chunks(self, last: int | None = None) -> Iterator[bytes]:
-        """Yield everything so far, or the last bytes of the base's part and of the machine's own."""
+        """Yield everything so far, or the last bytes of the base's part and of the clone's own."""
         if self._before and self._before.exists():
             with self._before.open("rb") as file:
                 if last is not None:

@@ -1,4 +1,4 @@
-"""One running VM with all that belongs to it: VMM, agent, workload log, host ports. A clone has one at a time."""
+"""`RunningVm`: a VM with its agent, its workload log and its host ports. A clone has one at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import count
-from typing import Protocol
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
+from pytest_fcvm.engine.abilities import balloon_of, latencies_of
 from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
@@ -18,11 +18,11 @@ from pytest_fcvm.host.files import read_regular
 from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, memory_advice, memory_ran_out
-from pytest_fcvm.model.net import Endpoint, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
+from pytest_fcvm.network.ports.open import Publisher
 
-__all__ = ["Publisher", "RunningVm", "clock_source"]
+__all__ = ["RunningVm", "clock_source"]
 
 
 _CALL_S = 30.0
@@ -30,65 +30,57 @@ _SETTLE_S, _QUIET_S, _ANSWER_S, _TURNS = 0.5, 0.05, 2.0, 4
 
 
 def clock_source(clock: Clock) -> ClockSource | None:
-    """Return what tells the time of day that a machine has when it goes on after it stood still, where it is told."""
+    """Return the clock that a resumed guest is set to, None where it keeps the snapshot's time of day."""
     return real_time_ns if clock is Clock.HOST else None
 
 
-class Publisher(Protocol):
-    """Whoever maps guest ports to the host."""
-
-    def publish(self, port: PublishedPort) -> Endpoint:
-        """Map a port and return where to connect."""
-        ...
-
-
 class RunningVm:
-    """A running VM. `close` gives everything back, in the reverse order in which `add_cleanup` got it.
+    """A running VM. `close` ends it and runs its cleanups, the last one first.
 
-    Its workload may end with the exit code `may_end_with`; any other end fails whoever waits for it.
+    Its workload may end with the exit code `expected_exit_code`. Any other end of it fails the calls that wait for it.
     """
 
     publisher: Publisher  # once its ports are opened
 
     def __init__(
-        self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline, *, may_end_with: int | None = None
+        self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline, *, expected_exit_code: int | None = None
     ) -> None:
         self.vm, self.agent, self.log, self.timeline = vm, agent, log, timeline
-        self._may_end_with = may_end_with
-        self._began_ended = agent.workload_exit is not None  # so was its snapshot: that is no news
+        self._expected_exit_code = expected_exit_code
+        self._began_ended = agent.workload_exit is not None  # in its snapshot already: not reported again
         self._owner = getpid()
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
         self._closers = ExitStack()
-        self._last_words: dict[str, str] | None = None
+        self._final_evidence: dict[str, str] | None = None
         self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
-        self.copying = threading.Lock()  # held while it is parked
+        self.copying = threading.Lock()  # held while the session is suspended
         self.closed = False
         vm.on_exit(self._vm_ended)
         agent.on_workload_exit(self._workload_ended)
 
     def add_cleanup(self, closers: Sequence[Callable[[], object]]) -> None:
-        """Hand over what must be given back when the machine ends."""
+        """Add functions to call when the VM ends."""
         for closer in closers:
             self._closers.callback(closer)
 
-    def add_evidence(self, title: str, tell: Callable[[], str]) -> None:
-        """Add a section to the evidence, left out where it is empty."""
-        self._notes[title] = tell
+    def add_evidence(self, title: str, describe: Callable[[], str]) -> None:
+        """Add a section to the evidence. An empty one is left out."""
+        self._notes[title] = describe
 
-    def check_ours(self) -> None:
-        """Raise UsageProblem in a process that was forked from the machine's."""
+    def check_process(self) -> None:
+        """Raise UsageProblem in a process that was forked from the one that owns the VM."""
         check_owner(self._owner)
 
     @property
     def ended(self) -> FcvmError | None:
-        """Return why this machine is of no use, if it is: the VM died, or the workload ended and was not to."""
+        """Return why this VM is unusable, if it is: the VM died, or the workload ended unexpectedly."""
         return self._ended
 
     @property
     def is_silent(self) -> bool:
-        """Say whether the workload prints nothing any more."""
+        """Say whether the workload has printed its last line."""
         return self._ended is not None or self.agent.workload_exit is not None
 
     def pause_for_exit(self, timeout_s: float) -> None:
@@ -99,7 +91,7 @@ class RunningVm:
     def raise_if_ended(self) -> None:
         """Raise what `ended` returns."""
         if self._ended is not None:
-            self.agent.wait_for_last_words()
+            self.agent.wait_for_final_output()
             raise self.explain(self._ended)
 
     def explain(self, error: FcvmError) -> FcvmError:
@@ -109,25 +101,26 @@ class RunningVm:
             error.evidence.setdefault(title, text)
         return error
 
-    def wake(self, clock: Clock) -> None:
-        """Let a paused machine go on, at the time of day that its clock is to have."""
-        self.agent.wake(self.vm.resume, clock_source(clock), timeout_s=_CALL_S)
+    def resume(self, clock: Clock) -> None:
+        """Resume a paused VM and set its clock."""
+        self.agent.resume(self.vm.resume, clock_source(clock), timeout_s=_CALL_S)
 
     def why_silent(self, guest_port: int) -> str:
-        """Say why a TCP port gives no answer, "" where something listens. Raise GuestError when nobody can tell."""
+        """Return why a TCP port gives no answer, "" where something listens. Raise GuestError without an answer."""
         self.raise_if_ended()
         return self.agent.listening(guest_port, timeout_s=_CALL_S).why_silent(guest_port)
 
     def inflate_balloon(self, mib: int, timeout_s: float) -> int:
-        """Take so much of the guest's memory in all, as far as it gives it in time; return what is taken, in MiB."""
-        self.vm.set_balloon(mib)
-        wait_until(lambda: self.vm.balloon_mib() == mib, Deadline(timeout_s))
-        return self.vm.balloon_mib()
+        """Take `mib` of the guest's memory in all, as far as it gives it in time; return the MiB that were taken."""
+        balloon = balloon_of(self.vm)
+        balloon.set_balloon(mib)
+        wait_until(lambda: balloon.balloon_mib() == mib, Deadline(timeout_s))
+        return balloon.balloon_mib()
 
     def _settle(self) -> None:
-        """Wait for what the workload has just printed, because a server may answer before it writes its log.
+        """Wait for output that is on its way: a server may answer before it writes its log.
 
-        It takes until the guest rests, 50 ms where it does not, and 0.5 s where the workload prints all the time.
+        Wait until the guest rests, 50 ms where it does not rest, and 0.5 s where the workload prints all the time.
         """
         deadline, quiet, rested = Deadline(_SETTLE_S), Deadline(_QUIET_S), False
         with suppress(FcvmError):
@@ -144,12 +137,12 @@ class RunningVm:
                 quiet, rested = quiet if is_silent else Deadline(_QUIET_S), rests
 
     def evidence(self, *, settled: bool = False) -> dict[str, str]:
-        """Return what a person wants to see of a machine that failed, each part at most 100 lines and 16 KiB.
+        """Return titled sections for the report of a failure, each at most 100 lines and 16 KiB.
 
-        Of a closed one it is what there was when it ended. `settled` waits for what is on its way.
+        A closed VM has those of its end. `settled` waits for output that is on its way.
         """
-        if self._last_words is not None:
-            return self._last_words
+        if self._final_evidence is not None:
+            return self._final_evidence
         if settled:
             self._settle()
         parts = {"workload log": b"", "console": b"", "VMM log": b""}
@@ -161,16 +154,16 @@ class RunningVm:
         tails = {title: tail(data) for title, data in parts.items()}
         tails["console"] = without_expected(tails["console"])
         shown = {title: text for title, text in tails.items() if text.strip()}
-        notes = {title: text for title, tell in self._notes.items() if (text := tell())}
+        notes = {title: text for title, describe in self._notes.items() if (text := describe())}
         if self.agent.oom_kills:
             notes["memory"] = memory_advice(self.agent.oom_kills)
-        own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in self.vm.latencies().items())
+        own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in latencies_of(self.vm).items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 
     def close(self) -> None:
-        """Kill the VM and give everything back. Idempotent; all is tried, a failure is raised at the end.
+        """Kill the VM and run the cleanups. Idempotent. All of them are tried; a failure is raised at the end.
 
-        Do nothing in a forked process: the VM is its parent's.
+        Do nothing in a forked process: its parent owns the VM.
         """
         if getpid() != self._owner:
             return
@@ -184,7 +177,7 @@ class RunningVm:
             self._closers.callback(self.agent.session.abort, EngineError(f"VM {self.vm.name} was killed"))
             self._closers.callback(self.vm.kill)
             with suppress(Exception):  # a test may have patched what it needs, and the VM must end
-                self._last_words = self.evidence()
+                self._final_evidence = self.evidence()
 
     def _vm_ended(self, how: VmExit) -> None:
         if how.killed_by_us or self.closed:
@@ -194,15 +187,16 @@ class RunningVm:
         self.agent.session.abort(error)
 
     def workload_exited(self, status: ExitStatus) -> WorkloadExited:
-        """Return the error of whoever needs the workload that has ended."""
+        """Return the error for a call that needs the workload, which has ended."""
         cause = f": {memory_ran_out(self.agent.oom_kills)}" if self.agent.oom_kills else ""
-        wanted = f", not with {self._may_end_with}" if self._may_end_with not in (None, status.exit_code) else ""
-        is_meant = (status.exit_code, self._may_end_with) == (0, None)
+        expected = self._expected_exit_code
+        wanted = f", not with {expected}" if expected not in (None, status.exit_code) else ""
+        is_meant = (status.exit_code, expected) == (0, None)
         hint = self._end_hint(status) + (', or ready="exit:0" where it is to end' if is_meant else "")
         return WorkloadExited(f"the workload ended with {status}{wanted}{cause}", hint=hint)
 
     def _workload_ended(self, status: ExitStatus) -> None:
-        if self._began_ended or status.exit_code == self._may_end_with:
+        if self._began_ended or status.exit_code == self._expected_exit_code:
             self.log.wake()
         else:
             self._end(self.workload_exited(status))

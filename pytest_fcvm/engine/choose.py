@@ -1,8 +1,8 @@
-"""Choose the engine: what was asked for, else the fastest that a probe says works."""
+"""Choose the engine: the one that was asked for, else the fastest that works according to its probe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +15,9 @@ __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineContext:
-    """What an engine is made of. `accelerator` None lets it choose.
+    """What an engine needs. `accelerator` None lets the engine choose.
 
-    `binaries` are the VMMs by engine; one that is not there is looked for on PATH. With `jailed`, only an engine that
-    puts its VMs in jails is taken.
+    `binaries` has VMMs by the engine's name; the engine looks for others on PATH. With `jailed`, VMs run in jails.
     """
 
     spawner: Spawner
@@ -30,24 +29,32 @@ class EngineContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The engine that was chosen, its report, and the reports of those that were not."""
+    """The engine that was chosen, its report, and the reports of the other engines."""
 
     engine: Engine
     report: EngineReport
     rejected: tuple[EngineReport, ...] = ()
 
     def __str__(self) -> str:
-        """Say it as the terminal summary does: `qemu/tcg (why it is not KVM; firecracker: why it was not taken)`.
+        """Return the text for the terminal summary: `qemu/tcg (why it is not KVM; firecracker: why it was rejected)`.
 
-        Each reason in short, as it is no fault of this run; `fcvm doctor` says the whole.
+        Reasons are short, because they are no fault of this run. `fcvm doctor` shows them in full.
         """
-        reasons = [_in_short(self.report.reason)] if self.report.reason else []
-        reasons += (f"{other.engine}: {_in_short(other.reason)}" for other in self.rejected if other.reason)
-        told = "; ".join(reasons)
-        return f"{self.report.engine}/{self.report.accelerator}{f' ({told})' if told else ''}"
+        reasons = [_shorten(self.report.reason)] if self.report.reason else []
+        reasons += (f"{other.engine}: {_shorten(other.reason)}" for other in self.rejected if other.reason)
+        joined = "; ".join(reasons)
+        return f"{self.report.engine}/{self.report.accelerator}{f' ({joined})' if joined else ''}"
 
 
-def _in_short(reason: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class EngineKind:
+    """How to make an engine, and whether it can run its VMs in jails."""
+
+    make: Callable[[EngineContext], Engine]
+    has_jailer: bool = False
+
+
+def _shorten(reason: str) -> str:
     return reason.partition(": ")[0]
 
 
@@ -67,10 +74,11 @@ def _make_firecracker(context: EngineContext) -> Engine:
     )
 
 
-_JAILED = "firecracker"  # the one that has a jailer
-
-ENGINES: Mapping[str, Callable[[EngineContext], Engine]] = {"firecracker": _make_firecracker, "qemu": _make_qemu}
-"""The engines by name, the preferred one first among equally fast ones."""
+ENGINES: Mapping[str, EngineKind] = {
+    "firecracker": EngineKind(make=_make_firecracker, has_jailer=True),
+    "qemu": EngineKind(make=_make_qemu),
+}
+"""The engines by name. Of two equally fast ones, the first is preferred."""
 
 
 def choose_engine(
@@ -79,18 +87,17 @@ def choose_engine(
     smoke: GuestFiles,
     *,
     require_kvm: bool = False,
-    engines: Mapping[str, Callable[[EngineContext], Engine]] = ENGINES,
+    engines: Mapping[str, EngineKind] = ENGINES,
 ) -> Choice:
-    """Probe and choose. `wanted` is `auto` or an engine's name, either with `/kvm`, `/tcg` or `/auto` behind it.
-
-    An engine with KVM is taken before one without, whatever their order. Raise UsageProblem for an unknown name,
-    EngineUnavailable with every engine's reason when none works, or when KVM is required and does not.
+    """Probe the engines and choose one. `wanted` is `auto` or an engine's name, perhaps with `/kvm`, `/tcg` or `/auto`.
+    Choose an engine with KVM before one without, whatever their order. Raise UsageProblem for an unknown name,
+    EngineUnavailable with every engine's reason when none works, or when KVM is required and does not work.
     """
-    names, context = _resolve(wanted, context, list(engines))
+    names, context = _resolve(wanted, context, engines)
     reports: list[EngineReport] = []
     usable: list[tuple[Engine, EngineReport]] = []
     for name in names:
-        engine = engines[name](context)
+        engine = engines[name].make(context)
         report = engine.probe(smoke)
         reports.append(report)
         if report.usable:
@@ -104,7 +111,10 @@ def choose_engine(
     return Choice(engine=best[0], report=best[1], rejected=tuple(report for report in reports if report is not best[1]))
 
 
-def _resolve(wanted: str, context: EngineContext, known: Sequence[str]) -> tuple[Sequence[str], EngineContext]:
+def _resolve(
+    wanted: str, context: EngineContext, known: Mapping[str, EngineKind]
+) -> tuple[Iterable[str], EngineContext]:
+    """Return the names of the engines to probe, and the context with the accelerator that `wanted` names."""
     name, slash, accelerator = wanted.partition("/")
     if name not in ("auto", *known):
         raise UsageProblem(f"there is no engine {name!r}", hint=f"--fcvm-engine auto|{'|'.join(known)}")
@@ -114,17 +124,17 @@ def _resolve(wanted: str, context: EngineContext, known: Sequence[str]) -> tuple
         )
     if accelerator in tuple(Accelerator):
         context = replace(context, accelerator=Accelerator(accelerator))
-    if context.jailed and name not in ("auto", _JAILED):
+    names = [other for other in known if name in ("auto", other)]
+    fitting = [other for other in names if known[other].has_jailer or not context.jailed]
+    if not fitting:
         raise UsageProblem(f"the engine {name} has no jailer", hint="leave out --fcvm-jailer or --fcvm-engine")
-    if context.jailed:
-        name = _JAILED
-    return (known if name == "auto" else [name]), context
+    return fitting, context
 
 
 def _none_works(reports: Sequence[EngineReport], *, require_kvm: bool) -> EngineUnavailable:
     reasons = "; ".join(f"{report.engine}: {report.reason}" for report in reports)
     hints = [report.hint for report in reports if report.hint]
-    hints.sort(key=lambda hint: "apt-get install" not in hint)  # what helps on any machine comes first
+    hints.sort(key=lambda hint: "apt-get install" not in hint)  # first what helps on every host
     if require_kvm and any(report.usable for report in reports):
         hint = "; ".join([*hints, "leave out --fcvm-require-kvm to emulate"])
         return EngineUnavailable(f"KVM is required and does not work here: {reasons}", hint=hint)

@@ -1,4 +1,4 @@
-"""Which CPU the host has: a snapshot is of it."""
+"""Which CPU the host has: a snapshot depends on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["CpuIdentity", "read_cpu"]
 
 
 class CpuIdentity:
-    """The host's CPU as /proc/cpuinfo tells it."""
+    """The host's CPU, as /proc/cpuinfo describes it."""
 
     def __init__(self, text: str) -> None:
         self.model = _field(text, "model name") or "unknown"

@@ -1,7 +1,7 @@
 """Scratch disks: the image that a snapshot holds, and the private copy that a clone writes to.
 
-A clone's copy has no name, so nothing is left of it however the clone ends. It lies in the file system of the image, so
-that copying is a reflink where that file system has them, and else only what was written.
+A clone's copy has no name, so nothing is left of it however the clone ends. It is in the image's file system, so that
+the copy is a reflink where the file system has them.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from pytest_fcvm.errors import GuestError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import resolve_tool, run_tool
-from pytest_fcvm.host.sparse import NOT_HERE, copy_sparse, unmakable
+from pytest_fcvm.host.sparse import UNSUPPORTED_ERRORS, copy_sparse, creation_error
 
 __all__ = ["DISK_FORMAT", "Disk", "make_image"]
 
 DISK_FORMAT = 2
-"""Number of the way images are made, part of a snapshot's key."""
+"""Version of the format of images. It is part of a snapshot's key."""
 
 _MAKE_S = 60.0
-# Nothing is written that the guest does not need: no reserved blocks, inode tables left to the holes, a small journal.
-# Each block has an inode, so that files run out with the bytes.
+# Write as little as possible: no reserved blocks, no inode tables, a small journal. There is an inode for each block,
+# so that small files can fill the disk.
 _OPTIONS = ("-q", "-F", "-t", "ext4", "-m", "0", "-i", "4096", "-J", "size=8", "-E")
 _EXTENDED = "lazy_itable_init=1,root_owner=0:0,nodiscard"
 
 
 def make_image(path: Path, size_mib: int) -> None:
-    """Make an empty ext4 file system in a sparse file of mode 0600. Raise HostError."""
+    """Create an empty ext4 file system in a sparse file with mode 0600. Raise HostError."""
     tool = resolve_tool("mke2fs", package="e2fsprogs")
     try:
         with path.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
             file.truncate(size_mib << 20)
     except OSError as error:
-        raise unmakable(path, error) from error
+        raise creation_error(path, error) from error
     run_tool([tool, *_OPTIONS, _EXTENDED, path], timeout_s=_MAKE_S)
 
 
 class Disk:
-    """A clone's private copy of an image. Any thread may save it; it is given back by `close`, or with this object."""
+    """A clone's private copy of an image. Any thread may save it. `close` or the end of this object frees the space."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -49,14 +49,14 @@ class Disk:
 
     @classmethod
     def copy_of(cls, image: Path, dest: Path | None = None) -> Disk:
-        """Copy an image to `dest`, which is the caller's to remove, else into a file without a name beside the image.
+        """Copy an image to `dest`, which the caller removes, else to a file without a name in the image's directory.
 
         Raise HostError without room.
         """
         try:
             source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise unmakable(image, error) from error
+            raise creation_error(image, error) from error
         try:
             copy = create_private(dest) if dest else _open_nameless(image.parent)
             try:
@@ -65,7 +65,7 @@ class Disk:
                 os.close(copy)
                 raise
         except OSError as error:
-            raise unmakable(dest or image.parent, error) from error
+            raise creation_error(dest or image.parent, error) from error
         finally:
             os.close(source)
         return cls(copy)
@@ -76,9 +76,9 @@ class Disk:
         return self._descriptor
 
     def save(self, dest: Path) -> None:
-        """Write what the disk holds now to a sparse file. Raise GuestError once it is given back, HostError."""
+        """Write the disk's content to a sparse file. Raise GuestError after `close`, HostError without room."""
         if self._descriptor < 0:
-            raise GuestError("the disk is given back with its clone", hint="save it after kill() and before close()")
+            raise GuestError("the disk was freed with its clone", hint="save it after kill() and before close()")
         try:
             target = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
@@ -86,10 +86,10 @@ class Disk:
             finally:
                 os.close(target)
         except OSError as error:
-            raise unmakable(dest, error) from error
+            raise creation_error(dest, error) from error
 
     def close(self) -> None:
-        """Give the space back once nobody else has it open."""
+        """Free the space, once nobody else has the file open."""
         self._descriptor = -1
         self._finalizer()
 
@@ -98,7 +98,7 @@ def _open_nameless(directory: Path) -> int:
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        if error.errno not in (*NOT_HERE, errno.EISDIR, errno.ENOENT):
+        if error.errno not in (*UNSUPPORTED_ERRORS, errno.EISDIR, errno.ENOENT):
             raise
     path = directory / f"disk-{getpid()}-{os.urandom(4).hex()}"  # a file system without O_TMPFILE
     descriptor = create_private(path)

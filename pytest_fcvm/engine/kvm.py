@@ -1,7 +1,7 @@
-"""Whether KVM works here: proven by booting the real kernel once, and remembered for this boot of the host.
+"""Find out whether KVM works: boot the real kernel once, and cache the verdict until the host reboots.
 
-No ioctl proves it. There are hosts whose /dev/kvm makes VMs and runs single instructions, and on which QEMU dies with
-`failed to set MSR 0x10a`.
+An ioctl is not enough. There are hosts whose /dev/kvm makes VMs and runs single instructions, and on which QEMU dies
+with `failed to set MSR 0x10a`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.records import Digests, boot_id, open_record
 
-__all__ = ["AGENT_SIGN", "SmokeTimeout", "cached_or_probe", "explain_missing_device"]
+__all__ = ["AGENT_BANNER", "SmokeTimeout", "cached_or_probe", "explain_missing_device"]
 
-AGENT_SIGN = b"fcvm-agent:"
-"""What the agent prints first on the console."""
+AGENT_BANNER = b"fcvm-agent:"
+"""The agent's first output on the console."""
 
 _MODULES = {"vmx": "kvm_intel", "svm": "kvm_amd"}  # by the CPU's flag
-_DOUBTFUL_FOR_S = 600.0  # a deadline may have passed because the host was busy
+_TIMEOUT_CACHED_S = 600.0  # the host may have been busy
 
 
 class SmokeTimeout(Exception):
-    """The smoke boot showed nothing in time; not as sure as a VMM that died."""
+    """The smoke boot timed out. This verdict is less certain than the death of a VMM."""
 
 
 def explain_missing_device(root: Path = Path("/")) -> tuple[str, str]:
-    """Return why KVM cannot even be tried and what to do, two empty strings when it can. `root` is / but in tests."""
+    """Return why KVM cannot be tried, and a hint; two empty strings when it can. `root` replaces / in tests."""
     device = root / "dev/kvm"
     if not device.exists():
         return _explain_absence(root)
@@ -42,7 +42,7 @@ def explain_missing_device(root: Path = Path("/")) -> tuple[str, str]:
 
 
 def _explain_absence(root: Path) -> tuple[str, str]:
-    """Return why there is no device: hidden, without its module, or without a CPU for it."""
+    """Return why there is no device, and a hint: it is hidden, its module is not loaded, or the CPU lacks KVM."""
     flags = read_cpu(root / "proc/cpuinfo").flags
     module = next((name for flag, name in _MODULES.items() if flag in flags), "")
     if module and (root / "sys/module" / module).exists():
@@ -51,17 +51,18 @@ def _explain_absence(root: Path) -> tuple[str, str]:
         return "there is no /dev/kvm: its module is not loaded", f"sudo modprobe {module.replace('_', '-')}"
     if "hypervisor" in flags:
         hint = (
-            "let the host of this virtual machine nest: kvm_intel or kvm_amd with nested=1, and its CPU passed through"
+            "allow nesting on the host of this virtual machine: kvm_intel or kvm_amd with nested=1, and its CPU "
+            "passed through"
         )
-        return "there is no /dev/kvm: this virtual machine may not have virtual machines of its own", hint
+        return "there is no /dev/kvm: this virtual machine may not run virtual machines", hint
     return "there is no /dev/kvm: the CPU does not offer it", "enable virtualisation (VT-x, SVM) in the firmware"
 
 
 def cached_or_probe(record_file: Path, vmm_digest: str, kernel: Path, verify: Callable[[], str]) -> str:
     """Return why KVM does not work, "" when it does.
 
-    `prove` boots the kernel, says the same, and raises SmokeTimeout at its deadline. It runs in one process at a time,
-    once per boot of the host, VMM and kernel.
+    `verify` boots the kernel and returns the same, or raises SmokeTimeout at its deadline. It runs in one process at a
+    time, and once for each boot of the host, VMM and kernel.
     """
     with open_record(record_file) as record:
         digests = record.setdefault("digests", {})
@@ -74,7 +75,7 @@ def cached_or_probe(record_file: Path, vmm_digest: str, kernel: Path, verify: Ca
         try:
             reason = verify()
         except SmokeTimeout as error:
-            reason, until = str(error), monotonic() + _DOUBTFUL_FOR_S
+            reason, until = str(error), monotonic() + _TIMEOUT_CACHED_S
         record["verdict"] = {"name": name, "reason": reason, "until": until}
         return reason
 

@@ -1,9 +1,9 @@
-"""What an engine is to the rest: probe, boot, restore, and the VM that comes back.
+"""What every engine can do: probe this host, boot a base, prepare a clone; and what every VM can do.
 
-Nothing above asks which engine it is.
+Code above the engines never asks which engine it has. What only some engines can do is in `abilities.py`.
 
-A VM's byte channel to the agent and its control channel are socket pairs handed down at spawn, so that no VM has a
-socket with a name.
+QEMU gets its monitor and its channel to the agent as socket pairs, at spawn. Firecracker has two named sockets in the
+VM's own directory: its API and its vsock.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "Engine",
     "EngineReport",
     "GuestFiles",
+    "PreparedVm",
     "RestorePlan",
     "SnapshotFiles",
     "Vm",
@@ -42,14 +43,14 @@ class Accelerator(StrEnum):
 
 
 def _no_vmlinux() -> Path:
-    raise EngineError("nobody unpacked the kernel")
+    raise EngineError("the plan has no unpacked kernel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuestFiles:
-    """What a guest boots from. `kernel` is a bzImage, `rootfs` one read-only squashfs (None for a smoke boot).
+    """What a guest boots from. `kernel` is a bzImage, `rootfs` a read-only squashfs, None for a smoke boot.
 
-    `vmlinux` returns the ELF kernel in that bzImage, unpacked when an engine first asks for it.
+    `vmlinux` returns the ELF kernel in that bzImage. It unpacks the kernel at the first call.
     """
 
     kernel: Path
@@ -60,10 +61,10 @@ class GuestFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class VmShape:
-    """What cannot change between a base and its clones. `egress` lets the guest open connections to the outside.
+    """What cannot change between a base and its clones.
 
-    `network` is one of the engine's own. `disk_mib` is the size of the scratch disk, 0 without one. With `metadata` it
-    has a service that tells the plan's.
+    `network` is one of `Engine.networks`. `egress` gives the guest outbound access. `disk_mib` is the size of the
+    scratch disk, 0 for none. `balloon` and `metadata` give the VM a balloon and a metadata service.
     """
 
     mem_mib: int
@@ -77,9 +78,9 @@ class VmShape:
 
 @dataclass(frozen=True, kw_only=True)
 class BootPlan:
-    """A base to boot. `memory` is the file that will hold the guest's memory; the engine creates it.
+    """A base to boot. The engine creates `memory`, the file for the guest's memory.
 
-    `disk` is the image of its scratch disk, which it writes to. With a network that is enclosed it has a `namespace`.
+    The base writes to `disk`, the image of its scratch disk. `namespace` is set where the VM has a network namespace.
     """
 
     name: str
@@ -93,9 +94,9 @@ class BootPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotFiles:
-    """The files of a snapshot an engine reads: guest memory, device state, rootfs, the scratch disk if it has one.
+    """The files of a snapshot that an engine reads: guest memory, device state, rootfs, and the scratch disk if any.
 
-    `of_clone` says that they were made by `Vm.save`, not by `Vm.snapshot`.
+    `of_clone` is true for files that `Vm.save` wrote, false for those of `Vm.snapshot`.
     """
 
     memory: Path
@@ -105,7 +106,7 @@ class SnapshotFiles:
     of_clone: bool = False
 
     def discard(self) -> None:
-        """Remove what `Vm.save` has written of them."""
+        """Remove the files that `Vm.save` writes."""
         for path in (self.memory, self.state, self.disk):
             if path:
                 path.unlink(missing_ok=True)
@@ -115,8 +116,8 @@ class SnapshotFiles:
 class RestorePlan:
     """A clone to restore.
 
-    `attachments` lead to private networks, at most as many as `Engine.private_networks` says. With a network that is
-    enclosed it has a `namespace`, and the VMM is killed before that is closed.
+    `attachments` join the clone to private networks, at most `Engine.private_networks` of them. `namespace` is set
+    where the VM has a network namespace; the caller closes the namespace after the VMM has ended.
     """
 
     name: str
@@ -132,7 +133,7 @@ class EngineReport:
     """The verdict of a probe.
 
     `identity` is everything about the VMM and the host that a snapshot depends on (digests, versions, CPU model, TSC
-    kHz): it enters the snapshot's key. `reason` is for people: why the engine is not usable, or why it is without KVM.
+    kHz). It is part of the snapshot's key. `reason` says why the engine is not usable, or why it does not use KVM.
     """
 
     engine: str
@@ -154,17 +155,12 @@ class VmExit:
 
 
 class Vm(Protocol):
-    """One VMM process. Every method may be called from any thread; after its death they raise EngineError at once.
+    """One VMM process. Any thread may call any method. After the VMM's death all methods raise EngineError at once.
 
-    `name` is what messages call it: first the plan's, then that of the clone which it becomes.
+    Messages call the VM `name`. A standby takes the name of the clone that it becomes.
     """
 
     name: str
-
-    @property
-    def pid(self) -> int:
-        """Return the process id of the VMM."""
-        ...
 
     @property
     def console_path(self) -> Path:
@@ -173,40 +169,25 @@ class Vm(Protocol):
 
     @property
     def vmm_log_path(self) -> Path:
-        """Return the file that receives what the VMM itself prints."""
+        """Return the file that receives what the VMM prints."""
         ...
 
     @property
     def disk(self) -> Disk | None:
-        """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
+        """Return a clone's private scratch disk, None without one. The caller closes it once the VM is killed."""
         ...
 
     @property
     def namespace(self) -> Namespace | None:
-        """Return the namespace that its plan had."""
+        """Return the network namespace of the VM's plan."""
         ...
 
     def channel(self) -> socket.socket:
-        """Return the byte channel to the agent: a connected stream socket, the caller's to close.
+        """Return the byte channel to the agent: a connected stream socket, which the caller closes.
 
-        It is usable before the guest runs: bytes written early are read by the agent when it comes to life.
+        QEMU returns at once, and the agent reads later what is written before the guest runs. Firecracker connects to
+        its vsock socket, and waits until the guest listens.
         """
-        ...
-
-    def get_ready(self) -> None:
-        """Let a prepared VM take what it can take before `start`, which does it otherwise. Raise EngineError."""
-        ...
-
-    def start(self) -> None:
-        """Let a prepared VM load its snapshot and run, and return at once. Others have been started already."""
-        ...
-
-    def wait_until_running(self, timeout_s: float) -> None:
-        """Wait until the restored guest executes. A booted VM runs from the start."""
-        ...
-
-    def set_link(self, attachment: int, up: bool) -> None:
-        """Plug one of the plan's attachments in or out, counted from 0; the guest's card notices."""
         ...
 
     def pause(self) -> None:
@@ -218,49 +199,30 @@ class Vm(Protocol):
         ...
 
     def snapshot(self, state: Path) -> None:
-        """Stop the guest and write its device state to `state`; guest memory is then whole in `BootPlan.memory`.
+        """Stop a base and write its device state to `state`. `BootPlan.memory` then holds all of the guest's memory.
 
-        The VM is of no more use afterwards and must be killed with its channel untouched.
+        Kill the VM afterwards, and do not touch its channel before.
         """
         ...
 
     def save(self, dest: SnapshotFiles) -> None:
-        """Write memory, device state and disk of a running clone to new files, and let it go on.
+        """Write memory, device state and disk of a running clone to new files. The clone runs on.
 
-        Its agent must be parked, and gets a new `channel` afterwards. Raise EngineError or HostError, leaving no file;
-        the clone goes on all the same.
+        Suspend the agent's session before, and take a new `channel` afterwards. Raise EngineError or HostError; no file
+        is left then, and the clone runs on.
         """
         ...
 
     def kill(self) -> None:
-        """Kill the VMM with SIGKILL and return at once; idempotent."""
+        """Kill the VMM with SIGKILL and return at once. Idempotent."""
         ...
 
     def wait(self, timeout_s: float) -> VmExit:
         """Wait until the VMM process has ended. Raise EngineError at the deadline."""
         ...
 
-    def set_balloon(self, mib: int) -> None:
-        """Ask the guest to give so much of its memory to the balloon in all. Raise EngineError without one."""
-        ...
-
-    def balloon_mib(self) -> int:
-        """Return how much of the guest's memory is in the balloon. Raise EngineError without one."""
-        ...
-
-    def set_metadata(self, data: Mapping[str, Any]) -> None:
-        """Serve this instead of the plan's metadata. Raise EngineError without a service."""
-        ...
-
-    def latencies(self) -> Mapping[str, float]:
-        """Return how long the VMM says that its own work took, in ms by its name; empty where it says nothing.
-
-        Never raises, and waits for at most 2 s.
-        """
-        ...
-
     def explain(self) -> FcvmError:
-        """Return why the VM is dead, with the tails of its console and log; waits up to 2 s for its end."""
+        """Return why the VM is dead, with the tails of its console and log. Wait up to 2 s for its end."""
         ...
 
     def on_exit(self, callback: Callable[[VmExit], None]) -> None:
@@ -268,14 +230,29 @@ class Vm(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """A way to run VMs. `networks` are those its clones can have, the first one where nobody says another.
+class PreparedVm(Vm, Protocol):
+    """The VM of a clone, which waits for `start` before it loads its snapshot."""
 
-    An engine that `joins_namespaces` runs its VMMs in those that the plans have; another is given descriptors.
+    def preconfigure(self) -> None:
+        """Send the settings that the VMM accepts before `start`, which sends them otherwise. Raise EngineError."""
+        ...
+
+    def start(self) -> None:
+        """Let the VM load its snapshot and run. Do nothing in a VM that was started. Raise EngineError."""
+        ...
+
+
+class Engine(Protocol):
+    """A way to run VMs.
+
+    `networks` are the networks that its clones can have, the default first. An engine that `joins_namespaces` runs its
+    VMMs in the namespaces of their plans; other VMMs get descriptors. `vmm_mib` is the memory that one VMM needs
+    beside the guest's.
     """
 
     networks: tuple[NetworkMode, ...]
     joins_namespaces: bool
+    vmm_mib: int
 
     @property
     def name(self) -> str:
@@ -283,29 +260,25 @@ class Engine(Protocol):
         ...
 
     def check(self, shape: VmShape) -> None:
-        """Raise UsageProblem, with the way out, for a machine that this engine cannot make."""
+        """Raise UsageProblem, with a hint, for a VM that this engine cannot make."""
         ...
 
     def private_networks(self, mode: NetworkMode) -> int:
-        """Return how many private networks a clone can be on, beside a network of this mode."""
+        """Return how many private networks a clone can join, beside a network of this mode."""
         ...
 
     def probe(self, smoke: GuestFiles) -> EngineReport:
-        """Say whether this engine works here, by booting `smoke` (no rootfs) where only that proves it. Cached."""
+        """Report whether this engine works on this host. Boot `smoke` (no rootfs) to verify KVM. Cached on disk."""
         ...
 
     def boot(self, plan: BootPlan) -> Vm:
         """Start a base. Raise EngineError or HostError; a VM that fails leaves nothing."""
         ...
 
-    def prepare(self, plan: RestorePlan) -> Vm:
-        """Spawn a clone's VMM and return at once. It gets itself ready and then waits for `Vm.start`, at no cost."""
-        ...
-
-    def restore(self, plan: RestorePlan) -> Vm:
-        """Spawn a clone's VMM, start it and return at once; the guest comes to life meanwhile."""
+    def prepare(self, plan: RestorePlan) -> PreparedVm:
+        """Spawn a clone's VMM and return at once. Raise EngineError or HostError; a VM that fails leaves nothing."""
         ...
 
     def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
-        """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
+        """Return the part of a base's configuration that changes what a clone is. It enters the snapshot's key."""
         ...

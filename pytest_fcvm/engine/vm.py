@@ -1,29 +1,29 @@
-"""What every VM is, whichever VMM runs it: a process with a console, a log, and an end that can be told."""
+"""What every VM is, whichever VMM runs it: a process with a console, a log, and an end that can be explained."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.protocol import Vm, VmExit
+from pytest_fcvm.engine.protocol import PreparedVm, Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
 from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
 
-__all__ = ["VmProcess", "discard", "started"]
+__all__ = ["VmProcess", "discard", "start_or_discard"]
 
-_LAST_WORDS_S = 2.0  # from the end of a socket to the end of the process
+_EXIT_WAIT_S = 2.0  # from the end of a socket to the end of the process
 
-_AnyVm = TypeVar("_AnyVm", bound=Vm)
+_AnyVm = TypeVar("_AnyVm", bound=PreparedVm)
 
 
-def started(vm: _AnyVm) -> _AnyVm:
-    """Let a prepared VM come to life and return it; nothing of it is left when it does not."""
+def start_or_discard(vm: _AnyVm) -> _AnyVm:
+    """Start a prepared VM and return it. Discard it when the start fails."""
     try:
         vm.start()
     except BaseException:
@@ -33,25 +33,25 @@ def started(vm: _AnyVm) -> _AnyVm:
 
 
 def discard(vm: Vm) -> None:
-    """Kill a VM and give back its disk."""
+    """Kill a VM and close its disk."""
     vm.kill()
     if vm.disk:
         vm.disk.close()
 
 
 class VmProcess:
-    """The process of a VM. `tell_death(name, how, console=…, log=…)` makes the error of whoever needed it."""
+    """The process of a VM. `explain_death(name, how, console=…, log=…)` returns the error for its end."""
 
     def __init__(
         self,
         name: str,
         launched: Launched,
-        tell_death: Callable[..., FcvmError],
+        explain_death: Callable[..., FcvmError],
         disk: Disk | None = None,
         namespace: Namespace | None = None,
     ) -> None:
         self.name, self._launched, self._child = name, launched, launched.child
-        self._tell_death, self._disk, self._namespace = tell_death, disk, namespace
+        self._explain_death, self._disk, self._namespace = explain_death, disk, namespace
         self._killed = False
 
     @property
@@ -66,24 +66,21 @@ class VmProcess:
 
     @property
     def vmm_log_path(self) -> Path:
-        """Return the file that receives what the VMM itself prints."""
+        """Return the file that receives what the VMM prints."""
         return self._launched.log
 
     @property
     def disk(self) -> Disk | None:
-        """Return a clone's private scratch disk, the caller's to close once the VM is killed."""
+        """Return a clone's private scratch disk, None without one. The caller closes it once the VM is killed."""
         return self._disk
 
     @property
     def namespace(self) -> Namespace | None:
-        """Return the namespace that its plan had."""
+        """Return the network namespace of the VM's plan."""
         return self._namespace
 
-    def get_ready(self) -> None:
-        """Return at once: a VM has nothing to take before its start but where its engine says otherwise."""
-
     def kill(self) -> None:
-        """Kill the VMM with SIGKILL and return at once; idempotent."""
+        """Kill the VMM with SIGKILL and return at once. Idempotent."""
         self._killed = True
         self._child.kill()
 
@@ -98,28 +95,12 @@ class VmProcess:
         """Call back once from a service thread when the VMM has ended, at once if it already has."""
         self._child.on_exit(lambda ended: callback(self._exit_of(ended)))
 
-    def set_balloon(self, mib: int) -> None:  # noqa: ARG002  the protocol's signature
-        """Raise EngineError: a VM has no balloon but where its engine says otherwise."""
-        raise EngineError(f"VM {self.name} has no balloon", hint="ask for one: --fcvm-balloon")
-
-    def balloon_mib(self) -> int:
-        """Raise EngineError: a VM has no balloon but where its engine says otherwise."""
-        raise EngineError(f"VM {self.name} has no balloon", hint="ask for one: --fcvm-balloon")
-
-    def set_metadata(self, data: Mapping[str, Any]) -> None:  # noqa: ARG002  the protocol's signature
-        """Raise EngineError: a VM has no metadata service but where its engine says otherwise."""
-        raise EngineError(f"VM {self.name} serves no metadata", hint="give its spec metadata to begin with")
-
-    def latencies(self) -> Mapping[str, float]:
-        """Return how long the VMM says that its own work took, in ms: it says nothing."""
-        return {}
-
     def explain(self) -> FcvmError:
-        """Return why the VMM is dead, with the tails of its console and log; waits up to 2 s for its end."""
+        """Return why the VM is dead, with the tails of its console and log. Wait up to 2 s for its end."""
         ended: VmExit | None = None
         with suppress(HostError):
-            ended = self._exit_of(self._child.wait(_LAST_WORDS_S))
-        return self._tell_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
+            ended = self._exit_of(self._child.wait(_EXIT_WAIT_S))
+        return self._explain_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
 
     def _exit_of(self, ended: ChildExit) -> VmExit:
         ours = self._killed and ended.signal == signal.SIGKILL

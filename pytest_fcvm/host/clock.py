@@ -1,7 +1,7 @@
-"""Deadlines that stand when a test patches `time`: everything here reads CLOCK_MONOTONIC by `clock_gettime`.
+"""Deadlines that hold when a test patches `time`: this module reads CLOCK_MONOTONIC by `clock_gettime`.
 
-freezegun and time-machine stop `time.monotonic`, not `clock_gettime(CLOCK_MONOTONIC)`; a lock's timeout is kept by the
-interpreter itself. `Condition.wait_for` reads `time.monotonic` and is therefore not used anywhere in this package.
+freezegun and time-machine stop `time.monotonic`, but not `clock_gettime(CLOCK_MONOTONIC)`. The interpreter itself keeps
+a lock's timeout. This package never uses `Condition.wait_for`, because that reads `time.monotonic`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ T = TypeVar("T")
 
 
 def monotonic() -> float:
-    """Return the seconds since boot that no test library can stop."""
+    """Return the seconds since boot. No test library can stop this clock."""
     return clock_gettime(CLOCK_MONOTONIC)
 
 
 class Deadline:
-    """A point in time `timeout_s` from now; None never comes."""
+    """The time `timeout_s` from now; None for no deadline."""
 
     __slots__ = ("_end", "timeout_s")
 
@@ -32,14 +32,14 @@ class Deadline:
         self._end = None if timeout_s is None else monotonic() + timeout_s
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left, 0.0 when none are, None when there is no end."""
+        """Return the seconds that are left, 0.0 after the deadline, None without a deadline."""
         if self._end is None:
             return None
         return max(0.0, self._end - monotonic())
 
     @property
     def expired(self) -> bool:
-        """Say whether the point has passed."""
+        """Say whether the deadline has passed."""
         return self.remaining() == 0.0
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ def wait_on(condition: threading.Condition, predicate: Callable[[], T], deadline
         remaining = deadline.remaining()
         if remaining == 0.0:
             return value
-        # A lock's timeout has a ceiling (threading.TIMEOUT_MAX), and a longer wait only goes round once more.
+        # A lock's timeout must not exceed threading.TIMEOUT_MAX. The loop repeats for a longer wait.
         condition.wait(None if remaining is None else min(remaining, threading.TIMEOUT_MAX))
     return value
 
@@ -65,14 +65,14 @@ def wait_until(
     longest_interval_s: float = 0.25,
     wake: threading.Event | None = None,
 ) -> T:
-    """Ask the predicate until it is true or the deadline has passed, and return its last value.
+    """Poll the predicate until it is true or the deadline has passed, and return its last value.
 
-    For what has no event to wait for. The interval doubles up to `longest_interval_s`; setting `wake` asks at once
-    (it is cleared here).
+    Use it where there is no event to wait for. The interval doubles up to `longest_interval_s`. Set `wake` to poll at
+    once; this function clears `wake`.
     """
     wake = wake or threading.Event()
     while True:
-        wake.clear()  # before the question: what is set during it counts for the next one
+        wake.clear()  # before the call, so that a `wake` during the call causes the next one
         remaining = deadline.remaining()
         if (value := predicate()) or remaining == 0.0:
             return value

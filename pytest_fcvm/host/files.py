@@ -1,4 +1,4 @@
-"""Files of our own, and files in places where a program writes that is not trusted."""
+"""Write our own files, and read files in directories where an untrusted program writes."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from typing import BinaryIO
 from pytest_fcvm.host.own import getpid, os
 
 __all__ = [
-    "SEALED",
+    "READ_ONLY_ERRORS",
     "create_private",
-    "leave_mark",
     "open_regular",
     "read_regular",
+    "read_tail",
     "replace_file",
+    "stamp_of",
     "sync_directory",
     "sync_path",
+    "touch_marker",
 ]
 
-SEALED = (errno.EROFS, errno.EACCES, errno.EPERM)
+READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 """The errors of a place that can only be read."""
+
+_TAIL_BYTES = 16384
 
 
 def create_private(path: Path) -> int:
-    """Make a file, which is not there yet, for us alone. Return its descriptor, to read and write. Raise OSError."""
+    """Create a new file with mode 0600. Return its descriptor, open for reading and writing. Raise OSError."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
 
-def leave_mark(path: Path) -> None:
-    """Make an empty file that spares others work. Where there is no room for it, they do the work."""
+def touch_marker(path: Path) -> None:
+    """Create an empty file that saves other processes work. Ignore a failure: they then do the work."""
     with suppress(OSError):
         path.touch()
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading. No link is followed, and no pipe waited for. Raise OSError."""
+    """Open a regular file for reading. Follow no link, and wait for no pipe. Raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -46,26 +50,42 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """Return what is in a regular file. Raise OSError for what is none, a link too."""
+    """Return the content of a regular file. Raise OSError for anything else, links included."""
     with open_regular(path) as file:
         return file.read()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file of our own in one step, or leave it as it was. Raise OSError."""
-    fresh = path.with_name(f"{path.name}.{getpid()}")
+def read_tail(path: Path) -> str:
+    """Return the last 16 KiB of a regular text file, "" where there is none."""
     try:
-        fresh.touch(mode=0o600)
-        fresh.write_text(text)
-        fresh.replace(path)
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            return file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write one of our own files atomically, with mode 0600. Raise OSError; the file is then as it was."""
+    temporary = path.with_name(f"{path.name}.{getpid()}")
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
     except OSError:
         with suppress(OSError):
-            fresh.unlink()
+            temporary.unlink()
         raise
 
 
+def stamp_of(path: Path) -> list[int]:
+    """Return numbers that change when the content of a file changes. Raise OSError."""
+    found = path.stat()
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
 def sync_path(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk. Raise OSError."""
+    """Write a file, or the names in a directory, through to the disk. Raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -74,7 +94,7 @@ def sync_path(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Bring a directory and the files in it to the disk. Raise OSError."""
+    """Write a directory and the files in it through to the disk. Raise OSError."""
     for path in directory.iterdir():
         if path.is_file() and not path.is_symlink():
             sync_path(path)

@@ -1,4 +1,4 @@
-"""The system calls that Python does not have."""
+"""System calls that Python does not offer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Timespec(ctypes.Structure):
 
 
 def mount(target: str | os.PathLike[str], flags: int, source: str | os.PathLike[str] = "none") -> None:
-    """Bind `source` there, or change what is mounted there, as the MS_* flags say. Raise OSError."""
+    """Bind-mount `source` at `target`, or change the mount at `target`, by MS_* flags. Raise OSError."""
     _check(_LIBC.mount(os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(flags), None))
 
 
@@ -45,9 +45,9 @@ def prctl(option: int, value: int | bytes) -> None:
 
 
 def real_time_ns() -> int:
-    """Return the host's time of day in ns since 1970, to the microsecond; no library of Python's moves it.
+    """Return the host's time of day in ns since 1970, accurate to a microsecond. No Python library can change it.
 
-    The interpreter's lock is kept meanwhile: getting it back could take longer than the answer is good for.
+    Keep the interpreter's lock during the call: to take the lock again could take longer than a microsecond.
     """
     time = _Timespec()
     ctypes.pythonapi.clock_gettime(_CLOCK_REALTIME, ctypes.byref(time))
@@ -55,7 +55,7 @@ def real_time_ns() -> int:
 
 
 def unshare(flags: int) -> None:
-    """Leave the namespaces given by CLONE_NEW* flags. Raise OSError. (`os.unshare` came with Python 3.12.)"""
+    """Leave the namespaces of the CLONE_NEW* flags. Raise OSError. (`os.unshare` came with Python 3.12.)"""
     _check(_LIBC.unshare(flags))
 
 

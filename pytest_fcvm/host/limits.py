@@ -1,4 +1,4 @@
-"""What this host refuses a process, told as what it is to a person."""
+"""Turn an OSError at a limit of this host into an error that says which limit, and how to raise it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.files import SEALED
+from pytest_fcvm.errors import FcvmError, HostError
+from pytest_fcvm.host.files import READ_ONLY_ERRORS
 
-__all__ = ["host_error", "lacks_process", "more_processes", "translating_emfile"]
+__all__ = ["host_error", "lacks_processes", "process_limit_hint", "translating_emfile"]
 
 _DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_THREAD = "can't start new thread"
-# What Python, C libraries, Go and shells say where the kernel gives them no thread and no process.
+# What Python, C libraries, Go and shells print when the kernel gives them no thread or process.
 _NO_PROCESS = re.compile(
     r"can't start new thread|newosproc|failed to create new OS thread|pthread_create|thread_create|[Cc]annot fork|"
     r"BlockingIOError.*Resource temporarily unavailable"
@@ -28,19 +28,21 @@ _PLACES = "the run directory (XDG_RUNTIME_DIR) and the cache (--fcvm-cache-dir)"
 
 @contextmanager
 def translating_emfile(what: str) -> Iterator[None]:
-    """Raise HostError where `what` failed by an OSError, or because no thread could start; the hint says what lacks."""
+    """Raise HostError when `what` fails with an OSError, or because no thread can start. The hint says what to do."""
     try:
         yield
+    except FcvmError:  # GuestTimeout is an OSError too
+        raise
     except OSError as error:
         raise host_error(what, error) from error
     except RuntimeError as error:
         if _NO_THREAD not in str(error):
             raise
-        raise HostError(f"no thread is left for {what}: {error}", hint=more_processes()) from error
+        raise HostError(f"no thread is left for {what}: {error}", hint=process_limit_hint()) from error
 
 
 def host_error(what: str, error: OSError) -> HostError:
-    """Return what to tell a person of an OSError that ended `what`."""
+    """Return the HostError for an OSError that ended `what`."""
     reason = error.strerror or str(error)
     named = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else ""
     where = f" ({named})" if named else ""
@@ -48,7 +50,7 @@ def host_error(what: str, error: OSError) -> HostError:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         return HostError(
             f"no file descriptor is left for {what}: {reason}",
-            hint=f"raise ulimit -n (it is {soft}, and may be {hard}), or have fewer machines at a time",
+            hint=f"raise ulimit -n (it is {soft}, and may be {hard}), or run fewer clones at a time",
         )
     if error.errno in _FULL:
         place = Path(named).parent if named else _PLACES
@@ -57,21 +59,21 @@ def host_error(what: str, error: OSError) -> HostError:
             hint=f"free space or inodes in {place} (df -h, df -i), or name other directories",
         )
     if error.errno == errno.EAGAIN:
-        return HostError(f"no process is left for {what}: {reason}{where}", hint=more_processes())
-    if error.errno in SEALED:
+        return HostError(f"no process is left for {what}: {reason}{where}", hint=process_limit_hint())
+    if error.errno in READ_ONLY_ERRORS:
         return HostError(
-            f"{what} failed: {reason}{where}", hint=f"make it writable; {_PLACES} have to be on ground of your own"
+            f"{what} failed: {reason}{where}", hint=f"make it writable; {_PLACES} must be in directories of your own"
         )
     return HostError(f"{what} failed: {reason}{where}", hint="see `fcvm doctor`")
 
 
-def lacks_process(said: str) -> bool:
-    """Say whether a program's last words are that the kernel gave it no thread or process."""
-    return bool(_NO_PROCESS.search(said))
+def lacks_processes(output: str) -> bool:
+    """Say whether a program's output reports that the kernel gave it no thread or process."""
+    return bool(_NO_PROCESS.search(output))
 
 
-def more_processes() -> str:
-    """Return what to do where the kernel gives no more threads and processes."""
+def process_limit_hint() -> str:
+    """Return the hint for a host without another thread or process."""
     soft, hard = (
         "unlimited" if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NPROC)
     )

@@ -1,4 +1,4 @@
-"""Whether a program may listen at an address of the host, found out by doing it."""
+"""Find out whether a program may listen at an address of the host: try it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import socket
 
 from pytest_fcvm.host.sockets import Socket
 
-__all__ = ["why_no_listener"]
+__all__ = ["why_not_listening"]
 
 
-def why_no_listener(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
-    """Return the reason for which nothing can listen at an IPv4 address, "" when it can."""
+def why_not_listening(address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
+    """Return why a program cannot listen at an IPv4 address, "" when it can."""
     with Socket(socket.AF_INET, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

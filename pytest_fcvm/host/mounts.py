@@ -1,4 +1,4 @@
-"""Files at other places for one program alone: a mount namespace that goes with whoever is in it."""
+"""Mount namespaces, in which one program finds files at other paths. They end with their last process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["open_mounts"]
 
 
 def open_mounts(binds: Iterable[tuple[Path, Path]]) -> int:
-    """Return a new mount namespace's descriptor, the caller's to close; in it each first path is at the second as well.
+    """Return the descriptor of a new mount namespace, which the caller closes. `binds` are (source, target) pairs.
 
-    The binds are made in their order, and devices work in them whatever the file system's own mount says. Raise
-    HostError where this process may not mount.
+    Make the binds in their order. Devices work in them, whatever the options of the source's mount. Raise HostError
+    where this process may not mount.
     """
     made: list[int] = []
     failed: list[OSError] = []
@@ -28,19 +28,19 @@ def open_mounts(binds: Iterable[tuple[Path, Path]]) -> int:
         except OSError as error:
             failed.append(error)
 
-    # A thread can have a namespace to itself, and takes it along when it ends.
+    # A thread can have its own mount namespace, which ends with it.
     thread = ServiceThread(make, name="fcvm-mounts")
     thread.start()
     try:
         thread.join()
     except BaseException:
-        thread.join()  # it makes some system calls, and waits for nobody
+        thread.join()  # the thread makes a few system calls and does not block
         for descriptor in made:
             os.close(descriptor)
         raise
     if failed:
         raise HostError(
-            f"files cannot be mounted: {failed[0].strerror}", hint="it takes root, and in a container CAP_SYS_ADMIN"
+            f"files cannot be mounted: {failed[0].strerror}", hint="run as root, and in a container with CAP_SYS_ADMIN"
         ) from failed[0]
     return made[0]
 
@@ -50,5 +50,5 @@ def _make(binds: Iterable[tuple[Path, Path]]) -> int:
     libc.mount("/", libc.MS_REC | libc.MS_PRIVATE)
     for source, target in binds:
         libc.mount(target, libc.MS_BIND, source)
-        libc.mount(target, libc.MS_REMOUNT | libc.MS_BIND)  # no flag that stays: neither nodev nor noexec
+        libc.mount(target, libc.MS_REMOUNT | libc.MS_BIND)  # removes nodev and noexec
     return os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

@@ -1,8 +1,7 @@
-"""What a test can neither patch nor move: the calls, the tools and the environment that were there when pytest began.
+"""Our own copies of functions and of the environment, which a test cannot patch.
 
-Tests put fakes in the place of `os.open`, `shutil.which` or `subprocess.Popen`, and clear or move `os.environ`, for as
-long as one of them runs, and clones are started, used and ended meanwhile. What needs one of these takes it from here.
-pytest itself imports these modules, so that a run without a clone pays nothing for them.
+Tests replace `os.open`, `shutil.which` or `subprocess.Popen`, and clear or change `os.environ`, and clones start and
+end meanwhile. Import such functions from here. pytest imports the same modules, so a run without a clone pays nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ __all__ = [
     "CLOCK_MONOTONIC",
     "CLOCK_MONOTONIC_RAW",
     "Socket",
+    "capture_environment",
     "check_owner",
     "clock_gettime",
     "clock_gettime_ns",
@@ -41,47 +41,46 @@ __all__ = [
     "os",
     "shutil",
     "subprocess",
-    "take_environment",
 ]
 
-_taken: list[Mapping[str, str]] = []  # of the sessions of this process: a test may run one inside another's
+_captured: list[Mapping[str, str]] = []  # one for each session of this process: a test may run a session inside another
 
 
-def take_environment() -> Callable[[], None]:
-    """Let `environment` be what it is now, until what is returned is called."""
-    taken = MappingProxyType(dict(os.environ))
-    _taken.append(taken)
+def capture_environment() -> Callable[[], None]:
+    """Make `environment` return the environment of this moment, until the returned function is called."""
+    captured = MappingProxyType(dict(os.environ))
+    _captured.append(captured)
 
-    def give_back() -> None:
-        _taken[:] = [other for other in _taken if other is not taken]
+    def release() -> None:
+        _captured[:] = [other for other in _captured if other is not captured]
 
-    return give_back
+    return release
 
 
 def environment() -> Mapping[str, str]:
-    """Return the environment with which the session began, that of now where there is no session."""
-    return _taken[-1] if _taken else os.environ
+    """Return the environment in which the session began, or the current one outside a session."""
+    return _captured[-1] if _captured else os.environ
 
 
 def find_program(name: str) -> str | None:
-    """Return the path of a program on the PATH with which the session began, or None."""
+    """Return the path of a program on the PATH of `environment`, or None."""
     return shutil.which(name, path=environment().get("PATH", os.defpath))
 
 
 def expand_home(path: str) -> str:
-    """Return a path in which a leading `~/` is the home directory with which the session began."""
+    """Replace a leading `~/` by the home directory of `environment`."""
     home = environment().get("HOME", "")
     return f"{home}{path[1:]}" if home and (path == "~" or path.startswith("~/")) else path
 
 
 def check_owner(owner: int) -> None:
-    """Raise UsageProblem in a process that a test has forked: `owner` is the one that has started the clones.
+    """Raise UsageProblem in a forked process: `owner` is the id of the process that owns the clones.
 
-    The threads that serve the clones are not in a forked process, which would wait for them until its deadline.
+    A forked process lacks the threads that serve the clones, and would wait for them until its deadline.
     """
     if getpid() != owner:
         raise UsageProblem(
-            "a forked process can neither use nor start clones: they belong to the pytest process that has begun to",
-            hint="take @pytest.mark.forked from the test, or --forked from the command line; "
-            "a child of os.fork leaves clones to its parent",
+            "a forked process can neither use nor start clones: clones belong to the pytest process that started one",
+            hint="remove @pytest.mark.forked from the test, or --forked from the command line; "
+            "do not use clones in a child of os.fork",
         )

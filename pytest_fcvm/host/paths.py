@@ -1,6 +1,6 @@
-"""Where things lie on this machine: the cache that lasts, and the run directory that goes with its process.
+"""Directories on this host: the cache, which is permanent, and run directories, which are removed with their process.
 
-Run directories are on local, private ground and short: a Unix socket's path ends at 107 characters.
+Run directories are local and private, and their paths are short: a Unix socket's path has at most 107 characters.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ __all__ = [
 PATH_LIMIT = 100
 LOCK_NAME = "lock"
 
-_ROOT_LIMIT = 45  # leaves room below PATH_LIMIT for /<run id>/<child's directory>/<file>
+_ROOT_LIMIT = 45  # characters; PATH_LIMIT leaves the rest for /<run id>/<child's directory>/<file>
 _CHILD_NAME_LIMIT = 20
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "glusterfs", "fuse.sshfs"})
 _MOUNTS = Path("/proc/self/mountinfo")
-# Not tempfile.gettempdir(): all runs of a user must agree on it, and TMPDIR may be long.
-_TMP = Path("/tmp")  # noqa: S108 - owner and mode of what we use there are checked
+# Not tempfile.gettempdir(): all runs of a user must use the same one, and TMPDIR may be long.
+_TMP = Path("/tmp")  # noqa: S108 - the owner and the mode of our directory there are verified
 _RUN_ID = re.compile(r"[0-9a-f]{8}")
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def cache_root(option: Path | None, *, mounts: Path = _MOUNTS) -> Path:
-    """Return the cache directory, made with mode 0700 if it is not there: `option`, else `$XDG_CACHE_HOME/pytest-fcvm`.
+    """Return the cache directory: `option`, else `$XDG_CACHE_HOME/pytest-fcvm`. Create it with mode 0700 if missing.
 
-    Raise HostError when it cannot be made, is on a network file system (locks and shared pages do not hold there),
-    belongs to another user, or can be read by others: memory images hold environment values in clear.
+    Raise HostError when it cannot be made, is on a network file system (where locks and shared pages do not work),
+    belongs to another user, or is readable by others: memory images hold environment values in clear.
     """
     root = option if option is not None else _default_cache_root()
     hint = "name another directory with --fcvm-cache-dir"
@@ -72,8 +72,8 @@ def cache_root(option: Path | None, *, mounts: Path = _MOUNTS) -> Path:
 def file_system_of(path: Path, *, mounts: Path = _MOUNTS) -> str:
     """Return the type of the file system that holds `path`, "" when unknown.
 
-    The format of `mounts` is /proc/self/mountinfo (proc_pid_mountinfo(5)): the third field is the device, the type
-    follows the lone hyphen. Compared by device, so that bind mounts and symlinks do not matter.
+    `mounts` has the format of /proc/self/mountinfo (proc_pid_mountinfo(5)): the third field is the device, and the type
+    follows a separate hyphen. Compare devices, so that bind mounts and symlinks do not matter.
     """
     device = path.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -86,9 +86,9 @@ def file_system_of(path: Path, *, mounts: Path = _MOUNTS) -> str:
 
 
 def run_root(tmp: Path = _TMP) -> Path:
-    """Return the directory of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if fit, else `/tmp/fcvm-<uid>`.
+    """Return the parent of this user's run directories: `$XDG_RUNTIME_DIR/fcvm` if usable, else `/tmp/fcvm-<uid>`.
 
-    Raise HostError when somebody else has put something in its place.
+    Raise HostError when the path is not a private directory of this user.
     """
     given = environment().get("XDG_RUNTIME_DIR", "")
     if given.startswith("/"):
@@ -104,10 +104,10 @@ def run_root(tmp: Path = _TMP) -> Path:
 
 
 class RunDir:
-    """One process's directory under the run root, made on entry and removed on exit.
+    """One process's directory under the run root, created on entry and removed on exit.
 
-    Its `lock` file is flock'ed as long as it lives; the janitor trusts nothing else. In a forked child, leaving the
-    context does nothing: the directory is the parent's.
+    Its `lock` file is locked by flock as long as the directory is in use; the janitor relies on nothing else. In a
+    forked child, exit does nothing: the directory is the parent's.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -139,7 +139,7 @@ class RunDir:
 
 
 def working_dir() -> Path:
-    """Return the working directory; where it is gone, a path in which nothing lies."""
+    """Return the working directory. Where it was removed, return a path below which nothing exists."""
     try:
         return Path.cwd()
     except FileNotFoundError:
@@ -152,9 +152,9 @@ def is_run_id(name: str) -> bool:
 
 
 def make_child_dir(parent: Path, name: str, serial: int) -> Path:
-    """Make a private directory that has never been used before: `serial` is never given twice.
+    """Create a private directory with a new name. The caller passes each `serial` once.
 
-    `name` may hold anything; what does not fit a short path is replaced or cut. Raise HostError when it cannot be made.
+    `name` may hold any text; it is shortened, and unsafe characters are replaced. Raise HostError.
     """
     fit = _UNFIT.sub("-", name).strip(".-")[:_CHILD_NAME_LIMIT] or "child"
     path = parent / f"{fit}.{serial}"
@@ -169,7 +169,7 @@ def make_child_dir(parent: Path, name: str, serial: int) -> Path:
 
 def _default_cache_root() -> Path:
     base = environment().get("XDG_CACHE_HOME", "")
-    if base.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
+    if base.startswith("/"):  # the XDG base directory specification says to ignore a relative path
         return Path(base) / "pytest-fcvm"
     try:
         return Path(expand_home("~")).expanduser() / ".cache" / "pytest-fcvm"
@@ -178,7 +178,7 @@ def _default_cache_root() -> Path:
 
 
 def _private_dir(path: Path) -> Path:
-    """Make or accept a directory that only we can have put there: never through a symlink, never open to others."""
+    """Create a private directory, or accept an existing one: not a symlink, our own, and not open to others."""
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()
@@ -193,7 +193,7 @@ def _private_dir(path: Path) -> Path:
 
 
 def _claim(root: Path, pick_name: Callable[[], str]) -> tuple[Path, int]:
-    """Make a new directory and lock it, unless a janitor saw it between the two steps: then try another name."""
+    """Create a new directory and lock it. Try another name if a janitor removed it between the two steps."""
     while True:
         path = root / pick_name()
         try:

@@ -1,4 +1,4 @@
-"""Foreign programs: found, run with a deadline, their failures told apart."""
+"""Find foreign programs, run them with a deadline, and report how they failed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
+from pytest_fcvm.host.limits import host_error, lacks_processes, process_limit_hint
 from pytest_fcvm.host.own import environment, find_program, getpid, shutil, subprocess
 
 __all__ = [
     "ToolFailed",
     "condense",
-    "ends_with_us",
     "find_tool",
     "killed_at_deadline",
+    "killed_with_us",
     "resolve_tool",
     "run_tool",
     "start_tool",
@@ -28,31 +28,31 @@ _UNLESS_ORPHANED = '[ "$PPID" = "$0" ] && exec "$@"'
 
 
 class ToolFailed(HostError):
-    """A program ended with a failure; `exit_code` is negative for a signal, `stderr` what it said."""
+    """A program failed. `exit_code` is negative for a signal; `stderr` is the program's output."""
 
     exit_code: int = 0
     stderr: str = ""
 
 
 def find_tool(name: str) -> Path | None:
-    """Return the program's path or None, looking in the system's own sbin directories as well."""
+    """Return the program's path or None. Search the system's sbin directories as well as PATH."""
     found = find_program(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
     return Path(found) if found else None
 
 
 def resolve_tool(name: str, *, package: str) -> Path:
-    """Return the program's path. Raise HostError that names the package to install."""
+    """Return the program's path. Raise HostError with the package to install."""
     found = find_tool(name)
     if found is None:
         raise HostError(f"{name} is not installed", hint=f"apt-get install {package}")
     return found
 
 
-def ends_with_us() -> list[str | Path]:
-    """Return what to put before a command line so that the kernel kills the program when the calling thread dies.
+def killed_with_us() -> list[str | Path]:
+    """Return the beginning of a command line that makes the kernel kill the program when the calling thread dies.
 
-    `setpriv` (util-linux) executes the program in its own place, so its process id is the program's; a shell between
-    them does not begin for a process that died before the kernel was told. Nothing is put there without `setpriv`.
+    `setpriv` (util-linux) and a shell execute the program in their own place, so its process id stays the same. The
+    shell checks that this process is still the parent. Return nothing without `setpriv`.
     """
     setpriv = find_tool("setpriv")
     if setpriv is None:
@@ -63,7 +63,7 @@ def ends_with_us() -> list[str | Path]:
 def run_tool(
     argv: Sequence[str | Path], *, timeout_s: float, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> str:
-    """Run a program to its end and return its stdout. Raise ToolFailed with its last words, also at the deadline."""
+    """Run a program to its end and return its stdout. Raise ToolFailed, with its final output, also at the deadline."""
     with (
         start_tool(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd, env=env) as process,
         killed_at_deadline(process, timeout_s) as late,
@@ -85,12 +85,12 @@ def start_tool(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in the session's environment, or in `env`. Raise ToolFailed when it cannot be started."""
+    """Start a program in `env`, else in the session's environment. Raise ToolFailed when it cannot be started."""
     command = [str(part) for part in argv]
     if subprocess.Popen.__module__ != "subprocess":
         raise ToolFailed(
             f"{command[0]} could not be started: subprocess.Popen was replaced before pytest began",
-            hint="replace it in tests alone; the snapshot is then built by the system's own",
+            hint="replace it in tests only, so that snapshots are built with the original",
         )
     try:
         return subprocess.Popen(
@@ -103,9 +103,9 @@ def start_tool(
 
 @contextmanager
 def killed_at_deadline(process: subprocess.Popen[bytes], timeout_s: float) -> Iterator[threading.Event]:
-    """Kill the process at the end of the block or at the deadline, which sets the event.
+    """Kill the process at the end of the block or at the deadline. Set the event at the deadline.
 
-    The deadline is a lock's, which no patched clock moves.
+    A lock keeps the deadline, so that patched clocks do not change it.
     """
     late = threading.Event()
 
@@ -124,14 +124,14 @@ def killed_at_deadline(process: subprocess.Popen[bytes], timeout_s: float) -> It
 
 
 def condense(text: str, limit: int = 300) -> str:
-    """Return the last line that says something, cut to `limit` characters, for a one-line message."""
+    """Return the last line that is not blank, at most `limit` characters of it, for a one-line message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][-limit:] if lines else "it said nothing"
+    return lines[-1][-limit:] if lines else "it printed nothing"
 
 
 def _failure(program: str, code: int, stderr: str) -> ToolFailed:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    hint = more_processes() if lacks_process(stderr) else ""
+    hint = process_limit_hint() if lacks_processes(stderr) else ""
     error = ToolFailed(f"{program} {how}: {condense(stderr)}", hint=hint, evidence={program: stderr[-4000:]})
     error.exit_code, error.stderr = code, stderr
     return error

@@ -1,27 +1,30 @@
-"""Sockets of our own, whatever a test has put in the place of `socket.socket` and its methods.
+"""Sockets that work although a test has replaced `socket.socket` or its methods.
 
-pytest-socket and mocks do so to keep tests from the network. Between pytest and its own clones there is none: all of
-these are Unix sockets, or on loopback.
+pytest-socket and mocks replace them to keep tests from the network. Our own sockets do not reach it: they are Unix
+sockets, or on loopback.
 """
 
 from __future__ import annotations
 
 import _socket
 import socket
+import struct
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import own
 
-__all__ = ["Socket", "check_allowed", "connect", "listen", "socket_pair"]
+__all__ = ["Socket", "check_allowed", "connect", "listen", "reset", "socket_pair"]
 
 _BLOCKER = "pytest_socket"
+_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 _BACKLOG = 4096  # the kernel takes its own limit where that is lower (net.core.somaxconn)
 
 
 class Socket(own.Socket):
-    """A socket that connects and accepts by the system's own calls."""
+    """A socket with the original `connect` and `accept`."""
 
     connect = _socket.socket.connect
 
@@ -32,16 +35,16 @@ class Socket(own.Socket):
 
 
 def check_allowed() -> None:
-    """Raise HostError where pytest-socket refuses even Unix sockets to the test that runs."""
+    """Raise HostError where pytest-socket refuses the running test even Unix sockets."""
     if socket.socket.__module__ != _BLOCKER:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns as well, which `-W error` makes an exception
+            warnings.simplefilter("ignore")  # pytest-socket also warns, and `-W error` turns that into an exception
             socket.socket(socket.AF_UNIX).close()
     except RuntimeError as error:
         raise HostError(
-            "pytest-socket refuses this test all sockets, and pytest speaks to clones over Unix sockets",
+            "pytest-socket refuses this test all sockets, and clones need Unix sockets",
             hint="add --allow-unix-socket to --disable-socket, or mark the test with @pytest.mark.enable_socket",
         ) from error
 
@@ -77,3 +80,10 @@ def listen(address: tuple[str, int]) -> Socket:
         listener.close()
         raise
     return listener
+
+
+def reset(client: socket.socket) -> None:
+    """Close a socket so that its peer sees a reset."""
+    with suppress(OSError):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
+    client.close()

@@ -1,7 +1,4 @@
-"""Large files: copies of sparse ones, and what is said of one that cannot be made.
-
-A copy is a reflink where the file system has them, else only what was written.
-"""
+"""Copy and move large sparse files. A copy is a reflink where the file system has them, else holes stay holes."""
 
 from __future__ import annotations
 
@@ -15,21 +12,21 @@ from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import create_private, open_regular
 from pytest_fcvm.host.own import os, shutil
 
-__all__ = ["NOT_HERE", "copy_file", "copy_sparse", "move_file", "unmakable"]
+__all__ = ["UNSUPPORTED_ERRORS", "copy_file", "copy_sparse", "creation_error", "move_file"]
 
-NOT_HERE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
-"""What a file system says that cannot do a thing."""
+UNSUPPORTED_ERRORS = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
+"""The errors of a file system that lacks an operation."""
 
 _FICLONE = 0x40049409  # linux/fs.h
 
 
-def unmakable(path: Path, error: OSError) -> HostError:
-    """Return the error of a file for which there is no room, or no right."""
+def creation_error(path: Path, error: OSError) -> HostError:
+    """Return the error for a file that cannot be created, for lack of room or of permission."""
     return HostError(f"{path} cannot be made: {error.strerror}", hint="free space there or use --fcvm-cache-dir")
 
 
 def copy_sparse(source: int, target: int) -> None:
-    """Make the file open as `target` what `source` is, holes as holes. Raise OSError."""
+    """Copy between open files, from `source` to `target`. Holes stay holes. Raise OSError."""
     with suppress(OSError):
         fcntl.ioctl(target, _FICLONE, source)
         return
@@ -48,7 +45,7 @@ def copy_sparse(source: int, target: int) -> None:
 
 
 def copy_file(source: Path, dest: Path) -> None:
-    """Make `dest`, which is not there yet, with mode 0600, what the file `source` is. Raise HostError without room."""
+    """Copy a file to the new file `dest`, with mode 0600. Raise HostError without room."""
     with ExitStack() as files:
         try:
             read = files.enter_context(open_regular(source))
@@ -56,17 +53,17 @@ def copy_file(source: Path, dest: Path) -> None:
             files.callback(os.close, written)
             copy_sparse(read.fileno(), written)
         except OSError as error:
-            raise unmakable(dest, error) from error
+            raise creation_error(dest, error) from error
 
 
 def move_file(source: Path, dest: Path) -> None:
-    """Move a file to a place on any file system, where it is ours, with mode 0600.
+    """Move a file to any file system, and make it our own, with mode 0600.
 
-    Raise HostError without room, or when it is no regular file.
+    Raise HostError without room, or when `source` is not a regular file.
     """
     try:
         source.rename(dest)
-        mode = dest.lstat().st_mode  # looked at where nobody else can put another in its place
+        mode = dest.lstat().st_mode  # after the move: nobody else can replace the file at `dest`
         if not stat.S_ISREG(mode):
             (shutil.rmtree if stat.S_ISDIR(mode) else os.unlink)(dest)
             raise OSError(errno.EINVAL, "not a regular file")
@@ -74,7 +71,7 @@ def move_file(source: Path, dest: Path) -> None:
         dest.chmod(0o600)
     except OSError as error:
         if error.errno != errno.EXDEV:
-            raise unmakable(dest, error) from error
+            raise creation_error(dest, error) from error
         copy_file(source, dest)
         source.unlink()
 
@@ -84,7 +81,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         try:
             start += os.copy_file_range(source, target, end - start, start, start)
         except OSError as error:
-            if error.errno not in NOT_HERE:
+            if error.errno not in UNSUPPORTED_ERRORS:
                 raise
             block = os.pread(source, min(end - start, 1 << 20), start)
             start += os.pwrite(target, block, start)

@@ -1,7 +1,8 @@
-"""Threads beside a user's tests: daemons that take no signal.
+"""Threads beside a user's tests: daemons that block all signals.
 
-A signal for the process goes to any thread that does not block it. Python acts on it in the main thread alone, which is
-not woken from a system call when another thread took it: Ctrl-C was lost in a `time.sleep` of a test, once in 25.
+The kernel delivers a process's signal to any thread that does not block it. Python handles it in the main thread only,
+and does not interrupt a system call there when another thread got the signal. With unblocked signals, one Ctrl-C in 25
+was lost in a test's `time.sleep`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 from pytest_fcvm.host.clock import Deadline
 
-__all__ = ["Crew", "ServiceThread", "block_signals"]
+__all__ = ["ServiceThread", "ThreadGroup", "block_signals"]
 
 _ALL = signal.valid_signals()
 
 
 def block_signals() -> None:
-    """Block all signals in the calling thread, which a library has started."""
+    """Block all signals in the calling thread. For a thread that a library has started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
 
 
@@ -30,28 +31,28 @@ class ServiceThread(threading.Thread):
         super().__init__(target=target, args=arguments, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start it. Raise RuntimeError when there can be no more threads."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)  # it begins with its maker's mask
+        """Start the thread. Raise RuntimeError when the kernel gives no more threads."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)  # a new thread inherits this mask
         try:
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end, at most so many seconds. One that could not be started has none."""
+        """Wait for the thread's end, at most `timeout` seconds. Return at once for a thread that was not started."""
         if self.ident is not None:
             super().join(timeout)
 
 
-class Crew:
-    """Service threads that one owner has started, for it to wait for at its end."""
+class ThreadGroup:
+    """Service threads of one owner, which waits for them at its end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._threads: list[ServiceThread] = []
 
     def start(self, thread: ServiceThread) -> None:
-        """Start one more. Raise RuntimeError when there can be no more threads; it is to be waited for if it runs."""
+        """Start a thread and keep it if it runs. Raise RuntimeError when the kernel gives no more threads."""
         with self._lock:
             try:
                 thread.start()
@@ -60,7 +61,7 @@ class Crew:
                 self._threads = [*running, thread] if thread.ident is not None else running
 
     def join(self, timeout_s: float) -> None:
-        """Wait until all have ended, at most so long; never for the caller itself."""
+        """Wait until all threads have ended, at most `timeout_s`. Do not wait for the calling thread."""
         deadline = Deadline(timeout_s)
         with self._lock:
             threads = list(self._threads)

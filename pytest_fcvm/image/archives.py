@@ -1,4 +1,4 @@
-"""Tar files that hold an image: what `docker save`, podman and skopeo write.
+"""Tar files with an image, as `docker save`, podman and skopeo write them.
 
 Formats: Docker's image specification v1.2, "Combined Image JSON + Filesystem Changeset Format"; OCI's image-layout.md.
 """
@@ -9,16 +9,16 @@ import json
 import tarfile
 from pathlib import Path
 
-__all__ = ["name_archive", "write_without_links"]
+__all__ = ["find_transport", "write_without_links"]
 
-_MOST_MEMBERS = 5000  # a saved image has a few for each layer; a root filesystem need not be read to its end
-_LARGEST_JSON = 16 << 20
+_MAX_MEMBERS = 5000  # a saved image has a few members per layer; this stops early in a root filesystem
+_MAX_JSON_BYTES = 16 << 20
 
 
-def name_archive(path: Path) -> str:
-    """Return the transport that reads this tar file, `docker-archive` or `oci-archive`; "" when it is no saved image.
+def find_transport(path: Path) -> str:
+    """Return the transport of a saved image, `docker-archive` or `oci-archive`, or "" for any other tar file.
 
-    A tar that cannot be read here is no saved image either.
+    Return "" for an unreadable file too.
     """
     found = ""
     try:
@@ -29,7 +29,7 @@ def name_archive(path: Path) -> str:
                     return "docker-archive"
                 if name == "oci-layout" and member.isfile():
                     found = "oci-archive"
-                if number > _MOST_MEMBERS:
+                if number > _MAX_MEMBERS:
                     break
     except (OSError, EOFError, ValueError, tarfile.TarError):
         return found
@@ -37,16 +37,16 @@ def name_archive(path: Path) -> str:
 
 
 def _lists_layers(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
-    file = archive.extractfile(member) if member.isfile() and member.size < _LARGEST_JSON else None
+    file = archive.extractfile(member) if member.isfile() and member.size < _MAX_JSON_BYTES else None
     images = json.loads(file.read()) if file else None
     return isinstance(images, list) and all(isinstance(image, dict) and "Layers" in image for image in images)
 
 
 def write_without_links(source: Path, dest: Path) -> bool:
-    """Write a copy in which every link is a file with the content that it names; return False if there are no links.
+    """Write a copy in which every link is a file with the content of its target. Return False if there are no links.
 
-    Docker once saved a layer that comes twice as a link to the first one; skopeo takes the link's size for the layer's.
-    Raise OSError, and TarError for an archive that is damaged or has a link to nothing.
+    Old versions of Docker save a repeated layer as a link to the first one; skopeo then takes the link's size for the
+    layer's. Raise OSError, and TarError for a damaged archive or a link without a target.
     """
     with tarfile.open(source, errors="surrogateescape") as archive:
         if not any(member.issym() or member.islnk() for member in archive):
@@ -58,7 +58,7 @@ def write_without_links(source: Path, dest: Path) -> bool:
                 try:
                     file = archive.extractfile(member)
                 except KeyError as error:
-                    raise tarfile.ReadError(f"{member.name} is a link to nothing") from error
+                    raise tarfile.ReadError(f"{member.name} is a link without a target") from error
                 if file is None:
                     continue
                 plain = tarfile.TarInfo(member.name)

@@ -1,4 +1,4 @@
-"""A layer's bytes as a plain tar file on disk: decompressed once, its digests verified on the way."""
+"""Layers as plain tar files on disk: decompress a layer once, and verify its digests meanwhile."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["LayerBlob", "spool_layer"]
 
 _CHUNK = 1 << 20
 _GZIP, _ZSTD, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
-_SKIPPABLE = tuple(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))  # zstd frames without content
+_SKIPPABLE = tuple(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))  # zstd: skippable frames
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBlob:
-    """A layer as it lies on disk. Empty digests are not verified; both have the form "sha256:HEX"."""
+    """The file of a layer. Digests have the form "sha256:HEX"; an empty one is not verified."""
 
     path: Path
     digest: str = ""
@@ -44,15 +44,14 @@ class _Decoder(Protocol):
 
 
 def spool_layer(blob: LayerBlob, directory: Path, *, max_bytes: int) -> IO[bytes]:
-    """Return the layer's tar, open for reading at any place: the blob itself, or an unnamed decompressed copy.
+    """Return the layer's tar as an open, seekable file: the blob, or an unnamed decompressed copy in `directory`.
 
-    `directory` takes the copy. Raise ImageError for a wrong digest, a broken stream or more than `max_bytes`; OSError
-    when the disk is full.
+    Raise ImageError for a wrong digest, a broken stream or more than `max_bytes`; OSError when the disk is full.
     """
     with blob.path.open("rb") as head:
         magic = head.read(8)
     compressed = not _is_plain(magic)
-    copy = tempfile.TemporaryFile(dir=directory) if compressed else None  # noqa: SIM115  it is what we return
+    copy = tempfile.TemporaryFile(dir=directory) if compressed else None  # noqa: SIM115  returned open
     try:
         whole, plain = _new_hash(blob.digest), _new_hash(blob.diff_id)
         with closing(_plain_chunks(blob.path, magic, whole.update)) as chunks:
@@ -93,7 +92,7 @@ class _Hash(Protocol):
 
 
 class _NoHash:
-    """Stands where no digest is known and none is worth the time."""
+    """A hash that computes nothing, for a layer without a known digest."""
 
     def update(self, data: bytes, /) -> None:
         pass
@@ -107,7 +106,7 @@ def _new_hash(expected: str) -> _Hash:
     if not expected:
         return _NoHash()
     if algorithm not in ("sha256", "sha384", "sha512"):
-        raise ImageError(f"the image uses an unknown digest: {algorithm[:20]!r}", hint="build the image anew")
+        raise ImageError(f"the image uses an unknown digest algorithm: {algorithm[:20]!r}", hint="rebuild the image")
     return hashlib.new(algorithm)
 
 
@@ -115,24 +114,24 @@ def _verify(what: str, expected: str, found: str) -> None:
     if expected and expected.partition(":")[2] != found:
         raise ImageError(
             f"a layer of the image is damaged: its {what} is {found[:12]}…, not {expected.partition(':')[2][:12]}…",
-            hint="pull or build the image anew (--fcvm-pull always)",
+            hint="pull the image again (--fcvm-pull always) or rebuild it",
         )
 
 
-def _plain_chunks(path: Path, magic: bytes, seen: Callable[[bytes], None]) -> Generator[bytes]:
-    """Yield the decompressed content in pieces; `seen` gets the bytes as they lie on disk."""
+def _plain_chunks(path: Path, magic: bytes, on_read: Callable[[bytes], None]) -> Generator[bytes]:
+    """Yield the decompressed content in pieces. Call `on_read` with the bytes of the file."""
     if magic.startswith(_GZIP):
-        yield from _inflate(path, seen, _Gzip)
+        yield from _inflate(path, on_read, _Gzip)
     elif magic.startswith(_BZIP2):
-        yield from _inflate(path, seen, bz2.BZ2Decompressor)
+        yield from _inflate(path, on_read, bz2.BZ2Decompressor)
     elif magic.startswith(_XZ):
-        yield from _inflate(path, seen, lzma.LZMADecompressor)
+        yield from _inflate(path, on_read, lzma.LZMADecompressor)
     elif _is_plain(magic):
         for chunk in _read(path):
-            seen(chunk)
+            on_read(chunk)
             yield chunk
     else:
-        yield from _unzstd(path, seen)
+        yield from _unzstd(path, on_read)
 
 
 def _read(path: Path) -> Iterator[bytes]:
@@ -142,7 +141,7 @@ def _read(path: Path) -> Iterator[bytes]:
 
 
 class _Gzip:
-    """zlib's decoder in the shape of those of bz2 and lzma."""
+    """zlib's decoder with the interface of bz2's and lzma's."""
 
     def __init__(self) -> None:
         self._decoder = zlib.decompressobj(wbits=31)
@@ -163,12 +162,12 @@ class _Gzip:
         return self._decoder.decompress(self._decoder.unconsumed_tail + data, max(0, max_length))
 
 
-def _inflate(path: Path, seen: Callable[[bytes], None], new_decoder: Callable[[], _Decoder]) -> Iterator[bytes]:
-    """Decompress one member or many in a row (pigz and estargz write many), zero padding after the last ignored."""
+def _inflate(path: Path, on_read: Callable[[bytes], None], new_decoder: Callable[[], _Decoder]) -> Iterator[bytes]:
+    """Decompress consecutive members (pigz and estargz write many). Ignore zero padding after the last."""
     decoder = new_decoder()
     try:
         for data in _read(path):
-            seen(data)
+            on_read(data)
             while True:
                 if decoder.eof:
                     data = (decoder.unused_data + data).lstrip(b"\0")
@@ -186,23 +185,23 @@ def _inflate(path: Path, seen: Callable[[bytes], None], new_decoder: Callable[[]
         raise _damaged("its compressed data ends early")
 
 
-def _unzstd(path: Path, seen: Callable[[bytes], None]) -> Iterator[bytes]:
+def _unzstd(path: Path, on_read: Callable[[bytes], None]) -> Iterator[bytes]:
     for chunk in _read(path):
-        seen(chunk)
+        on_read(chunk)
     command = [str(resolve_tool("zstd", package="zstd")), "-dcq", "--", str(path)]
     with start_tool(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:  # whose end closes the pipes first, so that SIGPIPE ends a zstd that nobody listens to
+    ) as process:  # its exit closes the pipes first, so that SIGPIPE ends zstd if this generator is closed early
         assert process.stdout is not None
         assert process.stderr is not None
         while chunk := process.stdout.read(_CHUNK):
             yield chunk
-        last_words = process.stderr.read(64 * 1024).decode("utf-8", "replace")
+        final_output = process.stderr.read(64 * 1024).decode("utf-8", "replace")
         if process.wait():
-            raise _damaged(condense(last_words))
+            raise _damaged(condense(final_output))
 
 
 def _damaged(reason: str) -> ImageError:
     return ImageError(
-        f"a layer of the image is damaged: {reason}", hint="pull or build the image anew (--fcvm-pull always)"
+        f"a layer of the image is damaged: {reason}", hint="pull the image again (--fcvm-pull always) or rebuild it"
     )

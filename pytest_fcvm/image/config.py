@@ -1,4 +1,4 @@
-"""What an image says about running it: the `config` of Docker's image JSON and of OCI's image configuration.
+"""The run settings of an image: the `config` of Docker's image JSON and of OCI's image configuration.
 
 Formats: OCI image-spec config.md; Docker's image specification v1.2, which has Healthcheck (OCI has none).
 """
@@ -15,12 +15,12 @@ __all__ = ["Healthcheck", "ImageConfig"]
 
 _NS_PER_S = 1_000_000_000
 _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(tcp|udp|sctp))?", re.IGNORECASE)
-_MOST_PORTS = 1000
+_MAX_PORTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Healthcheck:
-    """Docker's HEALTHCHECK. `test` is its list, `CMD` or `CMD-SHELL` first; what is left out is Docker's default."""
+    """Docker's HEALTHCHECK. `test` begins with `CMD` or `CMD-SHELL`. The defaults are Docker's."""
 
     test: tuple[str, ...]
     interval_s: float = 30.0
@@ -31,9 +31,9 @@ class Healthcheck:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig:
-    """How the image wants to be run. `env` are `NAME=value` items, `exposed_ports` ascend by number.
+    """The run settings of an image. `env` has `NAME=value` items; `exposed_ports` are sorted by number.
 
-    `shell` is what Docker gives the shell forms to, empty for /bin/sh -c.
+    `shell` is the command that runs shell forms, empty for /bin/sh -c.
     """
 
     entrypoint: tuple[str, ...] = ()
@@ -50,20 +50,20 @@ class ImageConfig:
     architecture: str = ""
 
     def argv(self, command: Sequence[str] | None = None, entrypoint: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return the workload's command line: the entrypoint, then `command` in the place of the image's own.
+        """Return the workload's command line: the entrypoint, then `command` or else the image's own arguments.
 
-        As in `docker run`, arguments of the image are those of its entrypoint, and not of another one.
+        As in `docker run`, another entrypoint does not get the image's arguments.
         """
         own = () if entrypoint else self.cmd
         return (*(self.entrypoint if entrypoint is None else entrypoint), *(own if command is None else command))
 
     def to_json(self) -> dict[str, object]:
-        """Return what `from_json` reads, made of JSON's types alone."""
+        """Return the input of `from_json`, made only of JSON's types."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> ImageConfig:
-        """Read what `to_json` gave. Raise ValueError for anything else."""
+        """Read the output of `to_json`. Raise ValueError for anything else."""
         try:
             if data.keys() != {each.name for each in fields(cls)}:
                 raise ValueError("the names of its fields differ")
@@ -86,7 +86,7 @@ class ImageConfig:
 
     @classmethod
     def from_image(cls, document: Mapping[str, object]) -> ImageConfig:
-        """Read an image's configuration, Docker's or OCI's. Raise ImageError that names the malformed field."""
+        """Read Docker's or OCI's configuration of an image. Raise ImageError that names a malformed field."""
         try:
             config = _mapping(document, "config")
             return cls(
@@ -105,7 +105,7 @@ class ImageConfig:
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise ImageError(
-                f"the image's configuration is malformed: {error}", hint="build the image anew with a current tool"
+                f"the image's configuration is malformed: {error}", hint="rebuild the image with a current tool"
             ) from error
 
 
@@ -137,15 +137,15 @@ def _stored_health(data: Mapping[str, object]) -> Healthcheck:
 def _ports(section: Iterable[str]) -> tuple[tuple[int, str], ...]:
     """Read `80/tcp`, `80` and Docker's ranges `8000-8010/udp`.
 
-    EXPOSE is a hint and refuses no image: what names no port is passed over, and so is a range that is too wide to map,
-    as a TURN server's `49152-65535/udp`.
+    EXPOSE is only a hint: skip what is not a port, and a range too wide to map, such as a TURN server's
+    `49152-65535/udp`.
     """
     found: set[tuple[int, str]] = set()
     for text in section:
         match = _PORT.fullmatch(text)
         first = int(match[1]) if match else 0
         last = int(match[2] or first) if match else 0
-        if match and 0 < first <= last < 65536 and last - first <= _MOST_PORTS:
+        if match and 0 < first <= last < 65536 and last - first <= _MAX_PORTS:
             found.update((port, (match[3] or "tcp").lower()) for port in range(first, last + 1))
     return tuple(sorted(found))
 
@@ -154,11 +154,11 @@ def _labels(section: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     return tuple((name, _text(section, name)) for name in sorted(section))
 
 
-# The readers name the field but never repeat its value: an environment holds passwords.
+# The readers name the field but never show its value: an environment may have passwords.
 
 
 def _command(section: Mapping[str, object], name: str) -> tuple[str, ...]:
-    """Read a command line; Docker's oldest images have a bare string, which it gives to the shell."""
+    """Read a command line. Docker's oldest images have a string, which the shell runs."""
     value = section.get(name)
     if isinstance(value, str):
         return ("/bin/sh", "-c", _text(section, name)) if value else ()

@@ -1,4 +1,4 @@
-"""Where the bytes of a tree's files come from: layers' tar files, or a directory of this host."""
+"""The sources of file contents: the tar files of layers, or a directory of this host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 class Contents(Protocol):
-    """What a file's bytes are read from."""
+    """A source of file contents."""
 
     def chunks(self, node: Node) -> Iterator[bytes]:
         """Yield a file's content, `node.size` bytes in all, holes as zeros."""
@@ -57,25 +57,25 @@ class DirectoryContents:
         self._paths, self._stamps = paths, stamps
 
     def stamp(self, node: Node) -> str:
-        """Return a text that changes whenever the file does."""
+        """Return a string that changes when the file changes."""
         return self._stamps.get(node, "")
 
     def chunks(self, node: Node) -> Iterator[bytes]:
-        """Yield a file's content; it must not have changed its size since it was listed."""
+        """Yield a file's content. Raise ImageError if the file's size has changed since `read_directory`."""
         path = self._paths[node]
         try:
             with path.open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != node.size:
-                    raise ImageError(f"{path} changed while it was read", hint="run again when nothing writes there")
+                    raise ImageError(f"{path} changed while it was read", hint="run again when no program writes to it")
                 yield from _pread(file.fileno(), 0, node.size)
         except OSError as error:
             raise _unreadable(path, error) from error
 
 
 def read_directory(root: Path) -> tuple[RootTree, DirectoryContents]:
-    """Return the tree of a directory of this host. Files of the caller become root's unless the caller is root.
+    """Return the tree of a directory of this host. Root owns the files that belong to the caller.
 
-    Sockets are left out. Raise HostError for what cannot be read.
+    Leave out sockets. Raise HostError for what cannot be read.
     """
     tree, paths, stamps, known = RootTree(), {}, {}, dict[tuple[int, int], Node]()
     for path in sorted(_walk(root)):
@@ -122,12 +122,13 @@ def _xattrs(path: Path) -> dict[str, bytes]:
         names = [name for name in os.listxattr(path) if name.startswith(("user.", "security.capability"))]
         return {name: os.getxattr(path, name) for name in names if not name.startswith("user.overlay.")}
     except OSError:
-        return {}  # a file system without them
+        return {}  # the file system has no xattrs
 
 
 def _unreadable(path: Path, error: OSError) -> HostError:
     return HostError(
-        f"{path} cannot be read: {error.strerror}", hint="give a root filesystem this user may read, or a tar of it"
+        f"{path} cannot be read: {error.strerror}",
+        hint="name a root filesystem that this user may read, or a tar of it",
     )
 
 
@@ -142,6 +143,6 @@ def _pread(descriptor: int, offset: int, length: int) -> Iterator[bytes]:
     while offset < end:
         chunk = os.pread(descriptor, min(_CHUNK, end - offset), offset)
         if not chunk:
-            raise broken_layer("a file was cut while it was read", f"byte {offset}")
+            raise broken_layer("a file was truncated while it was read", f"byte {offset}")
         yield chunk
         offset += len(chunk)

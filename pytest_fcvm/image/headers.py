@@ -1,8 +1,7 @@
-"""Tar headers as `mksquashfs -tar` reads them: ustar, with a PAX header where ustar has no room.
+"""Tar headers for `mksquashfs -tar`: ustar, with a PAX header for values that do not fit.
 
 Formats: POSIX pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar's manual, "Basic Tar Format", for long
-links. Python's tarfile refuses xattr values that are not text unless it marks the header with `hdrcharset`, and takes
-several times as long.
+links. Python's tarfile is several times slower, and writes binary xattr values only with `hdrcharset` in the header.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _TYPES = {
 
 
 def member_header(path: str, node: Node, *, link: str | None = None) -> bytes:
-    """Return the header blocks of a node at `path`, or of another name for the one at `link`."""
+    """Return the header blocks of a node at `path`; with `link`, of a hard link to the node at `link`."""
     name = _encode(path)
     if node.kind is NodeKind.DIRECTORY:
         name += b"/"
@@ -81,10 +80,10 @@ def _with_checksum(head: bytes) -> bytes:
 
 
 def _long_link(target: bytes) -> bytes:
-    """Return GNU's header for a target that ustar has no room for.
+    """Return GNU's header for a link target that is too long for ustar.
 
-    mksquashfs 4.5.1 takes every leading `/`, `./` and `../` from PAX's `linkpath`, of symbolic links too. This header
-    has to come before a PAX one, whose `size` it would take for its own.
+    mksquashfs 4.5.1 strips every leading `/`, `./` and `../` from PAX's `linkpath`, for symbolic links too. Write this
+    header before the PAX header: otherwise the PAX `size` applies to this header.
     """
     return _carry(b"././@LongLink", b"K", target + b"\0") if len(target) > 100 else b""
 

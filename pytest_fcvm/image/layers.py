@@ -1,8 +1,8 @@
-"""Flatten an image's layers to one tar stream in which every path comes once.
+"""Flatten an image's layers into one tar stream that has every path once.
 
-The rules are those of OCI's image-spec layer.md: `.wh.NAME` removes NAME of the layers below, `.wh..wh..opq` everything
-below its directory, both wherever they stand in their layer. So a layer's members are read first; then its whiteouts
-meet the tree of the layers below; then its members are added.
+The rules are those of OCI's image-spec layer.md: `.wh.NAME` removes NAME of the lower layers, `.wh..wh..opq` removes
+all that lower layers have in its directory, wherever the whiteout is in its layer. So the steps for a layer are: read
+its members, apply its whiteouts to the tree of the lower layers, add its members.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_fcvm.image.tree import Node, NodeKind, RootTree, broken_layer
 __all__ = ["flatten", "write_tree"]
 
 _WHITEOUT = ".wh."
-_META = ".wh..wh."  # aufs' own files; only the opaque marker means anything
+_META = ".wh..wh."  # aufs' own files; only the opaque marker matters
 _OPAQUE = ".wh..wh..opq"
 
 Write = Callable[[bytes], object]
@@ -32,9 +32,9 @@ Write = Callable[[bytes], object]
 def flatten(
     blobs: Sequence[LayerBlob], write: Write, *, directory: Path, whiteouts: bool = True, limits: Limits | None = None
 ) -> None:
-    """Write the layers, lowest first, as one uncompressed tar stream, the same bytes for the same layers.
+    """Write the layers, lowest first, as one uncompressed tar stream. The same layers make the same bytes.
 
-    `directory` takes the decompressed copies while this runs; `whiteouts=False` is for a plain root filesystem. Raise
+    `directory` holds the decompressed copies meanwhile. `whiteouts=False` is for a plain root filesystem. Raise
     ImageError for layers that are damaged, leave the root or exceed the limits.
     """
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def flatten(
 def _read_layers(
     blobs: Sequence[LayerBlob], stack: ExitStack, *, directory: Path, whiteouts: bool, limits: Limits
 ) -> tuple[RootTree, LayerContents]:
-    """Return the file system the layers make and its contents, whose files `stack` closes."""
+    """Return the file system of the layers and its contents. `stack` closes their files."""
     tree, files = RootTree(), list[IO[bytes]]()
     budget = _Budget(limits)
     for number, blob in enumerate(blobs):
@@ -61,7 +61,7 @@ def _read_layers(
 
 
 def write_tree(tree: RootTree, contents: Contents, write: Write) -> None:
-    """Write a file system as a tar stream in the order of its walk, without the root: mksquashfs takes none."""
+    """Write a file system as a tar stream in the order of its walk. Leave out the root: mksquashfs makes its own."""
     first_names: dict[Node, str] = {}
     for path, node in tree.walk():
         if node.kind is NodeKind.DIRECTORY:
@@ -87,12 +87,12 @@ class _Budget:
     def spend_bytes(self, count: int) -> None:
         self.bytes -= count
         if self.bytes < 0:
-            raise ImageError("the image unpacks to more than is allowed", hint="use a smaller image")
+            raise ImageError("the image unpacks to more than the limit", hint="use a smaller image")
 
     def spend(self, member: Member) -> None:
         self.entries -= 1
         if self.entries < 0:
-            raise ImageError("the image has more files than is allowed", hint="use a smaller image")
+            raise ImageError("the image has too many files", hint="use a smaller image")
         if member.node is not None and member.node.size:
             self.spend_bytes(member.node.size - sum(extent.length for extent in member.node.extents))
 
@@ -103,7 +103,7 @@ def _apply(tree: RootTree, members: Sequence[Member], *, whiteouts: bool) -> Non
     if whiteouts:
         kept = [member for member in members if not _is_marker(member.parts)]
         made = {member.parts for member in members if member.node and member.node.kind is NodeKind.DIRECTORY}
-        # Shallow ones first: a parent that goes takes what is below it along.
+        # Shallow ones first: removing a parent removes what is below it.
         for parts in sorted((member.parts for member in members if _is_marker(member.parts)), key=len):
             if not _was_link(tree, parts[:-1], made):
                 _remove(tree, parts, removed)
@@ -120,7 +120,7 @@ def _is_marker(parts: tuple[str, ...]) -> bool:
 
 
 def _was_link(tree: RootTree, parts: tuple[str, ...], made: set[tuple[str, ...]]) -> bool:
-    """Say whether the layer makes a directory of a link on the way; what the link names is then not meant."""
+    """Say whether the layer replaces a link in the path by a directory; the whiteout then does not follow the link."""
     for depth in range(1, len(parts) + 1):
         if parts[:depth] in made:
             old = tree.find(parts[:depth])
@@ -141,16 +141,18 @@ def _remove(tree: RootTree, parts: tuple[str, ...], removed: dict[tuple[str, ...
         return
     hidden = name.removeprefix(_WHITEOUT)
     if hidden in ("", ".", ".."):
-        raise broken_layer("whiteout of nothing", "/".join(parts))
+        raise broken_layer("whiteout without a name", "/".join(parts))
     if directory is not None and (node := directory.children.pop(hidden, None)) is not None:
         removed[*above, hidden] = node
 
 
 def _linked(tree: RootTree, member: Member, removed: dict[tuple[str, ...], Node]) -> Node:
-    """Return the node a hard link names, even one that this same layer whites out."""
+    """Return the node that a hard link names, even if this layer whites it out."""
     node = tree.find(member.link) or _find_removed(removed, member.link)
     if node is None:
-        raise broken_layer(f"hard link to {'/'.join(member.link)[:100]!r}, which is not there", "/".join(member.parts))
+        raise broken_layer(
+            f"hard link to {'/'.join(member.link)[:100]!r}, which does not exist", "/".join(member.parts)
+        )
     if node.kind is NodeKind.DIRECTORY:
         raise broken_layer("hard link to a directory", "/".join(member.parts))
     return node

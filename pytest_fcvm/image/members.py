@@ -1,4 +1,4 @@
-"""The members of a layer's tar file, checked, as nodes of a root filesystem.
+"""The members of a layer's tar file as nodes of a root filesystem, with checks.
 
 Formats: V7, ustar, GNU (long names, base-256 numbers, sparse), PAX (xattrs as `SCHILY.xattr.NAME`, sparse 0.0 to 1.0).
 """
@@ -13,13 +13,13 @@ from typing import IO, cast
 from pytest_fcvm.host.own import os
 from pytest_fcvm.image.tree import Extent, Node, NodeKind, broken_layer, split_name
 
-__all__ = ["Limits", "Member", "read_members"]
+__all__ = ["GuardedFile", "Limits", "Member", "read_members"]
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_HEADER = 8 << 20  # of all headers of one member; a PAX header with the largest xattrs Linux has is below 1 MiB
+_MAX_HEADER = 8 << 20  # bytes in the headers of one member; a PAX header with Linux's largest xattrs is below 1 MiB
 _XATTR = "SCHILY.xattr."
-_XATTR_STORED = ("user.", "trusted.", "security.")  # what squashfs can hold
-_XATTR_DROPPED = ("trusted.overlay.", "user.overlay.")  # the guest's own overlay would obey them
+_XATTR_STORED = ("user.", "trusted.", "security.")  # squashfs stores these
+_XATTR_DROPPED = ("trusted.overlay.", "user.overlay.")  # the guest's own overlay would apply them
 _KINDS = {
     tarfile.REGTYPE: NodeKind.FILE,
     tarfile.AREGTYPE: NodeKind.FILE,
@@ -35,7 +35,7 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What an image may cost. `unpacked_bytes` counts every layer whole, holes of sparse files too."""
+    """Upper limits for an image. `unpacked_bytes` counts every layer, with the holes of sparse files."""
 
     entries: int = 1_000_000
     unpacked_bytes: int = 64 << 30
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(slots=True)
 class Member:
-    """One member: `node` is what to put at `parts`, or `link` the parts of the path it is another name of."""
+    """One member at the path `parts`: a `node`, or a hard link to the path `link`."""
 
     parts: tuple[str, ...]
     node: Node | None = None
@@ -52,24 +52,24 @@ class Member:
 
 
 def read_members(file: IO[bytes], layer: int, limits: Limits) -> Iterator[Member]:
-    """Yield the members in their order. Raise ImageError for a broken archive and names that leave the root."""
+    """Yield the members in order. Raise ImageError for a broken archive and for names that leave the root."""
     size = os.fstat(file.fileno()).st_size
     if not size:
         return
     try:
-        guarded = _Guarded(file)
+        guarded = GuardedFile(file)
         with tarfile.open(fileobj=cast("IO[bytes]", guarded), mode="r:", errors="surrogateescape") as archive:
             while (info := archive.next()) is not None:
                 guarded.spent = 0
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                archive.members.clear()  # type: ignore[attr-defined]  # it would grow with every member
                 yield _member(info, layer, size, limits)
             _check_end(file, archive)
     except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError) as error:
         raise broken_layer(f"broken archive ({error})", f"layer {layer + 1}") from error
 
 
-class _Guarded:
-    """A file that a hostile header can neither make us hold in memory nor read in a circle."""
+class GuardedFile:
+    """A file that limits how much a header makes tarfile read, and that refuses to go back."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._furthest, self.spent = file, 0, 0
@@ -77,20 +77,22 @@ class _Guarded:
         file.seek(0)
 
     def seek(self, position: int) -> int:
+        """Move forward to a position. Raise tarfile.ReadError for an earlier one."""
         if position < self._furthest:
             raise tarfile.ReadError("a header points backwards")
         self._furthest = position
         return self._file.seek(position)
 
     def read(self, size: int) -> bytes:
-        self.spent += size  # sparse maps are read block by block
+        """Return up to `size` bytes. Raise tarfile.ReadError when headers take more than the limit."""
+        self.spent += size  # tarfile reads sparse maps block by block
         if size < 0 or self.spent > _MAX_HEADER:
             raise tarfile.ReadError("a header is too large")
         return self._file.read(size)
 
 
 def _check_end(file: IO[bytes], archive: tarfile.TarFile) -> None:
-    """Tell the archive's end from a broken header, which tarfile takes for the end."""
+    """Raise ReadError if the archive ends with a damaged header, which tarfile takes for the end."""
     file.seek(archive.offset)
     block = file.read(_BLOCK)
     if block.strip(b"\0"):
@@ -124,7 +126,7 @@ def _mtime(value: float) -> int:
 
 def _target(info: tarfile.TarInfo, limits: Limits) -> str:
     if not info.linkname or "\0" in info.linkname or len(os.fsencode(info.linkname)) >= limits.path_bytes:
-        raise broken_layer("symbolic link with an impossible target", info.name)
+        raise broken_layer("symbolic link with an invalid target", info.name)
     return info.linkname
 
 
@@ -144,7 +146,7 @@ def _extents(info: tarfile.TarInfo, size: int) -> tuple[Extent, ...]:
         sparse = [(0, info.size)]
     extents, offset, end = [], info.offset_data, 0
     for start, length in sparse:
-        if not length:  # GNU's table is padded with these
+        if not length:  # padding of GNU's table
             continue
         if length < 0 or start < end or start + length > info.size:
             raise broken_layer("sparse map is broken", info.name)

@@ -1,4 +1,4 @@
-"""The names people give images: what skopeo knows, a bare name as Docker reads it, a rootfs as a tar or a directory."""
+"""Image references: skopeo's transports, bare names as in Docker, and a rootfs as a tar or a directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ImageKind", "ImageReference", "parse_reference"]
 
 
 class ImageKind(StrEnum):
-    """Where an image is kept; the values of all but the last two are skopeo's transports."""
+    """Where an image is stored. All values but the last two are skopeo's transports."""
 
     DOCKER = "docker"
     OCI = "oci"
@@ -29,25 +29,25 @@ class ImageKind(StrEnum):
 
     @property
     def is_rootfs(self) -> bool:
-        """Say whether it is a plain file system without an image's configuration."""
+        """Say whether the image is a plain file system without a configuration."""
         return self in (ImageKind.ROOTFS_TAR, ImageKind.ROOTFS_DIR)
 
     @property
     def is_remote(self) -> bool:
-        """Say whether a registry has to be asked."""
+        """Say whether the image is in a registry."""
         return self is ImageKind.DOCKER
 
     @property
     def has_path(self) -> bool:
-        """Say whether the reference names a file or a directory of this machine."""
+        """Say whether the reference names a file or a directory of this host."""
         return self in _WITH_PATH or self.is_rootfs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReference:
-    """One image. `text` is what the person wrote, `skopeo` the reference skopeo takes, None for a plain rootfs.
+    """One image. `text` is what the user wrote; `skopeo` is skopeo's reference, None for a plain rootfs.
 
-    `path` is the absolute file or directory of a local kind, `registry` the host[:port] of a remote one.
+    `path` is the absolute path of a local image, `registry` the host[:port] of a remote one.
     """
 
     text: str
@@ -63,12 +63,12 @@ class ImageReference:
 
     @property
     def source(self) -> str:
-        """Return one spelling for every way to write the same reference."""
+        """Return the canonical spelling of the reference."""
         return self.skopeo or f"{self.kind}:{self.path}"
 
     @property
     def is_local_registry(self) -> bool:
-        """Say whether the registry listens on this machine's loopback, where TLS is not expected."""
+        """Say whether the registry is on this host's loopback, where TLS is not expected."""
         host = self.registry.rpartition(":")[0] if _PORT.search(self.registry) else self.registry
         try:
             return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -77,11 +77,11 @@ class ImageReference:
 
     @property
     def pinned_digest(self) -> str:
-        """Return the manifest digest in the reference, empty when it names a tag, which may move."""
+        """Return the manifest digest in the reference, "" for a tag, which may move."""
         return self.name.partition("@")[2] if self.kind.is_remote else ""
 
     def at_digest(self, digest: str) -> ImageReference:
-        """Return the same repository's image with this manifest digest; itself when it is not in a registry."""
+        """Return a reference to this manifest digest in the same repository; a local reference itself."""
         if not self.kind.is_remote:
             return self
         return ImageReference(
@@ -90,7 +90,7 @@ class ImageReference:
 
     @property
     def repository(self) -> str:
-        """Return the name without tag and digest, which is what lists tags."""
+        """Return the name without tag and digest, as for listing tags."""
         return _TAG.sub("", self.name.partition("@")[0])
 
 
@@ -101,7 +101,7 @@ _USERINFO = re.compile(r"[^/@\s]+:[^/@]*@(?!sha\d+:)")
 _PORT = re.compile(r":\d+$")
 _TAG = re.compile(r":[\w.-]+$", re.ASCII)
 _PATH_START = re.compile(r"(/|\./|\.\./|~/)|\.{1,2}$")
-# The grammar of distribution/reference: repository components, then a tag and a digest, either may be left out.
+# The grammar of distribution/reference: repository components, then an optional tag and an optional digest.
 _NAME = re.compile(
     r"(?P<repository>[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*)*)"
     r"(?::(?P<tag>\w[\w.-]{0,127}))?(?:@(?P<digest>sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}))?",
@@ -116,10 +116,10 @@ _FORMS = (
 
 
 def parse_reference(text: str, *, base: Path) -> ImageReference:
-    """Read what a person calls an image; relative paths start at `base`.
+    """Parse an image reference. Relative paths start at `base`.
 
-    A bare name is docker.io's, as Docker reads it. A directory is meant by an absolute path, by a leading `./`, `../` or
-    `~/`, or by a relative path with a slash that exists. Raise UsageProblem, which never repeats a password.
+    A bare name is on docker.io, as in Docker. These are directories: an absolute path, a path with a leading `./`,
+    `../` or `~/`, and an existing relative path with a slash. Raise UsageProblem, whose text never has a password.
     """
     _refuse_hostile(text)
     scheme, colon, rest = text.partition(":")
@@ -147,14 +147,14 @@ def _with_transport(text: str, kind: ImageKind, rest: str, base: Path) -> ImageR
     if not rest or rest.startswith("-"):
         raise UsageProblem(f"{_shown(text)!r} names no image", hint=_FORMS)
     if kind not in _WITH_PATH:
-        if " " in rest and not rest.startswith("["):  # the path of podman's storage may have one
+        if " " in rest and not rest.startswith("["):  # the path of podman's storage may have a space
             raise UsageProblem(f"{_shown(text)!r} has a space", hint=_FORMS)
         return ImageReference(text=text, kind=kind, skopeo=f"{kind}:{rest}")
     name, colon, tag = (rest, "", "") if kind is ImageKind.DIR else rest.partition(":")
     path = _absolute(name, base)
     if ":" in str(path) and kind is not ImageKind.DIR:
         raise UsageProblem(
-            f"{path} has a colon, which ends the path in {kind}: references", hint="use a path without one"
+            f"{path} has a colon, which ends the path in {kind}: references", hint="use a path without a colon"
         )
     return ImageReference(text=text, kind=kind, skopeo=f"{kind}:{path}{colon}{tag}", path=path)
 
@@ -178,7 +178,7 @@ def _directory(text: str, path: Path) -> ImageReference:
     if (path / "oci-layout").is_file():
         raise UsageProblem(f"{path} is an OCI layout, not a root file system", hint=f"write oci:{text}")
     if (path / "version").is_file() and (path / "manifest.json").is_file():
-        raise UsageProblem(f"{path} is an image as skopeo's dir: keeps it", hint=f"write dir:{text}")
+        raise UsageProblem(f"{path} is an image in skopeo's dir: layout", hint=f"write dir:{text}")
     return ImageReference(text=text, kind=ImageKind.ROOTFS_DIR, skopeo=None, path=path)
 
 
@@ -193,7 +193,7 @@ def _docker(text: str, name: str) -> ImageReference:
     if registry in ("docker.io", "index.docker.io"):
         registry = "docker.io"
         repository = repository if "/" in repository else f"library/{repository}"
-    # skopeo refuses a tag beside a digest, and the digest says more.
+    # skopeo refuses a tag with a digest, and the digest is exact.
     version = f"@{digest}" if digest else f":{tag or 'latest'}"
     return ImageReference(
         text=text, kind=ImageKind.DOCKER, skopeo=f"docker://{registry}/{repository}{version}", registry=registry
@@ -201,13 +201,13 @@ def _docker(text: str, name: str) -> ImageReference:
 
 
 def _not_a_name(text: str, registry: str, rest: str) -> UsageProblem:
-    """Return the problem, with the name as it should be where capitals are all that is wrong."""
+    """Return the problem. If only capitals are wrong, the hint has the name in lower case."""
     path, slash, last = rest.rpartition("/")
     name, colon, version = last.partition("@" if "@" in last else ":")
     lowered = f"{path.lower()}{slash}{name.lower()}{colon}{version}"
     if lowered != rest and _NAME.fullmatch(lowered):
         hint = f"write {registry}{'/' if registry else ''}{lowered}"
-        return UsageProblem(f"{_shown(text)!r} is not an image's name: a repository's name is lower case", hint=hint)
+        return UsageProblem(f"{_shown(text)!r} is not an image's name: repository names are lower case", hint=hint)
     return UsageProblem(f"{_shown(text)!r} is not an image's name", hint=_FORMS)
 
 

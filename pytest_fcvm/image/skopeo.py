@@ -1,4 +1,4 @@
-"""Ask for manifests and copy images by `skopeo`, with its own credentials, mirrors and policies."""
+"""Get manifests and copy images with `skopeo`, which has its own credentials, mirrors and policies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.host.paths import run_root
-from pytest_fcvm.host.process import ToolFailed, condense, ends_with_us, find_tool, resolve_tool, run_tool
+from pytest_fcvm.host.process import ToolFailed, condense, find_tool, killed_with_us, resolve_tool, run_tool
 from pytest_fcvm.image.archives import write_without_links
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
-__all__ = ["ask_docker", "ask_manifest", "copy_image"]
+__all__ = ["ASK_S", "ask_docker", "ask_manifest", "copy_image", "image_error", "skopeo_environment"]
 
-_COPY_S, _ASK_S, _LOCAL_S = 1800.0, 120.0, 20.0
+_COPY_S, ASK_S, _LOCAL_S = 1800.0, 120.0, 20.0
 _POLICIES = ("/etc/containers/policy.json", "~/.config/containers/policy.json")
 _LOGINS = Path("/run/containers")
 _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
@@ -25,16 +25,16 @@ _USERINFO = re.compile(r"(?<=://)[^/@\s\"]+@")
 _SECRET_QUERY = re.compile(r"(?i)\b(token|password|secret|signature|sig)=[^&\s\"]+")
 _FULL = re.compile(r"no space left on device|disk quota exceeded", re.IGNORECASE)
 
-_AUTH = "skopeo login {tls}{registry} (or podman login, docker login) with an account that may read it"
+_AUTH = "skopeo login {tls}{registry} (or podman login, docker login) with an account that may read the image"
 _SPELLING = (
-    "check the spelling of name and tag; skopeo list-tags {tls}docker://{repository} shows the tags that are there, "
-    "and fails where there is no such name"
+    "check the spelling of name and tag; skopeo list-tags {tls}docker://{repository} lists the tags, and fails if "
+    "there is no such name"
 )
 _UNREACHABLE = (
     "the registry {registry} cannot be reached from here: check network, proxy and mirrors, or name a local image as "
     "docker-archive:FILE or containers-storage:NAME"
 )
-# skopeo's own words, the most telling first, and what to change
+# patterns of skopeo's messages, the most specific first, and hints
 _HINTS = (
     (r"no image found in (manifest list|image index) for architecture", "the image has no variant for linux/{arch}"),
     (r"toomanyrequests|too many requests", "the registry limits anonymous pulls: " + _AUTH),
@@ -47,24 +47,24 @@ _HINTS = (
     ),
     (r"(manifest|name|repository name).{0,20}(unknown|not known|not found)|status 404|not found", _SPELLING),
     (r"more than one image|choose an image", "name one of them: oci:PATH:TAG, docker-archive:FILE:NAME:TAG"),
-    (r"docker daemon|docker\.sock", "start Docker, or give this user the right to /var/run/docker.sock"),
-    (r"does not resolve to an image|image not known", "podman images (as this user) shows the names that are there"),
+    (r"docker daemon|docker\.sock", "start Docker, or give this user access to /var/run/docker.sock"),
+    (r"does not resolve to an image|image not known", "podman images (as this user) lists the names"),
     (r"no such file or directory|not a directory", "check the path"),
 )
 
 
 def ask_manifest(reference: ImageReference) -> bytes:
-    """Return the manifest or index that the reference names now, as the registry sends it. Raise ImageError."""
+    """Return the current manifest or index of the reference, as the registry sends it. Raise ImageError."""
     assert reference.skopeo is not None
     argv = ["inspect", "--raw", *_tls(reference, "--tls-verify=false"), reference.skopeo]
     try:
-        return _skopeo(argv, timeout_s=_ASK_S).encode("utf-8", "surrogateescape")
+        return _skopeo(argv, timeout_s=ASK_S).encode("utf-8", "surrogateescape")
     except ToolFailed as error:
-        raise _image_error(error, reference, "amd64") from None
+        raise image_error(error, reference, "amd64") from None
 
 
 def ask_docker(reference: ImageReference) -> str | None:
-    """Return the id of an image of Docker's, None when docker's own command cannot tell; skopeo would copy it all."""
+    """Return the id of an image in Docker, None if the docker command fails. skopeo would copy the whole image."""
     docker = find_tool("docker")
     if docker is None:
         return None
@@ -75,7 +75,7 @@ def ask_docker(reference: ImageReference) -> str | None:
 
 
 def copy_image(reference: ImageReference, directory: Path, *, arch: str) -> None:
-    """Copy one platform's image into a new directory in skopeo's `dir:` layout, which keeps Docker's HEALTHCHECK.
+    """Copy the image for one platform into a new directory in skopeo's `dir:` layout, which keeps HEALTHCHECK.
 
     Raise ImageError with skopeo's reason, HostError without skopeo or when the disk is full.
     """
@@ -92,15 +92,15 @@ def copy_image(reference: ImageReference, directory: Path, *, arch: str) -> None
         if _FULL.search(error.stderr):
             raise HostError(
                 f"no room left in {directory.parent} for the image {reference.text}",
-                hint="free some disk or name another --fcvm-cache-dir",
+                hint="free disk space or name another --fcvm-cache-dir",
             ) from None
-        raise _image_error(error, reference, arch) from None
+        raise image_error(error, reference, arch) from None
 
 
 def _copy_without_links(argv: Sequence[str], reference: ImageReference, directory: Path) -> bool:
-    """Copy from an archive in which layers are links to others, which skopeo cannot read.
+    """Copy from an archive in which layers are links to other layers, which skopeo cannot read.
 
-    Return False when there are no links in it. Raise ToolFailed when skopeo cannot read the copy without them either.
+    Return False if the archive has no links. Raise ToolFailed if skopeo cannot read the copy without links either.
     """
     assert reference.path is not None
     assert reference.skopeo is not None
@@ -122,14 +122,15 @@ def _copy_without_links(argv: Sequence[str], reference: ImageReference, director
 def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:
     skopeo = resolve_tool("skopeo", package="skopeo")
     policy = [] if any(Path(expand_home(path)).exists() for path in _POLICIES) else ["--insecure-policy"]
-    return run_tool([*ends_with_us(), skopeo, *policy, *arguments], timeout_s=timeout_s, env=_environment())
+    return run_tool([*killed_with_us(), skopeo, *policy, *arguments], timeout_s=timeout_s, env=skopeo_environment())
 
 
-def _environment(logins: Path = _LOGINS) -> dict[str, str] | None:
-    """Return skopeo's environment, None for our own.
+def skopeo_environment(logins: Path = _LOGINS) -> dict[str, str] | None:
+    """Return an environment for skopeo, or None to inherit.
 
-    Without a runtime directory (a session of su, a container) it looks for logins in a directory that may be root's alone,
-    and fails. It is given a directory of ours then, and goes on to the user's other places for logins.
+    Without XDG_RUNTIME_DIR (after su, in a container) skopeo looks for logins in a directory that only root may open,
+    and fails. Set the variable to a directory of this plugin, so that skopeo continues with the user's other login
+    files.
     """
     if "XDG_RUNTIME_DIR" in environment() or not logins.exists() or os.access(logins, os.X_OK):
         return None
@@ -140,21 +141,22 @@ def _tls(reference: ImageReference, option: str) -> list[str]:
     return [option] if reference.is_local_registry else []
 
 
-def _image_error(error: ToolFailed, reference: ImageReference, arch: str) -> ImageError:
+def image_error(error: ToolFailed, reference: ImageReference, arch: str) -> ImageError:
+    """Return the error for a skopeo that failed, with its reason and a hint that fits the reason."""
     reason = _reason(error)
     words = {"registry": reference.registry or "the registry", "arch": arch, "repository": reference.repository}
     words["tls"] = "".join(f"{option} " for option in _tls(reference, "--tls-verify=false"))
     hints = (hint.format(**words) for pattern, hint in _HINTS if re.search(pattern, reason, re.IGNORECASE))
     hint = next(hints, f"skopeo inspect {words['tls']}{reference.skopeo} shows more")
     if local := _find_locally(reference):
-        hint = f"this machine has it: {local}. Else {hint}"
+        hint = f"use the local image {local}. Else {hint}"
     return ImageError(
-        f"image {reference.text} cannot be had: {reason}", hint=hint, evidence={"skopeo": _clean(error.stderr[-4000:])}
+        f"cannot get image {reference.text}: {reason}", hint=hint, evidence={"skopeo": _clean(error.stderr[-4000:])}
     )
 
 
 def _reason(error: ToolFailed) -> str:
-    """Return skopeo's last message on one line; it ends with the cause, so the front is what is cut."""
+    """Return skopeo's last message on one line. Cut its front: the cause is at the end."""
     messages = _MESSAGE.findall(error.stderr)
     text = re.sub(r"\\(.)", r"\1", messages[-1]) if messages else condense(error.stderr or error.message)
     return condense(_clean(" ".join(text.split())), limit=300)
@@ -165,7 +167,7 @@ def _clean(text: str) -> str:
 
 
 def _find_locally(reference: ImageReference) -> str:
-    """Return how to name an image that podman or Docker has under a bare name, empty when neither does."""
+    """Return the full reference of an image that podman or Docker has under this bare name, "" if neither has it."""
     if reference.kind is not ImageKind.DOCKER or reference.text.startswith("docker:"):
         return ""
     for tool, transport in (("podman", "containers-storage"), ("docker", "docker-daemon")):

@@ -1,4 +1,4 @@
-"""From a reference to an image on this machine: digest and configuration at once, layers when they are asked for."""
+"""Resolve a reference to an image: digest and configuration at once, layers on first use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
 from pytest_fcvm.host.own import getpid, shutil
-from pytest_fcvm.image.archives import name_archive
+from pytest_fcvm.image.archives import find_transport
 from pytest_fcvm.image.blobs import LayerBlob
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.image.contents import read_directory
@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 
 class PullPolicy(StrEnum):
-    """When to ask the registry: for what is not known yet, in every run, or not at all."""
+    """When to ask the registry: for unknown images, in every run, or never."""
 
     MISSING = "missing"
     ALWAYS = "always"
@@ -33,10 +33,10 @@ class PullPolicy(StrEnum):
 
 
 class PulledImage:
-    """An image whose digest and configuration are known. Its layers are fetched when they are first asked for.
+    """An image whose digest and configuration are known. The first use of `layers` fetches them.
 
-    They lie in `directory`, which is made with them; `discard` removes it. The lock under which the store's sweeper finds
-    it in use is that of `canonical_digest({"image": reference.text})` in `images_dir`, and the caller's to hold.
+    The layers are in `directory`; `discard` removes it. The caller holds the lock of the key
+    `canonical_digest({"image": reference.text})` in `images_dir`: it keeps the janitor from removing the directory.
     """
 
     def __init__(self, reference: ImageReference, images_dir: Path, arch: str, progress: Progress) -> None:
@@ -48,7 +48,7 @@ class PulledImage:
 
     @property
     def layers(self) -> tuple[LayerBlob, ...]:
-        """Return the layers, lowest first; none for a directory. Raise ImageError when they cannot be had."""
+        """Return the layers, lowest first; none for a directory. Raise ImageError if they are unavailable."""
         if self._layers is None:
             pinned = self.reference.at_digest(self.digest)
             if self._copy(pinned) != self.digest:
@@ -60,7 +60,7 @@ class PulledImage:
         return self._layers
 
     def pull(self) -> None:
-        """Fetch the image the reference names now; digest and configuration become its."""
+        """Fetch the current image of the reference, and set digest and configuration."""
         self.digest = ""
         self.digest = self._copy(self.reference)
 
@@ -74,12 +74,12 @@ class PulledImage:
             ) from error
 
     def discard(self) -> None:
-        """Remove the layers. Digest and configuration stay; layers asked for later are fetched again."""
+        """Remove the layers. Digest and configuration stay; the next use of `layers` fetches them again."""
         self._layers = None
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def know(self, record: Record) -> None:
-        """Take digest and configuration from last time."""
+    def use_record(self, record: Record) -> None:
+        """Set digest and configuration from a record."""
         self.digest, self.config = record.digest, record.config
 
     def _copy(self, reference: ImageReference) -> str:
@@ -102,7 +102,7 @@ class PulledImage:
         if self.reference.kind is ImageKind.ROOTFS_DIR:
             self._layers = ()
             return _directory_digest(path)
-        if transport := name_archive(path):
+        if transport := find_transport(path):
             raise ImageError(
                 f"{path} is an image, not a tar of a root filesystem", hint=f"write {transport}:{self.reference.text}"
             )
@@ -114,21 +114,21 @@ class PulledImage:
 def resolve_image(
     reference: ImageReference, *, images_dir: Path, pull: PullPolicy, progress: Progress, arch: str = "amd64"
 ) -> PulledImage:
-    """Return the image a reference names, from last time's record where the policy and the image's files allow.
+    """Return the image of a reference, from the record of an earlier run if the policy and the image's files allow it.
 
-    What lies on this machine is looked at every time, whatever the policy. Raise ImageError when the image cannot be
-    had or is not for `arch`, HostError when skopeo or disk space is lacking. The caller holds a lock on the reference.
+    Check a local image for changes every time, whatever the policy. Raise ImageError if the image is unavailable or not
+    for `arch`, HostError without skopeo or disk space. The caller holds a lock on the reference.
     """
     image = PulledImage(reference, images_dir, arch, progress)
     stamp = _take_stamp(reference)
     record = find_record(images_dir, reference, arch)
     if record is not None and record.stamp == stamp and stamp is not None:
         if pull is not PullPolicy.ALWAYS or not _has_moved(reference, record, progress):
-            image.know(record)
+            image.use_record(record)
             return image
     elif reference.kind.is_remote and pull is PullPolicy.NEVER:
         raise ImageError(
-            f"image {reference.text} is not in the cache and may not be pulled",
+            f"image {reference.text} is not in the cache, and --fcvm-pull is never",
             hint="run once with --fcvm-pull missing",
         )
     image.pull()
@@ -138,7 +138,7 @@ def resolve_image(
 
 
 def _take_stamp(reference: ImageReference) -> Stamp | None:
-    """Return what changes when the image on this machine does, "" for a registry's, None when that cannot be told."""
+    """Return a stamp that changes when a local image changes, "" for a registry's, None if there is no stamp."""
     try:
         if reference.kind is ImageKind.ROOTFS_DIR:
             return None
@@ -156,7 +156,7 @@ def _take_stamp(reference: ImageReference) -> Stamp | None:
 
 
 def _has_moved(reference: ImageReference, record: Record, progress: Progress) -> bool:
-    """Ask the registry whether the reference names another image than last time."""
+    """Ask the registry whether the reference names another image than the record."""
     if not reference.kind.is_remote or reference.pinned_digest:
         return False
     progress(f"asking {reference.registry} for {reference.text}")
@@ -169,11 +169,13 @@ def _file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
-        raise ImageError(f"{path} cannot be read: {error.strerror}", hint="check the path and its rights") from error
+        raise ImageError(
+            f"{path} cannot be read: {error.strerror}", hint="check the path and its permissions"
+        ) from error
 
 
 def _directory_digest(path: Path) -> str:
-    """Return a digest over names and attributes, inode and ctime among them, which tells changes without reading."""
+    """Return a digest over names and attributes, with inode and ctime. It shows changes without reading contents."""
     digest = hashlib.sha256()
     tree, contents = read_directory(path)
     for name, node in tree.walk():

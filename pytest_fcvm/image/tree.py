@@ -1,7 +1,7 @@
-"""A root filesystem in memory: names and attributes, with contents named by where they lie, not held.
+"""A root filesystem in memory: names and attributes, and the places of the contents.
 
-Every path given here is taken inside the root: symbolic links among the parents are followed as the kernel would after
-chroot, but a link that climbs above the root is an error rather than clamped, and so is a relative name that does.
+Every path is inside the root. Symbolic links among the parents are followed as the kernel does after chroot, except
+that a link or a relative name that leaves the root is an error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_NAME = 255  # bytes; squashfs has 256, every other file system 255
 
 
 class NodeKind(StrEnum):
-    """What a node is."""
+    """The type of a node."""
 
     DIRECTORY = "directory"
     FILE = "file"
@@ -34,7 +34,7 @@ class NodeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a run of a file's bytes lies: `start` in the file, `offset` in the layer's tar. Between runs are zeros."""
+    """A run of a file's bytes: at `start` in the file, at `offset` in the layer's tar. Zeros fill the gaps."""
 
     start: int
     offset: int
@@ -43,7 +43,7 @@ class Extent:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One inode. Hard links are the same node under several names. `layer` is where the contents are to be read."""
+    """One inode. Hard links are one node under several names. `layer` is the number of the layer with the contents."""
 
     kind: NodeKind
     mode: int
@@ -59,26 +59,26 @@ class Node:
     children: dict[str, Node] = field(default_factory=dict)
 
     def take_attributes(self, other: Node) -> None:
-        """Become what a later layer says of the same directory; the children stay."""
+        """Take the attributes that a later layer gives this directory. Keep the children."""
         self.mode, self.uid, self.gid = other.mode, other.uid, other.gid
         self.mtime, self.xattrs, self.layer = other.mtime, other.xattrs, other.layer
 
 
 def broken_layer(what: str, path: str) -> ImageError:
-    """Return the error for a layer that is not sound, the path escaped for a terminal."""
+    """Return the error for an invalid layer, with the path escaped for a terminal."""
     shown = path if len(path) <= 200 else f"{path[:200]}…"
     return ImageError(
-        f"a layer of the image is not sound: {what}: {shown!r}", hint="build the image anew, or name another image"
+        f"a layer of the image is invalid: {what}: {shown!r}", hint="rebuild the image, or name another image"
     )
 
 
 def split_name(name: str, *, max_path: int) -> tuple[str, ...]:
-    """Return the parts of a member's name, which starts at the root, with a slash or without.
+    """Return the parts of a member's name. The name starts at the root, with or without a slash.
 
-    Raise ImageError for names that leave the root or cannot be stored. `..` takes the part before it away, whatever
-    that is, as Docker and containerd clean names (Go's path.Clean).
+    Raise ImageError for names that leave the root or cannot be stored. `..` removes the part before it, as in Docker
+    and containerd (Go's path.Clean).
     """
-    # interned: a large layer names the same directories a hundred thousand times
+    # intern: a large layer repeats directory names a hundred thousand times
     parts = tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
         parts = _climb_back(name, parts)
@@ -103,24 +103,24 @@ def _climb_back(name: str, parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class RootTree:
-    """The file system that the layers so far make."""
+    """The file system that the layers make."""
 
     def __init__(self) -> None:
         self.root = Node(NodeKind.DIRECTORY, 0o755)
 
     def find_directory(self, parts: tuple[str, ...]) -> Node | None:
-        """Return the directory, links followed, or None when it is not there."""
+        """Return a directory, following links, or None if it does not exist."""
         return self._walk(parts, "/".join(parts), make=False)
 
     def find(self, parts: tuple[str, ...]) -> Node | None:
-        """Return what is at a path, links followed among the parents only."""
+        """Return the node at a path, following links only among the parents."""
         if not parts:
             return self.root
         parent = self.find_directory(parts[:-1])
         return parent.children.get(parts[-1]) if parent else None
 
     def make_directory(self, parts: tuple[str, ...]) -> Node:
-        """Return the directory, links followed; what is missing is made, 0755 and root's."""
+        """Return a directory, following links. Create what is missing, with mode 0755, owned by root."""
         found = self._walk(parts, "/".join(parts), make=True)
         assert found is not None
         return found
@@ -138,7 +138,7 @@ class RootTree:
             parent.children[parts[-1]] = node
 
     def walk(self) -> Iterator[tuple[str, Node]]:
-        """Yield (path, node) in one fixed order, parents before children, the root as an empty path first."""
+        """Yield (path, node) in a fixed order: the root as "" first, parents before children."""
         pending = [("", self.root)]
         while pending:
             path, node = pending.pop()
@@ -148,7 +148,7 @@ class RootTree:
 
     def _put_root(self, node: Node) -> None:
         if node.kind is not NodeKind.DIRECTORY:
-            raise broken_layer("the root is no directory", "/")
+            raise broken_layer("the root is not a directory", "/")
         self.root.take_attributes(node)
 
     def _walk(self, parts: tuple[str, ...], shown: str, *, make: bool) -> Node | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import lzma
 import zlib
 from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.own import subprocess
@@ -17,36 +19,34 @@ _TOOL_S = 60.0
 
 
 def unpack(data: bytes, *, what: str) -> bytes:
-    """Return what a stream holds, told by its magic; bytes after the end of a gzip or xz stream do not matter.
+    """Decompress a stream, by its magic number. Ignore bytes after the end of a gzip or xz stream.
 
-    Raise HostError naming `what` for an unknown or broken packing, or the package of a command that is not installed.
+    Raise HostError with `what` for an unknown or broken compression, or with the package of a missing command.
     """
     for magic, unpacker in _UNPACKERS.items():
         if data.startswith(magic):
             return unpacker(data, what)
-    raise HostError(f"{what} is packed in an unknown way (it begins with {data[:6].hex()})", hint=_HINT)
+    raise HostError(f"{what} has an unknown compression (it begins with {data[:6].hex()})", hint=_HINT)
 
 
-def _gzip(data: bytes, what: str) -> bytes:
-    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        unpacked = stream.decompress(data)
-    except zlib.error as error:
-        raise _broken(what, str(error)) from error
-    if not stream.eof:
-        raise _broken(what, "it ends too early")
-    return unpacked
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
 
 
-def _xz(data: bytes, what: str) -> bytes:
-    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-    try:
-        unpacked = stream.decompress(data)
-    except lzma.LZMAError as error:
-        raise _broken(what, str(error)) from error
-    if not stream.eof:
-        raise _broken(what, "it ends too early")
-    return unpacked
+def _library(new_decoder: Callable[[], _Decoder], broken: type[Exception]) -> Callable[[bytes, str], bytes]:
+    def run(data: bytes, what: str) -> bytes:
+        stream = new_decoder()
+        try:
+            unpacked = stream.decompress(data)
+        except broken as error:
+            raise _broken(what, str(error)) from error
+        if not stream.eof:
+            raise _broken(what, "it is truncated")
+        return unpacked
+
+    return run
 
 
 def _command(tool: str) -> Callable[[bytes, str], bytes]:
@@ -74,8 +74,8 @@ def _broken(what: str, why: str) -> HostError:
 
 _HINT = "name another kernel with --fcvm-kernel"
 _UNPACKERS: dict[bytes, Callable[[bytes, str], bytes]] = {
-    b"\xfd7zXZ\0": _xz,
-    GZIP_MAGIC: _gzip,
+    b"\xfd7zXZ\0": _library(partial(lzma.LZMADecompressor, lzma.FORMAT_XZ), lzma.LZMAError),
+    GZIP_MAGIC: _library(partial(zlib.decompressobj, zlib.MAX_WBITS | 16), zlib.error),
     b"\x28\xb5\x2f\xfd": _command("zstd"),
-    b"\x02\x21\x4c\x18": _command("lz4"),  # the legacy frame, in which the kernel's build packs
+    b"\x02\x21\x4c\x18": _command("lz4"),  # the legacy frame, which the kernel build writes
 }

@@ -1,7 +1,7 @@
-"""The initramfs: the agent as /init and the modules that the kernel does not have built in. Reproducible.
+"""Build the initramfs: the agent as /init, and the modules that are not built into the kernel. Reproducible.
 
 Format: newc cpio, Documentation/driver-api/early-userspace/buffer-format.rst of the kernel. `/modules/order` lists the
-module files one per line in the order in which the agent loads them.
+module files, one a line, in the order in which the agent loads them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pytest_fcvm.kernel.sources import GuestKernel
 
 __all__ = ["INITRAMFS_FORMAT", "build_initramfs"]
 
-# Part of the cache key: to be raised whenever the same agent and modules make another archive.
+# Part of the cache key: increase it when the same agent and modules make another archive.
 INITRAMFS_FORMAT = "2"
 _DIRECTORIES = ("dev", "proc", "sys", "mnt", "newroot", "modules")
 _DEVICES = {"dev/console": (0o600, 5, 1), "dev/null": (0o666, 1, 3)}
 
 
 def build_initramfs(*, agent: Path, kernel: GuestKernel, dest: Path) -> None:
-    """Write the initramfs for a kernel; the same agent and modules make the same bytes. Nothing is left of a failure.
+    """Write the initramfs for a kernel. The same agent and modules make the same bytes. A failure leaves no file.
 
-    Raise HostError when the kernel lacks a module that every guest needs, or one cannot be unpacked here.
+    Raise HostError if the kernel lacks a module that every guest needs, or if a module cannot be decompressed here.
     """
     archive = _pack(agent, _numbered_modules(kernel))
     try:
@@ -55,24 +55,25 @@ def _pack(agent: Path, modules: dict[str, bytes]) -> bytes:
 
 
 class _Archive:
-    """A newc archive whose entries have no time, owner 0 and inodes numbered as they come."""
+    """A newc archive. Entries have time 0, owner 0 and consecutive inode numbers."""
 
     def __init__(self) -> None:
         self._content = bytearray()
         self._inode = 0
 
     def add(self, name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
-        """Append an entry; directories come before what is in them. `device` is (major, minor) of a device node."""
+        """Append an entry. Add a directory before its content. `device` is (major, minor) of a device node."""
         self._inode += 1
         links = 2 if stat.S_ISDIR(mode) else 1
         path = name.encode() + b"\0"
-        # inode mode uid gid links mtime size, device of the file, device that it is, length of the name, no checksum
+        # inode mode uid gid links mtime size, major and minor of the file's device, of a device node, name length,
+        # checksum
         fields = (self._inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(path), 0)
         self._append(b"070701" + b"".join(b"%08X" % field for field in fields) + path)
         self._append(data)
 
     def close(self) -> bytes:
-        """Write the end's mark and return the archive."""
+        """Add the trailer and return the archive."""
         self.add("TRAILER!!!", 0)
         return bytes(self._content)
 

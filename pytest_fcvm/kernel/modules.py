@@ -1,7 +1,7 @@
-"""Kernel modules: which files a guest needs, in the order in which they can be loaded.
+"""Kernel modules: the files that a guest needs, in load order.
 
-A freshly unpacked kernel package has no modules.dep (depmod writes it at installation), so dependencies are read from
-the modules themselves: `depends=` in the .modinfo section, names separated by commas (MODULE_INFO, scripts/mod).
+An unpacked kernel package has no modules.dep (depmod writes it at installation), so dependencies come from the modules:
+`depends=` in the .modinfo section has names separated by commas (MODULE_INFO, scripts/mod).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pytest_fcvm.kernel.vmlinux import read_vmlinux
 
 __all__ = ["check_built_in", "find_lacking", "read_module", "resolve_modules"]
 
-# What no guest can do without, and what a kernel shows when it has it built in: names of drivers and file systems.
+# Modules that every guest needs, and the bytes that show that a kernel has them built in.
 _REQUIRED = {
     "virtio_mmio": b"virtio-mmio\0",
     "virtio_blk": b"virtio_blk\0",
@@ -24,11 +24,12 @@ _REQUIRED = {
     "squashfs": b"squashfs\0",
     "overlay": b"overlay\0",
 }
-# What a guest has if the kernel has it. dummy holds the address of a guest without a network card, tcp_diag lets the
+# Modules that a guest gets if the kernel has them. dummy has the address of a guest without a NIC, tcp_diag lets the
 # agent reset connections after a restore, ext4 is for scratch disks.
-_WELCOME = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag", "ext4", "virtio_balloon")
-# What programs of the guest use and cannot load: an image has no modules for a kernel that is not its own. They take
-# some MiB of memory. What is large or rare (XFS, NFS, WireGuard, VXLAN, ipset, device mapper) only our own kernel has.
+_OPTIONAL = ("virtio_net", "virtio_rng", "vmw_vsock_virtio_transport", "dummy", "tcp_diag", "ext4", "virtio_balloon")
+# Modules that programs in the guest use but cannot load: an image has no modules for this kernel. They take some MiB of
+# memory. Only the kernel of guest_image/kernel has large or rare ones (XFS, NFS, WireGuard, VXLAN, ipset, device
+# mapper).
 _FEATURES = {
     "nftables": (
         *("nf_tables", "nft_chain_nat", "nft_nat", "nft_redir", "nft_masq", "nft_ct", "nft_reject_inet", "nft_limit"),
@@ -66,7 +67,7 @@ _FEATURES = {
     "loop devices": ("loop",),
     "FAT and ISO 9660": ("vfat", "nls_cp437", "nls_ascii", "nls_iso8859_1", "isofs"),
 }
-_USEFUL = tuple(name for names in _FEATURES.values() for name in names)
+_FEATURE_MODULES = tuple(name for names in _FEATURES.values() for name in names)
 _FILE = re.compile(r"(?P<name>.+)\.ko(?:\.(?:xz|zst|gz))?")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _ELF_MAGIC = b"\x7fELF"
@@ -74,32 +75,32 @@ _HINT = "name a kernel for virtual machines with --fcvm-kernel, with its modules
 
 
 def resolve_modules(tree: Path) -> list[Path]:
-    """Return the module files a guest needs, dependencies first, those built in left out.
+    """Return the module files that a guest needs, dependencies first, without built-in modules.
 
-    `tree` is a /lib/modules/RELEASE directory, or any directory with modules and modules.builtin. Raise HostError naming the
-    modules that no guest can do without and that are neither there nor built in.
+    `tree` is a /lib/modules/RELEASE directory, or any directory with modules and modules.builtin. Raise HostError
+    naming the modules that no guest can do without and that are neither there nor built in.
     """
     files = {_name_of(path.name): path for path in sorted(tree.rglob("*.ko*")) if _FILE.fullmatch(path.name)}
     built_in = _built_in(tree)
     missing = [name for name in _REQUIRED if name not in files and name not in built_in]
     if missing:
-        raise _lacks(f"the guest kernel in {tree}", missing)
+        raise _missing_error(f"the guest kernel in {tree}", missing)
     ordered: dict[str, Path] = {}
-    for name in (*_REQUIRED, *_WELCOME, *_USEFUL):
+    for name in (*_REQUIRED, *_OPTIONAL, *_FEATURE_MODULES):
         _add(name, files, ordered)
     return list(ordered.values())
 
 
 def find_lacking(tree: Path) -> list[str]:
-    """Return what programs may want of a kernel with modules, in words, and this one has neither there nor built in."""
-    there = {_name_of(path.name) for path in tree.rglob("*.ko*")} | _built_in(tree)
-    return [feature for feature, names in _FEATURES.items() if _plain(names[0]) not in there]
+    """Return the names of the features that a kernel with modules lacks, such as "nftables"."""
+    present = {_name_of(path.name) for path in tree.rglob("*.ko*")} | _built_in(tree)
+    return [feature for feature, names in _FEATURES.items() if _plain(names[0]) not in present]
 
 
 def check_built_in(image: Path) -> None:
-    """Raise HostError when a kernel that comes without modules lacks what no guest can do without.
+    """Raise HostError if a kernel without modules lacks a driver that every guest needs.
 
-    A kernel that cannot be unpacked here is believed: QEMU boots it all the same.
+    Accept a kernel that cannot be decompressed here: QEMU can boot it.
     """
     try:
         kernel = read_vmlinux(image)
@@ -107,11 +108,11 @@ def check_built_in(image: Path) -> None:
         return
     missing = [name for name, mark in _REQUIRED.items() if mark not in kernel]
     if missing:
-        raise _lacks(f"{image} comes without modules and", missing)
+        raise _missing_error(f"{image} comes without modules and", missing)
 
 
 def read_module(path: Path) -> bytes:
-    """Return a module as the kernel loads it, unpacked. Raise HostError when it cannot be unpacked here."""
+    """Return a module, decompressed. Raise HostError if it cannot be decompressed here."""
     data = path.read_bytes()
     return data if data.startswith(_ELF_MAGIC) else unpack(data, what=f"the module {path}")
 
@@ -139,5 +140,5 @@ def _plain(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _lacks(who: str, missing: Iterable[str]) -> HostError:
+def _missing_error(who: str, missing: Iterable[str]) -> HostError:
     return HostError(f"{who} has no {', '.join(missing)}", hint=_HINT)

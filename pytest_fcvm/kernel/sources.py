@@ -1,7 +1,7 @@
-"""Find a kernel for the guests: named, installed as a wheel, unpacked before, a distribution's package, the host's own.
+"""Find a guest kernel: a named one, an installed wheel, an unpacked one, a distribution's package, or the host's own.
 
-A downloaded kernel is the entry `kernel` of the store's shelf: vmlinuz, the modules that guests need and the list of
-those built in, all in one directory.
+A downloaded kernel is the entry `kernel` of the store's collection of kernels: vmlinuz, the modules that guests need
+and the list of built-in modules, all in one directory.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 
 from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.host.own import environment, os, shutil
-from pytest_fcvm.host.process import ToolFailed, ends_with_us, resolve_tool, run_tool
+from pytest_fcvm.host.process import ToolFailed, killed_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
 from pytest_fcvm.store import Collection, Entry
 
-__all__ = ["STOCK", "GuestKernel", "resolve_kernel"]
+__all__ = ["MODULES_REVISION", "STOCK", "GuestKernel", "resolve_kernel"]
 
 Progress = Callable[[str], None]
 
 STOCK = "stock"
-"""What `--fcvm-kernel` takes instead of a path, for a distribution's kernel."""
+"""The value of `--fcvm-kernel` for a distribution's kernel."""
 
 _KEY = "kernel"
-_MODULES = 2  # counted up when guests get other modules of a kernel than before
+MODULES_REVISION = 2  # increase it when guests get other modules of a kernel than before
 _IMAGE = "vmlinuz"
 _BUILT_IN = "modules.builtin"
 _WHEEL = "pytest_fcvm_kernel_x86_64"
-# Debian's and Ubuntu's names of a kernel for virtual machines; the first that apt knows is taken.
+# Debian's and Ubuntu's packages of a kernel for virtual machines; take the first that apt knows.
 _PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-kvm", "linux-image-amd64")
 _APT_S = 300.0
 _UNPACK_S = 120.0
@@ -44,8 +44,9 @@ _HINT = "run apt-get update as root once, or name a kernel with --fcvm-kernel PA
 class GuestKernel:
     """A kernel and its modules.
 
-    `bzimage` may be an ELF vmlinux as well. `modules_dir` is laid out as /lib/modules/RELEASE, None when all is built
-    in. `origin` is for people. `digest` is a SHA-256 over the image and the modules that a guest gets.
+    `bzimage` is a bzImage or an ELF vmlinux. `modules_dir` has the layout of /lib/modules/RELEASE; it is None if all
+    modules are built in. `origin` is a description for users. `digest` is a SHA-256 over the image and the modules that
+    a guest gets.
     """
 
     bzimage: Path
@@ -58,21 +59,21 @@ class GuestKernel:
 def resolve_kernel(
     *, option: Path | str | None, kernels_dir: Path, progress: Progress, root: Path = Path("/")
 ) -> GuestKernel:
-    """Return the kernel to use; one that has to be downloaded is kept in `kernels_dir`. Works without root.
+    """Return the kernel to use. Keep a downloaded one in `kernels_dir`. Needs no root.
 
-    `option` is a kernel's path, or `stock` for a distribution's even where a kernel of our own is installed. The caller
-    holds the lock `kernel` of that shelf of the store. `root` stands for `/` in tests. Raise UsageProblem for an
-    `option` that is no kernel, HostError for one without the modules that guests need, or one that lists why no
-    source has a kernel.
+    `option` is a kernel's path, or `stock` for a distribution's kernel even if the wheel with a kernel is installed.
+    The caller holds the lock of the key `kernel` in `kernels_dir`, a collection of the store. `root` replaces `/` in
+    tests. Raise UsageProblem if `option` is not a kernel, HostError if the kernel lacks modules that guests need, or if
+    no source has a kernel (the message has the reason of each source).
     """
     if isinstance(option, Path):
-        return _named(option, "--fcvm-kernel", root)
+        return _describe_named(option, "--fcvm-kernel", root)
     collection = Collection(path=kernels_dir)
     sources: tuple[Callable[[], GuestKernel | None], ...] = (
         lambda: None if option == STOCK else _find_wheel(),
         lambda: _find_unpacked(collection, progress),
         lambda: _download(collection, progress),
-        lambda: _find_unpacked(collection, progress, of_today=False),
+        lambda: _find_unpacked(collection, progress, up_to_date=False),
         lambda: _resolve_host(root),
     )
     reasons = []
@@ -93,17 +94,19 @@ def _find_wheel() -> GuestKernel | None:
     return _describe(Path(places[0]) / "bzImage", None, f"package {_WHEEL}") if places else None
 
 
-def _find_unpacked(collection: Collection, progress: Progress, *, of_today: bool = True) -> GuestKernel | None:
-    was_there = (collection.path / _KEY).exists()
+def _find_unpacked(collection: Collection, progress: Progress, *, up_to_date: bool = True) -> GuestKernel | None:
+    existed = (collection.path / _KEY).exists()
     entry = collection.find(_KEY)
-    if was_there and entry is None:
-        progress("the unpacked guest kernel is not what it was, and is fetched anew")
-    if entry is None or (of_today and entry.facts.get("modules") != _MODULES and not collection.is_in_use(_KEY)):
+    if existed and entry is None:
+        progress("the unpacked guest kernel has changed; fetching it again")
+    if entry is None or (
+        up_to_date and entry.facts.get("modules") != MODULES_REVISION and not collection.is_in_use(_KEY)
+    ):
         return None
-    return _of_entry(entry)
+    return _from_entry(entry)
 
 
-def _of_entry(entry: Entry) -> GuestKernel:
+def _from_entry(entry: Entry) -> GuestKernel:
     facts = {name: str(entry.facts[name]) for name in ("release", "origin", "digest")}
     return GuestKernel(bzimage=entry.file(_IMAGE), modules_dir=entry.path, **facts)
 
@@ -114,13 +117,13 @@ def _download(collection: Collection, progress: Progress) -> GuestKernel:
     packages = _choose_packages()
     progress(f"downloading the guest kernel {packages[0]}")
     try:
-        return _of_entry(collection.build(_KEY, lambda directory: _fill(directory, packages)))
+        return _from_entry(collection.build(_KEY, lambda directory: _fill(directory, packages)))
     except OSError as error:
         raise HostError(f"{error.filename or collection.path}: {error.strerror}") from error
 
 
 def _fill(directory: Path, packages: list[str]) -> Mapping[str, Any]:
-    """Put a kernel from packages into a directory. Neither root nor the packages' scripts are needed for that."""
+    """Unpack a kernel from packages into a directory. This needs neither root nor the scripts of the packages."""
     scratch = directory / "scratch"
     unpacked = scratch / "unpacked"
     scratch.mkdir()
@@ -140,11 +143,11 @@ def _fill(directory: Path, packages: list[str]) -> Mapping[str, Any]:
     shutil.rmtree(scratch)
     origin = "package " + " ".join(next(path for path in archives if "-image-" in path.name).stem.split("_")[:2])
     kernel = _describe(directory / _IMAGE, directory, origin)
-    return {"release": release, "origin": origin, "digest": kernel.digest, "modules": _MODULES}
+    return {"release": release, "origin": origin, "digest": kernel.digest, "modules": MODULES_REVISION}
 
 
 def _run(tool: str, *arguments: str | Path, timeout_s: float, cwd: Path | None = None) -> None:
-    prefix = ends_with_us()
+    prefix = killed_with_us()
     try:
         run_tool([*prefix, tool, *arguments], timeout_s=timeout_s, cwd=cwd)
     except ToolFailed as error:
@@ -160,11 +163,11 @@ def _only_kernel(unpacked: Path) -> Path:
 
 
 def _choose_packages() -> list[str]:
-    """Return the packages with the image and the modules behind a distribution's meta package, the image first."""
+    """Return the packages with the image and the modules of a distribution's meta package, the image first."""
     for meta in _PACKAGES:
         image = next((name for name in _depends(meta) if name.startswith("linux-image-")), None)
         if image:
-            # Debian has the modules in the image's package, Ubuntu in one of their own.
+            # Debian has the modules in the package of the image, Ubuntu in another package.
             return [image, *(name for name in _depends(image) if name.startswith("linux-modules-"))]
     raise HostError("apt knows no kernel for virtual machines")
 
@@ -182,11 +185,11 @@ def _resolve_host(root: Path) -> GuestKernel:
     places = (root / "boot" / f"vmlinuz-{release}", root / "lib/modules" / release / "vmlinuz")
     for place in places:
         if os.access(place, os.R_OK):
-            return _named(place, "the host's own", root)
+            return _describe_named(place, "the host's own", root)
     raise HostError(f"the host's own kernel {places[0]} {'is not readable' if places[0].exists() else 'is not there'}")
 
 
-def _named(image: Path, origin: str, root: Path) -> GuestKernel:
+def _describe_named(image: Path, origin: str, root: Path) -> GuestKernel:
     release = read_release(image)
     directory = image.resolve().parent
     beside = (*_module_places(directory, release), directory / "modules", *_module_places(directory.parent, release))

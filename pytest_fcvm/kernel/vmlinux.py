@@ -1,7 +1,7 @@
-"""What is inside a kernel file: its release, and the ELF vmlinux that Firecracker boots.
+"""Read a kernel file: its release, and the ELF vmlinux that Firecracker boots.
 
 Formats: a bzImage's setup header at 0x1f1 and the payload behind the setup code (Documentation/arch/x86/boot.rst of the
-kernel); an ELF vmlinux, which QEMU boots by its PVH note, tells its release in the banner alone.
+kernel); an ELF vmlinux, which QEMU boots by its PVH note, has its release only in the banner.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HINT = "name a bzImage (a distribution's vmlinuz file) with --fcvm-kernel"
 
 
 def read_release(image: Path) -> str:
-    """Return a kernel's release ("6.1.0-56-cloud-amd64"). Raise UsageProblem for what is no bzImage and no vmlinux."""
+    """Return a kernel's release ("6.1.0-56-cloud-amd64"). Raise UsageProblem for a file that is not a kernel."""
     data = _read(image)
     if data.startswith(_ELF_MAGIC):
         banner = _BANNER.search(data)
@@ -37,16 +37,16 @@ def read_release(image: Path) -> str:
         (pointer,) = struct.unpack_from("<H", data, _VERSION_AT)
         text = data[pointer + 0x200 : pointer + 0x300].split(b"\0", 1)[0].decode("ascii", "replace") if pointer else ""
     release = _RELEASE.match(text)
-    # It becomes part of a path: "..", or a slash, is not something to follow.
+    # The release becomes part of a path: refuse ".." and slashes.
     if release is None or "/" in release[0]:
-        raise UsageProblem(f"{image} does not tell its release", hint=_HINT)
+        raise UsageProblem(f"{image} has no valid release", hint=_HINT)
     return release[0]
 
 
 def extract_vmlinux(bzimage: Path, dest: Path) -> None:
-    """Write the ELF kernel that a bzImage carries (a vmlinux is copied); nothing is left of a write that failed.
+    """Write the ELF kernel inside a bzImage, or copy a vmlinux. A failed write leaves no file.
 
-    Raise UsageProblem for what is no kernel, HostError when it cannot be unpacked here (the command is named).
+    Raise UsageProblem for a file that is not a kernel, HostError if it cannot be decompressed here.
     """
     kernel = read_vmlinux(bzimage)
     try:
@@ -57,7 +57,7 @@ def extract_vmlinux(bzimage: Path, dest: Path) -> None:
 
 
 def read_vmlinux(image: Path) -> bytes:
-    """Return the ELF kernel in a bzImage, or a vmlinux as it is. Raise as `extract_vmlinux` does."""
+    """Return the ELF kernel inside a bzImage, or a vmlinux unchanged. Raise the errors of `extract_vmlinux`."""
     data = _read(image)
     if data.startswith(_ELF_MAGIC):
         return data
@@ -66,12 +66,12 @@ def read_vmlinux(image: Path) -> bytes:
     start = ((setup_sectors or 4) + 1) * _SECTOR + offset
     payload = data[start : start + length]
     if len(payload) < length or length < len(_ELF_MAGIC):
-        raise UsageProblem(f"{image} is cut short", hint=_HINT)
+        raise UsageProblem(f"{image} is truncated", hint=_HINT)
     if not payload.startswith(GZIP_MAGIC):
-        payload = payload[:-4]  # the build appends the unpacked size, which a gzip stream has in itself
+        payload = payload[:-4]  # the build appends the unpacked size, except after gzip, which has it inside
     kernel = unpack(payload, what=f"the kernel in {image}")
     if not kernel.startswith(_ELF_MAGIC):
-        raise HostError(f"{image} carries no ELF kernel", hint=_HINT)
+        raise HostError(f"{image} contains no ELF kernel", hint=_HINT)
     return kernel
 
 

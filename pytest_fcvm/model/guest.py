@@ -1,4 +1,4 @@
-"""What the host tells the agent and what it hears back, free of how it travels."""
+"""The messages between host and agent as data classes. guest/ has their encoding."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class GuestConfig:
-    """What the agent needs before it can start the workload; sent once per boot.
+    """The configuration that the agent needs to start the workload; sent once per boot.
 
-    `address` has a prefix length ("10.0.2.15/24"), `hosts` are lines of /etc/hosts, `mac` is "52:54:00:12:34:56",
-    `upper_mib` is the size of the writable layer in memory, `upper_device` the disk with its file system instead. With
-    `peer_gateway` the guest owns the gateway's address itself, because there is no peer on its NIC. `volumes` are
-    absolute paths of directories that are not to be on the overlay, outer ones first; `ulimits` are soft and hard
-    limits, -1 for none, by Linux's numbers; `shm_mib` is the size of /dev/shm.
+    `address` has a prefix length ("10.0.2.15/24"), `hosts` are lines of /etc/hosts, `mac` is "52:54:00:12:34:56".
+    `upper_mib` is the size of the writable layer in memory; `upper_device` is the disk that holds that layer instead.
+    With `peer_gateway` the guest itself owns the gateway's address, because its NIC has no peer. `volumes` are absolute
+    paths of directories to keep off the overlay, outer ones first. `ulimits` maps Linux's numbers to soft and hard
+    limits, -1 for unlimited. `shm_mib` is the size of /dev/shm.
     """
 
     hostname: str = ""
@@ -52,12 +52,12 @@ class GuestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What makes one clone different from the next; whatever is left out stays as it was in the snapshot.
+    """What makes a clone different from other clones. Fields left out keep their values from the snapshot.
 
-    The host name is not in it: services remember under which one they have started. `hosts` replace those of before.
-    `entropy` is 32 bytes, `machine_id` 32 hex digits, `boot_id` a UUID. `hook` is a command that the agent runs
-    after all this is set and before the workload goes on, for 10 s at most, with the environment `hook_env`. One that
-    `stays_frozen` lets the workload wait for the next.
+    There is no host name here: services remember the one with which they started. `hosts` replaces the earlier lines.
+    `entropy` is 32 bytes, `machine_id` 32 hex digits, `boot_id` a UUID. The agent runs the command `hook`, with the
+    environment `hook_env` and for 10 s at most, after it has set all else and before the workload resumes. With
+    `stays_frozen` the workload does not resume until the next identity.
     """
 
     entropy: bytes = b""
@@ -78,7 +78,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
-    """A program to run in the guest. `user` is `user|uid[:group|gid]`, looked up in the image's own files."""
+    """A program to run in the guest. `user` is `user|uid[:group|gid]`, resolved by the image's own files."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
@@ -88,9 +88,9 @@ class ProcessSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ExitStatus:
-    """How a program of the guest ended: `code` or `signal`, never both; `message` says why it could not be started.
+    """How a program in the guest ended: `code` or `signal`, never both. `message` says why it could not start.
 
-    `oom_kills` is how many processes the guest's kernel killed for want of memory meanwhile, others' included.
+    `oom_kills` counts the processes that the guest's kernel killed meanwhile because memory ran out, in any program.
     """
 
     code: int | None = None
@@ -100,12 +100,12 @@ class ExitStatus:
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code, 128 and the signal's number for a signal, as shells and engines of containers do."""
+        """Return the exit code, or 128 + signal, as shells and container engines do."""
         return self.code if self.code is not None else 128 + (self.signal or 0)
 
     @property
     def returncode(self) -> int:
-        """Return the exit code, negative for a signal, as `subprocess` has it."""
+        """Return the exit code, or the negative signal number, as `subprocess` does."""
         return self.code if self.code is not None else -(self.signal or 0)
 
     def __str__(self) -> str:
@@ -114,7 +114,7 @@ class ExitStatus:
 
 
 class WorkloadState(StrEnum):
-    """What the image's own program is doing."""
+    """The state of the image's own program."""
 
     IDLE = "idle"
     RUNNING = "running"
@@ -124,7 +124,7 @@ class WorkloadState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadStatus:
-    """The state of the workload, how it ended if it did, and how often the guest's kernel killed in it for memory."""
+    """The state of the workload, how it ended, and how many of its processes the guest's kernel killed for memory."""
 
     state: WorkloadState
     exit: ExitStatus | None = None
@@ -135,18 +135,18 @@ MORE_MEMORY = "give it more with mem=SIZE or --fcvm-mem SIZE"
 
 
 def memory_ran_out(oom_kills: int) -> str:
-    """Say what the guest's kernel did when there was no memory left, "" where there was."""
+    """Return what the guest's kernel did when memory ran out, "" if it did not run out."""
     killed = f"{oom_kills} processes" if oom_kills != 1 else "a process"
     return f"the guest's memory ran out and its kernel killed {killed}" if oom_kills else ""
 
 
 def memory_advice(oom_kills: int) -> str:
-    """Say what happened and what to do, of a guest in which memory ran out."""
+    """Return what happened and what to do when the guest's memory ran out."""
     return f"{memory_ran_out(oom_kills)}: {MORE_MEMORY}"
 
 
 class ListenState(IntEnum):
-    """Whether a port of the guest has a listener, and one that can be reached from outside the guest."""
+    """Whether a guest port has a listener, and whether the host can reach that listener."""
 
     CLOSED = 0
     OPEN = 1
@@ -154,14 +154,14 @@ class ListenState(IntEnum):
     IPV6_ONLY = 3
 
     def why_silent(self, port: int) -> str:
-        """Say why a port gives no answer, "" where it can be reached."""
+        """Return why a port does not answer, "" if the host can reach it."""
         match self:
             case ListenState.OPEN:
                 return ""
             case ListenState.IPV6_ONLY:
-                return f"the listener on port {port} takes IPv6 alone, and is reached over IPv4: let it listen on both"
+                return f"the listener on port {port} accepts only IPv6, and the host connects over IPv4: listen on both"
             case _:
-                return f"nothing listens on port {port}, or on a loopback address alone"
+                return f"nothing listens on port {port}, or only on a loopback address"
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Ports and addresses as every layer speaks of them."""
+"""Ports, addresses and network attachments, as all layers use them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-__all__ = ["PROBE_PORT", "Attachment", "Endpoint", "Namespace", "Proto", "PublishedPort"]
+__all__ = ["NO_LISTENER", "PROBE_PORT", "Attachment", "Endpoint", "Namespace", "Proto", "PublishedPort", "Segment"]
 
 
-PROBE_PORT = 1  # tcpmux: nothing listens there, and where something does its greeting is an answer as well
+PROBE_PORT = 1  # tcpmux: usually nothing listens there; a greeting from a listener is an answer too
+NO_LISTENER = "nothing listens there on IPv4, or only on a loopback address"
 
 
 class Proto(StrEnum):
-    """The transport of a mapped port."""
+    """The transport protocol of a mapped port."""
 
     TCP = "tcp"
     UDP = "udp"
 
 
 class Endpoint(NamedTuple):
-    """Where a client on the host reaches a port of the guest; unpacks into `host, port`."""
+    """The address at which a client on the host reaches a guest port. Unpacks into `host, port`."""
 
     host: str
     port: int
 
     @property
     def netloc(self) -> str:
-        """Return both as a URL has them, an IPv6 address in brackets."""
+        """Return `host:port` as in a URL, with an IPv6 address in brackets."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attachment:
-    """A clone's end of a private network: a datagram socket for Ethernet frames, and who the clone is on it.
+    """The attachment of a clone to a private network.
 
-    There is no `end` where the VM's card has a wire of its own.
-    `addresses` (IPv4 and IPv6) have a prefix length, `hosts` are lines of /etc/hosts for all names on the network.
+    `packet_socket` is a datagram socket for Ethernet frames, None if the VM's NIC already has one in its namespace.
+    `addresses` (IPv4 and IPv6) have a prefix length. `hosts` are lines of /etc/hosts for all names on the network.
     """
 
-    end: socket.socket | None
+    packet_socket: socket.socket | None
     mac: str
     addresses: tuple[str, ...]
     hosts: tuple[str, ...]
@@ -49,26 +50,48 @@ class Attachment:
 
 @dataclass(frozen=True, kw_only=True)
 class Namespace:
-    """A network namespace of one VM. Its descriptors are its own, and are closed by `close`.
+    """The network namespace of one VM. `close` closes its descriptors.
 
-    `net` is the namespace, `user` the user namespace that has rights over it, where it takes one. Its VMM runs in it
-    and opens the cards' taps by name; or it gets the first card's, `tap`. `wires` carry the frames of the other cards.
-    `connect(port, kind)` returns a socket connected to a port of the guest (`kind` as socket.socket takes it).
+    `net` is the namespace, `user` the user namespace that owns it, None if there is none. The VMM runs in the namespace
+    and opens the taps of its NICs by name, or gets the tap of the first NIC as the descriptor `tap`. `packet_sockets`
+    carry the frames of the other NICs. `connect(port, kind)` returns a socket connected to a guest port; `kind` is a
+    socket type, such as SOCK_STREAM.
     """
 
     net: int
     user: int | None
     tap: int | None
-    wires: tuple[int, ...]
+    packet_sockets: tuple[int, ...]
     connect: Callable[[int, int], socket.socket]
     close: Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedPort:
-    """A guest port mapped to the host; `host_port` 0 lets the host choose a free one."""
+    """A guest port that is mapped to `host_ip`:`host_port` on the host; `host_port` 0 means any free port."""
 
     guest_port: int
     host_port: int = 0
     host_ip: str = "127.0.0.1"
     proto: Proto = Proto.TCP
+
+
+class Segment(Protocol):
+    """A private network, as a clone joins it."""
+
+    def plug(self, name: str, socket_fd: int | None = None, /) -> Attachment:
+        """Return the attachment of a clone. `socket_fd`, where it is given, carries the frames of its NIC already."""
+        ...
+
+    def joined(
+        self, name: str, rename: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object], /
+    ) -> None:
+        """Register a clone that is up.
+
+        `rename` gets the lines of /etc/hosts for everybody on the network. `set_link` connects or disconnects the NIC.
+        """
+        ...
+
+    def unplug(self, name: str) -> None:
+        """Take a clone off the network."""
+        ...

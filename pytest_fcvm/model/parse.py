@@ -1,4 +1,4 @@
-"""The spellings people use for sizes, ports, readiness and paths. Every parser raises UsageProblem with a hint."""
+"""Parsers of sizes, ports, readiness conditions and paths as users write them. All raise UsageProblem with a hint."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ _LONG_KEYS = {
 }
 _ENV_NAME = re.compile(r"[^=\0\s]+")
 _SIGNAL = re.compile(r"(?P<number>[0-9]{1,2})|(?:SIG)?(?P<name>[A-Z0-9]+?)(?P<more>[+-][0-9]{1,2})?")
-_REAL_TIME = {"RTMIN": 34, "RTMAX": 64}  # as images mean them: the C library of the host may keep others for itself
+_REAL_TIME = {"RTMIN": 34, "RTMAX": 64}  # the numbers that images mean; the C library of the host may reserve some
 _MAP = re.compile(
     r"(?P<host>.+):(?P<guest>/[^:]*)(?::(?P<options>(?:ro|rw|owner=[^,]+)(?:,(?:ro|rw|owner=[^,]+))*))?", re.DOTALL
 )
 _MAP_SPELLING = "HOST:/GUEST[:ro,owner=USER:GROUP]"
 _COUNTED = re.compile(r"log@([1-9]\d{0,5})")
-_LEAST_DISK_MIB = 64
-_LAST_EXIT_CODE = 255
-_MOST_METADATA = 51200  # bytes: --http-api-max-payload-size of Firecracker
+_MIN_DISK_MIB = 64
+_MAX_EXIT_CODE = 255
+_MAX_METADATA_BYTES = 51200  # --http-api-max-payload-size of Firecracker
 _READY_HINT = "http:80/path, tcp:80, log:REGEX, exec:COMMAND, exit:0, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 
 
@@ -77,15 +77,15 @@ def parse_size_mib(text: str | int) -> int:
 
 
 def parse_limit_mib(text: str | int) -> int | None:
-    """Read a size, or `off` for no limit, which is None."""
+    """Read a size as mebibytes, or `off` (no limit) as None."""
     return None if str(text).strip().lower() == "off" else parse_size_mib(text)
 
 
 def parse_disk_mib(text: str | int) -> int:
-    """Read the size of a scratch disk as mebibytes; a file system needs 64 MiB."""
+    """Read the size of a scratch disk as mebibytes, at least 64 MiB."""
     size = parse_size_mib(text)
-    if size < _LEAST_DISK_MIB:
-        raise UsageProblem(f"a disk of {text!r} is too small", hint=f"write {_LEAST_DISK_MIB}M or more")
+    if size < _MIN_DISK_MIB:
+        raise UsageProblem(f"a disk of {text!r} is too small", hint=f"write {_MIN_DISK_MIB}M or more")
     return size
 
 
@@ -106,11 +106,11 @@ def parse_count(text: str | int) -> int:
 
 
 def parse_signal(text: str) -> int:
-    """Read `SIGTERM`, `TERM`, `15` or `SIGRTMIN+3` in any case, as images name what they are stopped by."""
+    """Read `SIGTERM`, `TERM`, `15` or `SIGRTMIN+3`, in any case, as images write their stop signals."""
     match = _SIGNAL.fullmatch(text.strip().upper())
     number = _signal_number(match) if match else 0
     if not 0 < number <= _REAL_TIME["RTMAX"]:
-        raise UsageProblem(f"{text!r} is no signal", hint="write SIGTERM, TERM, 15 or SIGRTMIN+3")
+        raise UsageProblem(f"{text!r} is not a signal", hint="write SIGTERM, TERM, 15 or SIGRTMIN+3")
     return number
 
 
@@ -126,17 +126,17 @@ def _signal_number(match: re.Match[str]) -> int:
 
 
 def parse_pool(text: str | int) -> int | None:
-    """Read how many clones to keep ahead: a number, or `auto`, which is None."""
+    """Read how many clones to prewarm: a number, or `auto`, which is None."""
     word = str(text).strip().lower()
     if word == "auto":
         return None
     if not re.fullmatch(r"\d{1,3}", word):
-        raise UsageProblem(f"{text!r} is neither auto nor a number of clones", hint="write auto, or 0 to keep none")
+        raise UsageProblem(f"{text!r} is neither auto nor a number of clones", hint="write auto, or 0 for none")
     return int(word)
 
 
 def parse_bool(text: str | bool) -> bool:
-    """Read 1/0, true/false, yes/no, on/off, t/f, y/n, in any case: the words that pytest takes in its ini file."""
+    """Read 1/0, true/false, yes/no, on/off, t/f, y/n, in any case, as pytest does in its ini file."""
     word = str(text).strip().lower()
     if word in ("1", "true", "t", "yes", "y", "on"):
         return True
@@ -150,11 +150,11 @@ def parse_clock(text: str) -> Clock:
     try:
         return Clock(text)
     except ValueError:
-        raise UsageProblem(f"{text!r} is no clock", hint="write host or snapshot") from None
+        raise UsageProblem(f"{text!r} is not a clock", hint="write host or snapshot") from None
 
 
 def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:
-    """Read a command line as a shell splits words; a list is taken as it is."""
+    """Split a command line into words as a shell does; take a list as it is."""
     try:
         words = tuple(shlex.split(text)) if isinstance(text, str) else tuple(str(word) for word in text)
     except ValueError as error:
@@ -165,12 +165,12 @@ def parse_command(text: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def parse_entrypoint(text: str | Iterable[str]) -> tuple[str, ...]:
-    """Read a command line in the place of the image's entrypoint; an empty one takes that away."""
+    """Read a command line that replaces the image's entrypoint; an empty one removes the entrypoint."""
     return parse_command(text) if text else ()
 
 
 def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str, str]) -> dict[str, str]:
-    """Read `NAME=value` items; a bare `NAME` takes its value from `host_env`. A mapping is taken as it is."""
+    """Read `NAME=value` items; a bare `NAME` takes its value from `host_env`. A mapping needs values."""
     pairs = items.items() if isinstance(items, Mapping) else (_env_pair(item, host_env) for item in items)
     env = {str(name): _env_value(name, value) for name, value in pairs}
     for name, value in env.items():
@@ -184,7 +184,7 @@ def parse_env(items: Mapping[str, object] | Iterable[str], host_env: Mapping[str
 def _env_value(name: object, value: object) -> str:
     if not isinstance(value, (str, int, float, os.PathLike)):
         raise UsageProblem(
-            f"the value of {name} is {value!r} and not a text", hint='write a string; "" for an empty one'
+            f"the value of {name} is not a string: {value!r}", hint='write a string; "" for an empty one'
         )
     return str(value)
 
@@ -209,9 +209,9 @@ def parse_port(text: str | int) -> int:
 
 
 def parse_publish(text: str | int | PublishedPort) -> PublishedPort:
-    """Read `GUESTPORT`, or `[HOSTIP:]HOSTPORT:GUESTPORT`, each with `/tcp` or `/udp`; host port 0 is any free one.
+    """Read `GUESTPORT` or `[HOSTIP:]HOSTPORT:GUESTPORT`, with or without `/tcp` or `/udp`; host port 0 is any free one.
 
-    An IPv6 address is in brackets: `[::1]:8080:80`.
+    Write an IPv6 address in brackets: `[::1]:8080:80`.
     """
     if isinstance(text, PublishedPort):
         return text
@@ -241,24 +241,24 @@ def _parse_host_ip(text: str) -> str:
 
 
 def parse_path(text: str | Path, base: Path) -> Path:
-    """Read a path of the host; `~` is a home directory, a relative one starts at `base`."""
+    """Read a path on the host. `~` is a home directory; a relative path starts at `base`."""
     if not str(text):
         raise UsageProblem("the path is empty", hint="name a file or directory")
     try:
         return Path(os.path.normpath(base / Path(text).expanduser()))
-    except RuntimeError as error:  # what pathlib says of ~nobody
+    except RuntimeError as error:  # pathlib's error for ~nobody
         raise UnresolvedSetting(f"{str(text)!r}: {error}", hint="write the path in full") from error
 
 
 def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
-    """Read `HOST:GUEST[:OPTION,…]`, options being `ro` and `owner=USER[:GROUP]`; a relative path starts at `base`."""
+    """Read `HOST:GUEST[:OPTION,…]` with the options `ro` and `owner=USER[:GROUP]`. A relative path starts at `base`."""
     if isinstance(text, MappedPath):
         return text
     match = _MAP.fullmatch(text)
     if not match:
         raise UsageProblem(f"map {text!r}: the guest path must be absolute", hint=f"write {_MAP_SPELLING}")
     if not match["guest"].strip("/"):
-        raise UsageProblem(f"map {text!r}: the guest's root cannot be hidden", hint="name a directory below it")
+        raise UsageProblem(f"map {text!r}: cannot replace the guest's root directory", hint="name a directory below /")
     path = parse_path(match["host"], base)
     if not path.exists():
         raise UnresolvedSetting(f"map {text!r}: {path} does not exist", hint="name an existing file or directory")
@@ -268,7 +268,7 @@ def parse_map(text: str | MappedPath, base: Path) -> MappedPath:
 
 
 def parse_metadata(value: Mapping[str, Any] | str | Path, base: Path) -> dict[str, Any]:
-    """Read what a metadata service serves: texts, and mappings of texts to those; or the JSON file that has it."""
+    """Read metadata: a mapping of strings to strings or to such mappings, or the path of a JSON file with one."""
     if not isinstance(value, Mapping):
         path = parse_path(value, base)
         try:
@@ -280,9 +280,11 @@ def parse_metadata(value: Mapping[str, Any] | str | Path, base: Path) -> dict[st
         except ValueError as error:
             raise UsageProblem(f"metadata {str(path)!r}: {error}", hint="name a file with a JSON object") from error
     if not (isinstance(value, Mapping) and _is_served(value)):
-        raise UsageProblem("metadata holds what cannot be served", hint="use texts, and objects of texts and objects")
-    if (size := len(json.dumps(value))) > _MOST_METADATA:
-        raise UsageProblem(f"metadata of {size} bytes is too much", hint=f"at most {_MOST_METADATA} can be served")
+        raise UsageProblem(
+            "metadata has a value that cannot be served", hint="use strings, and objects of strings and objects"
+        )
+    if (size := len(json.dumps(value))) > _MAX_METADATA_BYTES:
+        raise UsageProblem(f"metadata of {size} bytes is too large", hint=f"use at most {_MAX_METADATA_BYTES} bytes")
     return dict(value)
 
 
@@ -293,7 +295,7 @@ def _is_served(value: object) -> bool:
 
 
 def parse_network(text: str | NetworkSpec) -> NetworkSpec:
-    """Read `MODE[,egress][,allow=TARGET]...[,proxy]`; TARGET is an IPv4 network, an address, or a name."""
+    """Read `MODE[,egress][,allow=TARGET]...[,proxy]`. TARGET is an IPv4 network, an IPv4 address or a name."""
     if isinstance(text, NetworkSpec):
         return text
     mode, *words = text.split(",")
@@ -302,12 +304,12 @@ def parse_network(text: str | NetworkSpec) -> NetworkSpec:
     if mode not in list(NetworkMode) or not flags <= {"egress", "proxy"} or not all(map(_is_target, allow)):
         raise UsageProblem(
             f"unknown network {text!r}",
-            hint=f"{', '.join(NetworkMode)}; rootless,egress lets the guest reach outside, rootless,allow=10.0.0.0/8 a "
-            "network, an address or a name alone; with ,proxy it gets pytest's proxy variables",
+            hint=f"{', '.join(NetworkMode)}; rootless,egress allows outbound access, rootless,allow=10.0.0.0/8 only to "
+            "a network, an address or a name; ,proxy passes pytest's proxy variables to the guest",
         )
     egress = "egress" in flags or bool(allow)
     if egress and mode == NetworkMode.RELAY:
-        raise UsageProblem("the network relay has no way out", hint="use user,egress, or auto,egress")
+        raise UsageProblem("the network mode relay has no egress", hint="use user,egress, or auto,egress")
     return NetworkSpec(mode=NetworkMode(mode), egress=egress, allow=allow, proxy="proxy" in flags)
 
 
@@ -318,15 +320,15 @@ def _is_target(text: str) -> bool:
 
 
 def parse_regex(text: str) -> re.Pattern[str]:
-    """Read a regular expression as Python writes them."""
+    """Read a regular expression in Python's syntax."""
     try:
         return re.compile(text)
     except re.error as error:
-        raise UsageProblem(f"{text!r} is not a regular expression: {error}", hint="escape it by re.escape") from error
+        raise UsageProblem(f"{text!r} is not a regular expression: {error}", hint="use re.escape") from error
 
 
 def parse_ready(text: str | ReadySpec) -> ReadySpec:
-    """Read the short forms (`http:80/path`) and the long one (`mode=http,url=http://127.0.0.1:80/path`)."""
+    """Read the short form (`http:80/path`) or the long form (`mode=http,url=http://127.0.0.1:80/path`)."""
     if isinstance(text, ReadySpec):
         return text
     try:
@@ -372,7 +374,7 @@ def _ready_mode(word: str) -> ReadyMode:
 
 def _http_path(mode: ReadyMode, path: str) -> str:
     if mode is ReadyMode.TCP and path:
-        raise UsageProblem("tcp takes a port alone")
+        raise UsageProblem("tcp takes only a port")
     if not path.isascii() or not path.isprintable() or " " in path:
         raise UsageProblem(f"the path {path!r} must be percent-encoded")
     path = path if path.startswith("/") else f"/{path}"
@@ -381,9 +383,9 @@ def _http_path(mode: ReadyMode, path: str) -> str:
 
 def _checked_ready(mode: ReadyMode, text: str) -> ReadySpec:
     if mode in (ReadyMode.LOG, ReadyMode.EXEC) and not text:
-        raise UsageProblem(f"{mode} needs something to look for")
+        raise UsageProblem(f"{mode} needs an argument")
     if mode in (ReadyMode.HEALTHCHECK, ReadyMode.AGENT) and text:
-        raise UsageProblem(f"{mode} takes nothing")
+        raise UsageProblem(f"{mode} takes no argument")
     if mode is ReadyMode.LOG:
         re.compile(text)
     if mode is ReadyMode.EXIT:
@@ -392,6 +394,6 @@ def _checked_ready(mode: ReadyMode, text: str) -> ReadySpec:
 
 
 def _exit_code(text: str) -> str:
-    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or int(text) > _LAST_EXIT_CODE:
-        raise UsageProblem(f"{text!r} is not an exit code from 0 to {_LAST_EXIT_CODE}")
+    if not re.fullmatch(r"\d{1,3}", text, re.ASCII) or int(text) > _MAX_EXIT_CODE:
+        raise UsageProblem(f"{text!r} is not an exit code from 0 to {_MAX_EXIT_CODE}")
     return str(int(text))

@@ -1,4 +1,4 @@
-"""What commands in the guest come back with, and where a machine's start-up time went."""
+"""The result of a command in the guest, and the phases of a clone's start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["ExecResult", "Timeline"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExecResult:
-    """A finished command. Text is UTF-8 with surrogateescape; the bytes are beside it.
+    """The result of a command. `stdout` and `stderr` are decoded as UTF-8 with surrogateescape.
 
-    `exit_code` is 128 + signal for a killed command, 127 for a missing program, 126 for one that cannot be run.
+    `exit_code` is 128 + signal for a killed command, 127 for a missing program, 126 for a program that cannot run.
     """
 
     exit_code: int
@@ -21,24 +21,24 @@ class ExecResult:
 
     @property
     def stdout(self) -> str:
-        """Return the standard output as text."""
+        """Return standard output as text."""
         return self.stdout_bytes.decode("utf-8", "surrogateescape")
 
     @property
     def stderr(self) -> str:
-        """Return the standard error as text."""
+        """Return standard error as text."""
         return self.stderr_bytes.decode("utf-8", "surrogateescape")
 
 
 @dataclass
 class Timeline:
-    """Phases of a machine's start with their ends, in seconds since `start` on the monotonic clock."""
+    """The phases of a clone's start: name and end of each, in seconds since `start` on the monotonic clock."""
 
     start: float
     phases: list[tuple[str, float]] = field(default_factory=list)
 
     def mark(self, phase: str, now: float) -> None:
-        """Note that a phase ended."""
+        """Record that a phase ended at `now` on the monotonic clock."""
         self.phases.append((phase, now - self.start))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What `docker run` can say of a guest besides its image: host name, sysctls, limits. Parsers raise UsageProblem."""
+"""Host name, sysctls and limits of a guest, spelled as for `docker run`. Parsers raise UsageProblem."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pytest_fcvm.errors import UsageProblem
 
 __all__ = ["ULIMITS", "Ulimit", "parse_hostname", "parse_sysctl", "parse_ulimit"]
 
-Ulimit = tuple[int, int]  # soft, hard; -1 is without limit
+Ulimit = tuple[int, int]  # soft, hard; -1 is unlimited
 
-# Docker's names, and Linux's numbers for them (asm-generic/resource.h).
+# Docker's names and Linux's numbers (asm-generic/resource.h)
 ULIMITS = {
     "cpu": 0,
     "fsize": 1,
@@ -37,7 +37,7 @@ _SYSCTL = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_:@*-]+)+")
 
 
 def parse_hostname(text: str) -> str:
-    """Read a host name, which may have a domain."""
+    """Read a host name, with or without a domain."""
     if not isinstance(text, str) or not _HOST_NAME.fullmatch(text) or len(text) > _HOST_NAME_MAX:
         raise UsageProblem(
             f"{text!r} is not a host name",
@@ -47,7 +47,7 @@ def parse_hostname(text: str) -> str:
 
 
 def parse_sysctl(items: str | Mapping[str, object] | Iterable[str]) -> dict[str, str]:
-    """Read `NAME=VALUE` items, or a mapping, as kernel settings."""
+    """Read kernel settings from `NAME=VALUE` items or a mapping."""
     found = {}
     for name, value in _pairs(items):
         if not _SYSCTL.fullmatch(name) or not value or not value.isprintable():
@@ -57,11 +57,11 @@ def parse_sysctl(items: str | Mapping[str, object] | Iterable[str]) -> dict[str,
 
 
 def parse_ulimit(items: str | Mapping[str, object] | Iterable[str]) -> dict[str, Ulimit]:
-    """Read `NAME=SOFT[:HARD]` items, or a mapping, as limits of the workload's processes; -1 is without limit."""
+    """Read limits of the workload's processes from `NAME=SOFT[:HARD]` items or a mapping; -1 is unlimited."""
     found = {}
     for name, value in _pairs(items):
         if name not in ULIMITS:
-            raise UsageProblem(f"there is no limit {name!r}", hint=f"limits: {', '.join(ULIMITS)}")
+            raise UsageProblem(f"unknown limit {name!r}", hint=f"limits: {', '.join(ULIMITS)}")
         soft, _, hard = value.partition(":")
         found[name] = _limit(name, soft), _limit(name, hard or soft)
         if (found[name][0] % 2**64) > (found[name][1] % 2**64):

@@ -1,15 +1,16 @@
-"""What a test asks for: the machine, its image, when it is ready, what is done to it before the snapshot."""
+"""What a test asks for: the VM, its image and network, the readiness condition, the work before the snapshot."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import PublishedPort
@@ -17,18 +18,20 @@ from pytest_fcvm.model.settings import Ulimit
 
 __all__ = [
     "Clock",
+    "CloneFields",
     "MappedPath",
     "NetworkMode",
     "NetworkSpec",
     "Prepare",
     "ReadyMode",
     "ReadySpec",
+    "SpecFields",
     "VmSpec",
 ]
 
 
 class ReadyMode(StrEnum):
-    """How it is known that the service answers."""
+    """The kind of a readiness condition."""
 
     HTTP = "http"
     TCP = "tcp"
@@ -40,18 +43,21 @@ class ReadyMode(StrEnum):
 
     @property
     def needs_port(self) -> bool:
-        """Say whether the mode speaks to a port of the guest."""
+        """Say whether the condition has a guest port."""
         return self in (ReadyMode.HTTP, ReadyMode.TCP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadySpec:
-    """A readiness condition. `text` is a path for http, a regular expression for log, a shell command for exec,
-    an exit code for exit.
+    """The condition under which a service is ready.
 
-    `times` is how often the expression has to match. Filled in when the image is known: `argv` is the image's own check
-    for healthcheck, which takes `check_s` at most and is made again after `interval_s` at the latest; `others` are the
-    TCP ports that the image exposes besides `port`.
+    Write one as text ("http:80/health"; docs/reference/options.md lists all forms), or build it: `text` is a path for
+    http, a regular expression for log, a shell command for exec, an exit code for exit. `port` is a guest port, for
+    http and tcp. `times` is how often the regular expression must match.
+
+    The plugin fills in the other fields when it knows the image: `argv` is the image's health check, which may run for
+    `check_s` seconds and is repeated after `interval_s` seconds at the latest; `others` are the other TCP ports that
+    the image exposes.
     """
 
     mode: ReadyMode
@@ -64,8 +70,8 @@ class ReadySpec:
     others: tuple[int, ...] = ()
 
     @property
-    def may_end_with(self) -> int | None:
-        """Return the exit code with which the workload may end for good, None where it has to go on."""
+    def expected_exit_code(self) -> int | None:
+        """Return the exit code with which the workload may end, None if it must keep running."""
         if self.mode is ReadyMode.EXIT:
             return int(self.text)
         return 0 if self.mode is ReadyMode.AGENT else None
@@ -78,10 +84,11 @@ class ReadySpec:
 
 
 class NetworkMode(StrEnum):
-    """How a clone is joined to the host.
+    """How a clone reaches the host: `AUTO` picks the engine's best mode.
 
-    By what its engine does best, by slirp in the VMM, by the agent; or by a card in a network namespace of its own,
-    whose way out is slirp4netns, without rights, or a bridge of the host's, which takes root.
+    `USER` is slirp in the VMM. `RELAY` sends all connections through the agent, without egress. `ROOTLESS` and `BRIDGE`
+    give the VM a NIC in its own network namespace; egress is by slirp4netns, without privileges, or by a bridge of the
+    host, which requires root.
     """
 
     AUTO = "auto"
@@ -92,21 +99,22 @@ class NetworkMode(StrEnum):
 
     @property
     def has_egress(self) -> bool:
-        """Say whether the guest can be let out through it."""
+        """Say whether the mode supports egress."""
         return self is not NetworkMode.RELAY
 
     @property
     def uses_netns(self) -> bool:
-        """Say whether the VM has a network namespace of its own."""
+        """Say whether the VM has its own network namespace."""
         return self in (NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
-    """A clone's network. Without `egress` the guest reaches nothing outside itself.
+    """The network of a clone.
 
-    `allow` are networks, addresses and names: with any, the guest connects to nothing else. With `proxy` the workload
-    gets the variables that tell programs of a proxy (`https_proxy` and the like), as pytest has them.
+    Write one as text ("user,egress"; docs/reference/options.md lists all forms), or build it. Without `egress` the
+    guest connects to nothing outside itself. `allow` lists IPv4 networks, addresses and names; if it has any, the guest
+    connects to nothing else. With `proxy` the workload gets pytest's proxy variables (`https_proxy` and the like).
     """
 
     mode: NetworkMode = NetworkMode.AUTO
@@ -115,15 +123,15 @@ class NetworkSpec:
     proxy: bool = False
 
     def finalize(self, offered: Sequence[NetworkMode], engine: str) -> NetworkSpec:
-        """Return what it comes to on an engine that offers these, the first by preference. Raise UsageProblem."""
+        """Return the network with one of the modes that the engine offers, the preferred first. Raise UsageProblem."""
         fit = [mode for mode in offered if (mode.has_egress or not self.egress) and (mode.uses_netns or not self.allow)]
         if self.mode is NetworkMode.AUTO and fit:
             return replace(self, mode=fit[0])
         if self.mode in fit:
             return self
         raise UsageProblem(
-            f"the engine {engine} has no network {str(self)!r}",
-            hint=f"it has {', '.join(offered)}; relay has no way out, and user none that can be narrowed with allow",
+            f"the engine {engine} does not support the network {str(self)!r}",
+            hint=f"{engine} supports {', '.join(offered)}; relay has no egress, and user does not support allow",
         )
 
     def __str__(self) -> str:
@@ -132,7 +140,7 @@ class NetworkSpec:
 
 
 class Clock(StrEnum):
-    """What time of day it is in a clone: the host's, or the snapshot's, which goes on from where it was."""
+    """The time of day in a clone: the host's, or the snapshot's, which continues where it stopped."""
 
     HOST = "host"
     SNAPSHOT = "snapshot"
@@ -142,8 +150,8 @@ class Clock(StrEnum):
 class MappedPath:
     """A file or directory of the host that is copied into the guest before the workload starts.
 
-    It takes the place of what was there. `owner` is a user of the image, and a group, by name or number; without one,
-    the host's numbers are kept.
+    The copy replaces what is at `guest`, an absolute path. `owner` is a user of the image, or `user:group`, by name or
+    number; without it, the copy keeps the numeric owner that it has on the host.
     """
 
     host: Path
@@ -158,10 +166,10 @@ class MappedPath:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Work on the ready base before it is snapshotted: load rows, warm caches.
+    """Work on the ready base before its snapshot, such as loading rows or warming caches.
 
-    `func` is called with the base (a `Clone`). It runs again whenever its source file, the bytes of a file in `inputs`
-    or `version` change. Relative `inputs` start at the directory of the source file.
+    `func` is called with the base. The snapshot is rebuilt, and `func` called again, when its source file, a file in
+    `inputs` or `version` changes. Relative `inputs` start at the directory of the source file.
     """
 
     func: Callable[[Any], object]
@@ -169,7 +177,7 @@ class Prepare:
     version: str = ""
 
     def identity(self) -> str:
-        """Return a digest of everything that decides what the function does. Raise UsageProblem for a missing input."""
+        """Return a digest of the source file, the inputs and the version. Raise UsageProblem for a missing input."""
         source = _source_file(self.func)
         digest = hashlib.sha256(f"{self.func.__module__}.{self.func.__qualname__}\0{self.version}\0".encode())
         for path in (source, *(source.parent / name for name in self.inputs)):
@@ -180,19 +188,28 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class VmSpec:
-    """The machine a test wants. Two equal specs share one snapshot.
+    """The VM that a test asks for. Equal specs share one snapshot.
 
-    `env` and `publish` merge by key when a marker adds to them, every other field is replaced. `prepare` is a `Prepare`
-    or a command line for the guest's shell. `warm`, a function that gets the clone or a command, is run in clones that
-    are made ahead of their tests: what it does is in them, and what it runs is fast in the test. `disk_mib` puts what
-    the guest writes on a disk instead of in memory. `hook` is a line for the guest's shell, run as root in each clone
-    before its workload goes on. With `own_address` each clone's ports are at a loopback address of its own, under the
-    guest's own numbers. `host_ports` are those of this host's 127.0.0.1 that its programs reach as `host.fcvm`. `needs`
-    names those of an `fcvm_group` that must be ready before it: its own condition is then waited for in the clone, and
-    the base is taken as soon as its workload runs. With a `balloon`, memory can be taken from its clones. `metadata` is
-    what its programs read from http://169.254.169.254, as in a cloud. An `entrypoint` replaces the image's, whose own
-    arguments then go too; an empty one takes it away. `hostname` is the name under which the workload starts and that
-    its clones keep. `shm_mib` is the size of /dev/shm. `ulimits` and `sysctls` are set before the workload starts.
+    Change a spec with `merged`: `env` and `publish` merge by key, every other field is replaced.
+
+    - `image`: an OCI image, a rootfs tar or a directory. `mem_mib`, `cpus`: memory in MiB, and virtual CPUs.
+    - `disk_mib`: size in MiB of a scratch disk for what the guest writes. Without one, memory holds it.
+    - `balloon`: whether `Clone.inflate_balloon` can take memory from the clones.
+    - `env`, `user`, `workdir`: variables, user and working directory of the workload.
+    - `entrypoint`: replaces the image's entrypoint and its arguments; () removes it. `command`: replaces the arguments.
+    - `hostname`: the host name of the workload; clones keep it. `shm_mib`: the size of /dev/shm.
+    - `ulimits`, `sysctls`: limits and kernel settings, set before the workload starts.
+    - `map`: files of the host to copy into the guest. `metadata`: what http://169.254.169.254 serves to the guest.
+    - `network`, `publish`: the network, and the guest ports to map to the host. With `own_address` each clone has its
+      own loopback address, and ports there have the guest's numbers.
+    - `host_ports`: ports of 127.0.0.1 on the host that the guest reaches at `host.fcvm`.
+    - `ready`, `ready_timeout_s`: the readiness condition, None for the image's, and its time limit.
+    - `prepare`: a `Prepare` or a shell command for the base, run when the base is ready, before the snapshot.
+    - `warm`: a function that gets the clone, or a shell command, run in each prewarmed clone. Its effects stay.
+    - `hook`: a shell command, run as root in each clone before the workload resumes.
+    - `clock`: the time of day in clones.
+    - `depends_on`: names of clones in an `fcvm_group` that must be ready before this one starts. The base is then
+      snapshotted as soon as its workload runs, and `ready` is waited for in the clone.
     """
 
     image: str | None = None
@@ -221,13 +238,13 @@ class VmSpec:
     shm_mib: int | None = None
     ulimits: Mapping[str, Ulimit] = field(default_factory=dict)
     sysctls: Mapping[str, str] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
 
     @property
-    def of_clones(self) -> Hashable:
-        """Return what of it makes clones differ that are of the same snapshot."""
+    def clone_settings(self) -> Hashable:
+        """Return the fields that affect clones but not their snapshot."""
         return (
-            self.needs and (self.needs, self.ready),
+            self.depends_on and (self.depends_on, self.ready),
             self.publish,
             self.own_address,
             self.host_ports,
@@ -237,26 +254,62 @@ class VmSpec:
         )
 
     def merged(self, changes: Mapping[str, Any]) -> VmSpec:
-        """Return a spec with the changes of a closer source laid over this one. Raise UsageProblem for a wrong name."""
+        """Return the spec with these changes. Raise UsageProblem for an unknown field."""
         unknown = sorted(set(changes) - {item.name for item in fields(self)})
         if unknown:
-            raise UsageProblem(f"a machine has no field {unknown[0]!r}", hint=f"fields: {', '.join(spec_fields())}")
-        laid = dict(changes)
-        if "env" in laid:
-            laid["env"] = {**self.env, **laid["env"]}
-        if "publish" in laid:
-            ports = {(port.proto, port.guest_port): port for port in (*self.publish, *laid["publish"])}
-            laid["publish"] = tuple(ports.values())
-        return replace(self, **laid)
+            raise UsageProblem(f"a VM spec has no field {unknown[0]!r}", hint=f"fields: {', '.join(spec_fields())}")
+        values = dict(changes)
+        if "env" in values:
+            values["env"] = {**self.env, **values["env"]}
+        if "publish" in values:
+            ports = {(port.proto, port.guest_port): port for port in (*self.publish, *values["publish"])}
+            values["publish"] = tuple(ports.values())
+        return replace(self, **values)
+
+
+class CloneFields(TypedDict, total=False):
+    """The fields of `fcvm_clone_factory`: those of `SpecFields` without the network between a clone and the host."""
+
+    image: str | Path
+    mem: str | int
+    cpus: str | int
+    disk: str | int
+    balloon: bool | str
+    env: Mapping[str, str | float | PathLike[str]] | Iterable[str] | str
+    publish: str | int | PublishedPort | Sequence[str | int | PublishedPort] | set[str | int | PublishedPort]
+    own_address: bool | str
+    host_port: str | int | Sequence[str | int] | set[str | int]
+    map: str | MappedPath | Sequence[str | MappedPath]
+    metadata: Mapping[str, object] | str | Path
+    ready: str | ReadySpec
+    ready_timeout: str | float
+    prepare: Prepare | Callable[[Any], object] | str
+    warm: Callable[[Any], object] | str
+    hook: str
+    clock: str
+    user: str
+    workdir: str
+    entrypoint: str | Iterable[str]
+    command: str | Iterable[str]
+    hostname: str
+    shm_size: str | int
+    ulimit: str | Mapping[str, object] | Iterable[str]
+    sysctl: str | Mapping[str, object] | Iterable[str]
+
+
+class SpecFields(CloneFields, total=False):
+    """The fields of the marker `fcvm` and of the factories, in the spellings that options.py parses into a VmSpec."""
+
+    network: str | NetworkSpec
 
 
 def spec_fields() -> tuple[str, ...]:
-    """Return the names of a spec's fields in their order."""
+    """Return the names of the fields of VmSpec, in order."""
     return tuple(item.name for item in fields(VmSpec))
 
 
 def _source_file(func: Callable[[Any], object]) -> Path:
-    with suppress(TypeError):  # what is no function of a module: a partial, a built-in, an object
+    with suppress(TypeError):  # not a function of a module: a partial, a built-in, an object
         path = Path(inspect.getfile(inspect.unwrap(func)))
         if path.is_file():
             return path
@@ -267,4 +320,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UsageProblem(f"prepare needs {path}: {error.strerror}", hint="name an existing file in inputs") from error
+        raise UsageProblem(
+            f"prepare cannot read {path}: {error.strerror}", hint="name existing files in inputs"
+        ) from error

@@ -1,10 +1,9 @@
-"""Connections between a client on the host and a guest: bytes both ways, half-closes kept, a break of one end told."""
+"""Links between a client on the host and a guest: bytes both ways, half-closes kept, a reset of one end passed on."""
 
 from __future__ import annotations
 
 import select
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,21 +11,21 @@ from typing import Protocol
 
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sockets import reset
 
-__all__ = ["ByteStream", "Links", "MakeThread", "SocketStream", "reset"]
+__all__ = ["ByteStream", "Links", "MakeThread", "SocketStream"]
 
 MakeThread = Callable[..., threading.Thread]
 
 _THREAD = "fcvm-relay"
 _CHUNK = 64 * 1024
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class ByteStream(Protocol):
-    """A connection into the guest. `recv` returns b"" at the peer's half-close; a reset is a ConnectionError."""
+    """A connection into the guest."""
 
     def recv(self, size: int) -> bytes:
-        """Return the next bytes."""
+        """Return the next bytes, b"" at the peer's half-close. Raise ConnectionError for a reset."""
         ...
 
     def sendall(self, data: bytes) -> None:
@@ -34,11 +33,11 @@ class ByteStream(Protocol):
         ...
 
     def shutdown_write(self) -> None:
-        """Half-close: say that no more bytes will come."""
+        """Half-close: no more bytes will come."""
         ...
 
     def reset(self) -> None:
-        """End the connection so that the guest sees a reset; wake whoever waits in another method. Idempotent."""
+        """End the connection so that the guest sees a reset, and wake the calls that wait. Idempotent."""
         ...
 
     def close(self) -> None:
@@ -47,16 +46,16 @@ class ByteStream(Protocol):
 
 
 class SocketStream:
-    """A connected socket as such a connection; each direction is used by one thread.
+    """A connected socket as a ByteStream. Use each direction in one thread.
 
-    It takes the socket over, also when it fails for want of a descriptor, by OSError.
+    It owns the socket, even when it raises OSError because no descriptor is left.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._broken = threading.Event()
         try:
-            self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # a shutdown would wake as well, but send a FIN
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC)  # a shutdown wakes too, but sends a FIN
         except OSError:
             reset(connection)
             raise
@@ -71,21 +70,21 @@ class SocketStream:
         view = memoryview(data)
         while view:
             self._wait(select.POLLOUT)
-            with suppress(BlockingIOError):  # room for a byte is not room for all
+            with suppress(BlockingIOError):  # the buffer has room, but not for all
                 view = view[self._socket.send(view, socket.MSG_DONTWAIT) :]
 
     def shutdown_write(self) -> None:
-        """Half-close: say that no more bytes will come."""
+        """Half-close: no more bytes will come."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Wake whoever waits in another method; `close` sends the reset then. Idempotent."""
+        """Wake the calls that wait; `close` then sends the reset. Idempotent."""
         if not self._broken.is_set():
             self._broken.set()
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """End the connection, when nobody calls another method any more."""
+        """End the connection. Call no other method afterwards."""
         if self._broken.is_set():
             reset(self._socket)
         self._socket.close()
@@ -100,7 +99,7 @@ class SocketStream:
 
 
 class Links:
-    """The connections of one machine. `make_thread` makes threads."""
+    """The links of one VM. `make_thread` makes threads."""
 
     def __init__(self, make_thread: MakeThread) -> None:
         self._make_thread = make_thread
@@ -109,7 +108,7 @@ class Links:
         self._over = False
 
     def join(self, client: socket.socket, guest: ByteStream) -> None:
-        """Copy both ways until both have ended, on this thread and one more; closes both ends."""
+        """Copy both ways until both have ended, in this thread and one more, then close both ends."""
         try:
             link = _Link(client, guest, self._make_thread)
         except OSError:  # no descriptor is left
@@ -130,7 +129,7 @@ class Links:
             link.close()
 
     def close(self) -> None:
-        """Reset all connections, also those that are joined later; idempotent."""
+        """Reset all links, also those that are joined later. Idempotent."""
         with self._lock:
             self._over = True
             for link in self._links:
@@ -138,7 +137,7 @@ class Links:
 
 
 class _Link:
-    """A client's connection and the guest's end of it. Each half ends by itself; a break of one end resets both."""
+    """A client's connection and the guest's. Each direction ends by itself; a reset of one connection resets both."""
 
     def __init__(self, client: socket.socket, guest: ByteStream, make_thread: MakeThread) -> None:
         self._client, self._guest, self._make_thread = SocketStream(client), guest, make_thread
@@ -152,12 +151,12 @@ class _Link:
         upward.join()
 
     def close(self) -> None:
-        """Give both ends back, after `copy`, when nobody calls `reset` any more."""
+        """Close both connections, after `copy`. Call `reset` no more."""
         self._client.close()
         self._guest.close()
 
     def reset(self) -> None:
-        """End both ends by a reset and wake both directions."""
+        """Reset both connections and wake both directions."""
         self._broken.set()
         self._client.reset()
         self._guest.reset()
@@ -166,15 +165,8 @@ class _Link:
         try:
             while data := source.recv(_CHUNK):
                 target.sendall(data)
-            if self._broken.is_set():  # what ended was no half-close
+            if self._broken.is_set():  # the end was no half-close
                 raise ConnectionAbortedError
             target.shutdown_write()
         except (OSError, FcvmError):
             self.reset()
-
-
-def reset(client: socket.socket) -> None:
-    """Close a socket so that its peer sees a reset."""
-    with suppress(OSError):
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-    client.close()

@@ -1,11 +1,10 @@
-"""A private network's switch: Ethernet frames from port to port, with faults on the way. A program of its own.
+"""A private network's switch: Ethernet frames from port to port, with faults on the path. A helper program.
 
-It is run by path, needs the standard library alone, and ends with its control socket (descriptor 3, of sequenced
-packets). A request is a JSON object with `op`; its reply is one with `error` ("" when it worked). A port is a datagram
-socket that comes with the request `attach`, one frame a datagram. A port never waits for another: a frame for which
-there is no room is dropped and counted.
+It runs in a bare Python, see `program.py` and `requests.py`. A port is a datagram socket that comes with the request
+`attach`, one frame a datagram. A port never waits for another: the switch drops and counts a frame for which a port has
+no room.
 
-Captures are pcapng (draft-ietf-opsawg-pcapng): one interface for each port, named by it.
+Captures are pcapng (draft-ietf-opsawg-pcapng), one interface for each port, with the port's name.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import json
-import os
 import random
 import select
 import socket
 import struct
-import sys
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-__all__ = ["CONTROL_FD", "Counters", "Link", "Rule", "Switch", "main"]
+from pytest_fcvm.network.requests import CONTROL_FD, serve_request
 
-CONTROL_FD = 3
-_REQUEST_BYTES = 65536
+if TYPE_CHECKING:
+    from pytest_fcvm.network.requests import Operation
+
+__all__ = ["Counters", "Link", "Rule", "Switch", "main"]
+
 _FRAME_BYTES = 65536
-_BATCH = 64  # frames of a port before the others have their turn
-_QUEUED = 10_000  # frames that are on their way; a link that would hold more drops
-_QUEUE_S = 1.0  # what a bandwidth may hold back
-_REORDERED_S = 0.02  # what a reordered frame is later than the others
+_BATCH = 64  # frames of one port before the next port's turn
+_QUEUED = 10_000  # delayed frames in all; more are dropped
+_QUEUE_S = 1.0  # the longest delay by a bandwidth
+_REORDERED_S = 0.02  # the delay of a reordered frame
 _BUFFER_BYTES = 4 << 20
 _ETHERNET_HEADER = 14
 _GROUP_BIT = 1  # of the first byte of a MAC: broadcast and multicast
@@ -54,20 +53,20 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A link for the ways from one set of names to another, None for all. The first rule that applies counts."""
+    """The link from one set of names to another, None for all. The first rule that applies counts."""
 
     sources: frozenset[str] | None
     targets: frozenset[str] | None
     link: Link
 
     def applies(self, source: str, target: str) -> bool:
-        """Say whether it is about a way."""
+        """Say whether the rule applies to this direction."""
         return (self.sources is None or source in self.sources) and (self.targets is None or target in self.targets)
 
 
 @dataclass(kw_only=True)
 class Counters:
-    """Frames of one link: taken, delivered, and those that were not, by cause."""
+    """Frames of one link: taken, delivered, and those with a fault, by fault."""
 
     taken: int = 0
     delivered: int = 0
@@ -84,34 +83,34 @@ class _Port:
     name: str
     socket: socket.socket
     macs: set[bytes] = field(default_factory=set)
-    ways: dict[str, _Way] = field(default_factory=dict)  # to other ports, as far as a frame has gone there
+    paths: dict[str, _Path] = field(default_factory=dict)  # to the ports that a frame was sent to
 
 
 @dataclass(kw_only=True)
-class _Way:
-    """From one port to another: what the rules come to, and what has happened."""
+class _Path:
+    """From one port to another: the link by the rules, and its counters."""
 
     target: _Port
     link: Link
     counters: Counters
-    free_at: float = 0.0  # when a bandwidth lets the next frame begin
+    free_at: float = 0.0  # when the bandwidth allows the next frame
 
 
 class Switch:
-    """Ports, what is between them, and the frames on their way. `seed` makes its choices repeatable."""
+    """Ports, the links between them, and delayed frames. The same `seed` makes the same choices."""
 
     def __init__(self, seed: int) -> None:
         self._rules: list[Rule] = []
         self.counters: dict[tuple[str, str], Counters] = {}
         self._ports: dict[str, _Port] = {}
         self._by_mac: dict[bytes, _Port] = {}
-        self._random = random.Random(seed)  # noqa: S311  no secret: a test wants the same faults again
-        self._on_their_way: list[tuple[float, int, _Port, bytes, Counters]] = []
+        self._random = random.Random(seed)  # noqa: S311  no secret: the same seed makes the same faults
+        self._delayed: list[tuple[float, int, _Port, bytes, Counters]] = []
         self._numbers = itertools.count()
         self._captures: dict[str, _Capture] = {}
 
     def attach(self, name: str, port: socket.socket) -> None:
-        """Add a port, in the place of one by that name."""
+        """Add a port. It replaces an earlier one of this name."""
         self.detach(name)
         port.settimeout(0)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -125,34 +124,34 @@ class Switch:
             for mac in port.macs:
                 self._by_mac.pop(mac, None)
             for other in self._ports.values():
-                other.ways.pop(name, None)
+                other.paths.pop(name, None)
             port.socket.close()
 
     def apply(self, rules: list[Rule]) -> None:
-        """Let frames pass by these rules from now on."""
+        """Replace the rules."""
         self._rules = rules
         for port in self._ports.values():
-            port.ways.clear()
+            port.paths.clear()
 
     def capture(self, path: str) -> None:
-        """Write every frame that a port sends to a file from now on."""
+        """Start to write every frame that a port sends to a file."""
         self.end_capture(path)
         self._captures[path] = _Capture(path)
 
     def end_capture(self, path: str) -> None:
-        """Write no more to a file, if it is written to."""
+        """Close the file of a capture, if there is one."""
         if path in self._captures:
             self._captures.pop(path).close()
 
     def wait_s(self) -> float:
-        """Return how long nothing has to be done."""
-        return max(0.0, self._on_their_way[0][0] - time.monotonic()) if self._on_their_way else 3600.0
+        """Return the time until the next delayed frame is due."""
+        return max(0.0, self._delayed[0][0] - time.monotonic()) if self._delayed else 3600.0
 
     def deliver_due(self) -> None:
-        """Deliver the frames whose time has come."""
+        """Deliver the delayed frames that are due."""
         now = time.monotonic()
-        while self._on_their_way and self._on_their_way[0][0] <= now:
-            _, _, target, frame, counters = heapq.heappop(self._on_their_way)
+        while self._delayed and self._delayed[0][0] <= now:
+            _, _, target, frame, counters = heapq.heappop(self._delayed)
             self._deliver(target, frame, counters)
 
     def take(self, name: str) -> None:
@@ -184,8 +183,8 @@ class Switch:
                 self._cross(source, target, frame)
 
     def _cross(self, source: _Port, target: _Port, frame: bytes) -> None:
-        way = source.ways.get(target.name) or self._find_way(source, target)
-        link, counters = way.link, way.counters
+        path = source.paths.get(target.name) or self._find_path(source, target)
+        link, counters = path.link, path.counters
         counters.taken += 1
         if link is _CLEAR:
             self._deliver(target, frame, counters)
@@ -202,34 +201,34 @@ class Switch:
         copies = 2 if self._happens(link.duplicate) else 1
         counters.duplicated += copies - 1
         for _ in range(copies):
-            self._send(way, frame)
+            self._send(path, frame)
 
-    def _find_way(self, source: _Port, target: _Port) -> _Way:
+    def _find_path(self, source: _Port, target: _Port) -> _Path:
         names = source.name, target.name
         link = next((rule.link for rule in self._rules if rule.applies(*names)), _CLEAR)
-        way = _Way(target=target, link=link, counters=self.counters.setdefault(names, Counters()))
-        source.ways[target.name] = way
-        return way
+        path = _Path(target=target, link=link, counters=self.counters.setdefault(names, Counters()))
+        source.paths[target.name] = path
+        return path
 
-    def _send(self, way: _Way, frame: bytes) -> None:
-        link, counters, now = way.link, way.counters, time.monotonic()
+    def _send(self, path: _Path, frame: bytes) -> None:
+        link, counters, now = path.link, path.counters, time.monotonic()
         due = now + link.latency + (link.jitter * self._random.uniform(-1, 1) if link.jitter else 0.0)
         if self._happens(link.reorder):
             counters.reordered += 1
             due += _REORDERED_S
         if link.bandwidth:
-            free_at = max(now, way.free_at) + len(frame) / link.bandwidth
+            free_at = max(now, path.free_at) + len(frame) / link.bandwidth
             if free_at - now > _QUEUE_S:
                 counters.full += 1
                 return
-            way.free_at = free_at
+            path.free_at = free_at
             due += free_at - now
         if due <= now:
-            self._deliver(way.target, frame, counters)
-        elif len(self._on_their_way) >= _QUEUED:
+            self._deliver(path.target, frame, counters)
+        elif len(self._delayed) >= _QUEUED:
             counters.full += 1
         else:
-            heapq.heappush(self._on_their_way, (due, next(self._numbers), way.target, frame, counters))
+            heapq.heappush(self._delayed, (due, next(self._numbers), path.target, frame, counters))
 
     def _deliver(self, target: _Port, frame: bytes, counters: Counters) -> None:
         try:
@@ -243,7 +242,7 @@ class Switch:
         return share > 0 and self._random.random() < share
 
     def _corrupted(self, frame: bytes) -> bytes:
-        """Flip a bit behind the Ethernet header."""
+        """Flip a bit after the Ethernet header."""
         place = self._random.randrange(_ETHERNET_HEADER, len(frame)) if len(frame) > _ETHERNET_HEADER else 0
         return frame[:place] + bytes([frame[place] ^ 1 << self._random.randrange(8)]) + frame[place + 1 :]
 
@@ -289,27 +288,15 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def _apply(switch: Switch, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-    """Do what a request asks for and return the reply."""
-    try:
-        match request["op"]:
-            case "attach":
-                switch.attach(request["port"], socket.socket(fileno=descriptors.pop()))
-            case "detach":
-                switch.detach(request["port"])
-            case "rules":
-                switch.apply([_rule(*rule) for rule in request["rules"]])
-            case "counters":
-                return {"error": "", "counters": [[*way, asdict(counted)] for way, counted in switch.counters.items()]}
-            case "capture":
-                switch.capture(request["path"])
-            case "end capture":
-                switch.end_capture(request["path"])
-            case unknown:
-                return {"error": f"there is no request {unknown}"}
-    except OSError as error:
-        return {"error": f"{error.filename or request['op']}: {error.strerror}"}
-    return {"error": ""}
+def _operations(switch: Switch) -> dict[str, Operation]:
+    return {
+        "attach": lambda port, *, name: switch.attach(name, socket.socket(fileno=port)),
+        "detach": switch.detach,
+        "rules": lambda rules: switch.apply([_rule(*rule) for rule in rules]),
+        "counters": lambda: ([[*names, asdict(counters)] for names, counters in switch.counters.items()], ()),
+        "capture": switch.capture,
+        "end capture": switch.end_capture,
+    }
 
 
 def _rule(sources: list[str] | None, targets: list[str] | None, link: dict[str, Any]) -> Rule:
@@ -320,31 +307,20 @@ def _rule(sources: list[str] | None, targets: list[str] | None, link: dict[str, 
     )
 
 
-def _serve(switch: Switch, control: socket.socket) -> bool:
-    """Answer a request. False when there will be no other."""
-    data, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 1)
-    if not data:
-        return False
-    request = json.loads(data)
-    control.send(json.dumps({**_apply(switch, request, descriptors), "id": request["id"]}).encode())
-    for descriptor in descriptors:
-        os.close(descriptor)
-    return True
-
-
-def main(seed: int) -> None:
-    """Switch until the control socket ends."""
-    switch, control = Switch(seed), socket.socket(fileno=CONTROL_FD)
+def main(seed: str) -> None:
+    """Switch frames until the control socket ends."""
+    switch, control = Switch(int(seed)), socket.socket(fileno=CONTROL_FD)
+    operations = _operations(switch)
     poll = select.epoll()
     poll.register(control, select.EPOLLIN)
     known: dict[int, str] = {}
     while True:
-        # epoll counts in milliseconds, select in microseconds: frames are to be neither early nor late.
+        # epoll counts in milliseconds, select in microseconds: a frame must be neither early nor late.
         select.select([poll], [], [], switch.wait_s())
         for descriptor, _ in poll.poll(0):
             if descriptor != CONTROL_FD:
                 switch.take(known.get(descriptor, ""))
-            elif not _serve(switch, control):
+            elif not serve_request(control, operations):
                 return
             else:
                 for gone in known.keys() - switch.descriptors().keys():
@@ -355,7 +331,3 @@ def main(seed: int) -> None:
                         poll.register(new, select.EPOLLIN)
                 known = switch.descriptors()
         switch.deliver_due()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -2,6 +2,15 @@
 
 from pytest_fcvm.snapshot.builder import build_snapshot
 from pytest_fcvm.snapshot.inputs import SnapshotInputs, choose_ready, snapshot_key
-from pytest_fcvm.snapshot.snapshot import Snapshot, SnapshotRuntime
+from pytest_fcvm.snapshot.opened import OpenSnapshots
+from pytest_fcvm.snapshot.snapshot import OpenSnapshot, SnapshotRuntime
 
-__all__ = ["Snapshot", "SnapshotInputs", "SnapshotRuntime", "build_snapshot", "choose_ready", "snapshot_key"]
+__all__ = [
+    "OpenSnapshot",
+    "OpenSnapshots",
+    "SnapshotInputs",
+    "SnapshotRuntime",
+    "build_snapshot",
+    "choose_ready",
+    "snapshot_key",
+]

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pytest_fcvm.clone.clone import Clone
+from pytest_fcvm.clone.guest import Guest
 from pytest_fcvm.clone.log import WorkloadLog, tail
 from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.engine.disk import make_image
@@ -25,7 +25,7 @@ from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
-from pytest_fcvm.model.net import Namespace, PublishedPort
+from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import MappedPath, Prepare
 from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
@@ -35,12 +35,12 @@ from pytest_fcvm.snapshot.identity import base_config
 from pytest_fcvm.snapshot.inputs import SnapshotInputs
 from pytest_fcvm.snapshot.namespace import base_namespace
 
-__all__ = ["BASE_LOG", "abandon", "build_snapshot", "snapshot_files"]
+__all__ = ["BASE_LOG", "abandon", "base_guest", "build_snapshot", "call_function", "snapshot_files"]
 
 BASE_LOG = "base.log"
 _MEMORY, _STATE, _DISK = "memory", "state", "disk"
 _BOOT_S = 120.0  # emulated guests on a loaded machine, or on a host that is itself emulated
-_SILENT_S = 30.0  # neither console nor agent moved: the boot hangs, and is tried once more
+_SILENT_S = 30.0  # without console output: the boot hangs, and is tried once more
 _QUIET_S, _QUIET_SHARE, _QUIET_DEADLINE_S = 0.1, 0.1, 3.0
 _SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen workload is done once, not in every clone
 _CALL_S = 60.0
@@ -49,45 +49,45 @@ _COPY_S = 600.0
 Phase = Callable[[str], None]
 
 
-def snapshot_files(directory: Path, parts: SnapshotInputs, *, of_clone: bool = False) -> SnapshotFiles:
+def snapshot_files(directory: Path, inputs: SnapshotInputs, *, of_clone: bool = False) -> SnapshotFiles:
     """Return the files of a snapshot that an engine reads."""
-    disk = directory / _DISK if parts.shape.disk_mib else None
+    disk = directory / _DISK if inputs.shape.disk_mib else None
     return SnapshotFiles(
-        memory=directory / _MEMORY, state=directory / _STATE, rootfs=parts.rootfs, disk=disk, of_clone=of_clone
+        memory=directory / _MEMORY, state=directory / _STATE, rootfs=inputs.rootfs, disk=disk, of_clone=of_clone
     )
 
 
 @translating_emfile("the build of a snapshot")
 def build_snapshot(
-    parts: SnapshotInputs, directory: Path, phase: Phase, open_namespace: OpenNamespace = no_namespaces
+    inputs: SnapshotInputs, directory: Path, phase: Phase, open_namespace: OpenNamespace = no_namespaces
 ) -> dict[str, Any]:
     """Fill a snapshot's directory and return its facts: session secret, client port, timings in ms.
 
-    Raise WorkloadExited, GuestTimeout, EngineError, or GuestError for what a prepare function raised; the base is gone
-    either way.
+    Raise WorkloadExited, GuestTimeout, EngineError, or GuestError where a prepare function raised. The base is ended in
+    every case.
     """
     started = monotonic()
     timings: dict[str, float] = {}
-    with base_namespace(parts, open_namespace) as namespace, _booted(parts, directory, phase, namespace) as running:
+    with base_namespace(inputs, open_namespace) as namespace, _booted(inputs, directory, phase, namespace) as running:
         timings["boot_ms"] = _elapsed_ms(started)
         ports = open_ports(running)
-        base = _as_clone(parts, running)
+        base = base_guest(inputs, running)
         phase("starting the workload")
-        _start_workload(parts, running.agent)
-        phase(f"waiting until it is ready ({parts.ready})")
+        _start_workload(inputs, running.agent)
+        phase(f"waiting until it is ready ({inputs.ready})")
         try:
-            _wait_until_ready_and_quiet(parts, base, running)
+            _wait_until_ready_and_quiet(inputs, base, running)
             timings["ready_ms"] = _elapsed_ms(started)
-            if parts.spec.prepare is not None:
+            if inputs.spec.prepare is not None:
                 phase("preparing it")
-                _prepare(parts, base)
-                _wait_until_ready_and_quiet(parts, base, running)
-            client_port = _client_port(parts, base)
+                _prepare(inputs, base)
+                _wait_until_ready_and_quiet(inputs, base, running)
+            client_port = _client_port(inputs, base)
         except FcvmError as error:
             raise running.explain(error) from None
         phase("taking the snapshot")
         ports.close()
-        secret = _quiesce(running, keeps_peer=parts.is_relayed)
+        secret = _quiesce(running, keeps_peer=inputs.is_relayed)
         stopped = monotonic()
         running.vm.snapshot(directory / _STATE)
         timings["save_ms"], timings["total_ms"] = _elapsed_ms(stopped), _elapsed_ms(started)
@@ -96,34 +96,34 @@ def build_snapshot(
         "client_port": client_port,
         "timings": timings,
         "base": str(running.timeline),
-        "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
+        "about": {**inputs.about(), "created_s": real_time_ns() // 10**9},
     }
 
 
 @contextmanager
-def _booted(parts: SnapshotInputs, directory: Path, phase: Phase, namespace: Namespace | None) -> Iterator[RunningVm]:
-    disk = directory / _DISK if parts.shape.disk_mib else None
+def _booted(inputs: SnapshotInputs, directory: Path, phase: Phase, namespace: Namespace | None) -> Iterator[RunningVm]:
+    disk = directory / _DISK if inputs.shape.disk_mib else None
     if disk:
-        make_image(disk, parts.shape.disk_mib)
+        make_image(disk, inputs.shape.disk_mib)
     plan = BootPlan(
         name="base",
-        shape=parts.shape,
-        files=parts.files,
+        shape=inputs.shape,
+        files=inputs.files,
         memory=directory / _MEMORY,
         disk=disk,
         namespace=namespace,
-        metadata=parts.spec.metadata,
+        metadata=inputs.spec.metadata,
     )
     timeline = Timeline(monotonic())
     phase("booting the kernel")
     try:
-        running = _boot_once(parts, plan, directory, timeline)
+        running = _boot_once(inputs, plan, directory, timeline)
     except _BootHangs:
         phase("booting the kernel again (the first boot hung)")
-        running = _boot_once(parts, plan, directory, timeline)
+        running = _boot_once(inputs, plan, directory, timeline)
     try:
         timeline.mark("boot", monotonic())
-        _configure(parts, running.agent)
+        _configure(inputs, running.agent)
         timeline.mark("configure", monotonic())
         yield running
     finally:
@@ -135,25 +135,25 @@ def _booted(parts: SnapshotInputs, directory: Path, phase: Phase, namespace: Nam
             running.close()
 
 
-def _configure(parts: SnapshotInputs, agent: Agent) -> None:
+def _configure(inputs: SnapshotInputs, agent: Agent) -> None:
     try:
-        copies = parts.image.volumes  # of what the image has there
-        agent.configure(base_config(parts), timeout_s=_COPY_S if copies else _CALL_S)
+        copies = inputs.image.volumes  # of what the image has there
+        agent.configure(base_config(inputs), timeout_s=_COPY_S if copies else _CALL_S)
     except CallFailed as error:
-        if parts.spec.sysctls and "sysctl" in error.message:
+        if inputs.spec.sysctls and "sysctl" in error.message:
             error.hint = "correct sysctl=… or --fcvm-sysctl, or take another kernel with --fcvm-kernel"
         raise
 
 
 class _BootHangs(EngineError):
-    """Nothing was seen of a boot for so long that it is tried again."""
+    """A boot printed nothing for so long that it is tried again."""
 
 
-def _boot_once(parts: SnapshotInputs, plan: BootPlan, directory: Path, timeline: Timeline) -> RunningVm:
+def _boot_once(inputs: SnapshotInputs, plan: BootPlan, directory: Path, timeline: Timeline) -> RunningVm:
     plan.memory.unlink(missing_ok=True)
     hangs = threading.Event()
     with ExitStack() as undo:
-        vm = parts.engine.boot(plan)
+        vm = inputs.engine.boot(plan)
         undo.callback(vm.kill)
         log = WorkloadLog(directory / BASE_LOG)
         undo.callback(log.close)
@@ -168,14 +168,14 @@ def _boot_once(parts: SnapshotInputs, plan: BootPlan, directory: Path, timeline:
                 raise _BootHangs(f"the guest's kernel printed nothing for {_SILENT_S:.0f} s") from None
             raise error from None
         undo.callback(agent.close)
-        running = RunningVm(vm, agent, log, timeline, may_end_with=parts.ready_joined.may_end_with)
+        running = RunningVm(vm, agent, log, timeline, expected_exit_code=inputs.ready_joined.expected_exit_code)
         undo.pop_all()
         return running
 
 
 @contextmanager
 def _watched(vm: Vm, hangs: threading.Event) -> Iterator[None]:
-    """Kill a VM whose console stays empty meanwhile, and say so by `hangs`."""
+    """Kill a VM whose console stays empty, and set `hangs`."""
     over = threading.Event()
 
     def watch() -> None:
@@ -200,30 +200,35 @@ def _kill_if_silent(vm: Vm, hangs: threading.Event) -> None:
 
 
 def abandon(vm: Vm, error: FcvmError) -> FcvmError:
-    """Kill a VM whose agent was not met, and return the error with what the VM left to read."""
+    """Kill a VM whose agent did not answer; return the error with the console and the VMM log as evidence."""
     for title, path in (("console", vm.console_path), ("VMM log", vm.vmm_log_path)):
         with suppress(OSError):
             error.evidence.setdefault(title, tail(read_regular(path)))
     vm.kill()
-    with suppress(EngineError):  # the error that was first is the one to tell
+    with suppress(EngineError):  # the first error is the one to report
         vm.wait(_CALL_S)
     return error
 
 
-def _as_clone(parts: SnapshotInputs, running: RunningVm) -> Clone:
-    def start(ports: tuple[PublishedPort, ...]) -> RunningVm:  # noqa: ARG001  the relay maps ports when they are asked for
-        return running
+def base_guest(inputs: SnapshotInputs, running: RunningVm, name: str = "fcvm-base") -> Guest:
+    """Return a VM that no test has as what `prepare` and `warm` get."""
+    return Guest(
+        name=name,
+        spec=inputs.spec_before_tests,
+        engine=inputs.engine.name,
+        defaults=inputs.defaults,
+        running=running,
+    )
 
-    spec = parts.spec_before_tests
-    return Clone(name="fcvm-base", spec=spec, engine=parts.engine.name, defaults=parts.defaults, start=start)
 
-
-def _start_workload(parts: SnapshotInputs, agent: Agent) -> None:
-    for item in sorted(parts.spec.map, key=lambda item: len(PurePosixPath(item.guest).parts)):  # as mounts: outer first
+def _start_workload(inputs: SnapshotInputs, agent: Agent) -> None:
+    for item in sorted(
+        inputs.spec.map, key=lambda item: len(PurePosixPath(item.guest).parts)
+    ):  # as mounts: outer first
         _copy_map(item, agent)
-    defaults = parts.defaults
-    workload = ProcessSpec(argv=parts.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user)
-    agent.start(workload, is_init=parts.is_init, timeout_s=_CALL_S)
+    defaults = inputs.defaults
+    workload = ProcessSpec(argv=inputs.argv, env=dict(defaults.env), cwd=defaults.cwd, user=defaults.user)
+    agent.start(workload, is_init=inputs.is_init, timeout_s=_CALL_S)
 
 
 def _copy_map(item: MappedPath, agent: Agent) -> None:
@@ -231,13 +236,13 @@ def _copy_map(item: MappedPath, agent: Agent) -> None:
         pack_path(item.host, "map", sink.write, read_only=item.read_only, keeps_owner=True)
 
 
-def _wait_until_ready_and_quiet(parts: SnapshotInputs, base: Clone, running: RunningVm) -> None:
+def _wait_until_ready_and_quiet(inputs: SnapshotInputs, base: Guest, running: RunningVm) -> None:
     """Wait for the service, then until its processes rest, 3 s at most.
 
-    A server may listen before it serves (PostgreSQL answers "the database system is starting up"), and what it still
-    does after its first answer is better done once than in every clone.
+    A server may listen before it serves (PostgreSQL answers "the database system is starting up"). What it does after
+    its first answer is done once here, not in every clone.
     """
-    wait_until_ready(base, parts.ready, parts.spec.ready_timeout_s)
+    wait_until_ready(base, inputs.ready, inputs.spec.ready_timeout_s)
     deadline, before = Deadline(_QUIET_DEADLINE_S), -1.0
     while not deadline.expired:
         used = float(running.agent.metrics(timeout_s=_CALL_S).get("workload_cpu_us", 0))  # a kernel may lack cgroups
@@ -247,41 +252,42 @@ def _wait_until_ready_and_quiet(parts: SnapshotInputs, base: Clone, running: Run
         running.pause_for_exit(_QUIET_S)
 
 
-def _prepare(parts: SnapshotInputs, base: Clone) -> None:
-    prepare = parts.spec.prepare
+def _prepare(inputs: SnapshotInputs, base: Guest) -> None:
+    prepare = inputs.spec.prepare
     try:
         if isinstance(prepare, Prepare):
-            _call(prepare, base)
+            call_function(prepare.func, base, "prepare")
         elif prepare is not None:
-            base.succeed(prepare, timeout=parts.spec.ready_timeout_s)
+            base.succeed(prepare, timeout=inputs.spec.ready_timeout_s)
     finally:
         base.close_clients()
 
 
-def _call(prepare: Prepare, base: Clone) -> None:
-    """Call a prepare function; whatever it raises is a failed build, which is remembered and not tried again."""
+def call_function(function: Callable[[Guest], object], guest: Guest, what: str) -> None:
+    """Call a user's `prepare` or `warm` function. Raise GuestError with its traceback, whatever it raises."""
     try:
-        prepare.func(base)
+        function(guest)
     except FcvmError:
         raise
     except Exception as error:
+        name = getattr(function, "__name__", repr(function))
         raise GuestError(
-            f"the prepare function {prepare.func.__name__} failed: {type(error).__name__}: {error}",
-            hint="mend the function; its traceback is below",
-            evidence={"prepare": traceback.format_exc()},
+            f"the {what} function {name} failed: {type(error).__name__}: {error}",
+            hint="fix the function; its traceback is below",
+            evidence={what: traceback.format_exc()},
         ) from error
 
 
-def _client_port(parts: SnapshotInputs, base: Clone) -> int | None:
-    """Return the port on which every clone must answer before a test gets it: one that listens now."""
-    if parts.ready.port is not None and not parts.ready.others:
-        return parts.ready.port
-    tcp = (port for port, proto in parts.image.exposed_ports if proto == "tcp")
+def _client_port(inputs: SnapshotInputs, base: Guest) -> int | None:
+    """Return a port that listens now: every clone must answer there before a test gets it. None without one."""
+    if inputs.ready.port is not None and not inputs.ready.others:
+        return inputs.ready.port
+    tcp = (port for port, proto in inputs.image.exposed_ports if proto == "tcp")
     return next((port for port in tcp if not base.why_silent(port)), None)
 
 
 def _quiesce(running: RunningVm, *, keeps_peer: bool) -> bytes:
-    """Freeze the workload, let the guest's kernel come to rest, and return the secret that clones say hello with."""
+    """Freeze the workload, wait until the guest's kernel rests, and return the secret that opens sessions of clones."""
     secret = new_secret()
     running.agent.sync(timeout_s=_COPY_S)  # what is written now, no clone has to write
     running.agent.quiesce(secret, keeps_peer=keeps_peer, timeout_s=_CALL_S)

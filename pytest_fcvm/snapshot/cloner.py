@@ -1,4 +1,4 @@
-"""How one machine is made of a snapshot: spawned, restored, given an identity, proven; or made ahead of its test."""
+"""How one VM is restored from a snapshot: spawned, loaded, personalised, verified; or prewarmed for a later test."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 
-from pytest_fcvm.clone.clone import Clone
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.running import RunningVm, clock_source
-from pytest_fcvm.engine.protocol import RestorePlan, Vm
+from pytest_fcvm.engine.protocol import PreparedVm, RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
-from pytest_fcvm.errors import EngineError, FcvmError, GuestError
+from pytest_fcvm.errors import EngineError, FcvmError
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import translating_emfile
@@ -23,7 +22,7 @@ from pytest_fcvm.model.specs import ReadyMode
 from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
 from pytest_fcvm.network.ports.open import open_ports, open_reverse_ports
 from pytest_fcvm.ready import ClientPath, wait_until_ready
-from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, snapshot_files
+from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, base_guest, call_function, snapshot_files
 from pytest_fcvm.snapshot.identity import fresh_identity
 from pytest_fcvm.snapshot.inputs import SnapshotInputs
 from pytest_fcvm.snapshot.namespace import prepare_in_namespace
@@ -40,33 +39,33 @@ Room = AbstractContextManager[object]
 
 
 class Cloner:
-    """Makes machines of one snapshot. Whatever does not come to life leaves nothing."""
+    """Restores VMs of one snapshot. A VM that does not start leaves nothing."""
 
-    def __init__(self, entry: Entry, parts: SnapshotInputs, open_namespace: OpenNamespace = no_namespaces) -> None:
-        self._entry, self._parts, self._open_namespace = entry, parts, open_namespace
-        self._spares = Standby(self._prepare, self._plan("spare"))
+    def __init__(self, entry: Entry, inputs: SnapshotInputs, open_namespace: OpenNamespace = no_namespaces) -> None:
+        self._entry, self._inputs, self._open_namespace = entry, inputs, open_namespace
+        self._standby = Standby(self._prepare, self._plan("standby"))
         self._lock = threading.Lock()
-        self._prewarmed: set[Vm] = set()  # of machines that are being made ahead
+        self._prewarming: set[Vm] = set()  # those that are being made
         self._interrupted = False
 
     def close(self) -> None:
-        """Give back what is kept ready for the next machine; running ones go on."""
-        self._spares.close()
+        """End the standby VMM; running VMs run on."""
+        self._standby.close()
 
     def interrupt(self) -> None:
-        """Kill the VMs that are being made ahead, so that their makers end; none will be made any more."""
+        """Kill the VMs that are being prewarmed, so that their threads end; refuse any further one."""
         with self._lock:
             self._interrupted = True
-            prewarmed = list(self._prewarmed)
-        for vm in prewarmed:
+            vms = list(self._prewarming)
+        for vm in vms:
             vm.kill()
 
     def open_namespace(self) -> Namespace | None:
-        """Return a namespace for a machine whose VMM is to join it, the caller's to close until the machine stands."""
-        engine = self._parts.engine
-        if not (engine.joins_namespaces and self._parts.network.mode.uses_netns):
+        """Return a namespace for a VM whose VMM is to join it, the caller's to close until the VM stands."""
+        engine = self._inputs.engine
+        if not (engine.joins_namespaces and self._inputs.network.mode.uses_netns):
             return None
-        return self._open_namespace(engine.joins_namespaces, self._parts.network)
+        return self._open_namespace(engine.joins_namespaces, self._inputs.network)
 
     def bring_up(
         self,
@@ -77,16 +76,16 @@ class Cloner:
         namespace: Namespace | None = None,
         watched: Callable[[Vm], object] = lambda _vm: None,
     ) -> RunningVm:
-        """Return a machine that answers on the client's path. It gives the room back when it ends.
+        """Return a VM that answers on the client's path. It gives the room back when it ends.
 
-        `watched` is told of its VM as soon as there is one. Raise HostError, EngineError or GuestError.
+        `watched` is called with its VM as soon as there is one. Raise HostError, EngineError or GuestError.
         """
         timeline = Timeline(monotonic())
-        if self._parts.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
+        if self._inputs.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
             ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held, ExitStack() as undo:
             held.enter_context(room)
-            vm = self._spares.take(self._plan(name, attachments, namespace))
+            vm = self._standby.take(self._plan(name, attachments, namespace))
             undo.callback(discard, vm)
             watched(vm)
             timeline.mark("spawn", monotonic())
@@ -104,23 +103,23 @@ class Cloner:
             _discard(running)
             raise
         timeline.mark("ready", monotonic())
-        self._spares.refill()  # not sooner: on few CPUs it would take the machine's own
+        self._standby.refill()  # not sooner: on few CPUs it would take the clone's own
         return running
 
     def _open(self, running: RunningVm, ports: tuple[PublishedPort, ...]) -> None:
-        """Give a machine its ports, and wait until it answers on the client's path."""
-        open_reverse_ports(running, self._parts.spec.host_ports)
+        """Give a VM its ports, and wait until it answers on the client's path."""
+        open_reverse_ports(running, self._inputs.spec.host_ports)
         ports_of_it = open_ports(running, ports)
-        number, parts = self._entry.facts["client_port"], self._parts
-        if number is None or (parts.is_relayed and parts.ready.mode is not ReadyMode.HTTP):
+        number, inputs = self._entry.facts["client_port"], self._inputs
+        if number is None or (inputs.is_relayed and inputs.ready.mode is not ReadyMode.HTTP):
             return  # a relayed port leads through the agent, which has answered
-        ClientPath(ports_of_it.publish, parts.ready, number).verify(running.pause_for_exit, _ANSWER_S)
+        ClientPath(ports_of_it.publish, inputs.ready, number).verify(running.pause_for_exit, _ANSWER_S)
 
     def prewarm(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
-        """Return a machine that is warm, frozen and stopped; as it is, as soon as a test is waiting for it."""
+        """Return a VM that is warm, frozen and paused; without that as soon as a test waits for it."""
         with ExitStack() as watched:
             watch = lambda vm: watched.enter_context(self._interruptible(vm))  # noqa: E731
-            running = self.bring_up(name, self._parts.spec.publish, room, watched=watch)
+            running = self.bring_up(name, self._inputs.spec.publish, room, watched=watch)
             try:
                 if not is_wanted():
                     self._warm_up(running)
@@ -138,55 +137,49 @@ class Cloner:
         with self._lock:
             if self._interrupted:
                 raise EngineError(f"VM {vm.name} is not wanted any more")
-            self._prewarmed.add(vm)
+            self._prewarming.add(vm)
         try:
             yield
         finally:
             with self._lock:
-                self._prewarmed.discard(vm)
+                self._prewarming.discard(vm)
 
-    def wake(self, pooled: Pooled, since: float) -> RunningVm:
-        """Let a machine that was made ahead go on, at the host's time of day, and return it.
+    def resume(self, pooled: Pooled, since: float) -> RunningVm:
+        """Resume a prewarmed VM at the host's time of day, and return it.
 
-        `since` is when it was asked for. Raise FcvmError when it has died meanwhile; nothing is left of it then.
+        `since` is when the test asked for it. Raise FcvmError when the VM has died; nothing is left of it then.
         """
         running = pooled.running
         running.timeline = Timeline(since)
         running.timeline.mark("pool", monotonic())
         try:
             if pooled.paused:
-                running.wake(self._parts.spec.clock)
+                running.resume(self._inputs.spec.clock)
         except BaseException:
             _discard(running)
             raise
-        running.timeline.mark("wake", monotonic())
+        running.timeline.mark("resume", monotonic())
         return running
 
     def _warm_up(self, running: RunningVm) -> None:
-        """Prove it ready by the condition that the base was, which runs the service's code for the first time."""
-
-        def start(ports: tuple[PublishedPort, ...]) -> RunningVm:  # noqa: ARG001  they are mapped already
-            return running
-
-        parts = self._parts
-        target = Clone(
-            name="ahead", spec=parts.spec_before_tests, engine=parts.engine.name, defaults=parts.defaults, start=start
-        )
-        ready = parts.ready
+        """Wait for the condition that the base was ready by, which runs the service's code for the first time."""
+        inputs = self._inputs
+        target = base_guest(inputs, running, "prewarmed")
+        ready = inputs.ready
         if ready.others:  # that the image exposes; the base was asked which are served
             ready = replace(ready, port=self._entry.facts["client_port"], others=())
         wait_until_ready(target, ready, _ANSWER_S)
-        warm = parts.spec.warm
+        warm = inputs.spec.warm
         try:
             if isinstance(warm, str):
                 target.succeed(warm)
             elif warm is not None:
-                _call(warm, target)
+                call_function(warm, target, "warm")
         finally:
             target.close_clients()
 
-    def _prepare(self, plan: RestorePlan) -> Vm:
-        return prepare_in_namespace(self._parts, plan, self._open_namespace)
+    def _prepare(self, plan: RestorePlan) -> PreparedVm:
+        return prepare_in_namespace(self._inputs, plan, self._open_namespace)
 
     def _plan(
         self,
@@ -196,11 +189,11 @@ class Cloner:
     ) -> RestorePlan:
         return RestorePlan(
             name=name,
-            shape=self._parts.shape,
-            files=snapshot_files(self._entry.path, self._parts, of_clone=self._entry.facts.get("of_clone", False)),
+            shape=self._inputs.shape,
+            files=snapshot_files(self._entry.path, self._inputs, of_clone=self._entry.facts.get("of_clone", False)),
             attachments=attachments,
             namespace=namespace,
-            metadata=self._parts.spec.metadata,
+            metadata=self._inputs.spec.metadata,
         )
 
     def _meet(self, vm: Vm, name: str, attachments: tuple[Attachment, ...], timeline: Timeline) -> RunningVm:
@@ -218,37 +211,29 @@ class Cloner:
                         log_sink=log.append,
                         timeout_s=_RESTORE_S,
                         explain=vm.explain,
-                        clock_ns=clock_source(self._parts.spec.clock),
+                        clock_ns=clock_source(self._inputs.spec.clock),
                     )
                     undo.callback(agent.close)
             except FcvmError as error:
                 raise abandon(vm, error) from None
             timeline.mark("agent", monotonic())
-            running = RunningVm(vm, agent, log, timeline, may_end_with=self._parts.ready_joined.may_end_with)
+            expected = self._inputs.ready_joined.expected_exit_code
+            running = RunningVm(vm, agent, log, timeline, expected_exit_code=expected)
             undo.pop_all()
             return running
 
     def _identity(self, name: str, attachments: tuple[Attachment, ...]) -> Identity:
-        parts = self._parts
+        inputs = self._inputs
         return fresh_identity(
-            name, parts.spec, parts.defaults.env, has_peer=not parts.is_relayed, hosts=_hosts_on(attachments)
+            name, inputs.spec, inputs.defaults.env, has_peer=not inputs.is_relayed, hosts=_hosts_of(attachments)
         )
 
 
 def _discard(running: RunningVm) -> None:
-    """Close a machine whose maker failed: that failure is the one to tell."""
+    """Close a VM after a failure, which is the one to report."""
     with suppress(FcvmError):
         running.close()
 
 
-def _hosts_on(attachments: tuple[Attachment, ...]) -> list[str]:
+def _hosts_of(attachments: tuple[Attachment, ...]) -> list[str]:
     return [line for attachment in attachments for line in attachment.hosts]
-
-
-def _call(warm: Callable[[Clone], object], clone: Clone) -> None:
-    try:
-        warm(clone)
-    except FcvmError:
-        raise
-    except Exception as error:
-        raise GuestError(f"the warm function failed: {type(error).__name__}: {error}", hint="mend it") from error

@@ -1,4 +1,4 @@
-"""The warm path: a running clone is parked, copied and let go on; the copy is a snapshot like any other."""
+"""The warm path: a running clone is suspended, copied and resumed. The copy is a snapshot like any other."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ __all__ = ["as_copied", "copy_running"]
 _CALL_S = 60.0
 
 
-def as_copied(parts: SnapshotInputs) -> SnapshotInputs:
-    """Return what a copy is made of: in the state it was in, not proven by a condition that may hold no more.
+def as_copied(inputs: SnapshotInputs) -> SnapshotInputs:
+    """Return the inputs of a copy. Its readiness condition is the agent's answer: the original one may hold no longer.
 
-    Its ports are any free ones of the host: those that were wanted are the origin's.
+    Its ports are any free ports of the host: the published ones belong to the origin.
     """
-    publish = tuple(replace(port, host_port=0) for port in parts.spec.publish)
-    return replace(parts, spec=replace(parts.spec, publish=publish), ready=ReadySpec(mode=ReadyMode.AGENT))
+    publish = tuple(replace(port, host_port=0) for port in inputs.spec.publish)
+    return replace(inputs, spec=replace(inputs.spec, publish=publish), ready=ReadySpec(mode=ReadyMode.AGENT))
 
 
 def copy_running(
-    running: RunningVm, parts: SnapshotInputs, origin: Mapping[str, Any], directory: Path
+    running: RunningVm, inputs: SnapshotInputs, origin: Mapping[str, Any], directory: Path
 ) -> dict[str, Any]:
-    """Fill a snapshot's directory with what a machine is now, and return its facts.
+    """Fill a snapshot's directory with a VM as it is now, and return the snapshot's facts.
 
-    `origin` are the facts of the snapshot that the machine is of. Its workload stands still meanwhile, and what is
-    asked of its agent waits; nothing of it ends. Raise EngineError, HostError or GuestError.
+    `origin` are the facts of the VM's own snapshot. The workload is frozen and calls to its agent wait until the copy
+    is there. Raise EngineError, HostError or GuestError.
     """
     started, secret = monotonic(), new_secret()
     with running.copying:
         running.agent.suspend(secret, timeout_s=_CALL_S)
         try:
             running.log.save(directory / BASE_LOG)
-            running.vm.save(snapshot_files(directory, parts))
+            running.vm.save(snapshot_files(directory, inputs))
         finally:
             channel = running.vm.channel()
-            running.agent.resume_session(channel, clock_source(parts.spec.clock), timeout_s=_CALL_S)
+            running.agent.resume_session(channel, clock_source(inputs.spec.clock), timeout_s=_CALL_S)
     return {
         "secret": secret.hex(),
         "client_port": origin["client_port"],
         "of_clone": True,
         "timings": {"total_ms": round((monotonic() - started) * 1000, 1)},
-        "about": {**parts.about(), "created_s": real_time_ns() // 10**9},
+        "about": {**inputs.about(), "created_s": real_time_ns() // 10**9},
     }

@@ -1,4 +1,4 @@
-"""How a guest is configured: what a base is given once, and what makes each clone unlike every other."""
+"""How a guest is configured: what a base gets once, and the identity that each clone gets."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _LEAST_UPPER_MIB = 32
 _NO_VOLUMES = ("/", "/dev", "/etc", "/proc", "/sys")
 
 
-def base_config(parts: SnapshotInputs) -> GuestConfig:
-    """Return a base's configuration. Without egress its NIC has no peer, and the gateway's address is its own.
+def base_config(inputs: SnapshotInputs) -> GuestConfig:
+    """Return a base's configuration.
 
-    One with metadata has a route by which that is reached.
+    Without egress and metadata its NIC has no peer: the guest owns the gateway's address then.
     """
-    spec, shape = parts.spec, parts.shape
+    spec, shape = inputs.spec, inputs.shape
     return GuestConfig(
         hostname=spec.hostname,
         machine_id=uuid.UUID(bytes=os.urandom(16), version=4).hex,
@@ -36,7 +36,7 @@ def base_config(parts: SnapshotInputs) -> GuestConfig:
         dns=(DNS,) if shape.egress else (),
         hosts=hosts_of(""),
         peer_gateway=not (shape.egress or shape.metadata),
-        volumes=_volumes(parts.image.volumes),
+        volumes=_volumes(inputs.image.volumes),
         shm_mib=spec.shm_mib,
         ulimits={ULIMITS[name]: limit for name, limit in spec.ulimits.items()},
         sysctls=spec.sysctls,
@@ -44,7 +44,7 @@ def base_config(parts: SnapshotInputs) -> GuestConfig:
 
 
 def _volumes(declared: Iterable[str]) -> tuple[str, ...]:
-    """Return where an image's volumes are mounted. What engines mount themselves, or write into, is left alone."""
+    """Return where an image's volumes are mounted, without the directories that the agent mounts or writes itself."""
     paths = sorted({posixpath.normpath(f"/{path}").replace("//", "/") for path in declared})
     return tuple(path for path in paths if f"/{path.split('/')[1]}" not in _NO_VOLUMES)
 
@@ -52,10 +52,10 @@ def _volumes(declared: Iterable[str]) -> tuple[str, ...]:
 def fresh_identity(
     name: str, spec: VmSpec, env: Mapping[str, str], *, has_peer: bool, hosts: Iterable[str] = ()
 ) -> Identity:
-    """Return what makes a clone unlike every other: random bytes from the host, names, MAC.
+    """Return a new identity for a clone: random bytes from the host, machine id, boot id, MAC, names.
 
-    `env` is for the hook. With `has_peer` its network has a gateway, whose address the guest then gives up. `hosts` are
-    further lines.
+    `env` is the hook's. `has_peer`: the clone's network has a gateway, so the guest gives that address up. `hosts` are
+    further lines of /etc/hosts.
     """
     random = os.urandom(70)
     return Identity(

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pytest_fcvm.clone.clone import ExecDefaults
+from pytest_fcvm.clone.commands import ExecDefaults
 from pytest_fcvm.engine.disk import DISK_FORMAT
 from pytest_fcvm.engine.protocol import Engine, EngineReport, GuestFiles, VmShape
 from pytest_fcvm.errors import UsageProblem
@@ -30,7 +30,7 @@ _OWN_CODE = ("snapshot", "clone", "guest", "network", "host/archive.py", "model/
 class SnapshotInputs:
     """Everything a snapshot is built from. Digests name the files' contents.
 
-    A base is snapshotted when it is `ready`; a clone that needs others is `ready_joined` when it has them.
+    A base is snapshotted when `ready` holds. A clone that depends on others is ready when `ready_joined` holds.
     """
 
     spec: VmSpec
@@ -49,12 +49,12 @@ class SnapshotInputs:
 
     @property
     def spec_before_tests(self) -> VmSpec:
-        """Return the spec of a machine that no test has yet: an own address is its test's."""
+        """Return the spec for a VM that no test has yet: without an address of its own."""
         return replace(self.spec, own_address=False)
 
     @property
     def network_note(self) -> str:
-        """Say which network `auto` has become, where it is not the engine's first one."""
+        """Say which network `auto` became, "" where it is the engine's first one."""
         wanted, engine = self.spec.network, self.engine
         if wanted.mode is not NetworkMode.AUTO or self.network.mode is engine.networks[0]:
             return ""
@@ -95,15 +95,15 @@ class SnapshotInputs:
 
     @property
     def is_init(self) -> bool:
-        """Say whether the workload is the init of a system, as podman tells: by its program."""
+        """Say whether the workload is an init system. podman decides this by the program's name, too."""
         return self.argv[0] in _INITS or self.argv[0].rpartition("/")[2] == "systemd"
 
     @property
     def defaults(self) -> ExecDefaults:
         """Return environment, directory, user and stop signal for the workload and for commands beside it.
 
-        An init is told that it runs in a container (systemd's container interface): devices and network are not its to
-        set up.
+        An init system gets `container=fcvm` (systemd's container interface), so that it leaves devices and network
+        alone.
         """
         image_env = dict(item.partition("=")[::2] for item in self.image.env)
         if self.is_init:
@@ -116,7 +116,7 @@ class SnapshotInputs:
         )
 
     def about(self) -> dict[str, Any]:
-        """Return what a person wants to know of the snapshot; of the environment, the names alone."""
+        """Return a description of the snapshot for people. Of the environment it has the names, not the values."""
         spec, report = self.spec, self.report
         return {
             "image": spec.image,
@@ -139,7 +139,7 @@ class SnapshotInputs:
 
 
 def choose_ready(wanted: ReadySpec | None, image: ImageConfig) -> ReadySpec:
-    """Return the wanted condition, or what the image says of itself; see `finalize_ready`."""
+    """Return the wanted readiness condition, or the image's own; see `finalize_ready`."""
     health = image.healthcheck
     if health is None:
         return finalize_ready(wanted, (), image.exposed_ports)
@@ -153,24 +153,24 @@ def choose_ready(wanted: ReadySpec | None, image: ImageConfig) -> ReadySpec:
     )
 
 
-def snapshot_key(parts: SnapshotInputs, store: Store) -> str:
-    """Return the SHA-256 over everything that changes what a clone would be. Environment values enter as an HMAC."""
-    spec = parts.spec
+def snapshot_key(inputs: SnapshotInputs, store: Store) -> str:
+    """Return the SHA-256 of everything that a clone depends on. Environment values enter as an HMAC."""
+    spec = inputs.spec
     return canonical_digest(
         {
             "schema": MANIFEST_SCHEMA,
             "code": _own_code(),
-            "image": parts.image_digest,
-            "config": parts.image.to_json(),
-            "rootfs": parts.rootfs_key,
-            "kernel": parts.kernel_digest,
-            "initramfs": parts.initramfs_key,
-            "engine": parts.report.engine,
-            "accelerator": str(parts.report.accelerator),
-            "host": dict(parts.report.identity),
-            "arguments": list(parts.engine.base_arguments(parts.shape)),
-            "disk": [parts.shape.disk_mib, DISK_FORMAT],
-            "command": list(parts.argv),
+            "image": inputs.image_digest,
+            "config": inputs.image.to_json(),
+            "rootfs": inputs.rootfs_key,
+            "kernel": inputs.kernel_digest,
+            "initramfs": inputs.initramfs_key,
+            "engine": inputs.report.engine,
+            "accelerator": str(inputs.report.accelerator),
+            "host": dict(inputs.report.identity),
+            "arguments": list(inputs.engine.base_arguments(inputs.shape)),
+            "disk": [inputs.shape.disk_mib, DISK_FORMAT],
+            "command": list(inputs.argv),
             "user": spec.user,
             "workdir": spec.workdir,
             "hostname": spec.hostname,
@@ -179,9 +179,9 @@ def snapshot_key(parts: SnapshotInputs, store: Store) -> str:
             "sysctls": dict(spec.sysctls),
             "env": store.hidden_digest(spec.env),
             "metadata": store.hidden_digest(spec.metadata) if spec.metadata is not None else None,
-            "network": str(parts.network),
+            "network": str(inputs.network),
             "map": [_map_identity(item) for item in spec.map],
-            "ready": _ready_identity(parts.ready),
+            "ready": _ready_identity(inputs.ready),
             "prepare": spec.prepare.identity() if isinstance(spec.prepare, Prepare) else spec.prepare,
         }
     )
@@ -209,7 +209,7 @@ def _map_identity(item: MappedPath) -> list[str]:
 
 
 def _content(path: Path) -> bytes:
-    """Return a digest of what a file or link of the host is, b"" for what has no content."""
+    """Return a digest of a file's content or a link's target, b"" for other kinds of files."""
     try:
         if path.is_symlink():
             return os.fsencode(path.readlink())
@@ -225,7 +225,7 @@ def _content(path: Path) -> bytes:
 
 @cache
 def _own_code() -> str:
-    """Return a digest of our own code that configures guests, so that a new version never reuses an old one's bases."""
+    """Return a digest of our code that configures guests: a new version never reuses an old version's snapshots."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for name in _OWN_CODE:

@@ -1,4 +1,4 @@
-"""The network namespaces of bases and clones: who gets one, and how long it lasts."""
+"""The network namespaces of bases and clones: which VM gets one, and when it ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from pytest_fcvm.engine.protocol import RestorePlan, Vm
+from pytest_fcvm.engine.protocol import PreparedVm, RestorePlan
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.network.netns.attach import OpenNamespace
 from pytest_fcvm.snapshot.inputs import SnapshotInputs
@@ -15,9 +15,9 @@ __all__ = ["base_namespace", "prepare_in_namespace"]
 
 
 @contextmanager
-def base_namespace(parts: SnapshotInputs, open_namespace: OpenNamespace) -> Iterator[Namespace | None]:
-    """Yield a namespace for a base: where it is to reach outside, or its VMM opens its cards by name."""
-    network, joins = parts.network, parts.engine.joins_namespaces
+def base_namespace(inputs: SnapshotInputs, open_namespace: OpenNamespace) -> Iterator[Namespace | None]:
+    """Yield a namespace for a base that has egress or whose VMM opens its NICs by name, None for others."""
+    network, joins = inputs.network, inputs.engine.joins_namespaces
     if not (network.mode.uses_netns and (network.egress or joins)):
         yield None
         return
@@ -28,13 +28,13 @@ def base_namespace(parts: SnapshotInputs, open_namespace: OpenNamespace) -> Iter
         namespace.close()
 
 
-def prepare_in_namespace(parts: SnapshotInputs, plan: RestorePlan, open_namespace: OpenNamespace) -> Vm:
-    """Spawn a clone's VMM, in a namespace that lasts as long as it where its network wants one."""
-    if not parts.network.mode.uses_netns:
-        return parts.engine.prepare(plan)
-    namespace = plan.namespace or open_namespace(parts.engine.joins_namespaces, parts.network)
+def prepare_in_namespace(inputs: SnapshotInputs, plan: RestorePlan, open_namespace: OpenNamespace) -> PreparedVm:
+    """Spawn a clone's VMM. Where its network wants a namespace, that ends with the VMM."""
+    if not inputs.network.mode.uses_netns:
+        return inputs.engine.prepare(plan)
+    namespace = plan.namespace or open_namespace(inputs.engine.joins_namespaces, inputs.network)
     try:
-        vm = parts.engine.prepare(replace(plan, namespace=namespace))
+        vm = inputs.engine.prepare(replace(plan, namespace=namespace))
     except BaseException:
         namespace.close()
         raise

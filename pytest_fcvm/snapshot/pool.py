@@ -1,8 +1,8 @@
-"""Clones ahead of the tests: alive, proven, warm, then frozen and stopped. A test waits 2 to 3 ms for one.
+"""The pool: prewarmed clones, restored, verified and warmed, then frozen and paused. A test gets one in 3 ms.
 
-A pooled clone has its identity before the workload's first instruction, as every clone has. What it did since (its
-readiness was proven) has warmed its code: under emulation a guest's first pass through any code costs ten times the
-second. Stopped, it takes no CPU time.
+A prewarmed clone has its identity before the workload's first instruction, as every clone has. The readiness check has
+run the service's code since: under emulation a guest's first pass through any code costs ten times the second. A paused
+clone takes no CPU time.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
 from pytest_fcvm.host.clock import Deadline, wait_on
-from pytest_fcvm.host.threads import Crew, ServiceThread
+from pytest_fcvm.host.threads import ServiceThread, ThreadGroup
 
 __all__ = ["Depth", "Pool", "Pooled"]
 
-_MOST = 4  # clones ahead of one snapshot's tests, where the number adapts
+_MOST = 4  # prewarmed clones of one snapshot, where the number adapts
 _IDLE_TAKES = 16
 _MAKE_S = 120.0
 _CLOSE_S = 10.0
@@ -29,7 +29,7 @@ _CLOSE_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """A machine that was made ahead. `asleep`: frozen and stopped; else it runs, because a test was waiting for it."""
+    """A prewarmed VM. It is frozen and paused, or runs because a test was waiting for it."""
 
     running: RunningVm
     name: str
@@ -37,10 +37,10 @@ class Pooled:
 
 
 class Depth:
-    """How many clones to keep ahead: a fixed number, or one that follows the tests.
+    """How many clones a pool has: a fixed number, or one that follows the tests.
 
-    One is enough while a test takes longer than the making of a clone. A test that had to wait shows a burst, and one
-    more is kept; one that was always left over is given up.
+    One is enough while a test takes longer than a clone takes to start. A test that has to wait adds one; a clone that
+    stays over for 16 tests is dropped.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -60,12 +60,11 @@ class Depth:
 
 
 class Pool:
-    """The clones ahead of one snapshot's tests, made by threads that live while they have work, `makers` at once.
+    """The prewarmed clones of one snapshot. Up to `makers` threads make them, and live while there is work.
 
-    `make` brings up a clone; it asks the function it gets whether a test is waiting, and then leaves out what only
-    saves later time. It raises FcvmError when there is no room or the clone does not come to life: the pool then stays
-    as it is until the next clone is taken, and who needs one starts it and is told the reason. `interrupt` makes every
-    `make` that is under way end soon.
+    `make` starts a clone. It gets a function that says whether a test is waiting, and then leaves out what only saves
+    later time. When `make` raises FcvmError, the pool waits until the next clone is taken; a test that needs a clone
+    meanwhile starts its own and sees the reason. `interrupt` ends every `make` that is under way.
     """
 
     def __init__(
@@ -76,36 +75,36 @@ class Pool:
         interrupt: Callable[[], object] = lambda: None,
     ) -> None:
         self._make, self._depth, self._makers, self._interrupt = make, depth, makers, interrupt
-        self._threads = Crew()
+        self._threads = ThreadGroup()
         self._changed = threading.Condition()
-        self._ready: deque[Pooled] = deque()
+        self.ready: deque[Pooled] = deque()
         self._closed = False
-        self._making = self._waiting = 0
+        self.making = self._waiting = 0
         self.lost = 0
         self.fault: FcvmError | None = None
 
     def take(self) -> Pooled | None:
-        """Return a clone, waiting for one that is just being made. None when there is none: start one yourself."""
+        """Return a prewarmed clone, after a wait for one that is being made. None: the caller starts its own."""
         with self._changed:
             waited = False
             pooled = self._pop()
-            if pooled is None and self._making:
+            if pooled is None and self.making:
                 waited = True
                 self._waiting += 1
                 try:
-                    wait_on(self._changed, lambda: self._ready or not self._making, Deadline(_MAKE_S))
+                    wait_on(self._changed, lambda: self.ready or not self.making, Deadline(_MAKE_S))
                 finally:
                     self._waiting -= 1
                 pooled = self._pop()
-            self._depth.note_take(waited=waited or pooled is None, left=len(self._ready))
+            self._depth.note_take(waited=waited or pooled is None, left=len(self.ready))
             return pooled
 
     def refill(self) -> None:
-        """Let threads make what is missing, as many as are not at it yet."""
+        """Start threads for the clones that are missing and that no thread makes yet."""
         with self._changed:
-            missing = self._depth.wanted - len(self._ready) - self._making
-            starting = 0 if self._closed else max(0, min(missing, self._makers - self._making))
-            self._making += starting
+            missing = self._depth.wanted - len(self.ready) - self.making
+            starting = 0 if self._closed else max(0, min(missing, self._makers - self.making))
+            self.making += starting
         try:
             while starting:
                 thread = ServiceThread(self._fill, name="fcvm-pool")
@@ -117,35 +116,35 @@ class Pool:
             pass
         finally:
             with self._changed:
-                self._making -= starting
+                self.making -= starting
                 self._changed.notify_all()
 
-    def drain(self) -> None:
-        """Give back what is there: somebody else needs the room."""
+    def release(self) -> None:
+        """End the clones that no test has taken."""
         with self._changed:
-            given_back, self._ready = self._ready, deque()
-        for pooled in given_back:
+            released, self.ready = self.ready, deque()
+        for pooled in released:
             _discard(pooled.running)
 
     def close(self) -> None:
-        """Give everything back and wait for the makers; no other clone will follow."""
+        """End all prewarmed clones and the threads that make them; refuse any further one."""
         with self._changed:
             self._closed = True
-        self.drain()
+        self.release()
         self._interrupt()
         self._threads.join(_CLOSE_S)
 
     def _pop(self) -> Pooled | None:
-        while self._ready:
-            pooled = self._ready.popleft()
+        while self.ready:
+            pooled = self.ready.popleft()
             if pooled.running.ended is None:
                 return pooled
-            self.lost += 1  # it died while nobody looked: the test gets the next one
+            self.lost += 1  # it died while it was paused: the test gets the next one
             _discard(pooled.running)
         return None
 
     def _is_wanted(self) -> bool:
-        return self._waiting > len(self._ready)
+        return self._waiting > len(self.ready)
 
     def _fill(self) -> None:
         more = True
@@ -162,13 +161,13 @@ class Pool:
                 more = self._keep(pooled)
 
     def _keep(self, pooled: Pooled | None) -> bool:
-        """Take in what was made, or not; return whether another one is missing."""
+        """Add a clone to the pool unless it is closed; return whether another one is missing."""
         with self._changed:
             kept = pooled is not None and not self._closed
             if pooled is not None and kept:
-                self._ready.append(pooled)
-            more = kept and len(self._ready) + self._making - 1 < self._depth.wanted
-            self._making -= not more
+                self.ready.append(pooled)
+            more = kept and len(self.ready) + self.making - 1 < self._depth.wanted
+            self.making -= not more
             self._changed.notify_all()
         if pooled is not None and not kept:
             _discard(pooled.running)

@@ -1,4 +1,4 @@
-"""Clones that outlive their test: what a copy needs besides its own files to be brought back by another process."""
+"""Clones that were kept: what a copy needs besides its files so that another process can replay it."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from pytest_fcvm.store import Entry
 
 __all__ = ["read_inputs", "write_inputs"]
 
-_FILE = "ingredients"
+_FILE = "inputs"
 _NOT_KEPT = ("engine", "files")  # they hold processes and functions
 
 
-def write_inputs(parts: SnapshotInputs, directory: Path) -> None:
-    """Write a file, as private as the memory beside it: the environment is in both.
+def write_inputs(inputs: SnapshotInputs, directory: Path) -> None:
+    """Write the inputs to a private file: they contain the environment, as the memory file beside them does.
 
-    The functions of the spec are left out, they have done their work.
+    The functions of the spec are left out: they have run.
     """
-    parts = replace(parts, spec=replace(parts.spec, prepare=None, warm=None))
-    kept = {field.name: getattr(parts, field.name) for field in fields(parts) if field.name not in _NOT_KEPT}
-    files = parts.files.kernel, parts.files.initramfs, parts.rootfs
+    inputs = replace(inputs, spec=replace(inputs.spec, prepare=None, warm=None))
+    kept = {field.name: getattr(inputs, field.name) for field in fields(inputs) if field.name not in _NOT_KEPT}
+    files = inputs.files.kernel, inputs.files.initramfs, inputs.rootfs
     path = directory / _FILE
     path.touch(mode=0o600)
     path.write_bytes(pickle.dumps((version("pytest-fcvm"), files, kept)))
 
 
 def read_inputs(entry: Entry, engine: Engine, report: EngineReport) -> SnapshotInputs:
-    """Return what a kept clone was made of, to be run by an engine of this process.
+    """Return the inputs of a kept clone, for an engine of this process.
 
-    Raise HostError when another version kept it, its image is gone, or the engine or the host are not the same.
+    Raise HostError when another version kept the clone, its image is gone, or the engine or the host differ.
     """
     made_by, files, kept = _read(entry.file(_FILE))
     if made_by != version("pytest-fcvm"):
         raise HostError(f"it was kept by pytest-fcvm {made_by}", hint=f"pip install pytest-fcvm=={made_by}")
-    parts = SnapshotInputs(**kept, files=files, engine=engine)
-    if not parts.rootfs.exists():
-        raise HostError(f"the file system of {parts.spec.image} has been removed", hint="run the test again")
-    if difference := _difference(parts.report, report):
-        raise HostError(f"it was kept on another machine or engine: {difference}", hint="run the test again")
-    return parts
+    inputs = SnapshotInputs(**kept, files=files, engine=engine)
+    if not inputs.rootfs.exists():
+        raise HostError(f"the file system of {inputs.spec.image} has been removed", hint="run the test again")
+    if difference := _difference(inputs.report, report):
+        raise HostError(f"it was kept on another host or engine: {difference}", hint="run the test again")
+    return inputs
 
 
 class _Values(pickle.Unpickler):
-    """Reads values of ours and nothing that could act: a cache may have come from elsewhere, as a job's artifact."""
+    """Unpickle our own data classes alone: a cache may come from elsewhere, as the artifact of a CI job."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return one of our data classes or enumerations, or a path. Raise UnpicklingError for everything else."""
@@ -89,7 +89,7 @@ def _read(path: Path) -> tuple[str, GuestFiles, dict[str, Any]]:
 
 
 def _difference(kept: EngineReport, now: EngineReport) -> str:
-    """Return the first thing by which two engines differ, "" where a machine of one runs on the other."""
+    """Return the first difference of two engines, "" where a clone of one runs on the other."""
     before: dict[str, Any] = {"engine": kept.engine, **kept.identity}
     after: dict[str, Any] = {"engine": now.engine, **now.identity}
     names = (name for name in before if before[name] != after.get(name))

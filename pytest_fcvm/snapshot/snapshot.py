@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from pytest_fcvm.clone.clone import Clone, StartVm
 from pytest_fcvm.clone.running import RunningVm
+from pytest_fcvm.engine.abilities import set_link
 from pytest_fcvm.engine.protocol import Engine, EngineReport
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import check_owner, getpid, os
-from pytest_fcvm.model.net import Attachment, PublishedPort
+from pytest_fcvm.model.net import Attachment, PublishedPort, Segment
 from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.network.addresses import hosts_of
 from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
@@ -31,9 +32,9 @@ from pytest_fcvm.snapshot.pool import Depth, Pool, Pooled
 from pytest_fcvm.snapshot.saved import read_inputs, write_inputs
 from pytest_fcvm.store import Entry
 
-__all__ = ["Snapshot", "SnapshotRuntime"]
+__all__ = ["OpenSnapshot", "SnapshotRuntime"]
 
-_VMM_MIB = 40  # what a QEMU needs for itself, and what part of the guest's memory a test is expected to write
+# The part of the guest's memory that a test is expected to write.
 _WRITTEN_SHARE = 8
 _NAMES_S = 5.0
 _NOT_A_NAME = re.compile(r"[^a-z0-9]+")
@@ -45,59 +46,40 @@ def _no_scratch() -> AbstractContextManager[Path]:
     raise UsageProblem("this process has no room for copies")
 
 
-class Segment(Protocol):
-    """What a clone needs of a private network."""
-
-    def plug(self, name: str, wire: int | None = None) -> Attachment:
-        """Return a attachment for a clone of that name; `wire` is a descriptor that carries its card's frames already."""
-        ...
-
-    def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
-        """Take note of a clone that is up.
-
-        `tell` gives it the lines of /etc/hosts for who is on the network, `set_link` plugs its attachment in or out.
-        """
-        ...
-
-    def unplug(self, name: str) -> None:
-        """Take a clone off the network."""
-        ...
-
-
 @dataclass(kw_only=True)
 class SnapshotRuntime:
-    """What snapshots need of the process they live in.
+    """What snapshots need of the process they are open in.
 
-    `admit(mem_mib)` waits for room in the host's memory and returns what gives it back; `admit_prewarmed(mem_mib)` does for
-    a clone that no test has asked for, and raises NoRoomToPrewarm instead of waiting. `ahead` is how many of those are kept
-    per snapshot, None as many as the tests seem to need; `makers` of them are made at once. `scratch()` gives a directory
-    for a snapshot that does not outlive the process. `enclose(joined)` makes a network namespace for a VM. `born` and
-    `failed` are told of every clone.
+    `admit(mem_mib)` waits for room in the host's memory and returns a context that holds it. `admit_prewarmed(mem_mib)`
+    does so for a clone that no test has asked for; it raises NoRoomToPrewarm instead of waiting. The pool of a snapshot
+    has `pool_size` clones, or as many as the tests seem to need (None); `makers` of them are made at once. `scratch()`
+    returns a context with a directory for a snapshot that ends with the process. `open_namespace(joined, network)`
+    makes a network namespace for a VM. `on_created` is called with every clone, `on_failed` where there is none.
     """
 
     admit: Admit
     admit_prewarmed: Admit
-    prewarmed: int | None = 0
+    pool_size: int | None = 0
     makers: int = 1
     scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
     open_namespace: OpenNamespace = no_namespaces
     on_created: Callable[[Clone], None] = field(default=lambda _clone: None)
-    failed: Callable[[VmSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
+    on_failed: Callable[[VmSpec, FcvmError], None] = field(default=lambda _spec, _error: None)
 
 
-class Snapshot:
-    """A ready, frozen machine. `clone()` makes a live copy of it.
+class OpenSnapshot:
+    """A snapshot that this process has open, with its pool and its standby VMM.
 
-    `name` is what clones of it are called, with a number each; else they are called by their image.
+    Clones are called by `name` and a number, or by their image and a number.
     """
 
-    def __init__(self, *, entry: Entry, parts: SnapshotInputs, runtime: SnapshotRuntime, name: str = "") -> None:
+    def __init__(self, *, entry: Entry, inputs: SnapshotInputs, runtime: SnapshotRuntime, name: str = "") -> None:
         self.key, self._name = entry.key, name
-        self.spec = parts.spec
+        self.spec = inputs.spec
         self.facts: Mapping[str, Any] = entry.facts
-        self._entry, self._parts, self._runtime = entry, parts, runtime
-        self._cloner = Cloner(entry, parts, runtime.open_namespace)
-        self._pool = self._make_pool() if self._can_pool() else None
+        self.entry, self.inputs, self._runtime = entry, inputs, runtime
+        self._cloner = Cloner(entry, inputs, runtime.open_namespace)
+        self.pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
         self._owner = getpid()
 
@@ -113,21 +95,21 @@ class Snapshot:
     @property
     def engine(self) -> str:
         """Return the name of the engine that runs its clones."""
-        return self._parts.engine.name
+        return self.inputs.engine.name
 
     @property
     def lost(self) -> int:
-        """Return how many clones died before a test took them; each was replaced."""
-        return self._pool.lost if self._pool else 0
+        """Return how many prewarmed clones died before a test took them. Each was replaced."""
+        return self.pool.lost if self.pool else 0
 
     @property
     def fault(self) -> FcvmError | None:
-        """Return why a clone could not be made ahead, if that happened."""
-        return self._pool.fault if self._pool else None
+        """Return why a clone could not be prewarmed, if that happened."""
+        return self.pool.fault if self.pool else None
 
     def logs(self) -> str:
         """Return what the workload printed before the snapshot was taken."""
-        return self._entry.file(BASE_LOG).read_bytes().decode("utf-8", "replace")
+        return self.entry.file(BASE_LOG).read_bytes().decode("utf-8", "replace")
 
     def clone(
         self,
@@ -138,9 +120,9 @@ class Snapshot:
     ) -> Clone:
         """Start a clone and return it when its service answers. Use it as a context manager, or close it.
 
-        Only what a snapshot does not depend on can be chosen: the name, the published ports, the private networks; a
-        clone for which none is may have been made ahead. Raise HostError without room for one more, EngineError or
-        GuestError when it does not come to life, UsageProblem for more networks than the engine can join it to.
+        Only what the snapshot does not depend on can be chosen: the name, the published ports and the private networks.
+        A clone that chooses none may come from the pool. Raise HostError without room for one more clone, EngineError
+        or GuestError when it does not start, UsageProblem for more networks than the engine has NICs for.
         """
         check_owner(self._owner)
         self._check_networks(networks)
@@ -154,16 +136,16 @@ class Snapshot:
                 name=called,
                 spec=spec,
                 engine=self.engine,
-                defaults=self._parts.defaults,
-                start=_first(running, lambda ports: self._start(called, ports, networks)),
-                copy=self._copy,
+                defaults=self.inputs.defaults,
+                start=_once(running, lambda ports: self._start(called, ports, networks)),
+                take_snapshot=self._copy,
             )
         except FcvmError as error:
-            self._runtime.failed(spec, error)
+            self._runtime.on_failed(spec, error)
             raise
         try:
-            if self._pool:
-                self._pool.refill()
+            if self.pool:
+                self.pool.refill()
             self._runtime.on_created(clone)
         except BaseException:
             clone.close()
@@ -171,65 +153,68 @@ class Snapshot:
         return clone
 
     def verify(self, clone: Clone) -> None:
-        """Wait until the spec's readiness condition holds in a clone, also where it could not in a base that was alone.
+        """Wait until the spec's readiness condition holds in a clone that depends on others: its base was alone.
 
-        Raise GuestTimeout when it does not in the time that the spec gives, WorkloadExited at once.
+        Raise GuestTimeout when it does not hold within the spec's `ready_timeout`, WorkloadExited at once.
         """
-        wait_until_ready(clone, self._parts.ready_joined, self.spec.ready_timeout_s)
+        try:
+            wait_until_ready(clone, self.inputs.ready_joined, self.spec.ready_timeout_s)
+        except FcvmError as error:
+            self._runtime.on_failed(self.spec, error)
+            raise
 
     def move_to(self, directory: Path) -> dict[str, Any]:
-        """Move the files of a snapshot of a running clone to a directory, for `reopen`, and return its facts."""
-        for path in self._entry.path.iterdir():
+        """Move the files of a snapshot of a running clone to a directory, for `reopen`. Return its facts."""
+        for path in self.entry.path.iterdir():
             path.rename(directory / path.name)
-        write_inputs(self._parts, directory)
+        write_inputs(self.inputs, directory)
         return dict(self.facts)
 
     @classmethod
-    def reopen(cls, entry: Entry, engine: Engine, report: EngineReport, runtime: SnapshotRuntime) -> Snapshot:
-        """Return what `move_to` has put into an entry. Raise HostError when it cannot run here any more."""
-        parts = read_inputs(entry, engine, report)
-        return cls(entry=entry, parts=parts, runtime=replace(runtime, prewarmed=0))
+    def reopen(cls, entry: Entry, engine: Engine, report: EngineReport, runtime: SnapshotRuntime) -> OpenSnapshot:
+        """Open what `move_to` has put into an entry. Raise HostError when this host cannot run it any more."""
+        inputs = read_inputs(entry, engine, report)
+        return cls(entry=entry, inputs=inputs, runtime=replace(runtime, pool_size=0))
 
-    def drain(self) -> None:
-        """Give back the clones that no test has asked for yet."""
-        if self._pool:
-            self._pool.drain()
+    def release(self) -> None:
+        """End the prewarmed clones that no test has taken."""
+        if self.pool:
+            self.pool.release()
 
     def close(self) -> None:
-        """Give back what is kept ready for the next clone; running clones go on. Idempotent.
+        """Release what is kept ready for the next clone; running clones run on. Idempotent.
 
-        There are no further clones of a snapshot of a running clone: its files are gone.
-        In a forked process nothing is done.
+        A snapshot of a running clone is deleted: it makes no further clones. Do nothing in a forked process.
         """
         if getpid() != self._owner:
             return
         with ExitStack() as last:
             last.callback(self._owned.close)
             last.callback(self._cloner.close)
-            if self._pool:
-                self._pool.close()
+            if self.pool:
+                self.pool.close()
 
     def _can_pool(self) -> bool:
-        """Say whether clones can be made ahead: one that held a fixed host port would be in the way of those in use."""
-        return self._runtime.prewarmed != 0 and all(port.host_port == 0 for port in self.spec.publish)
+        """Say whether clones can be prewarmed: one with a fixed host port would block those in use."""
+        return self._runtime.pool_size != 0 and all(port.host_port == 0 for port in self.spec.publish)
 
     def _make_pool(self) -> Pool:
-        shop = self._runtime
-        return Pool(self._prewarm, Depth(shop.prewarmed), shop.makers, self._cloner.interrupt)
+        runtime = self._runtime
+        return Pool(self._prewarm, Depth(runtime.pool_size), runtime.makers, self._cloner.interrupt)
 
     def _invent_name(self) -> str:
         stem = self._name or (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
         return f"{_NOT_A_NAME.sub('-', stem).strip('-')[:40] or 'clone'}-{os.urandom(4).hex()}"
 
-    def _copy(self, running: RunningVm, name: str) -> Snapshot:
-        """Return a snapshot of what a machine of this one has become, which lasts until it is closed."""
+    def _copy(self, running: RunningVm, name: str) -> OpenSnapshot:
+        """Return a snapshot of a clone of this one as it is now. The files last until its `close`."""
         with translating_emfile(f"a copy of {running.vm.name}"), ExitStack() as owned:
             directory = owned.enter_context(self._runtime.scratch())
-            facts = copy_running(running, self._parts, self.facts, directory)
-            copied = Snapshot(
+            facts = copy_running(running, self.inputs, self.facts, directory)
+            copied = OpenSnapshot(
                 entry=Entry(path=directory, key=directory.name, facts=facts),
-                parts=as_copied(self._parts),
-                runtime=replace(self._runtime, prewarmed=0),
+                inputs=as_copied(self.inputs),
+                runtime=replace(self._runtime, pool_size=0),
                 name=name,
             )
             copied._owned = owned.pop_all()
@@ -237,14 +222,14 @@ class Snapshot:
 
     @property
     def _charge_mib(self) -> int:
-        return _VMM_MIB + self.spec.mem_mib // _WRITTEN_SHARE
+        return self.inputs.engine.vmm_mib + self.spec.mem_mib // _WRITTEN_SHARE
 
     def _check_networks(self, networks: Sequence[Segment]) -> None:
-        engine, mode = self._parts.engine, self._parts.network.mode
+        engine, mode = self.inputs.engine, self.inputs.network.mode
         most = engine.private_networks(mode)
         if len(networks) > most:
-            enclosed = next((other for other in engine.networks if engine.private_networks(other)), None)
-            other = f"--fcvm-network {enclosed}, or " if enclosed else ""
+            alternative = next((other for other in engine.networks if engine.private_networks(other)), None)
+            other = f"--fcvm-network {alternative}, or " if alternative else ""
             raise UsageProblem(
                 f"a clone on {engine.name}, network {mode}, can be on {most or 'no'} private networks, "
                 f"not {len(networks)}",
@@ -252,22 +237,22 @@ class Snapshot:
             )
 
     def _start(self, name: str, ports: tuple[PublishedPort, ...], networks: Sequence[Segment]) -> RunningVm:
-        plugged, attachments = ExitStack(), list[Attachment]()
+        attached, attachments = ExitStack(), list[Attachment]()
         with translating_emfile(name), ExitStack() as undo, ExitStack() as passed_on:
-            undo.push(plugged)
+            undo.push(attached)
             namespace = self._cloner.open_namespace() if networks else None
             if namespace:
-                plugged.callback(namespace.close)
+                attached.callback(namespace.close)
             for number, network in enumerate(networks):
-                wire = namespace.wires[number] if namespace and namespace.wires else None
+                wire = namespace.packet_sockets[number] if namespace and namespace.packet_sockets else None
                 attachments.append(network.plug(name, wire))
-                plugged.callback(network.unplug, name)
-                if attachments[-1].end:
-                    passed_on.enter_context(attachments[-1].end)
+                attached.callback(network.unplug, name)
+                if attachments[-1].packet_socket:
+                    passed_on.enter_context(attachments[-1].packet_socket)
             room = self._runtime.admit(self._charge_mib)
             running = self._cloner.bring_up(name, ports, room, tuple(attachments), namespace)
             undo.callback(running.close)
-            running.add_cleanup([plugged.close])
+            running.add_cleanup([attached.close])
             self._join(running, name, attachments, networks)
             undo.pop_all()
         return running
@@ -279,34 +264,34 @@ class Snapshot:
         for number, network in enumerate(networks):
             network.joined(
                 name,
-                partial(_tell_names, running, hosts_of(name, self.spec.host_ports), known, number),
-                partial(running.vm.set_link, number),
+                partial(_rename_hosts, running, hosts_of(name, self.spec.host_ports), known, number),
+                partial(set_link, running.vm, number),
             )
 
     def _prewarm(self, is_wanted: Callable[[], bool]) -> Pooled:
-        with translating_emfile("a clone made ahead"):
+        with translating_emfile("a prewarmed clone"):
             room = self._runtime.admit_prewarmed(self._charge_mib)
             return self._cloner.prewarm(self._invent_name(), room, is_wanted)
 
     def _take_prewarmed(self) -> tuple[RunningVm | None, str | None]:
-        """Return a machine that was made ahead, awake, and its name; two times None where there is none."""
+        """Return the VM and the name of a prewarmed clone that runs again, (None, None) where the pool is empty."""
         asked = monotonic()
-        while self._pool and (pooled := self._pool.take()):
+        while self.pool and (pooled := self.pool.take()):
             with suppress(FcvmError), translating_emfile(pooled.name):
-                return self._cloner.wake(pooled, asked), pooled.name
-            self._pool.lost += 1  # it died as it woke
+                return self._cloner.resume(pooled, asked), pooled.name
+            self.pool.lost += 1  # it died as it resumed
         return None, None
 
 
-def _tell_names(
+def _rename_hosts(
     running: RunningVm, own: tuple[str, ...], known: list[tuple[str, ...]], number: int, lines: tuple[str, ...]
 ) -> None:
-    """Tell a clone who is on one of its networks now; `known` has what it knows of each."""
+    """Write the members of one network into a clone's /etc/hosts. `known` has the lines of each of its networks."""
     known[number] = lines
     running.agent.rename_hosts([*own, *chain.from_iterable(known)], timeout_s=_NAMES_S)
 
 
-def _first(running: RunningVm | None, start: StartVm) -> StartVm:
-    """Return a function that starts machines, of which the first is there already."""
+def _once(running: RunningVm | None, start: StartVm) -> StartVm:
+    """Return a function that returns `running` the first time, and starts VMs after that."""
     there = [running] if running else []
     return lambda ports: there.pop() if there else start(ports)

@@ -1,4 +1,4 @@
-"""A host with a KVM that works, for a real Firecracker: an emulated one, made with our own QEMU engine.
+"""A host where KVM works, for a real Firecracker: an emulated host, made with the project's QEMU engine.
 
 QEMU emulates AMD's SVM, so that a guest with a distribution's kernel can be a host of KVM. The tests that run in it are
 those of tests/vm, with the engine that is asked for. FCVM_TEST_FIRECRACKER names the Firecracker to test; its jailer is
@@ -36,7 +36,7 @@ _PACKAGES = (
     "python3 kmod procps iproute2 util-linux mount e2fsprogs zstd lz4 skopeo squashfs-tools mmdebstrap docker-registry "
     "qemu-system-x86 busybox-static linux-image-cloud-amd64 nftables slirp4netns"
 )
-# The guest's kernel loads none by itself: what it would run is not in the image.
+# The guest's kernel loads no modules by itself: the program for that is not in the image.
 _MODULES = "kvm-amd tun veth nf_tables nft_chain_nat nft_nat nft_masq nft_ct nft_reject_ipv4"
 _NOT_NEEDED = ("pip", "pip-*", "setuptools*", "mypy*", "ruff*", "ziglang*", "__editable__*", "*.pth", "__pycache__")
 _ENVIRONMENT = {
@@ -45,7 +45,7 @@ _ENVIRONMENT = {
     "HOME": "/root",
     "XDG_CACHE_HOME": "/var/cache",
 }
-# Proves KVM, and leaves in the cache what every run needs: the guest's kernel and nginx.
+# Probe KVM, and fill the cache with what every run requires: the guest's kernel and nginx.
 _WARM_UP = "FCVM_ENGINE=firecracker python3 -m pytest -p no:cacheprovider tests/vm/test_clone.py -k answers_at_once"
 
 
@@ -71,7 +71,7 @@ def jailer(firecracker: Path) -> Path:
 
 @dataclass(frozen=True)
 class KvmHost:
-    """Makes emulated hosts of KVM, and runs commands in them. `project` is this project as it is now."""
+    """Make emulated hosts with KVM, and run commands in them. `project` is a copy of this project."""
 
     clone: Callable[[], Clone]
     project: Path
@@ -100,7 +100,7 @@ class KvmHost:
 
 @contextmanager
 def _watched(host: Clone) -> Iterator[None]:
-    """Kill a host that stands still: it loses interrupts, and then nothing in it goes on, nor ends."""
+    """Kill a host that hangs: it loses interrupts, and then nothing in it runs or ends."""
     over = threading.Event()
 
     def watch() -> None:
@@ -125,7 +125,7 @@ def _watched(host: Clone) -> Iterator[None]:
 def host(
     firecracker: Path, fcvm_snapshot_factory: SnapshotFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> KvmHost:
-    """Hosts in which Firecracker works, each a clone of one that has all that the tests need."""
+    """Hosts in which Firecracker works. Each is a clone of one that has all that the tests require."""
     project = _gather_project(tmp_path_factory.mktemp("host") / "project")
     payload = _gather_rest(tmp_path_factory.mktemp("payload"), firecracker)
 
@@ -176,7 +176,7 @@ def _gather_project(directory: Path) -> Path:
 
 
 def _gather_rest(directory: Path, firecracker: Path) -> Path:
-    """Put into a directory what does not change with every change of the project: libraries, Firecracker, images."""
+    """Put into a directory what seldom changes: libraries, Firecracker, images."""
     packages = Path(next(path for path in site.getsitepackages() if path.startswith(sys.prefix)))
     if not (packages / "pytest_fcvm_kernel_x86_64/bzImage").exists():
         pytest.fail("the emulated host cannot download a kernel for its guests: run `make kernel`, which installs one")
@@ -193,7 +193,7 @@ def _gather_rest(directory: Path, firecracker: Path) -> Path:
 
 
 def _compile(directory: Path) -> None:
-    """Compile Python here, where it takes seconds: an emulated host would do it again in every pytest.
+    """Compile Python on this host, where it takes seconds. An emulated host would do it in every pytest.
 
     A host whose Python is another one compiles by itself. The bytecode holds whatever time a copy of its source has.
     """

@@ -1,4 +1,4 @@
-"""The Firecracker that unit tests use, beside a real one: the same requests, the same answers, word by word."""
+"""The fake Firecracker of the unit tests beside a real one: the same requests get the same answers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Program:
 
 
 class Pair:
-    """The real one and the one that stands for it, each in a directory with the same files."""
+    """The real one and the fake, each in a directory with the same files."""
 
     def __init__(self, real: Path, directory: Path) -> None:
         said = subprocess.run([real, "--version"], capture_output=True, text=True, check=True).stdout
@@ -99,7 +99,7 @@ class Pair:
         self.programs: list[Program] = []
 
     def start(self, *arguments: str) -> list[Program]:
-        """Start both, after those that were started before have ended."""
+        """Start both, after the earlier ones have ended."""
         self.close()
         for place in self.directories.values():
             for name in ("api.sock", "agent.sock"):
@@ -110,7 +110,7 @@ class Pair:
         return self.programs
 
     def ask(self, *steps: Step) -> list[tuple[int, object]]:
-        """Send requests to both, and return the answers, which must be the same."""
+        """Send requests to both, check that the answers are the same, and return them."""
         for program in self.start():
             program.wait_for_api()
         real, fake = ([program.ask(step) for step in steps] for program in self.programs)
@@ -140,18 +140,18 @@ def vmlinux(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bootable(pair: Pair, vmlinux: Path) -> Pair:
-    """The pair, with a kernel, on a host where it boots."""
+    """The pair with a kernel, on a host where it boots."""
     for place in pair.directories.values():
         (place / "kernel").symlink_to(vmlinux)
     pair.ask(SERIAL, MACHINE, KERNEL, START)
     console = pair.directories["real"] / "console.log"
     wait_until(lambda: pair.programs[0].process.poll() is not None or "panic" in console.read_text(), Deadline(WAIT_S))
-    if "panic" not in console.read_text():  # of a kernel without a root file system
+    if "panic" not in console.read_text():  # because the kernel has no root file system
         pytest.skip(f"KVM does not boot a kernel here: {console.read_text()[-200:]!r}")
     return pair
 
 
-def test_it_says_who_it_is(pair: Pair) -> None:
+def test_it_reports_its_version_and_state(pair: Pair) -> None:
     assert pair.ask(("GET", "/version", None)) == [(200, {"firecracker_version": pair.version})]
     pair.ask(("GET", "/", None))
 
@@ -187,8 +187,8 @@ def test_before_a_start_it_answers_the_same(pair: Pair, steps: list[Step]) -> No
     pair.ask(*steps)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="the jailer takes root")
-def test_the_stand_in_of_the_jailer_furnishes_the_same_root(firecracker: Path, jailer: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="the jailer requires root")
+def test_the_fake_jailer_makes_the_same_root(firecracker: Path, jailer: Path, tmp_path: Path) -> None:
     version = re.search(r"v([\d.]+)", subprocess.check_output([jailer, "--version"], text=True))[1]  # type: ignore[index]
     program = tmp_path / "firecracker"
     command = shlex.join([sys.executable, "-I", "-S", str(FAKE), version])
@@ -206,7 +206,7 @@ def test_the_stand_in_of_the_jailer_furnishes_the_same_root(firecracker: Path, j
             assert wait_until((root / "api.sock").exists, Deadline(WAIT_S))
             found[name] = {path.relative_to(root): _rights(path) for path in (root, *root.rglob("*"))}
             process.kill()
-    sockets = [rights.pop(Path("api.sock"))[0] for rights in found.values()]  # the stand-in is no other user
+    sockets = [rights.pop(Path("api.sock"))[0] for rights in found.values()]  # the fake does not change its user
     assert sockets[0] == sockets[1]
     assert found["fake"] == found["real"]
 
@@ -217,7 +217,7 @@ def _rights(path: Path) -> tuple[str, int, int, int]:
 
 
 @pytest.mark.parametrize("state", ["gone", "text", "empty"])
-def test_a_load_that_fails_ends_it_the_same_way(pair: Pair, state: str) -> None:
+def test_a_failed_load_ends_both_the_same_way(pair: Pair, state: str) -> None:
     ((status, said),) = pair.ask(_load(state))
     assert status == 400, said
     real, fake = pair.programs
@@ -227,7 +227,7 @@ def test_a_load_that_fails_ends_it_the_same_way(pair: Pair, state: str) -> None:
         assert "Firecracker exiting with error. exit_code=1" in program.words
 
 
-def test_a_socket_that_is_taken_and_wrong_arguments_end_it_the_same_way(pair: Pair) -> None:
+def test_a_taken_socket_and_wrong_arguments_end_both_the_same_way(pair: Pair) -> None:
     for place in pair.directories.values():
         (place / "taken").touch()
     for arguments, code, words in (
@@ -239,13 +239,13 @@ def test_a_socket_that_is_taken_and_wrong_arguments_end_it_the_same_way(pair: Pa
         assert all(words in program.words for program in programs), [program.words for program in programs]
 
 
-def test_a_kernel_that_is_none_is_refused_in_the_same_words(bootable: Pair) -> None:
+def test_an_invalid_kernel_is_refused_with_the_same_message(bootable: Pair) -> None:
     kernel = ("PUT", "/boot-source", {"kernel_image_path": "text"})
     bootable.ask(kernel, START)
 
 
-def test_a_life_from_boot_to_snapshot_is_answered_the_same(bootable: Pair) -> None:
-    # Without panic=-1 the guest stays where its kernel has panicked.
+def test_all_requests_from_boot_to_snapshot_get_the_same_answers(bootable: Pair) -> None:
+    # Without panic=-1 the guest stops when its kernel panics.
     kernel = ("PUT", "/boot-source", {"kernel_image_path": "kernel", "boot_args": "console=ttyS0 quiet"})
     bootable.ask(
         SERIAL,

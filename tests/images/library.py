@@ -1,6 +1,6 @@
-"""Real images for tests and benchmarks, without a public registry: built, served on loopback, run by podman.
+"""Real images for tests and benchmarks without a public registry: build, serve on loopback, run in podman.
 
-The recipes are those of examples/images/build.py. Load this file by runpy: test directories are no packages.
+The recipes are those of examples/images/build.py. Load this file by runpy: test directories are not packages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.process import ends_with_us, resolve_tool, run_tool
+from pytest_fcvm.host.process import killed_with_us, resolve_tool, run_tool
 
 __all__ = ["build_image", "podman_limits", "push", "start_registry"]
 
@@ -24,13 +24,13 @@ _RECIPES = Path(__file__).parents[2] / "examples/images/build.py"
 _LISTENING = re.compile(r'msg="listening on (127\.0\.0\.1:\d+)"')
 _COPY_S = 120.0
 _START_S = 30.0
-_ENOUGH = 4096  # files, or processes, of a container
+_MAX_LIMIT = 4096  # files, or processes, of a container
 
 
 def build_image(name: str, dest_dir: Path) -> Path:
-    """Return the OCI layout DEST_DIR/NAME (nginx, redis or postgres), built unless this recipe has built it before.
+    """Return the OCI layout DEST_DIR/NAME (nginx, redis or postgres). Build it unless it is up to date.
 
-    Takes 10 to 30 s the first time. Several processes may ask at once: one builds, the others wait.
+    A build takes 10 to 30 s. Of several processes one builds, and the others wait.
     """
     dest_dir.mkdir(parents=True, exist_ok=True)
     build: Callable[[str, Path], Path] = runpy.run_path(str(_RECIPES))["build"]
@@ -58,7 +58,7 @@ def push(layout: Path, registry: str) -> str:
 def start_registry(directory: Path) -> Iterator[str]:
     """Run a registry that keeps its data in a directory, and yield its HOST:PORT on loopback.
 
-    The registry picks the port itself, and ends with the thread that started it, also when that is killed.
+    The registry chooses the port, and ends with the thread that started it, even if that thread is killed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config, log = directory / "config.yml", directory / "log"
@@ -66,7 +66,7 @@ def start_registry(directory: Path) -> Iterator[str]:
         "version: 0.1\nlog: {level: info, accesslog: {disabled: true}}\nhttp: {addr: '127.0.0.1:0'}\n"
         f"storage: {{filesystem: {{rootdirectory: '{directory / 'data'}'}}}}\n"
     )
-    command = [*ends_with_us(), resolve_tool("docker-registry", package="docker-registry"), "serve", config]
+    command = [*killed_with_us(), resolve_tool("docker-registry", package="docker-registry"), "serve", config]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     try:
@@ -81,15 +81,15 @@ def start_registry(directory: Path) -> Iterator[str]:
 
 
 def podman_limits() -> list[str]:
-    """Return the options without which podman cannot start a container where root lacks CAP_SYS_RESOURCE.
+    """Return the options with which podman starts containers if root lacks CAP_SYS_RESOURCE.
 
-    Its own defaults are above the limits of this process, and only that capability may raise them.
+    podman's own limits are above those of this process, and only that capability may raise limits.
     """
     limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
     return [f"--ulimit={name}={_at_most(which)}" for name, which in limits.items()]
 
 
 def _at_most(which: int) -> int:
-    """Return a limit that podman may set: it lowers its own (nproc to 32768) before it starts the container."""
+    """Return a limit that podman may set: podman lowers its own (nproc to 32768) before it starts the container."""
     _soft, hard = resource.getrlimit(which)
-    return _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    return _MAX_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MAX_LIMIT)

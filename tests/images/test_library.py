@@ -1,4 +1,4 @@
-"""The images that other tests rest on: sound, built once, served by a registry, and behaving as they should."""
+"""The images that other tests use: valid, built once, served by a registry, with the expected behaviour."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 
 _LIBRARY = Path(__file__).with_name("library.py")
 _TOOLS = ("mmdebstrap", "skopeo", "docker-registry", "setpriv")
-_KEPT = Path(__file__).parents[2] / ".demo"
+_LAYOUTS = Path(__file__).parents[2] / ".demo"
 
 pytestmark = pytest.mark.skipif(
     any(shutil.which(tool) is None for tool in _TOOLS), reason=f"needs {', '.join(_TOOLS)}: run `make test`"
@@ -65,10 +65,10 @@ def read_json(layout: Path, digest: str) -> dict[str, Any]:
         ("postgres", "5432/tcp", "SIGINT", "usr/local/bin/postgres-entrypoint.sh"),
     ],
 )
-def test_a_layout_is_sound_and_configured(
+def test_a_layout_is_valid_and_configured(
     name: str, port: str, stop_signal: str | None, program: str, library: Library
 ) -> None:
-    layout = library.build_image(name, _KEPT)
+    layout = library.build_image(name, _LAYOUTS)
     manifest = read_json(layout, json.loads((layout / "index.json").read_text())["manifests"][0]["digest"])
     config = read_json(layout, manifest["config"]["digest"])
     (layer,) = manifest["layers"]
@@ -82,8 +82,8 @@ def test_a_layout_is_sound_and_configured(
 
 
 def test_an_image_is_built_once(library: Library) -> None:
-    before = (library.build_image("nginx", _KEPT) / "index.json").stat()
-    assert (library.build_image("nginx", _KEPT) / "index.json").stat() == before
+    before = (library.build_image("nginx", _LAYOUTS) / "index.json").stat()
+    assert (library.build_image("nginx", _LAYOUTS) / "index.json").stat() == before
 
 
 def test_two_builders_at_once_build_one_image(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_two_builders_at_once_build_one_image(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["redis"]
 
 
-def test_what_is_pushed_can_be_pulled(library: Library, tmp_path: Path) -> None:
-    layout = library.build_image("nginx", _KEPT)
+def test_a_pushed_image_can_be_pulled(library: Library, tmp_path: Path) -> None:
+    layout = library.build_image("nginx", _LAYOUTS)
     with library.start_registry(tmp_path) as registry:
         reference = library.push(layout, registry)
         assert reference == f"{registry}/nginx:latest"
@@ -109,7 +109,7 @@ def test_what_is_pushed_can_be_pulled(library: Library, tmp_path: Path) -> None:
         urllib.request.urlopen(f"http://{registry}/v2/", timeout=5)
 
 
-def test_a_registry_ends_with_a_killed_owner(tmp_path: Path) -> None:
+def test_a_registry_ends_when_its_owner_is_killed(tmp_path: Path) -> None:
     script = (
         f"import runpy, pathlib, time; start = runpy.run_path({str(_LIBRARY)!r})['start_registry']\n"
         "with start(pathlib.Path('.').resolve()) as registry: print(registry, flush=True); time.sleep(600)"
@@ -130,25 +130,25 @@ def answers(url: str) -> bool:
         return False
 
 
-# -- the images at work, in containers
+# -- the images in containers
 
 
 @dataclass(frozen=True)
 class Podman:
-    """Podman with a store of its own, so that nothing is left on the machine."""
+    """Podman with its own store, so that no files stay on the host."""
 
     command: list[str]
     limits: list[str]
 
     def __call__(self, *arguments: str, check: bool = True) -> str:
-        """Run a podman command and return what it printed on both streams."""
+        """Run a podman command and return the output of both streams."""
         done = subprocess.run([*self.command, *arguments], capture_output=True, text=True, timeout=120)
         assert not (check and done.returncode), done.stderr
         return done.stdout + done.stderr
 
     @property
     def options(self) -> list[str]:
-        """How a container is run here: without a network, from a registry without TLS."""
+        """The options of a container: without a network, from a registry without TLS."""
         return ["--quiet", "--network=none", "--tls-verify=false", *self.limits]
 
     def start(self, image: str, *options: str) -> str:
@@ -165,7 +165,7 @@ def podman(library: Library, image: Callable[[str], str], tmp_path_factory: pyte
     try:
         trial = podman("run", "--rm", *podman.options, image("redis"), "echo", "it works", check=False)
         if "it works" not in trial:
-            pytest.skip(f"podman runs no container here: {trial.strip()[-300:]}")
+            pytest.skip(f"podman cannot run a container here: {trial.strip()[-300:]}")
         yield podman
     finally:
         podman("rm", "--all", "--force", "--time=0", check=False)
@@ -176,7 +176,7 @@ def podman(library: Library, image: Callable[[str], str], tmp_path_factory: pyte
 def image(library: Library, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
     """Return a function that builds an image and returns the reference to pull."""
     with library.start_registry(tmp_path_factory.mktemp("registry")) as registry:
-        yield lambda name: library.push(library.build_image(name, _KEPT), registry)
+        yield lambda name: library.push(library.build_image(name, _LAYOUTS), registry)
 
 
 def test_nginx_serves_and_logs_to_its_output(podman: Podman, image: Callable[[str], str]) -> None:
@@ -192,12 +192,12 @@ def test_redis_answers_as_its_own_user(podman: Podman, image: Callable[[str], st
     assert "(redis)" in podman("exec", container, "id")
 
 
-def test_postgres_wants_a_password(podman: Podman, image: Callable[[str], str]) -> None:
+def test_postgres_requires_a_password(podman: Podman, image: Callable[[str], str]) -> None:
     said = podman("run", "--rm", *podman.options, image("postgres"), check=False)
     assert "superuser password is not specified" in said
 
 
-def test_postgres_shows_its_temporary_server_on_the_socket_alone(
+def test_postgres_shows_its_temporary_server_only_on_the_socket(
     podman: Podman, image: Callable[[str], str], tmp_path: Path
 ) -> None:
     (tmp_path / "10-rows.sql").write_text("CREATE TABLE t AS SELECT generate_series(1, 3) AS n;")

@@ -1,4 +1,4 @@
-"""Whole runs of pytest in processes of their own, with the plugin as its entry point loads it, and without a VM."""
+"""Whole runs of pytest in their own processes. The entry point loads the plugin, and no VM is started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-# Plugins that may be installed and would take part; a test that wants one turns it on.
+# Plugins that may be installed and would interfere. A test that wants one turns it on.
 _QUIET = ("-p", "no:randomly", "-p", "no:asyncio", "-p", "no:cacheprovider", "-W", "error")
 _WATCH = """
 import json, os
@@ -44,7 +44,7 @@ class Project:
         return self.pytester.path
 
     def write(self, **files: str) -> None:
-        """Write files; `a__b_py` is `a/b.py`."""
+        """Write files. `a__b_py` is `a/b.py`."""
         for name, text in files.items():
             *directories, file = name.split("__")
             path = self.path.joinpath(*directories, ".".join(file.rsplit("_", 1)))
@@ -58,7 +58,7 @@ class Project:
         return self.pytester.runpytest_subprocess(*_QUIET, *arguments, timeout=120)
 
     def watch(self, *arguments: str, **environment: str) -> list[dict[str, Any]]:
-        """Run pytest and return what machine each test asked for, in order; every one of them is skipped."""
+        """Run pytest, which skips every test, and return the spec that each test asked for, in order."""
         seen = self.path / "seen.jsonl"
         seen.unlink(missing_ok=True)
         self.write(watch_py=_WATCH)
@@ -76,7 +76,7 @@ def _joined_path(first: Path) -> str:
 def project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Project:
-    """An empty project, whose runs have a cache of their own."""
+    """An empty project whose runs have their own cache."""
     for name in list(os.environ):
         if name.startswith(("FCVM_", "PYTEST_ADDOPTS")):
             monkeypatch.delenv(name)
@@ -95,7 +95,7 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that looks like a bzImage from outside."""
+    """A file with the header of a bzImage."""
     image = bytearray(4096)
     image[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", image, 0x20E, 0x300)
@@ -107,13 +107,13 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def without_engine(rootfs: Path, kernel: Path) -> tuple[str, ...]:
-    """Options of a run for which everything is there but an engine."""
+    """Options of a run that has everything but an engine."""
     return ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel), "--fcvm-qemu", "/bin/false")
 
 
 @pytest.fixture
 def needs(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Skip a test for which a plugin or library is missing."""
+    """Skip a test if a plugin or library is missing."""
 
     def check(module: str) -> None:
         pytest.importorskip(module, reason=f"{module} is not installed; `make test` installs it")
@@ -122,7 +122,7 @@ def needs(pytestconfig: pytest.Config) -> Callable[[str], None]:
 
 
 class Registry:
-    """A registry on loopback that lets its first clients wait until it is told to refuse them."""
+    """A registry on loopback whose first clients wait until the test lets it refuse them."""
 
     def __init__(self) -> None:
         self.asked, self.answer = threading.Event(), threading.Event()
@@ -137,7 +137,7 @@ class Registry:
             do_HEAD = do_GET  # noqa: N815
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.image = f"127.0.0.1:{self.server.server_port}/slow:1"

@@ -1,4 +1,4 @@
-"""Evidence of failed tests, told by clones that are none: it may be lost, with a line, and never changes an outcome."""
+"""Evidence of failed tests, by fake clones: it may be lost, which the report says, and never changes an outcome."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Fake:
 def meet(pytestconfig):
     def make(name, raises=None):
         fake = Fake(name, raises)
-        pytestconfig.stash[REPORTER].meet(fake)
+        pytestconfig.stash[REPORTER].add_clone(fake)
         return fake
     return make
 
 @pytest.fixture(scope="module")
 def shared(pytestconfig):
     fake = Fake("common")
-    pytestconfig.stash[REPORTER].meet(fake)
+    pytestconfig.stash[REPORTER].add_clone(fake)
     return fake
 """
 _TWO = """
@@ -53,18 +53,18 @@ def test_a_file_in_the_way_of_artifacts_costs_only_the_artifacts(workers: tuple[
 @pytest.mark.parametrize(
     "raises", ["OSError(5, 'gone')", "SystemExit(3)", "pytest.fail.Exception('no')", "pytest.skip.Exception('no')"]
 )
-def test_evidence_that_raises_is_lost_and_that_of_others_is_not(raises: str, project) -> None:
+def test_evidence_that_raises_is_lost_and_other_evidence_is_not(raises: str, project) -> None:
     test = f"def test_fails(meet):\n    meet('bad', {raises})\n    meet('good')\n    assert 0\n"
     project.write(conftest_py=_FAKES, test_a_py=f"import pytest\n{test}")
     result = project.run("--fcvm-artifacts=failed")
     assert result.parseoutcomes() == {"failed": 1}
-    result.stdout.fnmatch_lines(["*fcvm good: workload log*", "printed by good?xdc80", "*bad told nothing: *"])
+    result.stdout.fnmatch_lines(["*fcvm good: workload log*", "printed by good?xdc80", "*bad has no evidence: *"])
 
 
 @pytest.mark.parametrize(
     "patched", ["os.open", "os.mkdir", "os.getpid", "time.time", "shutil.copy", "pathlib.Path.mkdir"]
 )
-def test_what_a_test_patches_costs_at_most_its_evidence(patched: str, project) -> None:
+def test_a_test_that_patches_modules_loses_at_most_its_evidence(patched: str, project) -> None:
     project.write(
         conftest_py=_FAKES,
         test_a_py=f"""
@@ -102,7 +102,7 @@ def test_fails(meet, x):
     assert all((project.path / "fcvm-artifacts" / name / "one.workload-log.txt").exists() for name in names)
 
 
-def test_shared_clones_are_shown_to_who_uses_them_and_say_so(project) -> None:
+def test_a_shared_clone_is_in_the_report_of_every_test_that_uses_it(project) -> None:
     project.write(
         conftest_py=_FAKES,
         test_a_py="""
@@ -113,9 +113,9 @@ def test_other(meet):
     assert 0
 """,
     )
-    told = project.run().stdout.str()
-    assert told.count("fcvm common: workload log (shared with other tests)") == 1
-    assert told.count("fcvm own: workload log") == 1
+    output = project.run().stdout.str()
+    assert output.count("fcvm common: workload log (shared with other tests)") == 1
+    assert output.count("fcvm own: workload log") == 1
 
 
 def test_a_fixture_that_fails_after_its_test_has_the_evidence(project) -> None:

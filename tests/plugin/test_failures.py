@@ -1,4 +1,4 @@
-"""Runs that cannot have their machines: every test that asked is told why, once, and the others run."""
+"""Runs that cannot have clones: every test that asks for one fails with the reason, and the others run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _AGAIN = "(failed before in this run)"
 
 
 def _errors(result: pytest.RunResult, kind: str) -> list[str]:
-    """Return what the tests' set-ups said, without the short summary."""
+    """Return the output of the tests' set-ups, without the short summary."""
     return [line for line in result.outlines if line.startswith(f"{kind}: ")]
 
 
 @pytest.fixture
 def path_without_qemu(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A PATH with every command of this machine but QEMU."""
+    """A PATH with every command of this host but QEMU."""
     directory = tmp_path_factory.mktemp("bin")
     for place in os.environ["PATH"].split(":"):
         for program in Path(place).glob("*"):
@@ -39,7 +39,7 @@ def path_without_qemu(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def test_without_an_image_every_test_is_told_how_to_name_one(project) -> None:
+def test_without_an_image_every_test_fails_with_how_to_name_one(project) -> None:
     project.write(test_a_py=_THREE)
     result = project.run()
     assert result.parseoutcomes() == {"passed": 1, "errors": 3}
@@ -51,7 +51,7 @@ def test_without_an_image_every_test_is_told_how_to_name_one(project) -> None:
 
 
 @pytest.mark.parametrize("workers", [(), ("-n4",)])
-def test_an_image_that_is_not_there_is_looked_for_once(workers: tuple[str, ...], project) -> None:
+def test_a_missing_image_is_looked_for_once(workers: tuple[str, ...], project) -> None:
     project.write(test_a_py=_THREE, test_b_py=_THREE)
     result = project.run("--fcvm-image=oci:gone", *workers)
     assert result.parseoutcomes() == {"passed": 2, "errors": 6}
@@ -71,7 +71,7 @@ def test_workers_that_waited_for_a_failed_build_do_not_try_it_again(project, reg
     with output.open("wb") as file:
         run = subprocess.Popen([*command, "-n4", "--fcvm-image", registry.image], cwd=project.path, stdout=file)
     try:
-        # One line for all who wait: what other workers have told is not told again.
+        # One line for all that wait: a worker does not repeat what others have reported.
         assert wait_until(lambda: output.read_text().count("waiting for pid") == 1, Deadline(60)), output.read_text()
         registry.answer.set()
         run.wait(60)
@@ -115,15 +115,13 @@ def test_tests_are_skipped_without_an_engine_only_when_that_was_asked_for(
 
 
 @pytest.mark.parametrize("option", ["--fcvm-qemu", "--fcvm-firecracker"])
-def test_a_program_that_is_not_there_is_told_and_never_skipped(
-    option: str, project, rootfs: Path, kernel: Path
-) -> None:
+def test_a_missing_program_is_reported_and_never_skipped(option: str, project, rootfs: Path, kernel: Path) -> None:
     project.write(test_a_py=_THREE)
     running = ("--fcvm-image", str(rootfs), "--fcvm-kernel", str(kernel))
     result = project.run(*running, option, "/nonexistent/vmm", "--fcvm-unavailable=skip")
     assert result.parseoutcomes() == {"passed": 1, "errors": 3}
     assert result.outlines.count(f"UsageProblem: {option}: /nonexistent/vmm is not a program") == 3
-    assert "hint: name one, or leave it out for the one on PATH" in result.outlines
+    assert "hint: name a program, or leave the option out to use the one on PATH" in result.outlines
 
 
 def test_another_failure_is_never_skipped(project) -> None:
@@ -132,7 +130,7 @@ def test_another_failure_is_never_skipped(project) -> None:
     assert result.parseoutcomes() == {"passed": 1, "errors": 3}
 
 
-def test_a_failure_of_a_session_fixture_is_told_the_same_way(project) -> None:
+def test_a_failure_of_a_session_fixture_is_reported_the_same_way(project) -> None:
     project.write(
         test_a_py="import pytest\n"
         '@pytest.fixture(scope="session")\ndef shared(fcvm_snapshot_factory):\n    return fcvm_snapshot_factory()\n'
@@ -143,14 +141,14 @@ def test_a_failure_of_a_session_fixture_is_told_the_same_way(project) -> None:
     result.stdout.no_fnmatch_line("*pytest_fcvm/*")
 
 
-def test_a_factory_that_fails_inside_a_test_shows_the_users_own_lines_alone(project) -> None:
+def test_a_factory_that_fails_inside_a_test_shows_only_the_users_lines(project) -> None:
     project.write(test_a_py="def test_a(fcvm_clone_factory):\n    fcvm_clone_factory(image='oci:gone')\n")
     result = project.run()
     result.stdout.fnmatch_lines([">*fcvm_clone_factory(image='oci:gone')", "E*ImageError: *", "E*hint: check the path"])
     result.stdout.no_fnmatch_line("*pytest_fcvm/*")
 
 
-def test_what_a_guest_put_into_a_message_drives_no_terminal(project) -> None:
+def test_a_guests_text_in_a_message_cannot_control_the_terminal(project) -> None:
     project.write(
         test_a_py="""
 import pytest
@@ -172,7 +170,7 @@ def test_setup(broken): pass
     assert "owned" in (project.path / "junit.xml").read_text()
 
 
-def test_on_another_system_the_tests_are_collected_and_told_what_they_need(project) -> None:
+def test_on_another_system_tests_are_collected_and_fail_with_what_they_require(project) -> None:
     project.write(
         conftest_py="""
 import sys
@@ -186,12 +184,12 @@ def elsewhere(monkeypatch):
     )
     result = project.run("--fcvm-image=x")
     assert result.parseoutcomes() == {"passed": 1, "errors": 3}
-    assert _errors(result, "HostError") == ["HostError: machines need Linux"] * 3
+    assert _errors(result, "HostError") == ["HostError: VMs need Linux"] * 3
     assert result.outlines.count('hint: deselect their tests with -m "not fcvm"') == 3
 
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]])
-def test_the_plugin_can_be_loaded_where_there_is_no_posix(workers: list[str], project) -> None:
+def test_the_plugin_can_be_loaded_without_posix(workers: list[str], project) -> None:
     project.write(
         no_posix_py="import os, sys\nfor name in ('fcntl', 'resource', 'termios', 'pwd'): sys.modules[name] = None\n"
         "del os.mkfifo\n",
@@ -207,7 +205,7 @@ def test_the_plugin_can_be_loaded_where_there_is_no_posix(workers: list[str], pr
     assert result.ret == pytest.ExitCode.OK
 
 
-def test_the_hook_may_replace_the_machine_and_the_first_answer_counts(project) -> None:
+def test_the_hook_may_replace_the_spec_and_the_first_answer_counts(project) -> None:
     project.write(
         conftest_py="""
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a run pays that uses no machine: nothing printed, nothing heavy imported."""
+"""The cost of a run that uses no clone: nothing is printed, and nothing heavy imported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pytest_sessionfinish(session):
     with open(f"modules-{getattr(session.config, 'workerinput', {}).get('workerid', 'main')}.json", "w") as file:
         json.dump([sorted(sys.modules), [thread.name for thread in threading.enumerate()]], file)
 """
-# Each of these is a decision: it is paid by every run of pytest in an environment where the plugin is installed.
+# Each of these is a decision: every run of pytest in an environment with the plugin pays for it.
 _OURS = {
     "pytest_fcvm",
     "pytest_fcvm.errors",
@@ -52,7 +52,7 @@ def _only_ours(modules: set[str]) -> set[str]:
 
 
 def _lines_of_ours(project, *arguments: str) -> list[str]:
-    """Run pytest and return what the plugin printed. Paths may hold any word, and pytest itself lists its plugins."""
+    """Run pytest and return the plugin's output, without paths and pytest's own list of plugins."""
     lines = project.run(*arguments).outlines
     for path in (sys.executable, sys.prefix, os.path.realpath(sys.prefix), str(project.path), tempfile.gettempdir()):
         lines = [line.replace(path, "") for line in lines]
@@ -61,13 +61,13 @@ def _lines_of_ours(project, *arguments: str) -> list[str]:
 
 @pytest.fixture
 def idle(project):
-    """A project without a machine."""
+    """A project that uses no clone."""
     project.write(conftest_py=_WATCH, test_a_py="def test_one(): pass\ndef test_two(): pass\n")
     return project
 
 
 def _run_alone(idle, *arguments: str) -> pytest.RunResult:
-    """Run pytest with this plugin alone, so that what others import does not count."""
+    """Run pytest with only this plugin, so that imports of others do not count."""
     idle.monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     return idle.pytester.runpytest_subprocess("-p", "pytest_fcvm.plugin", "-p", "no:cacheprovider", *arguments)
 
@@ -85,7 +85,7 @@ def test_a_run_that_only_names_an_image_imports_no_more(idle) -> None:
     assert _only_ours(_modules(idle)[0]) == _OURS
 
 
-def test_workers_import_no_more_and_their_controller_the_shared_folder(idle) -> None:
+def test_workers_import_no_more_and_their_controller_the_shared_directory(idle) -> None:
     assert _run_alone(idle, "-p", "xdist", "-n2").parseoutcomes() == {"passed": 2}
     assert _only_ours(_modules(idle)[0]) == _OURS | _SHARED_WITH_WORKERS
     for worker in ("gw0", "gw1"):
@@ -93,18 +93,18 @@ def test_workers_import_no_more_and_their_controller_the_shared_folder(idle) -> 
 
 
 @pytest.mark.parametrize("arguments", [(), ("-v",), ("-q",), ("-n2",)])
-def test_a_run_without_an_option_of_ours_says_nothing_of_us(arguments: tuple[str, ...], idle) -> None:
+def test_a_run_without_an_fcvm_option_prints_nothing_of_fcvm(arguments: tuple[str, ...], idle) -> None:
     assert _lines_of_ours(idle, *arguments) == []
 
 
-def test_with_an_option_the_header_shows_the_image_and_nothing_is_summed_up(idle) -> None:
+def test_with_an_option_the_header_shows_the_image_and_there_is_no_summary(idle) -> None:
     lines = _lines_of_ours(idle, "--fcvm-image=nginx")
     assert lines == ["fcvm: image nginx, engine auto (probed when the first test asks)"]
     lines = _lines_of_ours(idle, "--fcvm-engine=qemu")
     assert lines == ["fcvm: image not set, engine qemu (probed when the first test asks)"]
 
 
-def test_our_modules_are_imported_as_they_were_compiled(project) -> None:
+def test_modules_of_the_plugin_are_not_rewritten_by_pytest(project) -> None:
     project.write(
         test_a_py="def test_one():\n"
         "    from pytest_fcvm import harness\n"
@@ -113,13 +113,13 @@ def test_our_modules_are_imported_as_they_were_compiled(project) -> None:
     assert project.run().parseoutcomes() == {"passed": 1}
 
 
-def test_the_plugin_can_be_left_out(idle) -> None:
+def test_the_plugin_can_be_disabled(idle) -> None:
     result = idle.run("-p", "no:fcvm")
     assert result.parseoutcomes() == {"passed": 2}
     assert _only_ours(_modules(idle)[0]) == set()
 
 
-def test_the_commands_help_imports_next_to_nothing(project) -> None:
+def test_the_commands_help_imports_little(project) -> None:
     script = (
         "import sys\nfrom pytest_fcvm.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"

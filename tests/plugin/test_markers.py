@@ -1,4 +1,4 @@
-"""The marker: what it selects, what it gives, and how a wrong one is told."""
+"""The marker: which tests it selects, what it gives them, and how a wrong one is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRONG = {
     ),
     "both": (
         'image="x"',
-        "fcvm_worker_clone is one machine for all tests and cannot take a marker's own image",
+        "fcvm_worker_clone is one clone for all tests and cannot take a marker's own image",
         "use fcvm_clone, or drop image from the marker",
     ),
 }
@@ -33,7 +33,7 @@ def test_a_wrong_argument_is_a_collection_error_of_its_file_with_and_without_wor
     project.write(test_good_py="def test_good(): pass\n")
     alone, spread = project.run("-rE"), project.run("-rE", "-n2")
     assert alone.ret == pytest.ExitCode.INTERRUPTED
-    assert spread.ret == pytest.ExitCode.TESTS_FAILED  # xdist goes on with what it could collect
+    assert spread.ret == pytest.ExitCode.TESTS_FAILED  # xdist runs what it could collect
     for result in (alone, spread):
         assert "INTERNALERROR" not in result.stdout.str()
         assert "Traceback" not in result.stdout.str()
@@ -44,7 +44,7 @@ def test_a_wrong_argument_is_a_collection_error_of_its_file_with_and_without_wor
             assert f"ERROR collecting test_{name}.py" in result.outlines[at - 1]
 
 
-def test_all_wrong_tests_of_a_file_are_told_at_once(project) -> None:
+def test_all_wrong_tests_of_a_file_are_reported_at_once(project) -> None:
     project.write(
         test_bad_py="import pytest\n"
         '@pytest.mark.fcvm(cpus=0)\ndef test_a(): pass\n@pytest.mark.parametrize("x", [1, 2])\n'
@@ -87,26 +87,24 @@ _OTHER_TESTS = ["plain", "parameter[1]", "parameter[3]", "no_vm"]
 
 
 @pytest.mark.parametrize(("expression", "selected"), [("fcvm", _VM_TESTS), ("not fcvm", _OTHER_TESTS)])
-def test_the_marker_selects_every_test_that_needs_a_machine_and_no_other(
-    expression: str, selected: list[str], project
-) -> None:
+def test_the_marker_selects_exactly_the_tests_that_use_a_clone(expression: str, selected: list[str], project) -> None:
     project.write(test_mixed_py=_MIXED)
     lines = project.run("--collect-only", "-q", "-m", expression).outlines
     assert sorted(line.rpartition("::test_")[2] for line in lines if "::" in line) == sorted(selected)
 
 
-def test_a_marked_test_that_names_no_fixture_gets_its_machine_and_no_other_test_does(project) -> None:
+def test_a_marked_test_without_a_fixture_gets_a_clone_and_no_other_test_does(project) -> None:
     project.write(test_mixed_py=_MIXED)
     seen = [one["test"].rpartition("::test_")[2] for one in project.watch("--fcvm-image=x")]
-    assert seen == ["clone", "indirect", "marked", "parameter[2]", "unit"]  # a factory asks when it is called
+    assert seen == ["clone", "indirect", "marked", "parameter[2]", "unit"]  # a factory asks only when it is called
 
 
-def test_a_marker_that_names_its_fixture_gets_one_machine(project) -> None:
+def test_a_marked_test_with_a_fixture_gets_one_clone(project) -> None:
     project.write(test_a_py='import pytest\n@pytest.mark.fcvm(image="x")\ndef test_a(fcvm_snapshot): pass\n')
     assert len(project.watch()) == 1
 
 
-def test_a_snapshot_cannot_be_asked_for_by_a_fixture_that_sees_no_markers(project) -> None:
+def test_a_fixture_that_sees_no_markers_cannot_request_a_snapshot(project) -> None:
     project.write(
         test_a_py="import pytest\n"
         '@pytest.fixture(scope="module")\ndef shared(fcvm_snapshot): pass\ndef test_a(shared): pass\n'
@@ -116,7 +114,7 @@ def test_a_snapshot_cannot_be_asked_for_by_a_fixture_that_sees_no_markers(projec
     assert result.parseoutcomes() == {"errors": 1} or result.parseoutcomes() == {"error": 1}
 
 
-def test_factories_take_a_markers_arguments_and_say_which_are_wrong(project) -> None:
+def test_factories_take_a_markers_arguments_and_report_wrong_ones(project) -> None:
     project.write(
         test_a_py="""
 import pytest
@@ -140,11 +138,11 @@ def test_snapshot(fcvm_snapshot_factory):
     assert seen == [("marker", 1024, {"A": "1", "B": "2"}), ("own", 512, {}), ("snapshot", 256, {})]
 
 
-def test_a_mode_is_no_private_network_and_is_told_where_it_belongs(project) -> None:
+def test_a_network_mode_is_no_private_network_and_the_error_says_where_it_belongs(project) -> None:
     project.write(test_a_py='def test_a(fcvm_clone_factory):\n    fcvm_clone_factory(network="rootless")\n')
     result = project.run("--fcvm-image=x")
     result.stdout.fnmatch_lines(
-        ["*'rootless' is no private network, as fcvm_network makes them", "*@pytest.mark.fcvm(network='rootless')*"]
+        ["*'rootless' is not a private network, as fcvm_network returns one", "*@pytest.mark.fcvm(network='rootless')*"]
     )
 
 
@@ -161,21 +159,21 @@ def pytest_collection_modifyitems(items):
 """
 
 
-def test_a_marker_that_a_hook_adds_counts_as_any_other(project) -> None:
+def test_a_marker_that_a_hook_adds_counts_like_any_other(project) -> None:
     project.write(conftest_py=_LATE, test_a_py="def test_web(): pass\ndef test_web_clone(fcvm_clone): pass\n")
     seen = [(one["test"], one["image"]) for one in project.watch()]
     assert seen == [("test_a.py::test_web", "late"), ("test_a.py::test_web_clone", "late")]
 
 
 @pytest.mark.parametrize("more", [(), ("-n2",)])
-def test_a_wrong_marker_that_a_hook_adds_is_told(more: tuple[str, ...], project) -> None:
+def test_a_wrong_marker_that_a_hook_adds_is_reported(more: tuple[str, ...], project) -> None:
     project.write(conftest_py=_LATE, test_a_py="def test_typo(): pass\n")
     result = project.run(*more)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*test_a.py::test_typo: @pytest.mark.fcvm has no argument 'imgae'"])
 
 
-def test_a_group_counts_as_machines_and_takes_the_marker(project) -> None:
+def test_a_group_counts_as_clones_and_takes_the_marker(project) -> None:
     project.write(
         test_a_py="import pytest\ndef test_plain(): pass\n"
         'def test_group(fcvm_group): fcvm_group({"a": {"image": "x"}})\n'
@@ -216,14 +214,14 @@ def test_a_worker_clone_of_another_directorys_spec_is_an_error(project) -> None:
 
 
 @pytest.mark.parametrize("value", ["None", "['a']", "b'a'", "{}"])
-def test_a_variable_that_is_no_text_is_told(value: str, project) -> None:
+def test_a_variable_that_is_no_text_is_reported(value: str, project) -> None:
     project.write(test_a_py=f"import pytest\n@pytest.mark.fcvm(env={{'A': {value}}})\ndef test_a(): pass\n")
     result = project.run("--collect-only")
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.stdout.fnmatch_lines(["test_a.py::test_a: @pytest.mark.fcvm(env=…): the value of A is *"])
 
 
-def test_a_workers_clone_of_another_directory_is_told_before_another_clone_and_where_the_test_asks_itself(
+def test_a_worker_clone_of_another_directory_is_an_error_before_other_clones_and_in_a_request_of_the_test(
     project,
 ) -> None:
     project.write(

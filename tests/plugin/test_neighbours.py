@@ -1,4 +1,4 @@
-"""Living with other plugins: their clocks, their timers, their random numbers, their processes."""
+"""Other plugins beside this one: their clocks, timers, random numbers and processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TWO = "def test_one(fcvm_clone): pass\ndef test_two(fcvm_clone): pass\n"
 
 @pytest.mark.parametrize("who", ["fcvm_clone", "session_fixture"])
 @pytest.mark.parametrize("method", ["signal", "thread"])
-def test_a_build_and_the_wait_for_one_are_not_on_the_tests_timer(
+def test_a_build_and_the_wait_for_one_do_not_count_towards_the_tests_timeout(
     who: str, method: str, project, registry, needs: Callable[[str], None]
 ) -> None:
     needs("pytest_timeout")
@@ -38,7 +38,7 @@ def test_a_build_and_the_wait_for_one_are_not_on_the_tests_timer(
                 running.append(subprocess.Popen(command, cwd=project.path, stdout=file))
             assert wait_until(sign, Deadline(60)), output.read_text()
         started = monotonic()
-        wait_until(lambda: monotonic() - started > 2.5, Deadline(10))  # longer than the timer of either
+        wait_until(lambda: monotonic() - started > 2.5, Deadline(10))  # longer than the timeout of each
         registry.answer.set()
         assert [process.wait(60) for process in running] == [1, 1], [output.read_text() for output in outputs]
     finally:
@@ -80,7 +80,7 @@ def test_without_a_timer_none_is_set(project, needs: Callable[[str], None]) -> N
         ("time_machine", "with time_machine.travel('2001-01-01', tick=False):"),
     ],
 )
-def test_a_clock_that_stands_still_stops_no_deadline(
+def test_a_frozen_clock_stops_no_deadline(
     module: str, fixture: str, project, without_engine: tuple[str, ...], needs: Callable[[str], None]
 ) -> None:
     needs(module)
@@ -101,7 +101,7 @@ def test_a_rerun_does_not_build_again(project, needs: Callable[[str], None]) -> 
     assert told.endswith("(failed before in this run)")
 
 
-def test_an_asynchronous_test_is_told_as_any_other(project, needs: Callable[[str], None]) -> None:
+def test_an_asynchronous_test_is_reported_like_any_other(project, needs: Callable[[str], None]) -> None:
     needs("pytest_asyncio")
     project.write(
         pytest_ini="[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n",
@@ -112,7 +112,7 @@ def test_an_asynchronous_test_is_told_as_any_other(project, needs: Callable[[str
     result.stdout.fnmatch_lines(["ImageError: *"])
 
 
-def test_a_shuffled_run_is_told_as_any_other(project, needs: Callable[[str], None]) -> None:
+def test_a_shuffled_run_is_reported_like_any_other(project, needs: Callable[[str], None]) -> None:
     needs("pytest_randomly")
     project.write(test_a_py=_TWO, test_b_py=_TWO)
     result = project.pytester.runpytest_subprocess("-p", "no:asyncio", "-p", "randomly", "--fcvm-image=oci:gone")
@@ -120,7 +120,7 @@ def test_a_shuffled_run_is_told_as_any_other(project, needs: Callable[[str], Non
     assert result.stdout.str().count("(failed before in this run)") >= 3
 
 
-def test_unix_sockets_are_enough_to_start_our_processes(
+def test_unix_sockets_are_enough_to_start_processes(
     project, without_engine: tuple[str, ...], needs: Callable[[str], None]
 ) -> None:
     needs("pytest_socket")
@@ -130,7 +130,7 @@ def test_unix_sockets_are_enough_to_start_our_processes(
     result.stdout.fnmatch_lines(["EngineUnavailable: *"])
 
 
-def test_a_forked_child_takes_nothing_down(project, without_engine: tuple[str, ...]) -> None:
+def test_a_forked_child_ends_nothing(project, without_engine: tuple[str, ...]) -> None:
     project.write(
         test_a_py="""
 import os
@@ -162,7 +162,7 @@ def test_after(fcvm_clone_factory):
     assert project.run(*without_engine).ret == pytest.ExitCode.OK
 
 
-def test_every_fixture_knows_the_process_it_was_made_in(project) -> None:
+def test_every_fixture_belongs_to_the_process_that_made_it(project) -> None:
     script = """
 import os
 from pytest_fcvm.fixtures import _closing_here
@@ -176,7 +176,7 @@ with _closing_here() as stack:
     assert project.pytester.run(sys.executable, "-c", script).outlines == ["closed by True"]
 
 
-# As pytest-forked does it, whose releases so far need a pytest before 9.
+# What pytest-forked does. Its releases so far require a pytest before 9.
 _FORKED = """
 import os
 import pytest
@@ -204,7 +204,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--forked",)])
-def test_a_forked_test_leaves_no_folder(
+def test_a_forked_test_leaves_no_directory(
     arguments: tuple[str, ...], project, without_engine: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("r")
@@ -220,7 +220,7 @@ def test_a_forked_test_leaves_no_folder(
     assert [path.name for path in (run / "fcvm").iterdir() if path.name != "admission"] == []
 
 
-def test_a_forked_test_among_others_is_told_by_what_it_is_forked(project, without_engine: tuple[str, ...]) -> None:
+def test_a_forked_test_among_others_is_reported_with_what_forks_it(project, without_engine: tuple[str, ...]) -> None:
     project.write(
         conftest_py=_FORKED,
         test_a_py="import pytest\ndef test_one(fcvm_clone): pass\n"
@@ -241,7 +241,9 @@ def test_without_unix_sockets_the_option_to_add_is_named(
     result.stdout.fnmatch_lines(["HostError: *pytest-socket*", "hint: add --allow-unix-socket*"])
 
 
-def test_what_a_test_replaces_and_clears_changes_nothing(project, without_engine: tuple[str, ...]) -> None:
+def test_a_test_that_patches_os_and_clears_the_environment_changes_nothing(
+    project, without_engine: tuple[str, ...]
+) -> None:
     project.write(
         conftest_py="""
 import os, socket, subprocess

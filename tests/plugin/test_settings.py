@@ -1,4 +1,4 @@
-"""Options as pytest's users meet them: command line, environment, ini file, fixture and marker."""
+"""Options as users give them: command line, environment, ini file, fixture and marker."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def test_every_option_is_in_the_help_under_its_two_names(project) -> None:
 def test_the_marker_is_described_with_all_its_arguments(project) -> None:
     (line,) = [line for line in project.run("--markers").outlines if line.startswith("@pytest.mark.fcvm(")]
     for row in ROWS:
-        assert (f"{row.marker}=…" in line) is row.of_machine
+        assert (f"{row.marker}=…" in line) is row.is_spec_field
 
 
-def test_a_nearer_setting_wins_over_a_farther_one(project) -> None:
+def test_a_nearer_setting_takes_precedence(project) -> None:
     project.write(
         pytest_ini="[pytest]\nfcvm_image = ini\nfcvm_mem = 100\nfcvm_env =\n  A=ini\n  B=ini\n",
         test_marks_py="""
@@ -139,7 +139,7 @@ def test_a_choice_is_checked_by_the_command_line_itself(project) -> None:
 
 
 @pytest.mark.parametrize("line", ["fcvm_timings = maybe", "fcvm_cpus = none"])
-def test_a_wrong_setting_of_the_ini_file_is_named_and_keeps_nobody_from_help(project, line: str) -> None:
+def test_a_wrong_ini_setting_is_named_and_does_not_prevent_help(project, line: str) -> None:
     project.write(pytest_ini=f"[pytest]\n{line}\n", test_a_py="def test_a(): pass\n")
     told = project.run("-q")
     assert told.ret == 4
@@ -148,14 +148,14 @@ def test_a_wrong_setting_of_the_ini_file_is_named_and_keeps_nobody_from_help(pro
         assert project.run(*words).ret == 0, words
 
 
-def test_an_empty_truth_value_is_no_setting_in_any_place(project) -> None:
+def test_an_empty_boolean_is_no_setting_anywhere(project) -> None:
     project.write(pytest_ini="[pytest]\nfcvm_timings =\n", test_a_py="def test_a(): pass\n")
     for words, environment in (([], {}), ([], {"FCVM_TIMINGS": ""}), (["-o", "fcvm_rebuild="], {}), (["-n2"], {})):
         assert project.run("-q", *words, **environment).ret == 0, (words, environment)
 
 
 @pytest.mark.parametrize("line", ["fcvm_env = NOT_SET_HERE", "fcvm_map = gone:/srv", "fcvm_cache_dir = ~no-user/x"])
-def test_a_setting_that_names_what_is_not_here_ends_no_run_without_a_clone(project, line: str) -> None:
+def test_a_setting_that_names_something_missing_ends_no_run_without_clones(project, line: str) -> None:
     project.write(pytest_ini=f"[pytest]\n{line}\n", test_a_py="def test_a(): pass\n" + _ONE)
     for words in (["--help"], ["--co", "-q"], ["-q", "-m", "not fcvm"]):
         assert project.run(*words).ret == 0, words

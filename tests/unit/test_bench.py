@@ -1,4 +1,4 @@
-"""What `make bench` prints: the table for people and the JSON for machines, from made-up samples."""
+"""The output of `make bench`, from made-up samples: the table for people and the JSON for programs."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def report(bench: dict[str, Any]) -> Any:
         measure(key="memory", title="private memory", unit="MiB", section="a clone"),
         measure(key="run", title="run", unit="ms", section="podman"),
     )
-    return bench["Report"](measures=measures, rounds=3, running={"cpu": "made up", "cores": 2})
+    return bench["Report"](measures=measures, rounds=3, host={"cpu": "made up", "cores": 2})
 
 
 def rows(text: str) -> list[list[str]]:
-    """The table's lines, each as title, then its figures."""
-    return [[jail_dir for jail_dir in line.split("  ") if jail_dir.strip()] for line in text.splitlines()]
+    """Return the lines of the table, each as a list of title and figures."""
+    return [[cell for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
 
 
 def test_a_line_shows_median_extremes_count_and_podmans_ratio(bench: dict[str, Any], report: Any) -> None:
     report.add("ready", 30.0, 10.0, 20.0)
     report.add("run", 400.0, 500.0, 5000.0)
-    table = [[jail_dir.strip() for jail_dir in row] for row in rows(bench["render_table"](report))]
+    table = [[cell.strip() for cell in row] for row in rows(bench["render_table"](report))]
     assert table == [
         ["median", "min", "max", "n", "podman ÷ clone"],
         ["a clone"],
@@ -46,7 +46,7 @@ def test_a_line_shows_median_extremes_count_and_podmans_ratio(bench: dict[str, A
     ]
 
 
-def test_figures_of_a_column_end_under_each_other(bench: dict[str, Any], report: Any) -> None:
+def test_figures_in_a_column_are_aligned_on_the_right(bench: dict[str, Any], report: Any) -> None:
     report.add("ready", 1.0)
     report.add("memory", 12345.0)
     _, _, first, second = bench["render_table"](report).splitlines()
@@ -57,19 +57,19 @@ def test_without_podman_there_is_no_ratio_and_the_reason_is_shown(bench: dict[st
     report.add("ready", 10.0)
     report.skipped["podman"] = "not installed"
     text = bench["render_table"](report)
-    assert text.splitlines()[-1] == "left out: podman: not installed"
+    assert text.splitlines()[-1] == "skipped: podman: not installed"
     assert rows(text)[2][-1].strip() == "1"
     assert bench["render_json"](report)["podman_per_clone"] == {}
 
 
-def test_json_has_every_sample_and_what_they_were_taken_on(bench: dict[str, Any], report: Any) -> None:
+def test_json_has_every_sample_and_the_facts_of_the_host(bench: dict[str, Any], report: Any) -> None:
     report.add("ready", 10.0, 20.0)
     report.add("run", 30.0)
     report.skipped["-n 2"] = "no xdist"
     assert json.loads(json.dumps(bench["render_json"](report))) == {
         "format": 1,
         "rounds": 3,
-        "machine": {"cpu": "made up", "cores": 2},
+        "host": {"cpu": "made up", "cores": 2},
         "measures": {
             "ready": {
                 "title": "a clone: until ready",
@@ -86,13 +86,13 @@ def test_json_has_every_sample_and_what_they_were_taken_on(bench: dict[str, Any]
     }
 
 
-def test_a_sample_that_no_line_would_show_is_refused(report: Any) -> None:
+def test_a_sample_with_an_unknown_key_is_refused(report: Any) -> None:
     with pytest.raises(KeyError, match="typo"):
         report.add("typo", 1.0)
 
 
 @pytest.mark.parametrize(("load", "cores", "warns"), [(1.0, 2, False), (1.01, 2, True), (1.01, 4, False)])
-def test_a_load_above_half_a_core_each_is_warned_of(
+def test_a_load_above_half_of_the_cores_gives_a_warning(
     bench: dict[str, Any], load: float, cores: int, warns: bool
 ) -> None:
     assert bench["load_warning"](load, cores).startswith("WARNING") == warns

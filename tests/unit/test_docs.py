@@ -1,4 +1,4 @@
-"""The documentation says what is there: generated pages are fresh, links lead somewhere, names and messages exist."""
+"""The documentation is true: generated pages are fresh, links work, and the names and messages in it exist."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from pytest_fcvm.options import ROWS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 _FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\[\]]*\]\(([^)\s]+)\)")
 _SPACES = re.compile(r"\s+")
@@ -44,19 +45,32 @@ def _width_of_generated_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")  # as docs/generate.py sets it, and taken back
 
 
-@pytest.mark.parametrize("name", ["options.md", "hooks.md", "errors.md", "fixtures.md", "protocol.md"])
+@cache
+def generator() -> dict[str, Any]:
+    return runpy.run_path(str(DOCS / "generate.py"))
+
+
+REFERENCE = sorted(path.name for path in (DOCS / "reference").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", REFERENCE)
 def test_a_reference_page_is_what_the_code_says_now(name: str) -> None:
-    made = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
-    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == made[name], "run `make docs`"
+    made = generator()["pages"]()[name]
+    assert (DOCS / "reference" / name).read_text(encoding="utf-8") == made, "run `make docs`"
 
 
-def test_every_generated_page_is_compared() -> None:
-    made = runpy.run_path(str(DOCS / "generate.py"))["pages"]()
-    assert set(made) == {path.name for path in (DOCS / "reference").glob("*.md")}
+def test_no_generated_page_is_missing() -> None:
+    assert sorted(generator()["pages"]()) == REFERENCE
+
+
+def test_members_that_the_reference_leaves_out_exist() -> None:
+    for name, members in generator()["INTERNAL"].items():
+        for member in members:
+            assert hasattr(getattr(pytest_fcvm, name), member), f"{name}.{member}"
 
 
 @each_page
-def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+def test_every_relative_link_works(page: Path) -> None:
     for link in _LINK.findall(prose(page)):
         if ":" in link:
             continue
@@ -76,7 +90,7 @@ def test_every_page_is_reached_from_the_index(page: Path) -> None:
 
 
 @each_page
-def test_every_python_example_compiles_and_uses_names_that_exist(page: Path) -> None:
+def test_every_python_example_compiles_and_uses_existing_names(page: Path) -> None:
     for text in blocks(page, "python"):
         tree = ast.parse(text)
         compile(tree, str(page), "exec")
@@ -85,7 +99,7 @@ def test_every_python_example_compiles_and_uses_names_that_exist(page: Path) -> 
 
 
 def unknown_names(node: ast.AST) -> Iterator[str]:
-    """Yield what a piece of an example uses of ours that is not there."""
+    """Yield the names of pytest-fcvm in a piece of an example that do not exist."""
     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pytest_fcvm"):
         yield from (name.name for name in node.names if not hasattr(pytest_fcvm, name.name))
     if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("clone", "fcvm_clone", "base"):
@@ -96,16 +110,16 @@ def unknown_names(node: ast.AST) -> Iterator[str]:
 
 
 def known_keywords(function: str) -> set[str]:
-    running = {row.marker for row in ROWS if row.of_machine}
+    spec_fields = {row.marker for row in ROWS if row.is_spec_field}
     if function in ("pytest.mark.fcvm", "fcvm_clone_factory", "fcvm_snapshot_factory"):
-        return running | {"spec", "name"}
+        return spec_fields | {"spec", "name"}
     if function == "VmSpec":
         return {item.name for item in fields(pytest_fcvm.VmSpec)}
     return {item.name for item in fields(pytest_fcvm.Prepare)} if function == "Prepare" else set()
 
 
 @each_page
-def test_every_option_that_is_named_exists(page: Path) -> None:
+def test_every_named_option_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     flags = set(re.findall(r"--fcvm-[a-z]+(?:-[a-z]+)*", text))
     assert flags <= {row.flag for row in ROWS}
@@ -117,7 +131,7 @@ _COMMANDS = ("doctor", "replay", "setup", "shell", "snapshot")
 
 
 @each_page
-def test_every_command_that_is_shown_exists(page: Path) -> None:
+def test_every_shown_command_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for target in re.findall(r"(?:`|\$ )make ([a-z-]+)", text):
@@ -135,7 +149,7 @@ def test_the_tutorial_shows_the_example_that_runs() -> None:
 
 @cache
 def messages() -> frozenset[str]:
-    """Return every text of the package but docstrings, and of the agent, with `…` for what is filled in."""
+    """Return every text of the package except docstrings, and of the agent, with `…` for inserted values."""
     found: set[str] = set()
     for path in (ROOT / "guest_image/agent").glob("*.c"):
         texts = re.findall(r'"((?:[^"\\\n]|\\.)*)"', path.read_text(encoding="utf-8"))
@@ -155,12 +169,12 @@ TROUBLE = re.findall(r"^### `(.*)`$", (DOCS / "how-to/troubleshooting.md").read_
 
 
 @pytest.mark.parametrize("heading", TROUBLE)
-def test_every_message_of_the_troubleshooting_page_is_one_of_ours(heading: str) -> None:
+def test_the_code_has_every_message_of_the_troubleshooting_page(heading: str) -> None:
     pattern = re.compile(re.escape(heading).replace("…", ".*"), re.DOTALL)
     assert any(pattern.fullmatch(message) for message in messages()), heading
 
 
-def test_every_changelog_fragment_has_a_type_that_towncrier_knows() -> None:
+def test_towncrier_knows_the_type_of_every_changelog_fragment() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["towncrier"]
     types = {item["directory"] for item in settings["type"]}
     fragments = [path for path in (ROOT / settings["directory"]).iterdir() if path.name != ".gitignore"]
@@ -170,7 +184,17 @@ def test_every_changelog_fragment_has_a_type_that_towncrier_knows() -> None:
     assert settings["start_string"].strip() in (ROOT / settings["filename"]).read_text(encoding="utf-8")
 
 
-def test_the_map_has_every_part_of_the_package() -> None:
+def test_the_map_has_the_floors_of_the_architecture_test() -> None:
+    tree = ast.parse((ROOT / "tests/test_architecture.py").read_text(encoding="utf-8"))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    floors: dict[int, set[str]] = {}
+    text = (DOCS / "development/map.md").read_text(encoding="utf-8")
+    for floor, name in re.findall(r"^\| (\d+) \| `(\w+)", text, re.MULTILINE):
+        floors.setdefault(int(floor), set()).add(name)
+    assert list(floors.values()) == list(ast.literal_eval(assigned["FLOORS"]))
+
+
+def test_the_map_names_every_module_of_the_package() -> None:
     text = (DOCS / "development/map.md").read_text(encoding="utf-8")
     for path in (ROOT / "pytest_fcvm").iterdir():
         if not path.name.startswith("_") and path.name not in ("py.typed", "agents"):

@@ -1,4 +1,4 @@
-"""A group of machines: who is started when, and what is left when one of them fails. Snapshots are played."""
+"""Groups: the order in which clones start, and what is left when one fails. The snapshots are fakes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 import pytest
 
 from pytest_fcvm.errors import GuestError, HostError, UsageProblem
-from pytest_fcvm.group import Group, check_needs, start_group
+from pytest_fcvm.group import Group, check_depends_on, start_group
 
 WAIT_S = 20.0
 
@@ -23,10 +23,9 @@ class Cluster:
         self.fails: set[str] = set()
         self.holds: dict[str, threading.Event] = {}
 
-    def start(self, needs: Mapping[str, tuple[str, ...]]) -> Group:
-        snapshots = {name: _Snapshot(self) for name in needs}
-        failed = lambda name, error: self.happened.append(f"told of {name}: {error.message}")  # noqa: E731
-        return start_group(cast(Any, snapshots), needs, cast(Any, "net"), failed)
+    def start(self, depends_on: Mapping[str, tuple[str, ...]]) -> Group:
+        snapshots = {name: _Snapshot(self) for name in depends_on}
+        return start_group(cast(Any, snapshots), depends_on, cast(Any, "net"))
 
 
 class _Asks:
@@ -54,7 +53,7 @@ class _Snapshot:
         return _Clone(name, self._cluster)
 
     def verify(self, clone: _Clone) -> None:
-        self._cluster.happened.append(f"prove {clone.name}")
+        self._cluster.happened.append(f"verify {clone.name}")
 
 
 class _Clone:
@@ -71,18 +70,18 @@ class _Clone:
         self._cluster.happened.append(f"close {self.name}")
 
 
-def test_a_dependent_machine_starts_when_what_it_needs_is_ready_and_ends_before_it() -> None:
+def test_a_dependent_clone_starts_when_the_others_are_ready_and_ends_before_them() -> None:
     cluster = Cluster()
     group = cluster.start({"app": ("db", "cache"), "cache": ("db",), "db": ()})
     assert list(group) == ["app", "cache", "db"]
     assert group["db"].name == "db"
-    assert cluster.happened == ["start db", "start cache", "prove cache", "start app", "prove app"]
+    assert cluster.happened == ["start db", "start cache", "verify cache", "start app", "verify app"]
     group.close()
     group.close()
     assert cluster.happened[5:] == ["close app", "close cache", "close db"]
 
 
-def test_machines_that_do_not_need_each_other_start_at_once() -> None:
+def test_independent_clones_start_at_the_same_time() -> None:
     cluster = Cluster()
     cluster.holds = {"one": threading.Event(), "two": threading.Event()}
     started = threading.Thread(target=cluster.start, args=({"one": (), "two": ()},))
@@ -106,7 +105,7 @@ def test_its_threads_take_no_signal() -> None:
     assert masks[0] >= {signal.SIGINT, signal.SIGTERM}
 
 
-def test_a_host_without_threads_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_threads_is_a_host_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -115,12 +114,12 @@ def test_a_host_without_threads_is_told_as_such(monkeypatch: pytest.MonkeyPatch)
         Cluster().start({"one": ()})
 
 
-def test_when_one_fails_its_name_is_told_and_none_is_left() -> None:
+def test_the_first_failure_is_raised_with_its_name_and_no_clone_is_left() -> None:
     cluster = Cluster()
     cluster.fails = {"cache"}
     with pytest.raises(GuestError, match=r"^cache: it did not come"):
         cluster.start({"db": (), "cache": ("db",), "app": ("cache",)})
-    assert cluster.happened == ["start db", "start cache", "told of cache: cache: it did not come", "close db"]
+    assert cluster.happened == ["start db", "start cache", "close db"]
 
 
 def test_one_that_comes_up_after_another_has_failed_is_ended() -> None:
@@ -135,13 +134,15 @@ def test_one_that_comes_up_after_another_has_failed_is_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    ("needs", "message"),
+    ("depends_on", "message"),
     [
-        ({"app": ("bd",), "db": ()}, "'app' needs 'bd', which is not there"),
-        ({"a": ("b",), "b": ("a",)}, "needs"),
-        ({"a": ("a",)}, "a needs a"),
+        ({"app": ("bd",), "db": ()}, "'app' depends on 'bd', which is not in the group"),
+        ({"a": ("b",), "b": ("a",)}, "depends on"),
+        ({"a": ("a",)}, "a depends on a"),
     ],
 )
-def test_needs_that_cannot_be_met_are_a_usage_problem(needs: dict[str, tuple[str, ...]], message: str) -> None:
+def test_unknown_and_circular_dependencies_are_usage_problems(
+    depends_on: dict[str, tuple[str, ...]], message: str
+) -> None:
     with pytest.raises(UsageProblem, match=message):
-        check_needs(needs)
+        check_depends_on(depends_on)

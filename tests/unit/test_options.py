@@ -1,7 +1,8 @@
-"""The option table: one name per thing, one parser per name, nearer sources over farther ones."""
+"""The option table: one name per option, one parser per name, and the nearest source wins."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, HelpFormatter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ def test_no_two_rows_share_a_name_or_a_field() -> None:
         assert sorted(set(names)) == sorted(names)
 
 
-def test_every_field_of_a_machine_and_of_the_run_has_its_row() -> None:
-    of_groups = {"needs"}  # names of others, which only a group's members have
-    assert {row.field for row in ROWS if row.of_machine} | of_groups == {item.name for item in fields(VmSpec)}
-    assert {row.field for row in ROWS if not row.of_machine} == {item.name for item in fields(Options)} - {
+def test_every_field_of_a_spec_and_of_the_run_has_a_row() -> None:
+    of_groups = {"depends_on"}  # only members of a group have it
+    assert {row.field for row in ROWS if row.is_spec_field} | of_groups == {item.name for item in fields(VmSpec)}
+    assert {row.field for row in ROWS if not row.is_spec_field} == {item.name for item in fields(Options)} - {
         "spec",
         "given",
         "unresolved",
@@ -48,12 +49,24 @@ def test_every_field_of_a_machine_and_of_the_run_has_its_row() -> None:
 @pytest.mark.parametrize("row", [row for row in ROWS if row.default], ids=lambda row: row.name)
 def test_the_default_that_help_shows_is_the_one_that_is_used(row: Row) -> None:
     defaults = build_options([])
-    used = getattr(defaults.spec if row.of_machine else defaults, row.field)
+    used = getattr(defaults.spec if row.is_spec_field else defaults, row.field)
     if used is None:
-        described = ("max-clones", "pool", "kernel", "shm-size")  # what is found at run time
+        described = ("max-clones", "pool", "kernel", "shm-size")  # computed at run time
         assert row.parser is _ROW["qemu"].parser or row.name in described
     else:
         assert row.parser(row.default, Origin(base=Path("/"))) == used
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_argparse_accepts_a_row_and_shows_its_help_and_default(row: Row) -> None:
+    parser = ArgumentParser(prog="test", formatter_class=lambda prog: HelpFormatter(prog, width=400))
+    parser.add_argument(row.flag, **row.argument())
+    shown = " ".join(parser.format_help().split())
+    assert f"{row.help} [{row.default}]" in shown if row.default else row.help in shown
+    words = [row.flag] if row.kind is RowKind.FLAG else [row.flag, *(row.choices[:1] or ["word"])]
+    expected = {RowKind.FLAG: True, RowKind.LIST: ["word"], RowKind.VALUE: words[-1]}
+    assert getattr(parser.parse_args(words), row.flag.removeprefix("--").replace("-", "_")) == expected[row.kind]
+    assert getattr(parser.parse_args([]), row.flag.removeprefix("--").replace("-", "_")) is None
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.choices], ids=lambda row: row.name)
@@ -79,7 +92,7 @@ def test_a_later_layer_wins_and_environments_and_ports_are_merged() -> None:
     assert options.given == {"image", "mem_mib", "env", "publish", "pull", "command", "rebuild"}
 
 
-def test_nothing_said_is_nothing_given() -> None:
+def test_without_settings_nothing_is_given() -> None:
     assert build_options([{}, {}, {}]) == Options()
     assert not Options().given
 
@@ -116,11 +129,11 @@ def test_variables_are_read_by_their_table_name_and_lists_one_item_a_line() -> N
         (Path("/abs/rootfs"), "/abs/rootfs"),
     ],
 )
-def test_an_image_in_a_file_is_found_from_where_it_was_written(image: str | Path, read: str) -> None:
+def test_the_path_of_an_image_starts_at_the_base_of_its_setting(image: str | Path, read: str) -> None:
     assert _layer({"image": image}) == {"image": read}
 
 
-def test_paths_start_at_the_place_of_their_own_setting(tmp_path: Path) -> None:
+def test_paths_start_at_the_base_of_their_own_setting(tmp_path: Path) -> None:
     (tmp_path / "ini").mkdir()
     (tmp_path / "ini/conf").touch()
     options = build_options(
@@ -138,18 +151,19 @@ def test_paths_start_at_the_place_of_their_own_setting(tmp_path: Path) -> None:
     ("arguments", "message", "hint"),
     [
         ({"memory": "1G"}, "here has no argument 'memory'", "arguments: image, mem, cpus"),
+        ({"needs": "db"}, "here has no argument 'needs'", "depends_on, in fcvm_group, names others; arguments: "),
         ({"engine": "qemu"}, "here has no argument 'engine'", "arguments: image, mem, cpus"),
         ({"mem_mib": 512}, "here has no argument 'mem_mib'", "arguments: image, mem, cpus"),
         ({"mem": "lots"}, "here(mem=…): 'lots' is not a size of at least 1 MiB", "write 512, 512M or 2G"),
-        ({"ready": 80}, "here(ready=…): 80 is of the wrong kind", "when the service answers"),
-        ({"env": 5}, "here(env=…): 5 is of the wrong kind", "variable for the workload"),
+        ({"ready": 80}, "here(ready=…): 80 has the wrong type", "condition under which the service"),
+        ({"env": 5}, "here(env=…): 5 has the wrong type", "environment variable of the workload"),
         ({"map": ["x:/x"]}, "here(map=…): map 'x:/x': /base/x does not exist", "name an existing file or directory"),
         ({"map": "~no-such-user:/x"}, "here(map=…): '~no-such-user': Could not", "write the path in full"),
-        ({"image": ""}, "here(image=…): '' is not a text", "write a non-empty string"),
-        ({"prepare": 1}, "here(prepare=…): 1 can not prepare a machine", "pass Prepare(function) or a shell command"),
+        ({"image": ""}, "here(image=…): '' is not a non-empty string", "write a non-empty string"),
+        ({"prepare": 1}, "here(prepare=…): 1 is not a prepare step", "pass Prepare(function) or a shell command"),
     ],
 )
-def test_a_wrong_argument_is_answered_in_the_spelling_of_its_source(
+def test_a_wrong_argument_is_reported_in_the_spelling_of_its_source(
     arguments: dict[str, Any], message: str, hint: str
 ) -> None:
     with pytest.raises(UsageProblem) as caught:
@@ -158,7 +172,7 @@ def test_a_wrong_argument_is_answered_in_the_spelling_of_its_source(
     assert caught.value.hint.startswith(hint)
 
 
-def test_a_bare_function_prepares_like_a_wrapped_one() -> None:
+def test_a_bare_function_is_wrapped_in_prepare() -> None:
     def load(base: object) -> None:
         """Prepare nothing."""
 
@@ -166,7 +180,7 @@ def test_a_bare_function_prepares_like_a_wrapped_one() -> None:
     assert spec_changes({"prepare": "make x"}, Origin(base=Path("/")), "here") == {"prepare": "make x"}
 
 
-def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
+def test_the_lists_and_flags_are_these() -> None:
     assert {row.name for row in ROWS if row.kind is RowKind.LIST} == {
         "env",
         "publish",
@@ -189,7 +203,9 @@ def test_lists_flags_and_values_are_what_pytest_calls_them() -> None:
     ("name", "value"),
     [("env", "NOT_SET"), ("map", "gone:/srv"), ("metadata", "gone.json"), ("cache_dir", "~nobody-there/x")],
 )
-def test_what_is_not_here_is_told_when_it_is_asked_for_and_a_nearer_setting_mends_it(name: str, value: str) -> None:
+def test_a_setting_that_does_not_resolve_is_reported_when_it_is_used_unless_a_nearer_one_replaces_it(
+    name: str, value: str
+) -> None:
     origin = Origin(base=Path("/base"), environment={})
     far = read_layer({name: value}, origin, lambda row: f"fcvm_{row.marker}", defer=UnresolvedSetting)
     with pytest.raises(UsageProblem, match=f"fcvm_{name}: "):

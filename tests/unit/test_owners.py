@@ -1,4 +1,4 @@
-"""What is acquired has an owner at once: nothing is left by a step that fails between the two."""
+"""Every resource has an owner as soon as it is acquired: a step that fails in between leaves nothing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pytest_fcvm.host.supervisor import messages, supervisor
 from pytest_fcvm.host.supervisor import protocol as engine_spawner
 from pytest_fcvm.host.supervisor import spawner as host_spawner
 from pytest_fcvm.host.supervisor.supervisor import Supervisor
-from pytest_fcvm.host.threads import Crew, ServiceThread
+from pytest_fcvm.host.threads import ServiceThread, ThreadGroup
 from pytest_fcvm.model.net import Namespace, Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
+from pytest_fcvm.network.helper import Helper
 from pytest_fcvm.network.links import Links
-from pytest_fcvm.network.netns import client as maker
-from pytest_fcvm.network.netns import egress as outside
+from pytest_fcvm.network.netns import egress
 from pytest_fcvm.network.netns.client import Namespaces
 from pytest_fcvm.network.ports.datagrams import DatagramPort
 from pytest_fcvm.network.ports.relay import Dialled, Relay
@@ -43,7 +43,7 @@ FAULTS = (OSError(24, "Too many open files"), KeyboardInterrupt("injected"))
 
 
 def descriptors() -> set[tuple[str, str]]:
-    """Return what is open."""
+    """Return the open descriptors and their targets."""
     found = set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -77,21 +77,21 @@ def raising(fault: BaseException) -> Callable[..., Any]:
 
 
 class Stubborn:
-    """Makes threads; those from the `spare`th on cannot be started."""
+    """Make threads. Only the first `startable` of them can be started."""
 
-    def __init__(self, standby: int = 0) -> None:
-        self.standby = standby
+    def __init__(self, startable: int = 0) -> None:
+        self.startable = startable
 
     def __call__(self, target: Callable[..., object], *arguments: Any, name: str) -> threading.Thread:
         thread = ServiceThread(target, *arguments, name=name)
-        self.standby -= 1
-        if self.standby < 0:
+        self.startable -= 1
+        if self.startable < 0:
             thread.start = raising(NO_THREAD)  # type: ignore[method-assign]
         return thread
 
 
 class Stream:
-    """A connection into a guest that only notes how it ended."""
+    """A connection into a guest that only records its end."""
 
     def __init__(self) -> None:
         self.ends: list[str] = []
@@ -113,55 +113,55 @@ class Stream:
         self.over.set()
 
 
-# -- programs of ours
+# -- helper programs
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize("step", ["socketpair", "spawn"])
 @pytest.mark.parametrize("what", ["network", "namespaces", "slirp"])
-def test_a_program_that_does_not_start_leaves_no_directory(
+def test_a_helper_program_that_does_not_start_leaves_no_directory(
     running: Supervisor, monkeypatch: pytest.MonkeyPatch, what: str, step: str, fault: BaseException
 ) -> None:
     before = set(running.run_dir.iterdir())
-    namespace = Namespace(net=0, user=None, tap=None, wires=(), connect=raising(fault), close=lambda: None)
+    namespace = Namespace(net=0, user=None, tap=None, packet_sockets=(), connect=raising(fault), close=lambda: None)
     start: dict[str, Callable[[], object]] = {
         "network": lambda: Network(running, 1),
         "namespaces": lambda: Namespaces(running).open(NetworkSpec(mode=NetworkMode.ROOTLESS), joined=False),
-        "slirp": lambda: outside.start_slirp(running, namespace),
+        "slirp": lambda: egress.start_slirp(running, namespace),
     }
-    monkeypatch.setattr(outside, "find_tool", lambda name: name)
+    monkeypatch.setattr(egress, "find_tool", lambda name: name)
     with monkeypatch.context() as patch:
         if step == "spawn":
             patch.setattr(running, "spawn", raising(fault))
         else:
-            patch.setattr({"slirp": outside}.get(what, engine_spawner), "socket_pair", raising(fault))
+            patch.setattr({"slirp": egress}.get(what, engine_spawner), "socket_pair", raising(fault))
         with pytest.raises((HostError, KeyboardInterrupt)):
             start[what]()
     assert set(running.run_dir.iterdir()) == before
 
 
-def test_a_way_out_whose_start_is_interrupted_runs_no_more(
+def test_egress_whose_start_is_interrupted_ends(
     running: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     script = tmp_path / "slirp4netns"
     script.write_text("#!/bin/sh\nexec sleep 100\n")
     script.chmod(0o755)
-    monkeypatch.setattr(outside, "find_tool", lambda _name: str(script))
-    monkeypatch.setattr(outside, "_is_ready", raising(KeyboardInterrupt("injected")))
-    namespace = Namespace(net=0, user=None, tap=None, wires=(), connect=raising(NO_THREAD), close=lambda: None)
+    monkeypatch.setattr(egress, "find_tool", lambda _name: str(script))
+    monkeypatch.setattr(egress, "_is_ready", raising(KeyboardInterrupt("injected")))
+    namespace = Namespace(net=0, user=None, tap=None, packet_sockets=(), connect=raising(NO_THREAD), close=lambda: None)
     before = set(running.run_dir.iterdir())
     with pytest.raises(KeyboardInterrupt):
-        outside.start_slirp(running, namespace)
+        egress.start_slirp(running, namespace)
     assert wait_until(lambda: set(running.run_dir.iterdir()) == before, Deadline(10))
     assert not running._children or wait_until(lambda: not running._children, Deadline(10))
 
 
-def test_the_answer_to_an_interrupted_call_is_not_taken_for_anothers(
+def test_the_answer_to_an_interrupted_request_is_not_taken_for_anothers(
     running: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Network(running, 1) as network:
         with monkeypatch.context() as patch:
-            patch.setattr(network, "_hear", raising(KeyboardInterrupt("injected")))
+            patch.setattr(Helper, "_receive", raising(KeyboardInterrupt("injected")))
             with pytest.raises(KeyboardInterrupt):
                 network.counters()
         network.heal()
@@ -169,7 +169,7 @@ def test_the_answer_to_an_interrupted_call_is_not_taken_for_anothers(
 
 
 @pytest.mark.parametrize("step", ["_receive", "_check", "dup"])
-def test_a_namespace_whose_making_is_interrupted_is_given_back(
+def test_a_namespace_whose_making_is_interrupted_is_released(
     running: Supervisor, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     alone, namespaces = NetworkSpec(mode=NetworkMode.ROOTLESS), Namespaces(running)
@@ -179,9 +179,8 @@ def test_a_namespace_whose_making_is_interrupted_is_given_back(
         pytest.skip(f"no network namespaces here: {error}")
     before = descriptors()
     with monkeypatch.context() as patch, Path(os.devnull).open() as user:
-        patch.setattr(namespaces, "_user", namespaces._user or user.fileno())  # root takes none
-        owner: Any = {"_receive": namespaces, "_check": maker, "dup": own.os}[step]
-        patch.setattr(owner, step, raising(KeyboardInterrupt("injected")))
+        patch.setattr(namespaces, "_user", namespaces._user or user.fileno())  # root requires none
+        patch.setattr(own.os if step == "dup" else Helper, step, raising(KeyboardInterrupt("injected")))
         with pytest.raises(KeyboardInterrupt):
             namespaces.open(alone, joined=False)
     assert descriptors() == before
@@ -195,7 +194,7 @@ def test_a_namespace_whose_making_is_interrupted_is_given_back(
 
 @pytest.mark.parametrize("proto", [Proto.TCP, Proto.UDP])
 def test_a_port_whose_thread_does_not_start_does_not_listen(proto: Proto) -> None:
-    serve = lambda listener, _port, told: Dialled(raising(NO_THREAD), Stubborn(), listener, told)  # noqa: E731
+    serve = lambda listener, _port, report: Dialled(raising(NO_THREAD), Stubborn(), listener, report)  # noqa: E731
     relay = Relay(serve, raising(NO_THREAD), Stubborn())
     with pytest.raises(RuntimeError, match="can't start"):
         relay.publish(PublishedPort(guest_port=80, proto=proto))
@@ -211,12 +210,12 @@ def test_a_client_without_a_thread_is_reset_and_the_next_one_served() -> None:
 
     make_thread = Stubborn(1)
     relay = Relay(
-        lambda listener, _port, told: Dialled(dial, make_thread, listener, told), raising(NO_THREAD), make_thread
+        lambda listener, _port, report: Dialled(dial, make_thread, listener, report), raising(NO_THREAD), make_thread
     )
     endpoint = relay.publish(PublishedPort(guest_port=80))
     with pytest.raises(ConnectionResetError), socket.create_connection(endpoint, timeout=10) as client:
         client.recv(1)
-    make_thread.standby = 1  # its own, but not that of the other direction
+    make_thread.startable = 1  # its own, but not that of the other direction
     with pytest.raises(ConnectionResetError), socket.create_connection(endpoint, timeout=10) as client:
         client.recv(1)
     assert wait_until(lambda: bool(seen) and seen[0].ends[-1:] == ["close"], Deadline(10))
@@ -234,7 +233,7 @@ def test_a_datagram_without_a_thread_is_lost_with_its_stream() -> None:
     port.close()
 
 
-def test_host_ports_of_which_one_has_no_thread_take_no_connection() -> None:
+def test_reverse_ports_take_no_connection_when_one_has_no_thread() -> None:
     over, streams = threading.Event(), [Stream(), Stream()]
     waiting: list[Any] = list(streams)
 
@@ -289,7 +288,7 @@ class _Interrupted(ServiceThread):
         super().join(timeout)
 
 
-def test_a_session_whose_close_is_interrupted_gives_its_channel_back() -> None:
+def test_a_session_whose_close_is_interrupted_closes_its_channel() -> None:
     near, far = socket.socketpair()
     session = Session(near, bytes(16))
     session._thread = _Interrupted(session._run, name="fcvm-session")
@@ -301,7 +300,7 @@ def test_a_session_whose_close_is_interrupted_gives_its_channel_back() -> None:
     session.close()
 
 
-def test_a_session_that_cannot_go_on_holds_no_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_that_cannot_resume_closes_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     near, far = socket.socketpair()
     session = Session(near, bytes(16))
     session.start()
@@ -354,7 +353,7 @@ def test_a_supervisor_that_cannot_watch_its_guard_leaves_no_process(
     assert zombies() == before
 
 
-def test_a_spawn_without_a_thread_to_hear_of_its_end_is_undone_and_the_next_one_works(
+def test_a_spawn_without_a_thread_to_watch_its_end_is_undone_and_the_next_one_works(
     running: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = running.make_dir("sleep")
@@ -367,7 +366,7 @@ def test_a_spawn_without_a_thread_to_hear_of_its_end_is_undone_and_the_next_one_
     assert wait_until(lambda: not directory.exists(), Deadline(10))
 
 
-def test_descriptors_are_lifted_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descriptors_are_duplicated_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     original = messages.fcntl.fcntl
 
@@ -380,7 +379,7 @@ def test_descriptors_are_lifted_all_or_none(monkeypatch: pytest.MonkeyPatch) -> 
     before = descriptors()
     monkeypatch.setattr(messages.fcntl, "fcntl", fail_second)
     with pytest.raises(OSError, match="Too many"):
-        messages.lift({1000: 0, 1: 1, 2: 2})
+        messages.duplicate_above({1000: 0, 1: 1, 2: 2})
     assert descriptors() == before
 
 
@@ -397,7 +396,7 @@ from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor.supervisor import Supervisor
 root = Path(sys.argv[1])
 shared, run = RunDir(root).__enter__(), RunDir(root).__enter__()
-supervisor = Supervisor.start(run.path, also_removed=shared.path)
+supervisor = Supervisor.start(run.path, extra_dir=shared.path)
 supervisor.spawn(["true"], name="true", stdout=Path("log")).wait(10)
 print(shared.path, flush=True)
 if sys.argv[2] == "close":
@@ -408,7 +407,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["die", "close"])
-def test_a_shared_directory_goes_with_its_process_alone(how: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_shared_directory_is_removed_only_when_its_process_dies(
+    how: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     root = tmp_path_factory.mktemp("r")
     done = subprocess.run([sys.executable, "-c", _DIES, root, how], check=True, capture_output=True, text=True)
     shared = Path(done.stdout.strip())
@@ -432,7 +433,7 @@ def test_a_run_directory_that_cannot_be_locked_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_room_that_cannot_be_written_down_is_not_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_reservation_that_cannot_be_written_is_not_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     user = object()
     reservations = open_reservations(tmp_path / "admission", user)
     with monkeypatch.context() as patch:
@@ -443,7 +444,7 @@ def test_room_that_cannot_be_written_down_is_not_taken(monkeypatch: pytest.Monke
     close_reservations(tmp_path / "admission", user)
 
 
-def test_the_last_admission_of_a_process_closes_its_ledger_and_removes_its_page(tmp_path: Path) -> None:
+def test_the_last_admission_of_a_process_closes_its_reservations_and_removes_their_file(tmp_path: Path) -> None:
     first, second = Admission(tmp_path), Admission(tmp_path)
     kept = first.admit(1, holder="a", first=True, deadline_s=10)
     second.admit(1, holder="b", first=True, deadline_s=10).release()
@@ -460,8 +461,8 @@ def test_the_last_admission_of_a_process_closes_its_ledger_and_removes_its_page(
 # -- threads
 
 
-def test_a_thread_that_started_is_waited_for_though_its_start_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    crew, over = Crew(), threading.Event()
+def test_a_thread_whose_start_was_interrupted_is_still_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    group, over = ThreadGroup(), threading.Event()
     thread = ServiceThread(over.wait, 10, name="fcvm-test")
     original = ServiceThread.start
 
@@ -471,9 +472,9 @@ def test_a_thread_that_started_is_waited_for_though_its_start_was_interrupted(mo
 
     monkeypatch.setattr(ServiceThread, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        crew.start(thread)
+        group.start(thread)
     over.set()
-    crew.join(10)
+    group.join(10)
     assert not thread.is_alive()
 
 

@@ -1,4 +1,4 @@
-"""Readiness, asked of real servers: what counts as an answer, when to give up, and what is told then."""
+"""Readiness probes of real servers: what counts as an answer, when to give up, and what the error says."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ _LONG_S, _SHORT_S = 20.0, 0.5
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """What is closed after the test."""
+    """A stack that is closed after the test."""
     with ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture
 def target() -> Target:
-    """A machine without a service."""
+    """A VM without a service."""
     return Target()
 
 
 @pytest.fixture
 def serve_http(stack: ExitStack, target: Target) -> Callable[..., list[tuple[str, str]]]:
-    """Serve on guest port 80; each request gets the next status, the last one for ever. Return what was asked."""
+    """Serve on guest port 80. Each request gets the next status, the last one repeats. Return the requests."""
 
     def serve(*statuses: int) -> list[tuple[str, str]]:
         asked: list[tuple[str, str]] = []
         server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), type("Health", (Health,), {"statuses": _then_for_ever(statuses), "asked": asked})
+            ("127.0.0.1", 0), type("Health", (Health,), {"statuses": _repeat_last(statuses), "asked": asked})
         )
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         stack.callback(server.server_close)
@@ -69,7 +69,7 @@ def serve_http(stack: ExitStack, target: Target) -> Callable[..., list[tuple[str
 
 @pytest.fixture
 def serve_tcp(stack: ExitStack, target: Target) -> Callable[[Callable[[socket.socket], None]], None]:
-    """Serve on guest port 80: each connection is given to a function."""
+    """Serve on guest port 80. A function gets each connection."""
 
     def serve(take: Callable[[socket.socket], None]) -> None:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -86,7 +86,7 @@ def serve_tcp(stack: ExitStack, target: Target) -> Callable[[Callable[[socket.so
     return serve
 
 
-def _then_for_ever(statuses: Sequence[int]) -> Iterator[int]:
+def _repeat_last(statuses: Sequence[int]) -> Iterator[int]:
     yield from statuses
     while True:
         yield statuses[-1]
@@ -107,7 +107,7 @@ def _reset(connection: socket.socket) -> None:
 
 
 def _keep(_connection: socket.socket) -> None:
-    """Say nothing, as most servers until they are asked."""
+    """Send nothing, as most servers do before a request."""
 
 
 def _greet(connection: socket.socket) -> None:
@@ -123,7 +123,7 @@ def test_a_service_that_answers_is_ready_at_once(
     assert asked == [("/health", f"{host}:{port}")]
 
 
-def test_a_service_that_starts_slowly_is_asked_until_it_answers_well(
+def test_a_service_that_starts_slowly_is_probed_until_it_is_healthy(
     target: Target, serve_http: Callable[..., list[tuple[str, str]]]
 ) -> None:
     asked = serve_http(503, 500, 404, 204)
@@ -131,7 +131,7 @@ def test_a_service_that_starts_slowly_is_asked_until_it_answers_well(
     assert len(asked) == 4
 
 
-def test_a_service_that_is_not_there_yet_is_waited_for(
+def test_a_service_that_listens_late_is_waited_for(
     target: Target, serve_http: Callable[..., list[tuple[str, str]]]
 ) -> None:
     target.ports[80] = _free_port()
@@ -141,7 +141,7 @@ def test_a_service_that_is_not_there_yet_is_waited_for(
 
 
 @pytest.mark.parametrize("take", [_keep, _greet])
-def test_a_listener_whose_connection_stands_is_ready(
+def test_a_listener_that_keeps_a_connection_is_ready(
     take: Callable[[socket.socket], None], target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
 ) -> None:
     serve_tcp(take)
@@ -160,7 +160,7 @@ _LAST_ANSWERS: list[tuple[ReadySpec, Callable[[socket.socket], None] | int | Non
 
 
 @pytest.mark.parametrize(("ready", "service", "last"), _LAST_ANSWERS)
-def test_at_the_deadline_the_last_answer_is_told(
+def test_the_last_answer_is_reported_at_the_deadline(
     ready: ReadySpec,
     service: Callable[[socket.socket], None] | int | None,
     last: str,
@@ -184,23 +184,23 @@ def test_a_port_that_accepts_without_a_listener_in_the_guest_is_not_ready(
 ) -> None:
     serve_tcp(_keep)  # as slirp accepts for every port
     target.listens = False
-    with pytest.raises(GuestTimeout, match="tcp:80: nothing listens on port 80, or on a loopback address alone"):
+    with pytest.raises(GuestTimeout, match="tcp:80: nothing listens on port 80, or only on a loopback address"):
         wait_until_ready(target, _TCP, _SHORT_S)
 
 
-def test_a_request_to_a_port_without_a_listener_is_told_as_that(
+def test_a_request_to_a_port_without_a_listener_is_reported_as_such(
     target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
 ) -> None:
     serve_tcp(lambda connection: connection.close())  # as slirp does for a closed port
     target.listens = False
-    with pytest.raises(GuestTimeout, match=r"nothing listens on port 80, or on a loopback address alone\nhint"):
+    with pytest.raises(GuestTimeout, match=r"nothing listens on port 80, or only on a loopback address\nhint"):
         wait_until_ready(target, ReadySpec(mode=ReadyMode.HTTP, port=80, text="/"), _SHORT_S)
 
 
 @pytest.mark.parametrize(
     "reason", [WorkloadExited("the workload ended with exit code 3"), EngineError("the VM ended unexpectedly")]
 )
-def test_a_workload_that_ends_is_told_at_once(reason: Exception, target: Target) -> None:
+def test_a_workload_that_ends_is_reported_at_once(reason: Exception, target: Target) -> None:
     target.ports[80] = _free_port()
     target.reason = reason
     threading.Timer(0.2, target.ended.set).start()
@@ -211,13 +211,13 @@ def test_a_workload_that_ends_is_told_at_once(reason: Exception, target: Target)
     assert monotonic() - started < 10
 
 
-def test_a_workload_that_ends_before_it_was_asked_for_is_not_ready(target: Target) -> None:
+def test_a_workload_that_ended_before_the_first_probe_is_not_ready(target: Target) -> None:
     target.ended.set()
     with pytest.raises(WorkloadExited):
         wait_until_ready(target, ReadySpec(mode=ReadyMode.AGENT), _LONG_S)
 
 
-def test_a_workload_is_ready_when_it_has_ended_with_the_code_that_is_wanted(target: Target) -> None:
+def test_a_workload_is_ready_when_it_exits_with_the_expected_code(target: Target) -> None:
     def end() -> None:
         target.exit_status = ExitStatus(signal=15)
 
@@ -228,9 +228,9 @@ def test_a_workload_is_ready_when_it_has_ended_with_the_code_that_is_wanted(targ
 
 @pytest.mark.parametrize(
     ("status", "answer"),
-    [(None, "the workload still runs"), (ExitStatus(code=3), "the workload ended with exit code 3")],
+    [(None, "the workload is still running"), (ExitStatus(code=3), "the workload ended with exit code 3")],
 )
-def test_a_workload_that_goes_on_or_ends_otherwise_is_not_ready(
+def test_a_workload_that_runs_on_or_exits_otherwise_is_not_ready(
     status: ExitStatus | None, answer: str, target: Target
 ) -> None:
     target.exit_status = status
@@ -238,7 +238,7 @@ def test_a_workload_that_goes_on_or_ends_otherwise_is_not_ready(
         wait_until_ready(target, ReadySpec(mode=ReadyMode.EXIT, text="0"), _SHORT_S)
 
 
-def test_a_line_of_the_log_is_waited_for(target: Target) -> None:
+def test_a_log_line_is_waited_for(target: Target) -> None:
     lines = iter(["starting\n", "ready to accept", " connections\n"])
 
     def more() -> None:
@@ -260,19 +260,19 @@ def test_a_command_is_run_until_it_succeeds(target: Target) -> None:
     assert target.commands == ["pg_isready"] * 3
 
 
-def test_the_last_output_of_a_command_is_told(target: Target) -> None:
+def test_the_last_output_of_a_command_is_reported(target: Target) -> None:
     target.results = [ExecResult(exit_code=2, stdout_bytes=b"no response")]
     with pytest.raises(GuestTimeout, match="exec:pg_isready: exit code 2: no response"):
         wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="pg_isready"), 0)
 
 
-def test_a_command_that_can_never_run_is_told_at_once(target: Target) -> None:
+def test_a_command_that_can_never_run_is_reported_at_once(target: Target) -> None:
     target.results = [GuestError("the image has no shell to run pg_isready")]
     with pytest.raises(GuestError, match="no shell"):
         wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="pg_isready"), _LONG_S)
 
 
-def test_a_health_check_is_run_as_the_image_has_it(target: Target) -> None:
+def test_a_health_check_runs_as_the_image_defines_it(target: Target) -> None:
     target.results = [ExecResult(exit_code=0)]
     ready = finalize_ready(None, ("CMD-SHELL", "curl -f localhost"), ((80, "tcp"),))
     wait_until_ready(target, ready, _LONG_S)
@@ -300,13 +300,13 @@ def test_a_health_check_is_run_as_the_image_has_it(target: Target) -> None:
         ),
     ],
 )
-def test_what_is_asked_for_goes_before_what_the_image_says(
+def test_the_given_condition_takes_precedence_over_the_images(
     wanted: ReadySpec | None, health: Sequence[str], exposed: Sequence[tuple[int, str]], final: ReadySpec
 ) -> None:
     assert finalize_ready(wanted, health, exposed) == final
 
 
-def test_a_health_check_has_the_images_shell_and_its_times(target: Target) -> None:
+def test_a_health_check_uses_the_images_shell_and_timeout(target: Target) -> None:
     ready = finalize_ready(None, ("CMD-SHELL", "x"), (), shell=("/busybox/sh", "-ec"), check_s=7.0, interval_s=2.0)
     assert ready.argv == ("/busybox/sh", "-ec", "x")
     target.results = [ExecResult(exit_code=0)]
@@ -315,13 +315,13 @@ def test_a_health_check_has_the_images_shell_and_its_times(target: Target) -> No
 
 
 @pytest.mark.parametrize(("timeout_s", "given_s"), [(60.0, 60.0), (0.0, 0.1)])
-def test_a_command_may_take_all_the_time_there_is(target: Target, timeout_s: float, given_s: float) -> None:
+def test_a_command_may_take_all_the_time_that_is_left(target: Target, timeout_s: float, given_s: float) -> None:
     target.results = [ExecResult(exit_code=0)]
     wait_until_ready(target, ReadySpec(mode=ReadyMode.EXEC, text="slow"), timeout_s)
     assert target.timeouts == [pytest.approx(given_s, abs=1)]
 
 
-def test_a_slow_check_is_made_again_after_as_long_a_pause_and_a_quick_one_soon(target: Target) -> None:
+def test_a_slow_check_is_repeated_after_as_long_a_pause_and_a_quick_one_soon(target: Target) -> None:
     clock, began = [0.0], list[float]()
     target.results = [ExecResult(exit_code=1)] * 3 + [ExecResult(exit_code=0)]
 
@@ -350,7 +350,7 @@ def test_every_port_that_the_image_exposes_is_waited_for(target: Target) -> None
         assert 443 in target.open_ports
 
 
-def test_a_port_that_nobody_serves_is_given_up_when_the_workload_rests(target: Target) -> None:
+def test_a_port_that_nobody_serves_is_given_up_when_the_workload_is_idle(target: Target) -> None:
     clock, used_us = [0.0], [0.0]
 
     def wait(timeout_s: float) -> None:
@@ -374,7 +374,7 @@ def test_ports_that_are_closed_at_the_deadline_are_named(target: Target) -> None
             wait_until_ready(target, replace(_TCP, port=22, others=(80, 443)), _SHORT_S)
 
 
-def test_a_server_that_hangs_up_on_everybody_is_ready_after_a_while(
+def test_a_server_that_closes_every_connection_is_ready_after_a_while(
     target: Target, serve_tcp: Callable[[Callable[[socket.socket], None]], None]
 ) -> None:
     serve_tcp(_hang_up)
@@ -396,7 +396,7 @@ def test_a_probe_works_with_more_descriptors_than_select_can(target: Target, sta
 
 
 @pytest.mark.parametrize("health", [(), ("NONE",)])
-def test_a_health_check_that_the_image_does_not_have_is_a_usage_problem(health: Sequence[str]) -> None:
+def test_a_health_check_that_the_image_lacks_is_a_usage_problem(health: Sequence[str]) -> None:
     with pytest.raises(UsageProblem, match="the image has no HEALTHCHECK") as caught:
         finalize_ready(ReadySpec(mode=ReadyMode.HEALTHCHECK), health, [(80, "tcp")])
     assert caught.value.hint == "use ready=tcp:PORT, http:PORT/path or exec:COMMAND"
@@ -404,11 +404,11 @@ def test_a_health_check_that_the_image_does_not_have_is_a_usage_problem(health: 
 
 @pytest.fixture
 def open_path(target: Target) -> Callable[[ReadySpec], ClientPath]:
-    """Prove a clone whose base was ready on port 80; nothing listens on the port that is probed otherwise."""
+    """Open the path of a clone whose base was ready on port 80. Nothing listens on the other probed port."""
     return lambda ready: ClientPath(lambda port: target.endpoint(port.guest_port), ready, 80)
 
 
-def test_a_clone_is_asked_once_when_it_answers(
+def test_a_clone_that_answers_is_probed_once(
     target: Target,
     serve_http: Callable[..., list[tuple[str, str]]],
     open_path: Callable[[ReadySpec], ClientPath],
@@ -419,7 +419,7 @@ def test_a_clone_is_asked_once_when_it_answers(
     assert asked == [("/health", f"{host}:{port}")]
 
 
-def test_a_clone_is_asked_again_until_it_answers_well(
+def test_a_clone_is_probed_until_it_is_healthy(
     target: Target,
     serve_http: Callable[..., list[tuple[str, str]]],
     open_path: Callable[[ReadySpec], ClientPath],
@@ -446,7 +446,7 @@ def test_a_clone_whose_port_opens_late_is_waited_for(
 
 
 @pytest.mark.parametrize("ready", [_TCP, ReadySpec(mode=ReadyMode.LOG, text="x"), ReadySpec(mode=ReadyMode.AGENT)])
-def test_without_http_a_refusal_by_the_guest_proves_a_clone(
+def test_without_http_a_refusal_by_the_guest_verifies_a_clone(
     ready: ReadySpec,
     target: Target,
     serve_tcp: Callable[[Callable[[socket.socket], None]], None],
@@ -465,7 +465,7 @@ def test_without_http_a_refusal_by_the_guest_proves_a_clone(
         (_TCP, _keep, r"tcp:80: no answer from the guest's network: timed out"),
     ],
 )
-def test_a_clone_that_does_not_answer_is_told_with_the_last_answer(
+def test_the_last_answer_of_a_clone_that_does_not_answer_is_reported(
     ready: ReadySpec,
     service: Callable[[socket.socket], None] | int | None,
     last: str,
@@ -488,7 +488,7 @@ def test_a_clone_that_does_not_answer_is_told_with_the_last_answer(
     assert caught.value.hint == "try --fcvm-rebuild"
 
 
-def test_a_clone_whose_port_cannot_be_mapped_is_told_why(target: Target) -> None:
+def test_the_reason_why_a_port_cannot_be_mapped_is_reported(target: Target) -> None:
     def fail(_port: PublishedPort) -> Endpoint:
         raise EngineError("the VM is gone")
 
@@ -496,7 +496,7 @@ def test_a_clone_whose_port_cannot_be_mapped_is_told_why(target: Target) -> None
         ClientPath(fail, _TCP, 80).verify(target.pause_for_exit, _LONG_S)
 
 
-def test_a_clone_that_ends_is_told_at_once(target: Target, open_path: Callable[[ReadySpec], ClientPath]) -> None:
+def test_a_clone_that_ends_is_reported_at_once(target: Target, open_path: Callable[[ReadySpec], ClientPath]) -> None:
     target.ports[PROBE_PORT] = _free_port()
     target.ended.set()
     with pytest.raises(WorkloadExited):

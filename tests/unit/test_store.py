@@ -1,4 +1,4 @@
-"""The cache: one build however many want the entry, nothing unsound ever used, nothing left of what failed."""
+"""The cache: one build for all processes, no use of an invalid entry, no files of a failed build."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from pytest_fcvm.store import Collection, Entry, Store, canonical_digest
 _KEY = canonical_digest({"what": "a test's entry"})
 _SIZE = 300_000
 
-# Takes the lock, looks, builds if need be, as the harness does. Prints a line per event; a line on stdin goes on.
+# Lock, look and build if needed, as the harness does. Print a line per event. "stops": wait for a line on stdin.
 _BUILDER = """
 import sys
 from pathlib import Path
 from pytest_fcvm.store import Store
 root, key, stops = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "stops"
-shelf = Store(root).collection("snapshots")
+collection = Store(root).collection("snapshots")
 def make(directory):
     (directory / "memory").write_bytes(b"m" * 300000)
     print("building", flush=True)
     if stops:
         sys.stdin.readline()
     return {"answer": 42}
-def tell(text):
+def report(text):
     print(text, flush=True)
-with shelf.locked(key, "test_x.py::test_y", tell) as phase:
+with collection.locked(key, "test_x.py::test_y", report) as phase:
     phase("booting")
-    entry = shelf.find(key) or shelf.build(key, make)
+    entry = collection.find(key) or collection.build(key, make)
 print("facts", entry.facts, flush=True)
 """
 
@@ -79,7 +79,7 @@ def _next_line(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture
 def notes() -> list[str]:
-    """What the store said."""
+    """The notes of the store."""
     return []
 
 
@@ -91,11 +91,11 @@ def store(tmp_path: Path, notes: list[str]) -> Store:
 
 @pytest.fixture
 def collection(store: Store) -> Collection:
-    """An empty shelf."""
+    """An empty collection."""
     return store.collection("snapshots")
 
 
-def test_an_entry_that_was_built_is_found_with_its_facts_and_files(collection: Collection, notes: list[str]) -> None:
+def test_a_built_entry_is_found_with_its_facts_and_files(collection: Collection, notes: list[str]) -> None:
     assert collection.find(_KEY) is None
     built = _build(collection)
     found = collection.find(_KEY)
@@ -107,7 +107,7 @@ def test_an_entry_that_was_built_is_found_with_its_facts_and_files(collection: C
     assert notes == []
 
 
-def test_of_many_processes_one_builds_and_the_others_say_whom_they_wait_for(tmp_path: Path) -> None:
+def test_one_of_many_processes_builds_and_the_others_say_what_they_wait_for(tmp_path: Path) -> None:
     with _process(tmp_path, _KEY, "stops") as first:
         assert _next_line(first) == "building"
         with _process(tmp_path, _KEY, "-") as second, _process(tmp_path, _KEY, "-") as third:
@@ -127,7 +127,7 @@ def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     assert said.count("facts {'answer': 42}") == 6
 
 
-def test_a_killed_builder_frees_the_lock_and_the_next_build_removes_what_it_left(
+def test_a_killed_builder_frees_the_lock_and_the_next_build_removes_its_files(
     tmp_path: Path, store: Store, collection: Collection
 ) -> None:
     with _process(store.root, _KEY, "stops") as builder:
@@ -149,7 +149,7 @@ def test_a_half_built_entry_is_swept_only_when_its_builder_is_dead(store: Store,
     assert list(collection.path.glob("*.tmp-*")) == []
 
 
-def test_nothing_is_left_of_a_build_that_fails(collection: Collection) -> None:
+def test_a_failed_build_leaves_no_files(collection: Collection) -> None:
     def fail(directory: Path) -> Mapping[str, Any]:
         _make(directory)
         raise ZeroDivisionError
@@ -199,17 +199,17 @@ _FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "damage"), [(fault, damage) for fault, ways in _FAULTS.items() for damage in ways])
-def test_a_damaged_entry_is_put_aside_with_one_note_and_built_anew(
+def test_a_damaged_entry_is_quarantined_with_one_note_and_rebuilt(
     fault: str, damage: Any, collection: Collection, notes: list[str]
 ) -> None:
     damage(_build(collection).path)
     assert collection.find(_KEY) is None
-    assert notes == []  # whoever has no lock only does not use it
+    assert notes == []  # without the lock, the entry is only not used
     assert _find_locked(collection) is None
     assert len(notes) == 1
-    assert notes[0].startswith(f"cache entry {_KEY[:12]} is put aside and built anew: {fault}")
-    (aside,) = collection.path.glob("*.bad-*")
-    assert notes[0].endswith(f"({aside})")
+    assert notes[0].startswith(f"cache entry {_KEY[:12]} is quarantined and rebuilt: {fault}")
+    (quarantined,) = collection.path.glob("*.bad-*")
+    assert notes[0].endswith(f"({quarantined})")
     _build(collection)
     assert collection.find(_KEY) is not None
     assert len(notes) == 1
@@ -223,15 +223,13 @@ def test_only_the_last_damaged_entry_is_kept(collection: Collection, notes: list
     assert len(notes) == 2
 
 
-def test_without_the_lock_an_unsound_entry_stays_where_it_is(collection: Collection) -> None:
+def test_without_the_lock_an_invalid_entry_stays_where_it_is(collection: Collection) -> None:
     _truncate(_build(collection).path)
     assert Collection(path=collection.path).find(_KEY) is None
     assert (collection.path / _KEY).is_dir()
 
 
-def test_an_entry_that_is_built_anew_on_purpose_takes_the_place_of_the_old_one(
-    collection: Collection, notes: list[str]
-) -> None:
+def test_a_rebuilt_entry_replaces_the_old_one(collection: Collection, notes: list[str]) -> None:
     _build(collection)
     _build(collection)
     assert sorted(path.name for path in collection.path.iterdir()) == [_KEY, f"{_KEY}.lock"]
@@ -251,7 +249,7 @@ def test_a_copied_store_is_hashed_once_and_then_trusted(tmp_path: Path, store: S
     assert entry.file("manifest.json").stat().st_mtime_ns == restamped
 
 
-def test_an_entry_is_read_again_only_when_a_stamp_differs(collection: Collection) -> None:
+def test_an_entry_is_hashed_again_only_when_a_stamp_differs(collection: Collection) -> None:
     entry = _build(collection)
     assert _bytes_read_by_finding(collection) < _SIZE
     os.utime(entry.file("memory"))
@@ -269,10 +267,10 @@ def _bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split()[1])  # rchar: what read() returned, cached or not
 
 
-def test_an_entry_in_use_is_locked_even_when_its_manifest_is_written_anew(collection: Collection) -> None:
+def test_an_entry_in_use_stays_locked_when_its_manifest_is_rewritten(collection: Collection) -> None:
     entry = _build(collection)
     with entry.in_use():
-        os.utime(entry.file("state"))  # makes the next look rewrite the manifest
+        os.utime(entry.file("state"))  # the next find rewrites the manifest
         assert collection.find(_KEY) is not None
         assert not _can_lock(entry.path)
     assert _can_lock(entry.path)
@@ -295,7 +293,7 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.store import Store
 store = Store(Path(sys.argv[1]))
-shelf = store.collection("snapshots")
+collection = store.collection("snapshots")
 def small(directory):
     (directory / "state").write_bytes(b"state")
     return {}
@@ -303,31 +301,31 @@ def large(directory):
     (directory / "state").write_bytes(b"state")
     (directory / "memory").write_bytes(b"m" * (4 << 20))
     return {}
-with shelf.locked("other", "test", print):
-    shelf.build("other", small)
+with collection.locked("other", "test", print):
+    collection.build("other", small)
 store.hidden_digest({})
-with shelf.locked("large", "test", print):
+with collection.locked("large", "test", print):
     try:
-        shelf.build("large", large)
+        collection.build("large", large)
     except HostError as error:
         print(error.message, "|", error.hint)
 (store.root / "filler").open("wb", buffering=0).write(b"x" * (4 << 20))
-print(sorted(path.name for path in shelf.path.iterdir()), shelf.find("other") is not None)
+print(sorted(path.name for path in collection.path.iterdir()), collection.find("other") is not None)
 print(store.hidden_digest({"A": "1"}) == store.hidden_digest({"A": "1"}))
 """
 
 
-def test_a_full_disk_is_a_host_error_that_names_the_place_and_leaves_other_entries_alone(tmp_path: Path) -> None:
+def test_a_full_disk_is_a_host_error_that_names_the_directory_and_leaves_other_entries_alone(tmp_path: Path) -> None:
     place = tmp_path / "small"
     place.mkdir()
     unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
     at, python = shlex.quote(str(place)), shlex.quote(sys.executable)
     mount = f'mount -t tmpfs -o size=1m none {at} && exec {python} -c "$0" {at}'
     if subprocess.run([*unshare, "sh", "-c", f"mount -t tmpfs none {at}"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a tmpfs in a namespace of their own")
+        pytest.skip("this host does not let users mount a tmpfs in their own namespace")
     done = subprocess.run([*unshare, "sh", "-c", mount, _FULL_DISK], capture_output=True, text=True, timeout=60)
     full, left, digest = done.stdout.splitlines() or [done.stderr, "", ""]
-    hint = "free some disk or name another --fcvm-cache-dir"
+    hint = "free disk space or name another --fcvm-cache-dir"
     assert full == f"no room left in {place}/snapshots: No space left on device | {hint}"
     assert left == "['large.lock', 'other', 'other.lock'] True"
     assert digest == "True"
@@ -336,10 +334,10 @@ def test_a_full_disk_is_a_host_error_that_names_the_place_and_leaves_other_entri
 def test_a_limit_on_the_size_of_files_is_a_host_error_too(tmp_path: Path) -> None:
     script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n{_FULL_DISK}"
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith(f"no room left in {tmp_path}/snapshots: File too large | free some disk")
+    assert done.stdout.startswith(f"no room left in {tmp_path}/snapshots: File too large | free disk space")
 
 
-def test_values_of_environment_variables_are_in_no_file_and_decide_the_digest(store: Store) -> None:
+def test_values_of_environment_variables_change_the_digest_and_are_in_no_file(store: Store) -> None:
     collection = store.collection("snapshots")
     digest = store.hidden_digest({"PASSWORD": "tiger-lily"})
     assert digest == Store(store.root).hidden_digest({"PASSWORD": "tiger-lily"})
@@ -351,7 +349,7 @@ def test_values_of_environment_variables_are_in_no_file_and_decide_the_digest(st
     assert (store.root / "secret").stat().st_mode & 0o777 == 0o600
 
 
-def test_another_store_gives_another_digest_of_the_same_secret(tmp_path: Path) -> None:
+def test_two_stores_give_two_digests_of_one_value(tmp_path: Path) -> None:
     digests = set()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -374,24 +372,24 @@ def test_processes_that_start_together_agree_on_the_secret(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
-def test_a_lock_under_a_faked_open_is_an_error_of_the_host(
+def test_a_lock_under_a_replaced_os_open_is_a_host_error(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "open", lambda *_arguments: "no descriptor")
     with pytest.raises(HostError, match="TypeError") as caught, collection.locked(_KEY, "test", pytest.fail):
-        pytest.fail("it holds no lock")
+        pytest.fail("the block must not run")
     assert caught.value.hint == "start a clone before a test replaces os.open"
 
 
 def test_a_waiter_gets_the_lock_as_soon_as_it_is_free(collection: Collection) -> None:
-    told: list[str] = []
+    said: list[str] = []
     with _process(collection.path.parent, _KEY, "stops") as builder:
         assert _next_line(builder) == "building"
 
-        def free_it(text: str) -> None:
-            told.append(text)
+        def free_the_lock(text: str) -> None:
+            said.append(text)
             builder.kill()
 
-        with collection.locked(_KEY, "test", free_it):
+        with collection.locked(_KEY, "test", free_the_lock):
             assert wait_until(lambda: builder.poll() is not None, Deadline(5))
-    assert told == [f"waiting for pid {builder.pid} (test_x.py::test_y): booting"]
+    assert said == [f"waiting for pid {builder.pid} (test_x.py::test_y): booting"]

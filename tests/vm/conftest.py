@@ -1,4 +1,4 @@
-"""Real images for real machines: built from distribution packages, served by a real registry on loopback."""
+"""Real images for real VMs: built from distribution packages, served by a real registry on loopback."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def built_image() -> Callable[[str], str]:
     """Return a function that builds an image and returns its `oci:` reference. Kept in .demo between runs."""
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"the VM tier needs {', '.join(missing)}: run `make test`, which installs them")
+        pytest.skip(f"the VM tier requires {', '.join(missing)}: run `make test`, which installs them")
     build = runpy.run_path(str(_ROOT / "tests/images/library.py"))["build_image"]
 
     def reference(name: str) -> str:
@@ -63,14 +63,14 @@ def image(
 
 @pytest.fixture(scope="session")
 def kernels(fcvm_snapshot_factory: SnapshotFactory) -> Path:
-    """Return the directory with this session's guest kernel. For the whole session: pytester moves HOME for its tests."""
+    """Return the directory with this session's guest kernel. It is a session fixture because pytester moves HOME."""
     fcvm_snapshot_factory()
     return cache_root(None) / "kernels"
 
 
 @pytest.fixture
 def cold_cache(kernels: Path, tmp_path: Path) -> Path:
-    """Return a cache directory that has a guest kernel, so that it is not downloaded again, and nothing else."""
+    """Return a cache directory with only a guest kernel, so that no test downloads one again."""
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o700)
     shutil.copytree(kernels, cache / "kernels", symlinks=True)
@@ -80,5 +80,5 @@ def cold_cache(kernels: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def fcvm_spec(image: Callable[[str], str]) -> VmSpec:
-    """Make nginx the image of every test that does not say otherwise, on the network that FCVM_NETWORK names."""
+    """Make nginx the default image of every test, on the network that FCVM_NETWORK names."""
     return VmSpec(image=image("nginx"), network=parse_network(os.environ.get("FCVM_NETWORK", "auto")))

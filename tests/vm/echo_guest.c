@@ -2,7 +2,7 @@
  *
  *   ping X -> pong X        set X -> ok        get -> what was set last        file PATH -> its first line
  *   net -> ok (10.0.2.15/24 and a default route by the first interface)
- *   serve PORT TEXT -> ok (TCP: TEXT to whoever connects)        dial ADDRESS PORT -> what came first, or why not
+ *   serve PORT TEXT -> ok (TCP: TEXT to each client)        dial ADDRESS PORT -> what came first, or why not
  *   say TEXT -> ok (TEXT on the console)        panic        poweroff
  */
 #define _GNU_SOURCE

@@ -284,7 +284,7 @@ _POM = """\
 
 
 def build(name: str, directory: Path) -> str:
-    """Return the reference of an image's OCI layout in a directory, built unless it is there. Raise CalledProcessError."""
+    """Build an image in a directory, unless it is there. Return the reference of its OCI layout."""
     if name in LAYERS:
         layout = directory / name
         (layout / "blobs/sha256").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a test does with its machine."""
+"""What a test does with its clone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_service_answers_at_once(fcvm_clone: Clone) -> None:
     assert "nginx" in body
 
 
-def test_what_a_test_wrecks_is_whole_in_the_next_clone(fcvm_snapshot: Snapshot) -> None:
+def test_what_a_test_breaks_is_whole_in_the_next_clone(fcvm_snapshot: Snapshot) -> None:
     with fcvm_snapshot.clone() as first:
         first.succeed("rm -rf /etc/nginx /usr/share/nginx /var/www")
         assert fetch(first.url(80))[0] in (403, 404)
@@ -47,7 +47,7 @@ def test_what_a_test_wrecks_is_whole_in_the_next_clone(fcvm_snapshot: Snapshot) 
         second.succeed("test -d /etc/nginx")
 
 
-def test_commands_come_back_with_output_and_exit_code(fcvm_clone: Clone) -> None:
+def test_commands_return_output_and_exit_code(fcvm_clone: Clone) -> None:
     result = fcvm_clone.exec("echo out; echo err >&2; exit 3")
     assert (result.stdout, result.stderr, result.exit_code) == ("out\n", "err\n", 3)
     assert fcvm_clone.exec(["printf", "%s", "a b; $HOME"]).stdout == "a b; $HOME"
@@ -59,7 +59,7 @@ def test_commands_come_back_with_output_and_exit_code(fcvm_clone: Clone) -> None
     assert "no-such-program" in missing.stderr
 
 
-def test_commands_take_environment_folder_and_user(fcvm_clone: Clone) -> None:
+def test_commands_take_environment_directory_and_user(fcvm_clone: Clone) -> None:
     result = fcvm_clone.exec("echo $COLOUR; pwd; id -un", env={"COLOUR": "red"}, cwd="/var/log", user="www-data")
     assert result.stdout.split() == ["red", "/var/log", "www-data"]
     assert fcvm_clone.exec("id -u; id -g", user="33:0").stdout.split() == ["33", "0"]
@@ -68,7 +68,7 @@ def test_commands_take_environment_folder_and_user(fcvm_clone: Clone) -> None:
     assert "nobody-here" in unknown.stderr
 
 
-def test_a_command_that_does_not_end_is_ended(fcvm_clone: Clone) -> None:
+def test_a_command_that_does_not_end_is_killed(fcvm_clone: Clone) -> None:
     started = monotonic()
     with pytest.raises(GuestTimeout, match="sleep 1000"):
         fcvm_clone.exec("echo begun; sleep 1000", timeout=2)
@@ -76,7 +76,7 @@ def test_a_command_that_does_not_end_is_ended(fcvm_clone: Clone) -> None:
     fcvm_clone.wait_until_succeeds("! pgrep -f 'sleep 1000' || ! ps aux | grep -q '[s]leep 1000'")
 
 
-def test_succeed_and_fail_say_what_was_not_met(fcvm_clone: Clone) -> None:
+def test_succeed_and_fail_report_what_was_not_met(fcvm_clone: Clone) -> None:
     assert fcvm_clone.succeed("echo yes") == "yes\n"
     assert fcvm_clone.fail("echo no; false") == "no\n"
     with pytest.raises(CommandFailed, match=r"false.*exit code 1") as caught:
@@ -87,7 +87,7 @@ def test_succeed_and_fail_say_what_was_not_met(fcvm_clone: Clone) -> None:
         fcvm_clone.fail("true")
 
 
-def test_waiting_for_a_command_ends_with_its_last_words(fcvm_clone: Clone) -> None:
+def test_waiting_for_a_command_reports_its_last_output(fcvm_clone: Clone) -> None:
     fcvm_clone.popen("sleep 0.5; touch /tmp/flag")
     fcvm_clone.wait_until_succeeds("test -e /tmp/flag")
     with pytest.raises(GuestTimeout, match="not yet"):
@@ -104,7 +104,7 @@ def test_a_running_command_streams_and_takes_signals(fcvm_clone: Clone) -> None:
         assert process.wait(30 * PATIENCE).code == 5
 
 
-def test_files_go_in_and_out(fcvm_clone: Clone, tmp_path: Path) -> None:
+def test_files_are_copied_in_and_out(fcvm_clone: Clone, tmp_path: Path) -> None:
     directory = tmp_path / "tree"
     (directory / "sub").mkdir(parents=True)
     (directory / "sub" / "tool").write_text("#!/bin/sh\necho hello\n")
@@ -128,7 +128,7 @@ def test_files_go_in_and_out(fcvm_clone: Clone, tmp_path: Path) -> None:
         fcvm_clone.copy_in(tmp_path / "nothing", "/opt/")
 
 
-def test_what_the_workload_prints_is_there(fcvm_clone: Clone) -> None:
+def test_the_workloads_output_is_in_the_log(fcvm_clone: Clone) -> None:
     fetch(fcvm_clone.url(80, "/some-page?q=1"))
     match = fcvm_clone.wait_for_log(r"GET (/some-page\S*) .* (\d+)")
     assert match[1] == "/some-page?q=1"
@@ -137,7 +137,7 @@ def test_what_the_workload_prints_is_there(fcvm_clone: Clone) -> None:
         fcvm_clone.wait_for_log("never printed", timeout=0.5)
 
 
-def test_ports_are_mapped_on_loopback_and_stay(fcvm_clone: Clone) -> None:
+def test_ports_are_mapped_on_loopback_and_do_not_change(fcvm_clone: Clone) -> None:
     host, port = fcvm_clone.endpoint(80)
     assert host == "127.0.0.1"
     assert fcvm_clone.port(80) == port
@@ -149,7 +149,7 @@ def test_ports_are_mapped_on_loopback_and_stay(fcvm_clone: Clone) -> None:
     assert fcvm_clone.http(80).get("/").status_code == 200
 
 
-def test_a_paused_clone_stands_still_and_goes_on(fcvm_clone: Clone) -> None:
+def test_a_paused_clone_stands_still_until_it_is_resumed(fcvm_clone: Clone) -> None:
     fcvm_clone.pause()
     with pytest.raises(GuestError, match="paused"):
         fcvm_clone.exec("true")
@@ -157,7 +157,7 @@ def test_a_paused_clone_stands_still_and_goes_on(fcvm_clone: Clone) -> None:
     assert fetch(fcvm_clone.url(80))[0] == 200
 
 
-def test_a_killed_clone_says_so(fcvm_snapshot: Snapshot) -> None:
+def test_a_killed_clone_is_reported_as_such(fcvm_snapshot: Snapshot) -> None:
     clone = fcvm_snapshot.clone()
     port = clone.port(80)
     clone.kill()
@@ -176,7 +176,7 @@ def test_a_reset_clone_keeps_its_ports_and_loses_its_state(fcvm_worker_clone: Cl
     fcvm_worker_clone.fail("test -e /tmp/mark")
 
 
-def test_no_two_clones_are_the_same_machine(fcvm_snapshot: Snapshot) -> None:
+def test_no_two_clones_have_the_same_identity(fcvm_snapshot: Snapshot) -> None:
     ask = (
         "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id /proc/sys/kernel/random/boot_id "
         "/sys/class/net/eth0/address"
@@ -198,7 +198,7 @@ def test_the_time_of_day_is_the_hosts(fcvm_clone: Clone) -> None:
     assert before - 10**8 <= guest <= real_time_ns() + 10**8
 
 
-def test_the_guest_reaches_nothing_outside_and_is_told_at_once(fcvm_clone: Clone) -> None:
+def test_the_guest_has_no_egress_and_is_refused_at_once(fcvm_clone: Clone) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         started = monotonic()
@@ -216,14 +216,14 @@ def test_metrics_have_units_in_their_names(fcvm_clone: Clone) -> None:
     assert any(name.endswith(("_kib", "_bytes", "_mib")) for name in metrics)
 
 
-def test_metrics_tell_a_guest_that_works_from_one_that_rests(fcvm_clone: Clone) -> None:
+def test_metrics_distinguish_a_busy_guest_from_an_idle_one(fcvm_clone: Clone) -> None:
     runnable = lambda: fcvm_clone.metrics()["runnable_threads"]  # noqa: E731
     assert wait_until(lambda: runnable() == 0, Deadline(30 * PATIENCE))
     with fcvm_clone.popen("while :; do :; done"):
         assert wait_until(lambda: runnable() >= 1, Deadline(30 * PATIENCE))
 
 
-def test_evidence_has_a_line_that_was_on_its_way(fcvm_clone: Clone) -> None:
+def test_evidence_has_a_line_that_was_still_in_transit(fcvm_clone: Clone) -> None:
     fcvm_clone.http(80).get("/just-now")
     assert "/just-now" in fcvm_clone.evidence()["workload log"]
 
@@ -232,7 +232,7 @@ def test_evidence_has_a_line_that_was_on_its_way(fcvm_clone: Clone) -> None:
     command=["sh", "-c", "echo my colour is $COLOUR in $(pwd); sleep 1000"], ready="log:my colour", mem="200M", cpus=2
 )
 @pytest.mark.fcvm(env={"COLOUR": "blue"}, publish=["0:8080"], workdir="/var", user="www-data")
-def test_a_marker_changes_the_machine(fcvm_clone: Clone) -> None:
+def test_a_marker_changes_the_clone(fcvm_clone: Clone) -> None:
     fcvm_clone.wait_for_log("^my colour is blue in /var$")
     assert fcvm_clone.succeed("id -un; nproc; echo $COLOUR").split() == ["www-data", "2", "blue"]
     assert fcvm_clone.succeed("pwd") == "/var\n"

@@ -1,4 +1,4 @@
-"""What Firecracker's machines have and QEMU's do not: metadata as in a cloud, and a balloon."""
+"""What Firecracker's VMs have and QEMU's do not: metadata as in a cloud, and a balloon."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_fcvm import CloneFactory, Snapshot, SnapshotFactory
 from pytest_fcvm.errors import UsageProblem
 
 METADATA = {"latest": {"meta-data": {"instance-id": "i-fcvm", "tags": {"stage": "test"}}}}
-# The image of these tests has no curl: what it has is bash. The service keeps connections open.
+# The image of these tests has no curl, but bash. The service keeps connections open.
 GET = r"""
 exec 3<>/dev/tcp/169.254.169.254/80
 printf 'GET %s HTTP/1.0\r\nAccept: %s\r\n\r\n' "$0" "$1" >&3
@@ -53,7 +53,7 @@ def test_programs_read_metadata_as_in_a_cloud_and_it_can_change(
     assert json.loads(said) == {"stage": "test"}
 
 
-def test_memory_is_taken_and_given_back(fcvm_snapshot: Snapshot, fcvm_clone_factory: CloneFactory) -> None:
+def test_the_balloon_takes_memory_and_gives_it_back(fcvm_snapshot: Snapshot, fcvm_clone_factory: CloneFactory) -> None:
     if not _on_firecracker(fcvm_snapshot):
         with pytest.raises(UsageProblem, match="the engine qemu has no balloon"):
             fcvm_clone_factory(balloon=True)
@@ -64,10 +64,10 @@ def test_memory_is_taken_and_given_back(fcvm_snapshot: Snapshot, fcvm_clone_fact
     taken = _available_mib(clone.read_text("/proc/meminfo"))
     assert taken < before - 50
     assert clone.inflate_balloon(0) == 0
-    assert _available_mib(clone.read_text("/proc/meminfo")) > taken + 30  # the guest let go some of its cache
+    assert _available_mib(clone.read_text("/proc/meminfo")) > taken + 30  # the guest dropped some of its cache
 
 
-def test_without_a_balloon_or_metadata_none_is_promised(fcvm_clone_factory: CloneFactory) -> None:
+def test_a_clone_without_a_balloon_or_metadata_refuses_both(fcvm_clone_factory: CloneFactory) -> None:
     clone = fcvm_clone_factory()
     with pytest.raises(UsageProblem, match="has no balloon"):
         clone.inflate_balloon("1M")

@@ -1,4 +1,4 @@
-"""PostgreSQL and Redis: the snapshot is of the final server, and every test may wreck all of it."""
+"""PostgreSQL and Redis: the snapshot is of the final server, and every test may break all of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_snapshot_is_of_the_final_server(postgres: Snapshot) -> None:
         assert clone.succeed("tr '\\0' ' ' < /proc/1/cmdline").startswith("postgres -D")
 
 
-def test_rows_loaded_once_are_in_every_clone_however_the_last_was_wrecked(postgres: Snapshot) -> None:
+def test_rows_loaded_once_are_in_every_clone_whatever_the_last_test_broke(postgres: Snapshot) -> None:
     for _ in range(2):
         with postgres.clone() as clone:
             with connect(clone) as db:

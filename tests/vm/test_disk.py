@@ -1,4 +1,4 @@
-"""Scratch disks: more than memory holds, a private one per clone, and what a power cut leaves."""
+"""Scratch disks: they hold more than memory, are private to a clone, and survive a power cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.fcvm(disk="2G")
 
 
 def _read_from(image: Path, name: str) -> bytes | None:
-    """Return a file of an image's writable layer as the next boot would find it: after its journal was replayed."""
+    """Return a file of an image's writable layer as the next boot would find it, after a replay of the journal."""
     subprocess.run(["/sbin/e2fsck", "-fp", image], capture_output=True, check=False)
     done = subprocess.run(["/sbin/debugfs", "-R", f"cat /upper/{name}", image], capture_output=True, check=True)
     return None if b"File not found" in done.stderr else done.stdout
@@ -29,8 +29,8 @@ def test_a_workload_writes_more_than_its_memory(fcvm_clone: Clone) -> None:
     assert int(metrics["overlay_used_bytes"]) > 1 << 30
 
 
-def test_clones_write_to_disks_of_their_own_and_never_to_the_snapshots(fcvm_snapshot: Snapshot) -> None:
-    disk = fcvm_snapshot._entry.file("disk")
+def test_clones_write_to_their_own_disks_and_never_to_the_snapshots(fcvm_snapshot: Snapshot) -> None:
+    disk = fcvm_snapshot.entry.file("disk")
     before = content_digest(disk)
     with fcvm_snapshot.clone() as first, fcvm_snapshot.clone() as second:
         first.succeed("echo first > /who; sync")
@@ -48,11 +48,11 @@ def test_a_power_cut_keeps_what_was_synced_and_loses_what_was_not(fcvm_clone: Cl
     assert _read_from(image, "kept") == b"kept\n"
     assert not _read_from(image, "lost")
     fcvm_clone.close()
-    with pytest.raises(GuestError, match="given back"):
+    with pytest.raises(GuestError, match="freed with its clone"):
         fcvm_clone.disk_image(image)
 
 
-def test_the_disk_of_a_running_clone_is_saved_as_it_is(fcvm_clone: Clone, tmp_path: Path) -> None:
+def test_the_disk_of_a_running_clone_is_saved_in_its_current_state(fcvm_clone: Clone, tmp_path: Path) -> None:
     fcvm_clone.succeed("echo here > /here")
     fcvm_clone.disk_image(tmp_path / "image")
     assert _read_from(tmp_path / "image", "here") == b"here\n"
@@ -60,14 +60,14 @@ def test_the_disk_of_a_running_clone_is_saved_as_it_is(fcvm_clone: Clone, tmp_pa
 
 
 def test_a_clones_disk_leaves_nothing_in_the_store(fcvm_snapshot: Snapshot) -> None:
-    directory = fcvm_snapshot._entry.path
+    directory = fcvm_snapshot.entry.path
     before = sorted(directory.iterdir())
     with fcvm_snapshot.clone() as clone:
         clone.succeed("echo x > /x; sync")
         assert sorted(directory.iterdir()) == before
 
 
-def test_a_disk_that_holds_no_file_system_is_refused(fcvm_clone_factory: CloneFactory) -> None:
+def test_a_disk_that_is_too_small_for_a_file_system_is_refused(fcvm_clone_factory: CloneFactory) -> None:
     with pytest.raises(UsageProblem, match="'1M' is too small"):
         fcvm_clone_factory(disk="1M")
 

@@ -1,9 +1,10 @@
-"""The QEMU engine against a real QEMU and a real kernel, with a guest of one C file in the place of the agent."""
+"""The QEMU engine with a real QEMU and a real kernel. The guest is one C file instead of the agent."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from pytest_fcvm.engine.protocol import (
 )
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.vm import QemuVm
+from pytest_fcvm.engine.vm import start_or_discard
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.paths import RunDir
@@ -37,7 +39,7 @@ from pytest_fcvm.kernel.initramfs import build_initramfs
 from pytest_fcvm.kernel.sources import STOCK, resolve_kernel
 
 SHAPE = VmShape(mem_mib=128, cpus=1)
-# Another QEMU than the one on PATH, to run all of this against other versions.
+# Another QEMU than the one on PATH, to run these tests with other versions.
 QEMU = Path(os.environ["FCVM_TEST_QEMU"]) if "FCVM_TEST_QEMU" in os.environ else None
 BOOT_S = 60.0
 LIFE_S = 20.0
@@ -46,7 +48,7 @@ ROOTFS_WORDS = b"first line of the rootfs\n"
 
 @dataclass(frozen=True)
 class Bench:
-    """An engine that was probed, and what its VMs are made from."""
+    """A probed engine, and the files that its VMs use."""
 
     engine: QemuEngine
     report: EngineReport
@@ -132,14 +134,14 @@ def base(bench: Bench, name: str = "base", shape: VmShape = SHAPE) -> Iterator[R
 
 @pytest.fixture(scope="module")
 def running_base(bench: Bench) -> Iterator[RunningBase]:
-    """A base for tests that leave it as it was."""
+    """A base for tests that do not change it."""
     with base(bench, "running") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def snapshot(bench: Bench) -> SnapshotFiles:
-    """A guest with a network and a value, saved."""
+    """A snapshot of a guest with a network and a value."""
     with base(bench) as (vm, talk, files):
         assert talk("net") == talk("set from the base") == "ok"
         vm.snapshot(files.state)
@@ -148,7 +150,7 @@ def snapshot(bench: Bench) -> SnapshotFiles:
 
 @pytest.fixture(scope="module")
 def open_snapshot(bench: Bench) -> SnapshotFiles:
-    """The like with egress."""
+    """The same with egress."""
     with base(bench, "egress", replace(SHAPE, egress=True)) as (vm, talk, files):
         assert talk("net") == "ok"
         vm.snapshot(files.state)
@@ -156,26 +158,26 @@ def open_snapshot(bench: Bench) -> SnapshotFiles:
 
 
 def restore(bench: Bench, files: SnapshotFiles, name: str = "clone") -> QemuVm:
-    return bench.engine.restore(RestorePlan(name=name, shape=SHAPE, files=files))
+    return start_or_discard(bench.engine.prepare(RestorePlan(name=name, shape=SHAPE, files=files)))
 
 
 # -- probing
 
 
-class NobodySpawns:
-    """A spawner for a probe that must not need one."""
+class UnusedSpawner:
+    """A spawner for a probe that must not use it."""
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         raise AssertionError(f"{name} was called")
 
 
-def test_a_second_probe_knows_the_answer_without_starting_anything(bench: Bench) -> None:
-    again = QemuEngine(NobodySpawns(), bench.directory / "cache", binary=QEMU)  # type: ignore[arg-type]
+def test_a_second_probe_uses_the_cached_verdict_and_starts_nothing(bench: Bench) -> None:
+    again = QemuEngine(UnusedSpawner(), bench.directory / "cache", binary=QEMU)  # type: ignore[arg-type]
     assert again.probe(replace(bench.guest, rootfs=None)) == bench.report
     assert again.base_arguments(SHAPE) == bench.engine.base_arguments(SHAPE)
 
 
-def test_kvm_is_used_only_if_the_kernel_has_booted_under_it(bench: Bench) -> None:
+def test_kvm_is_used_only_if_a_kernel_has_booted_with_it(bench: Bench) -> None:
     if bench.report.accelerator is Accelerator.KVM:
         assert bench.report.reason == ""
         assert "microcode" in bench.report.identity
@@ -197,7 +199,7 @@ def test_emulation_can_be_asked_for(bench: Bench) -> None:
 # -- a base
 
 
-def test_a_base_boots_and_answers_and_shows_its_devices(running_base: RunningBase) -> None:
+def test_a_base_boots_and_answers_and_has_its_devices(running_base: RunningBase) -> None:
     vm, talk, files = running_base
     assert talk("ping 1") == "pong 1"
     assert talk("file /dev/vda") == ROOTFS_WORDS.decode().strip()
@@ -211,7 +213,7 @@ def test_a_base_boots_and_answers_and_shows_its_devices(running_base: RunningBas
     assert files.memory.stat().st_size == SHAPE.mem_mib << 20
 
 
-def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(bench: Bench) -> None:
+def test_a_missing_kernel_is_reported_with_qemus_message_and_leaves_nothing(bench: Bench) -> None:
     guest = replace(bench.guest, kernel=bench.directory / "no-kernel")
     memory = bench.directory / "unbooted.memory"
     with pytest.raises(EngineError, match=r"QEMU exited with 1: .*no-kernel"):
@@ -219,7 +221,7 @@ def test_a_kernel_that_is_not_there_is_told_in_qemus_words_and_leaves_nothing(be
     assert not memory.exists()
 
 
-def test_a_memory_file_that_is_there_already_is_not_touched(bench: Bench) -> None:
+def test_an_existing_memory_file_is_not_touched(bench: Bench) -> None:
     memory = bench.directory / "taken.memory"
     memory.write_text("somebody's")
     with pytest.raises(HostError, match="cannot be made: File exists"):
@@ -244,7 +246,7 @@ def test_a_snapshot_that_cannot_be_written_leaves_the_base_running(bench: Bench,
     assert talk("ping 1") == "pong 1"
 
 
-def test_a_paused_base_is_not_snapshotted_for_its_clones_would_be_paused_too(running_base: RunningBase) -> None:
+def test_a_paused_base_is_not_snapshotted_because_its_clones_would_be_paused_too(running_base: RunningBase) -> None:
     vm, talk, files = running_base
     vm.pause()
     with pytest.raises(EngineError, match="is paused"):
@@ -257,9 +259,7 @@ def test_a_paused_base_is_not_snapshotted_for_its_clones_would_be_paused_too(run
 # -- clones
 
 
-def test_every_clone_starts_from_the_snapshot_and_changes_nothing_but_itself(
-    bench: Bench, snapshot: SnapshotFiles
-) -> None:
+def test_every_clone_starts_from_the_snapshot_and_changes_only_itself(bench: Bench, snapshot: SnapshotFiles) -> None:
     before = hashlib.sha256(snapshot.memory.read_bytes()).digest()
     for n in range(5):
         with living(restore(bench, snapshot)) as talk:
@@ -281,16 +281,14 @@ def test_clones_side_by_side_do_not_see_each_other(bench: Bench, snapshot: Snaps
     assert all(vm.wait(LIFE_S).killed_by_us for vm in vms)
 
 
-def test_a_clone_comes_to_life_and_says_so(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_a_restored_clone_runs_and_writes_to_its_console(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm) as talk:
-        vm.wait_until_running(LIFE_S)
-        vm.wait_until_running(LIFE_S)
         assert talk("say a word to the console") == "ok"
         assert vm.console_path.read_text() == "a word to the console\n"
 
 
-def test_a_caller_that_closes_its_channel_can_have_it_again(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_a_closed_channel_can_be_opened_again(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm) as first:
         assert first("set kept") == "ok"
@@ -303,7 +301,7 @@ def test_a_caller_that_closes_its_channel_can_have_it_again(bench: Bench, snapsh
 def test_a_paused_clone_is_silent_until_it_is_resumed(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm) as talk:
-        vm.wait_until_running(LIFE_S)
+        assert talk("ping 0") == "pong 0"
         vm.pause()
         talk.send("ping 1")
         talk.socket.settimeout(0.5)
@@ -322,7 +320,7 @@ def test_a_clone_cannot_be_snapshotted_like_a_base(bench: Bench, snapshot: Snaps
 
 def test_a_killed_clone_leaves_no_process_no_file_and_no_descriptor(bench: Bench, snapshot: SnapshotFiles) -> None:
     with living(restore(bench, snapshot)):
-        pass  # what is made once and stays is made now
+        pass  # makes what is made once and kept
     before = len(list(Path("/proc/self/fd").iterdir()))
     vm = restore(bench, snapshot)
     pid, directory = vm.pid, vm.console_path.parent
@@ -330,14 +328,14 @@ def test_a_killed_clone_leaves_no_process_no_file_and_no_descriptor(bench: Bench
         assert talk("ping 1") == "pong 1"
         assert directory.is_dir()
     assert not Path(f"/proc/{pid}").exists()
-    descriptors = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731  closed by whoever hears of the end
+    descriptors = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731  closed by a callback of the end
     assert wait_until(lambda: descriptors() <= before, Deadline(LIFE_S)), descriptors()
     with living(restore(bench, snapshot)) as talk:  # the guard removed the directory before it answered this spawn
         assert talk("ping 1") == "pong 1"
     assert not directory.exists()
 
 
-# -- the way out
+# -- egress
 
 
 def test_a_clone_reaches_the_host_only_with_egress(
@@ -355,15 +353,15 @@ def test_a_clone_reaches_the_host_only_with_egress(
         with living(restore(bench, snapshot)) as talk:
             assert talk(f"dial 10.0.2.2 {port}").startswith("error")
         plan = RestorePlan(name="egress", shape=replace(SHAPE, egress=True), files=open_snapshot)
-        with living(bench.engine.restore(plan)) as talk:
+        with living(start_or_discard(bench.engine.prepare(plan))) as talk:
             assert talk(f"dial 10.0.2.2 {port}") == "from the host"
         accepted.join(LIFE_S)
 
 
-# -- death
+# -- the end
 
 
-def test_a_vm_that_somebody_kills_ends_every_call_at_once_and_calls_back(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_a_killed_vm_ends_every_call_at_once_and_calls_back(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm, ends = restore(bench, snapshot), []
     called = threading.Event()
     vm.on_exit(lambda end: (ends.append(end), called.set()))
@@ -372,7 +370,7 @@ def test_a_vm_that_somebody_kills_ends_every_call_at_once_and_calls_back(bench: 
         os.kill(vm.pid, signal.SIGKILL)
         assert called.wait(LIFE_S)
         assert talk.socket.recv(1) == b""
-        for call in (vm.pause, vm.resume, vm.channel, lambda: vm.wait_until_running(600)):
+        for call in (vm.pause, vm.resume, vm.channel):
             with pytest.raises(EngineError, match="somebody killed QEMU"):
                 call()
         assert ends == [VmExit(signal=signal.SIGKILL)]
@@ -380,7 +378,7 @@ def test_a_vm_that_somebody_kills_ends_every_call_at_once_and_calls_back(bench: 
         assert ends == [VmExit(signal=signal.SIGKILL)] * 2
 
 
-def test_a_panic_is_told_with_its_console(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_a_panic_is_reported_with_the_console(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm) as talk:
         talk.send("panic")
@@ -390,7 +388,7 @@ def test_a_panic_is_told_with_its_console(bench: Bench, snapshot: SnapshotFiles)
         assert "Kernel panic" in caught.value.evidence["console"]
 
 
-def test_a_guest_that_powers_off_is_told_apart_from_a_panic(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_a_power_off_is_distinguished_from_a_panic(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm) as talk:
         talk.send("poweroff")
@@ -399,21 +397,23 @@ def test_a_guest_that_powers_off_is_told_apart_from_a_panic(bench: Bench, snapsh
             vm.pause()
 
 
-def test_waiting_for_the_end_of_a_living_vm_has_a_deadline(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_waiting_for_the_end_of_a_running_vm_has_a_deadline(bench: Bench, snapshot: SnapshotFiles) -> None:
     vm = restore(bench, snapshot)
     with living(vm), pytest.raises(EngineError, match=r"did not end within 0\.05 s"):
         vm.wait(0.05)
 
 
-def test_a_state_that_was_cut_is_refused_in_qemus_words_with_the_way_out(
+def test_a_truncated_state_is_refused_with_qemus_message_and_a_hint(
     bench: Bench, snapshot: SnapshotFiles, tmp_path: Path
 ) -> None:
     cut = tmp_path / "state"
     cut.write_bytes(snapshot.state.read_bytes()[:20_000])
     vm = restore(bench, replace(snapshot, state=cut), "cut")
-    with living(vm), pytest.raises(EngineError, match=r"QEMU exited with 1: .*load of migration failed") as caught:
-        vm.wait_until_running(LIFE_S)
-    assert "--fcvm-rebuild" in caught.value.hint
+    with living(vm):
+        vm.wait(LIFE_S)
+        error = vm.explain()
+    assert re.search(r"QEMU exited with 1: .*load of migration failed", error.message)
+    assert "--fcvm-rebuild" in error.hint
 
 
 @pytest.mark.parametrize("change", [-4096, 4096])
@@ -434,7 +434,7 @@ def test_missing_snapshot_files_are_named(bench: Bench, snapshot: SnapshotFiles,
         restore(bench, replace(snapshot, memory=tmp_path / "gone"))
 
 
-def test_an_engine_that_was_not_probed_does_nothing(bench: Bench, snapshot: SnapshotFiles) -> None:
+def test_an_engine_that_was_not_probed_refuses_to_start_vms(bench: Bench, snapshot: SnapshotFiles) -> None:
     engine = QemuEngine(bench.supervisor, bench.directory / "cache")
     with pytest.raises(EngineError, match="was not probed"):
-        engine.restore(RestorePlan(name="early", shape=SHAPE, files=snapshot))
+        engine.prepare(RestorePlan(name="early", shape=SHAPE, files=snapshot))

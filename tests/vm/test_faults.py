@@ -1,4 +1,4 @@
-"""Bad input and faults: a clear error with a hint, at once, and nothing left."""
+"""Bad input and faults: a clear error with a hint at once, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_unknown_health_check(fcvm_snapshot_factory: SnapshotFactory) -> None
 
 def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> None:
     with fcvm_clone.popen(["sleep", "1000"]) as process:
-        os.kill(fcvm_clone._running.vm.pid, signal.SIGKILL)
+        os.kill(fcvm_clone.running.vm.pid, signal.SIGKILL)
         started = monotonic()
         with pytest.raises(EngineError, match=r"ended: somebody killed \w+ \(SIGKILL\)"):
             process.wait(60 * PATIENCE)
@@ -81,7 +81,7 @@ def test_a_vm_that_dies_fails_the_pending_call_at_once(fcvm_clone: Clone) -> Non
         fcvm_clone.exec("true")
 
 
-def test_a_kernel_panic_is_told(fcvm_clone: Clone) -> None:
+def test_a_kernel_panic_is_reported(fcvm_clone: Clone) -> None:
     with pytest.raises(EngineError) as caught:
         fcvm_clone.exec("echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 60", timeout=60)
     assert "panic" in (str(caught.value) + str(caught.value.evidence)).lower()
@@ -99,14 +99,14 @@ def test_a_damaged_snapshot_is_built_again(
     image: Callable[[str], str], cold_cache: Path, pytester: pytest.Pytester, damage: str
 ) -> None:
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
-    # Joined by "=": pytest would take the value of an unjoined option for a place to look for the ini file.
+    # With "=": pytest would search for the ini file at the value of an option without it.
     arguments = (f"--fcvm-image={image('nginx')}", f"--fcvm-cache-dir={cold_cache}")
     pytester.runpytest_subprocess(*arguments).assert_outcomes(passed=1)
     (state,) = cold_cache.glob("snapshots/*/state")
     _damage(state, damage)
     again = pytester.runpytest_subprocess(*arguments)
     again.assert_outcomes(passed=1)
-    again.stdout.fnmatch_lines(["*snapshots built 1, reused 0*", "*put aside and built anew*"])
+    again.stdout.fnmatch_lines(["*snapshots built 1, reused 0*", "*is quarantined and rebuilt: *"])
 
 
 def _damage(path: Path, how: str) -> None:
@@ -136,7 +136,7 @@ def _pinned(port: int) -> object:
 
 @contextmanager
 def _descriptors_left(count: int) -> Iterator[None]:
-    """Let this process open so many more files and no more."""
+    """Let this process open this many more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(
         resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 40, hard)
@@ -155,9 +155,9 @@ def _descriptors_left(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_clone_for_which_no_file_descriptor_is_left(fcvm_snapshot: Snapshot) -> None:
+def test_a_clone_without_a_file_descriptor_left(fcvm_snapshot: Snapshot) -> None:
     fcvm_snapshot.clone(name="before").close()
-    for left in range(6):  # it needs more, at different places
+    for left in range(6):  # it requires more, in different steps
         with _descriptors_left(left), suppress(HostError), fcvm_snapshot.clone(name=f"with-{left}"):
             pass
     with _descriptors_left(0), pytest.raises(HostError, match="no file descriptor is left for none") as caught:
@@ -168,25 +168,23 @@ def test_a_clone_for_which_no_file_descriptor_is_left(fcvm_snapshot: Snapshot) -
 
 
 def _in_child(step: Callable[[], object]) -> str:
-    """Return what a step raises in a forked process, which ends as a test's own would."""
+    """Return what a step raises in a forked process that ends as a test's own would."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             step()
-        except BaseException as error:  # noqa: BLE001 - whatever it is, told to the parent
+        except BaseException as error:  # noqa: BLE001 - the parent gets any error
             os.write(write, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(0)
     os.close(write)
     os.waitpid(pid, 0)
-    with os.fdopen(read) as told:
-        return told.read()
+    with os.fdopen(read) as report:
+        return report.read()
 
 
-def test_a_forked_process_is_told_at_once_that_clones_are_its_parents(
-    fcvm_clone: Clone, fcvm_snapshot: Snapshot
-) -> None:
+def test_a_forked_process_cannot_use_its_parents_clones(fcvm_clone: Clone, fcvm_snapshot: Snapshot) -> None:
     started = monotonic()
     steps: list[Callable[[], object]] = [
         lambda: fcvm_clone.exec(["true"]),
@@ -196,9 +194,9 @@ def test_a_forked_process_is_told_at_once_that_clones_are_its_parents(
         fcvm_snapshot.clone,
     ]
     for step in steps:
-        told = _in_child(step)
-        assert told.startswith("UsageProblem: a forked process can neither use nor start clones")
-        assert "@pytest.mark.forked" in told
+        raised = _in_child(step)
+        assert raised.startswith("UsageProblem: a forked process can neither use nor start clones")
+        assert "@pytest.mark.forked" in raised
     assert monotonic() - started < 20 * PATIENCE
     fcvm_clone.succeed("true")
 

@@ -1,4 +1,4 @@
-"""Files in and out of real guests: places, links, owners, special files, and what a mapped path hides."""
+"""Files in and out of real guests: paths, links, owners, special files, and what a mapped path hides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_fcvm import Clone, CloneFactory, GuestError
 pytestmark = pytest.mark.fcvm(command=["sleep", "infinity"], ready="agent")
 
 
-def test_a_file_goes_into_a_directory_that_is_there_through_links_too(fcvm_clone: Clone, tmp_path: Path) -> None:
+def test_a_file_is_copied_into_an_existing_directory_also_through_links(fcvm_clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "real.sql").write_text("rows")
     (tmp_path / "schema.sql").symlink_to("real.sql")
     for place in ("/tmp", "/var/run", "/bin"):
@@ -22,7 +22,7 @@ def test_a_file_goes_into_a_directory_that_is_there_through_links_too(fcvm_clone
     assert seen[:3] == ["directory 1777", "/run", "usr/bin"]
 
 
-def test_owners_are_a_choice(fcvm_clone: Clone, tmp_path: Path) -> None:
+def test_the_owner_of_a_copied_file_can_be_chosen(fcvm_clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret")
     (tmp_path / "key").chmod(0o600)
     fcvm_clone.copy_in(tmp_path / "key", "/srv/root")
@@ -37,7 +37,7 @@ def test_owners_are_a_choice(fcvm_clone: Clone, tmp_path: Path) -> None:
         fcvm_clone.copy_in(tmp_path / "key", "/srv/", owner="nobody-here")
 
 
-def test_special_files_and_links_do_not_keep_a_directory_from_coming_out(fcvm_clone: Clone, tmp_path: Path) -> None:
+def test_special_files_and_links_do_not_prevent_copying_a_directory_out(fcvm_clone: Clone, tmp_path: Path) -> None:
     fcvm_clone.succeed(
         "mkdir -p /srv/d/empty; cd /srv/d; mkfifo pipe; mknod null c 1 3; echo text > file; ln file twin;"
         "ln -s /dev/stdout out; ln -s ../../var/log up; ln -s file here; touch -d @1000000000 file empty;"
@@ -64,7 +64,7 @@ def test_special_files_and_links_do_not_keep_a_directory_from_coming_out(fcvm_cl
     ]
 
 
-def test_a_mapped_path_hides_what_the_image_has_and_keeps_owners(
+def test_a_mapped_path_hides_the_images_files_and_keeps_owners(
     fcvm_clone_factory: CloneFactory, tmp_path: Path
 ) -> None:
     (tmp_path / "conf").mkdir(mode=0o750)

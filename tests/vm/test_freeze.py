@@ -11,7 +11,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.host.libc import real_time_ns
 from tests.patience import PATIENCE
 
-# Prints as fast as it can: what the kernel gives as random, the time of day, and who it believes to be.
+# Print as fast as possible: random bytes of the kernel, the time of day, and the identity.
 SCRIPT = (
     'echo begun; while :; do echo "tick $(od -An -N8 -tx8 /dev/urandom) $(date +%s)'
     ' $(tail -n 1 /etc/hosts | cut -d" " -f 2) $(cat /etc/machine-id)"; done'
@@ -20,16 +20,16 @@ TICK = re.compile(r"tick +(\w+) (\d+) (\S+) (\w+)")
 
 
 @pytest.mark.fcvm(command=["sh", "-c", SCRIPT], ready="log:tick")
-def test_the_first_thing_a_workload_sees_is_its_own_identity(fcvm_snapshot: Snapshot) -> None:
+def test_a_workload_sees_its_own_identity_from_the_start(fcvm_snapshot: Snapshot) -> None:
     base = {match[4] for match in TICK.finditer(fcvm_snapshot.logs())}
     assert len(base) == 1
     firsts = []
-    started = real_time_ns() // 10**9  # clones may be made ahead, but none before this
+    started = real_time_ns() // 10**9  # clones may be prewarmed, but none before this
     for _ in range(8):
         with fcvm_snapshot.clone() as clone:
             assert wait_until(lambda clone=clone: clone.logs().count(f" {clone.name} ") > 3, Deadline(60 * PATIENCE))
             own = clone.logs()[len(fcvm_snapshot.logs()) :]
-            # One line was begun before the snapshot and may carry the base's values; every later one must not.
+            # One line began before the snapshot and may have the base's values. No later line may.
             lines = [match.groups() for match in TICK.finditer(own)]
             whole = [line for line in lines if line[2] == clone.name][1:]
             assert lines[-len(whole) :] == whole

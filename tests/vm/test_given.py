@@ -1,4 +1,4 @@
-"""What every container engine gives an image, and what a workload knew of itself before its snapshot."""
+"""What every container engine provides to an image, and what a workload knows of itself before its snapshot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_workload_keeps_its_host_name_and_its_lines_in_etc_hosts(fcvm_clone: C
     sysctl={"net.core.somaxconn": 777, "vm.max_map_count": 300000},
     entrypoint=["sh", "-c", "hostname; ulimit -Sn; exec nginx -g 'daemon off;'"],
 )
-def test_what_docker_run_can_say_is_so_in_workload_and_commands(fcvm_clone: Clone) -> None:
+def test_docker_run_settings_apply_to_workload_and_commands(fcvm_clone: Clone) -> None:
     assert fcvm_clone.logs().splitlines()[:2] == ["db-1.example.test", "2048"]
     assert fcvm_clone.succeed("hostname; echo $HOSTNAME; getent hosts db-1 | cut -d' ' -f1").split() == [
         "db-1.example.test", "db-1.example.test", fcvm_clone.ip,
@@ -54,7 +54,7 @@ def test_what_docker_run_can_say_is_so_in_workload_and_commands(fcvm_clone: Clon
         ({"ulimit": {"nofile": 2_000_000}}, "ulimit nofile=2000000: Operation not permitted", "--fcvm-ulimit"),
     ],
 )
-def test_what_the_kernel_refuses_is_told(
+def test_settings_that_the_kernel_refuses_are_reported(
     wrong: dict[str, object], message: str, hint: str, fcvm_clone_factory: CloneFactory
 ) -> None:
     with pytest.raises(FcvmError) as caught:
@@ -116,7 +116,7 @@ OVERLAY = (
 
 
 @pytest.mark.parametrize("disk", [None, "128M"])
-def test_volumes_are_there_with_the_images_content_and_hold_an_overlay(
+def test_volumes_have_the_images_content_and_support_an_overlay(
     disk: str | None, configured: Callable[..., str], fcvm_clone_factory: CloneFactory
 ) -> None:
     image = configured(Volumes={"/srv/deep/er": {}, "/var/lib/docker": {}, "/var/mail": {}, "/etc/nginx": {}})
@@ -144,7 +144,7 @@ def test_a_user_without_privileges_serves_on_port_80(
     assert clone.succeed("pwd; id -u").split() == ["/not/there/yet", "33"]
 
 
-def test_a_command_makes_no_directory_to_work_in(fcvm_clone: Clone) -> None:
+def test_a_command_does_not_create_its_working_directory(fcvm_clone: Clone) -> None:
     result = fcvm_clone.exec(["pwd"], cwd="/typo/in/path")
     assert (result.exit_code, result.stderr) == (126, "fcvm: chdir /typo/in/path: No such file or directory\n")
     fcvm_clone.fail(["ls", "-d", "/typo"])

@@ -1,4 +1,4 @@
-"""Runtimes that ask more of a kernel than a web server does: an interpreter, and a virtual machine with its threads."""
+"""Runtimes that use more of a kernel than a web server: an interpreter, and a JVM with its threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Firecracker in its jailer: what of the host is within its reach. Everything else is as without."""
+"""Firecracker in its jailer: which parts of the host it can reach. Everything else is as without the jailer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 
 from pytest_fcvm import CloneFactory
 
-pytestmark = pytest.mark.skipif(not os.environ.get("FCVM_JAILER"), reason="FCVM_JAILER asks for no jailer")
+pytestmark = pytest.mark.skipif(not os.environ.get("FCVM_JAILER"), reason="FCVM_JAILER is not set")
 
 
-def test_a_jailed_firecracker_is_nobody_and_sees_what_is_its_own(fcvm_clone_factory: CloneFactory) -> None:
+def test_a_jailed_firecracker_has_its_own_user_and_sees_only_its_own_files(fcvm_clone_factory: CloneFactory) -> None:
     clones = [fcvm_clone_factory(disk="128M") for _ in range(2)]
     users = set()
     for clone in clones:
-        assert clone._running
-        process = Path("/proc") / str(clone._running.vm.pid)
+        assert clone.running
+        process = Path("/proc") / str(clone.running.vm.pid)
         status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
         assert (status["Name"], status["CapEff"], status["Seccomp"]) == ("firecracker", "0" * 16, "2")
         users |= set(status["Uid"].split())

@@ -1,4 +1,4 @@
-"""`--fcvm-keep` and `fcvm replay`: the machine of a test that failed, live again in another process."""
+"""`--fcvm-keep` and `fcvm replay`: the clone of a failed test runs again in another process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET = "not-for-everybody"
 
 @pytest.fixture
 def cache(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Path) -> Path:
-    """The cache of a run in which a test with two machines failed, and one passed."""
+    """The cache of a run in which a test with two clones failed, and another test passed."""
     pytester.makepyfile(
         test_it="""
         def test_failed(fcvm_clone, fcvm_clone_factory):
@@ -52,13 +52,13 @@ def replay(cache: Path) -> Fcvm:
 
 
 def names_of(replay: Fcvm) -> tuple[str, str]:
-    """Return the names of the first and of the other clone."""
+    """Return the names of the two clones."""
     names = {kept["clone"] for kept in json.loads(replay("--json").stdout)}
     (first,) = names - {"other"}
     return first, "other"
 
 
-def test_the_machine_of_a_failed_test_comes_back_as_often_as_it_is_asked_for(replay: Fcvm, cache: Path) -> None:
+def test_the_clone_of_a_failed_test_can_be_replayed_repeatedly(replay: Fcvm, cache: Path) -> None:
     assert [kept["test"] for kept in json.loads(replay("--json").stdout)] == ["test_it.py::test_failed"] * 2
     first, other = names_of(replay)
     script = "cat /srv/state; hostname; echo changed > /srv/state; exit 7"
@@ -68,14 +68,14 @@ def test_the_machine_of_a_failed_test_comes_back_as_often_as_it_is_asked_for(rep
     assert replay("test_it.py::test_failed", f"--clone={other}", "--", "cat", "/srv/state").stdout == "other"
 
 
-def test_its_environment_is_there_and_in_no_manifest(replay: Fcvm, cache: Path) -> None:
+def test_a_replayed_clone_has_its_environment_which_no_manifest_contains(replay: Fcvm, cache: Path) -> None:
     assert replay("test_failed", "--clone=other", "--", "printenv", "TOKEN").stdout == f"{SECRET}\n"
     manifests = list(cache.rglob("manifest.json"))
     assert manifests
     assert not [path for path in manifests if SECRET in path.read_text()]
 
 
-def test_its_service_answers_where_the_command_says(replay: Fcvm, cache: Path) -> None:
+def test_a_replayed_clones_service_answers_at_the_printed_address(replay: Fcvm, cache: Path) -> None:
     command = [*FCVM, "replay", f"--cache-dir={cache}", "test_failed", f"--clone={names_of(replay)[0]}", "--", "cat"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
@@ -87,7 +87,7 @@ def test_its_service_answers_where_the_command_says(replay: Fcvm, cache: Path) -
         assert process.returncode == 0
 
 
-def test_what_is_not_there_or_not_clear_is_told(replay: Fcvm) -> None:
+def test_a_missing_or_ambiguous_test_id_is_reported(replay: Fcvm) -> None:
     unclear = replay("test_failed")
     assert unclear.returncode == 2
     assert "--clone" in unclear.stderr
@@ -96,7 +96,7 @@ def test_what_is_not_there_or_not_clear_is_told(replay: Fcvm) -> None:
     assert "fcvm replay lists" in unknown.stderr
 
 
-def test_it_is_looked_after_like_every_snapshot(replay: Fcvm, cache: Path) -> None:
+def test_a_kept_clone_is_listed_and_pruned_like_every_snapshot(replay: Fcvm, cache: Path) -> None:
     def snapshot(*arguments: str) -> str:
         command = [*FCVM, "snapshot", *arguments, f"--cache-dir={cache}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""What programs of a guest find in its kernel, on our own and on a distribution's."""
+"""Features of the guest's kernel that programs use, in the project's own kernel and in a distribution's."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ LINES = {
 
 
 @pytest.mark.parametrize("feature", LINES)
-def test_the_kernel_has_it(fcvm_clone: Clone, feature: str) -> None:
+def test_the_kernel_has_the_feature(fcvm_clone: Clone, feature: str) -> None:
     fcvm_clone.succeed(LINES[feature])

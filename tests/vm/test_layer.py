@@ -1,4 +1,4 @@
-"""The writable layer over the image, against what programs take for granted of a file system."""
+"""The writable layer over the image: it does what programs expect of a file system."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TMPFILE = """my $path = "/srv"; syscall(2, $path, 020200001, 0600) >= 0 or die $
 DIRECT = "dd if=/dev/zero of=/srv/direct bs=4096 count=4 oflag=direct"
 
 
-def test_inode_and_device_numbers_stay(fcvm_clone: Clone) -> None:
+def test_inode_and_device_numbers_do_not_change(fcvm_clone: Clone) -> None:
     fcvm_clone.succeed("mkdir -p /srv/new/a /srv/new/b")
     before = fcvm_clone.succeed(NUMBERS)
     fcvm_clone.succeed("sync; echo 2 > /proc/sys/vm/drop_caches")
@@ -25,14 +25,14 @@ def test_inode_and_device_numbers_stay(fcvm_clone: Clone) -> None:
     assert len({line.partition(":")[0] for line in before.split()}) == 1
 
 
-def test_a_directory_of_the_image_is_renamed(fcvm_clone: Clone) -> None:
+def test_a_directory_of_the_image_can_be_renamed(fcvm_clone: Clone) -> None:
     program = 'rename("/usr/share", "/usr/renamed") or die $!'
     fcvm_clone.succeed(["perl", "-e", program])
     assert fcvm_clone.succeed("ls -d /usr/renamed/perl5").strip() == "/usr/renamed/perl5"
 
 
 @pytest.mark.parametrize("disk", [None, "256M"])
-def test_what_a_kernel_since_linux_6_6_can_is_there_and_on_a_disk_with_an_older_one(
+def test_attributes_and_direct_io_require_linux_6_6_or_a_disk(
     fcvm_clone_factory: CloneFactory, disk: str | None
 ) -> None:
     clone = fcvm_clone_factory(**({"disk": disk} if disk else {}))

@@ -1,4 +1,4 @@
-"""What a machine can do is the same in a base that has booted and in a clone that was restored."""
+"""A booted base and a restored clone behave the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_fcvm.host.clock import Deadline, wait_until
 from tests.patience import PATIENCE
 
 WAIT_S = 60.0 * PATIENCE
-# Answers every datagram and every connection on a port by what it was sent, and by who sent it.
+# Answer every datagram and every connection on a port with the bytes and the sender.
 UDP_ECHO = """
 use IO::Socket::INET;
 my $socket = IO::Socket::INET->new(LocalPort => 5300, Proto => 'udp') or die;
@@ -42,7 +42,7 @@ def commands_have_streams_and_exit_codes(running: Clone) -> None:
     assert killed.exit_code == 128 + 15
 
 
-def commands_have_the_environment_folder_and_user_they_are_given(running: Clone) -> None:
+def commands_have_the_environment_directory_and_user_they_are_given(running: Clone) -> None:
     result = running.exec("echo $COLOUR; pwd; id -un", env={"COLOUR": "green"}, cwd="/var/log", user="www-data")
     assert result.stdout.split() == ["green", "/var/log", "www-data"]
 
@@ -121,7 +121,7 @@ BEHAVIOURS: Mapping[str, Callable[[Clone], None]] = {
     func.__name__: func
     for func in (
         commands_have_streams_and_exit_codes,
-        commands_have_the_environment_folder_and_user_they_are_given,
+        commands_have_the_environment_directory_and_user_they_are_given,
         large_streams_are_whole,
         files_go_in_and_out,
         the_service_answers_on_a_host_port,
@@ -136,19 +136,19 @@ BEHAVIOURS: Mapping[str, Callable[[Clone], None]] = {
 
 @pytest.fixture(scope="module")
 def seen_in_a_base(fcvm_snapshot_factory: SnapshotFactory) -> dict[str, Exception | None]:
-    """What each behaviour raised in a base, while it was prepared."""
+    """What each behaviour raised in a base, in its prepare function."""
     seen: dict[str, Exception | None] = {}
 
     def prepare(base: Clone) -> None:
         for name, behaviour in BEHAVIOURS.items():
             try:
                 behaviour(base)
-            except (Exception, AssertionError) as error:  # noqa: BLE001  told by the test of its name
+            except (Exception, AssertionError) as error:  # noqa: BLE001  the test of that name raises it
                 seen[name] = error
             else:
                 seen[name] = None
 
-    fcvm_snapshot_factory(prepare=Prepare(prepare, version=str(time.time_ns())))  # never found in the cache
+    fcvm_snapshot_factory(prepare=Prepare(prepare, version=str(time.time_ns())))  # never in the cache
     return seen
 
 
@@ -164,7 +164,7 @@ def test_a_clone_that_was_restored(fcvm_clone: Clone, name: str) -> None:
     BEHAVIOURS[name](fcvm_clone)
 
 
-def test_eight_clones_that_are_made_at_once_all_answer(fcvm_snapshot: Snapshot) -> None:
+def test_eight_clones_made_at_once_all_answer(fcvm_snapshot: Snapshot) -> None:
     def look(_: int) -> str:
         with fcvm_snapshot.clone() as clone:
             assert clone.http(80).get("/").status_code == 200

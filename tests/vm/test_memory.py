@@ -1,4 +1,4 @@
-"""A guest whose memory, files or processes run out: the kernel says so to who wanted too much, and the clone lives."""
+"""A guest without memory, files or processes left: the kernel refuses the one that wants more, and the clone lives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _answers(clone: Clone) -> bool:
     return httpx.get(clone.url(80), timeout=60).status_code == 200
 
 
-def test_a_command_that_wants_more_memory_than_there_is_ends_and_all_say_why(fcvm_clone: Clone) -> None:
+def test_a_command_without_enough_memory_ends_and_every_error_says_why(fcvm_clone: Clone) -> None:
     result = fcvm_clone.exec(EAT, timeout=240)
     assert "fcvm: the guest's memory ran out and its kernel killed " in result.stderr
     assert "mem=" in result.stderr
@@ -27,7 +27,7 @@ def test_a_command_that_wants_more_memory_than_there_is_ends_and_all_say_why(fcv
     assert int(metrics["workload_oom_kills"]) > 0
     assert "mem=" in str(metrics["memory"])
     assert "mem=" in fcvm_clone.evidence()["memory"]
-    assert fcvm_clone.exec("true").stderr == ""  # that is not told of what comes later
+    assert fcvm_clone.exec("true").stderr == ""  # the advice is not repeated for a later command
 
 
 def test_file_systems_in_memory_fit_it_together(fcvm_clone: Clone) -> None:
@@ -40,7 +40,7 @@ def test_file_systems_in_memory_fit_it_together(fcvm_clone: Clone) -> None:
 
 
 @pytest.mark.fcvm(mem="128M")
-def test_so_many_empty_files_fit_as_there_is_memory_for(fcvm_clone: Clone) -> None:
+def test_memory_limits_the_number_of_empty_files(fcvm_clone: Clone) -> None:
     assert fcvm_clone.exec(["perl", "-e", FILES], timeout=600).stdout == "No space left on device\n"
     metrics = fcvm_clone.metrics()
     assert metrics["overlay_used_files"] == metrics["overlay_files"]

@@ -1,4 +1,4 @@
-"""Private networks between real machines: names, isolation, faults, and servers that replicate over them."""
+"""Private networks between real clones: names, isolation, faults, and servers that replicate over them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.parse import parse_network, parse_ready
 from pytest_fcvm.options import Options
 from tests.patience import PATIENCE
+from tests.processes import command, descendants
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("FCVM_ENGINE", "").startswith("firecracker") and "FCVM_NETWORK" not in os.environ,
-    reason="on Firecracker private networks take FCVM_NETWORK=rootless",
+    reason="on Firecracker, private networks require FCVM_NETWORK=rootless",
 )
 WAIT_S = 60.0 * PATIENCE
 GET = """
@@ -39,27 +40,27 @@ print scalar <$server>;
 
 
 def reaches(source: Clone, target: str) -> bool:
-    """Say whether one machine gets the other's page."""
+    """Return whether one clone gets the other's page."""
     result = source.exec(["perl", "-e", GET, target])
     assert result.exit_code == 0 or "no way" in result.stderr, result
     return "200 OK" in result.stdout
 
 
-def test_machines_reach_each_other_by_name_and_by_address(
+def test_clones_reach_each_other_by_name_and_by_address(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network
 ) -> None:
     one, two, three = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two", "three"))
-    assert reaches(one, "three")  # it came when `one` was there already
+    assert reaches(one, "three")  # `three` joined after `one`
     assert reaches(three, "one")
     assert reaches(two, fcvm_network.address("one"))
     assert reaches(two, fcvm_network.address6("one"))
     assert reaches(two, "ip6-three")
     assert not reaches(two, fcvm_network.address6("four"))
-    assert one.http(80).get("/").status_code == 200  # its host ports are where they were
+    assert one.http(80).get("/").status_code == 200  # its host ports have not changed
     assert fcvm_network.names == ("one", "three", "two")
 
 
-def test_a_copy_of_a_machine_joins_under_a_name_and_an_address_of_its_own(
+def test_a_copy_of_a_clone_joins_under_its_own_name_and_address(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network
 ) -> None:
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
@@ -70,11 +71,13 @@ def test_a_copy_of_a_machine_joins_under_a_name_and_an_address_of_its_own(
     pages = {name: two.succeed(["perl", "-e", GET, name]) for name in ("one", "three")}
     assert "changed since" in pages["one"]
     assert "the origin" in pages["three"]
-    assert "changed since" in three.succeed(["perl", "-e", GET, "one"])  # not itself under its origin's address
+    assert "changed since" in three.succeed(
+        ["perl", "-e", GET, "one"]
+    )  # `three` does not reach itself at the origin's address
     assert reaches(three, "two")
 
 
-def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
+def test_a_partition_starts_and_ends_in_the_middle_of_a_test(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network, tmp_path: Path
 ) -> None:
     one, _ = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
@@ -83,7 +86,7 @@ def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
             assert not reaches(one, "two")
         assert reaches(one, "two")
     assert b"GET / HTTP/1.0" in capture.read_bytes()
-    fcvm_network.impair("two", "one", loss=1)  # what is asked arrives, and the answer does not
+    fcvm_network.impair("two", "one", loss=1)  # requests arrive, answers do not
     assert not reaches(one, "two")
     fcvm_network.heal()
     fcvm_network.impair(latency=0.2)
@@ -92,11 +95,11 @@ def test_a_partition_parts_and_heals_in_the_midst_of_a_test(
     assert monotonic() - began >= 0.8  # the handshake and the request are two round trips
 
 
-def test_a_card_notices_that_its_cable_is_out(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
+def test_a_nic_notices_that_its_link_is_down(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
     assert one.read_text("/sys/class/net/eth1/carrier") == "1\n"
     if one.engine == "firecracker":
-        with pytest.raises(EngineError, match="Firecracker cannot plug a attachment of VM one in or out"):
+        with pytest.raises(EngineError, match="the NICs of VM one cannot lose their link"):
             fcvm_network.link_down("one")
         return
     with fcvm_network.link_down("one"):
@@ -107,7 +110,7 @@ def test_a_card_notices_that_its_cable_is_out(fcvm_clone_factory: CloneFactory, 
     assert wait_until(lambda: reaches(two, "one"), Deadline(WAIT_S))
 
 
-def test_frames_out_of_order_are_put_in_order_by_tcp(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
+def test_tcp_reorders_frames_that_arrive_out_of_order(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
     two.succeed("head -c 300000 /dev/urandom > /var/www/html/file")
     fcvm_network.impair(reorder=0.2)
@@ -117,8 +120,8 @@ def test_frames_out_of_order_are_put_in_order_by_tcp(fcvm_clone_factory: CloneFa
     assert fcvm_network.counters()["two", "one"].reordered > 10
 
 
-@pytest.mark.skipif(not os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="it takes both engines")
-def test_machines_of_both_engines_are_on_one_network(
+@pytest.mark.skipif(not os.environ.get("FCVM_ENGINE", "").startswith("firecracker"), reason="it requires both engines")
+def test_clones_of_both_engines_share_a_network(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_spec: VmSpec, tmp_path: Path
 ) -> None:
     one = fcvm_clone_factory(name="one", network=fcvm_network)
@@ -136,7 +139,7 @@ def test_machines_of_both_engines_are_on_one_network(
         harness.close()
 
 
-def test_networks_know_nothing_of_each_other_and_a_machine_may_be_on_two(
+def test_networks_are_isolated_and_a_clone_may_be_on_two(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network, fcvm_network_factory: Callable[[], Network]
 ) -> None:
     other = fcvm_network_factory()
@@ -151,9 +154,7 @@ def test_networks_know_nothing_of_each_other_and_a_machine_may_be_on_two(
     assert reaches(inner, "both")
 
 
-def test_a_machine_that_is_reset_is_on_its_network_again(
-    fcvm_clone_factory: CloneFactory, fcvm_network: Network
-) -> None:
+def test_a_reset_clone_joins_its_network_again(fcvm_clone_factory: CloneFactory, fcvm_network: Network) -> None:
     one, two = (fcvm_clone_factory(name=name, network=fcvm_network) for name in ("one", "two"))
     two.reset()
     assert wait_until(lambda: reaches(one, "two"), Deadline(WAIT_S))
@@ -162,7 +163,7 @@ def test_a_machine_that_is_reset_is_on_its_network_again(
     assert fcvm_network.names == ("one",)
 
 
-def test_a_primary_and_two_replicas_lose_and_find_each_other(
+def test_replicas_survive_a_partition_from_their_primary(
     fcvm_clone_factory: CloneFactory, fcvm_network: Network, image: Callable[[str], str], fcvm_spec: VmSpec
 ) -> None:
     spec = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
@@ -184,14 +185,14 @@ def test_a_primary_and_two_replicas_lose_and_find_each_other(
     assert wait_until(lambda: has("far", "second"), Deadline(WAIT_S))
 
 
-def test_machines_of_several_images_start_together(
+def test_clones_of_several_images_start_together(
     fcvm_group: GroupFactory, image: Callable[[str], str], fcvm_spec: VmSpec
 ) -> None:
     redis = fcvm_spec.merged({"image": image("redis"), "ready": parse_ready("exec:redis-cli ping")})
-    ready = parse_ready(f"exec:perl -e '{PING}'")  # which is not so in a base, that is alone
-    app = fcvm_spec.merged({"ready": ready, "needs": ("cache",)})
-    with pytest.raises(UsageProblem, match="'app' needs 'db', which is not there"):
-        fcvm_group({"app": {"needs": "db"}})
+    ready = parse_ready(f"exec:perl -e '{PING}'")  # a base is alone, so this never succeeds there
+    app = fcvm_spec.merged({"ready": ready, "depends_on": ("cache",)})
+    with pytest.raises(UsageProblem, match="'app' depends on 'db', which is not in the group"):
+        fcvm_group({"app": {"depends_on": "db"}})
     with pytest.raises(FcvmError, match=r"^app: .*not ready"):
         fcvm_group({"cache": fcvm_spec, "app": app.merged({"ready_timeout_s": 3.0})})
     group = fcvm_group({"app": app, "cache": redis})
@@ -231,16 +232,16 @@ def test_a_switch_ends_with_a_run_that_is_killed(
         import time
         def test_it(fcvm_clone_factory, fcvm_network):
             fcvm_clone_factory(name="one", network=fcvm_network)
-            print("switch", fcvm_network._child.pid, flush=True)
+            print("UP", flush=True)
             time.sleep(600)
         """
     )
-    command = [sys.executable, "-m", "pytest", "-s", f"--fcvm-image={built_image('nginx')}"]
-    run = subprocess.Popen([*command, f"--fcvm-cache-dir={cold_cache}"], cwd=pytester.path, stdout=subprocess.PIPE)
+    arguments = [sys.executable, "-m", "pytest", "-s", f"--fcvm-image={built_image('nginx')}"]
+    run = subprocess.Popen([*arguments, f"--fcvm-cache-dir={cold_cache}"], cwd=pytester.path, stdout=subprocess.PIPE)
     assert run.stdout is not None
     with run.stdout as output:
-        pid = next(int(line.split()[-1]) for line in output if b"switch " in line)
-        assert Path(f"/proc/{pid}").exists()
+        assert any(line.strip().endswith(b"UP") for line in output)
+        (pid,) = [pid for pid in descendants(run.pid) if "network/program.py switch " in command(pid)]
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
     assert wait_until(lambda: not Path(f"/proc/{pid}").exists(), Deadline(10 * PATIENCE))

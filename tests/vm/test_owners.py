@@ -1,4 +1,4 @@
-"""On real VMs: whatever fails, is killed or ends halfway, no process, descriptor, thread or directory is left of it."""
+"""Real VMs that fail, are killed or end halfway leave no process, descriptor, thread or directory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm import FcvmError, Snapshot
+from pytest_fcvm import FcvmError
 from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.guest.agent import Agent
 from pytest_fcvm.guest.session import Session
 from pytest_fcvm.harness import Harness
 from pytest_fcvm.hookspecs import HARNESS
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.snapshot import copies
+from pytest_fcvm.snapshot import OpenSnapshot, copies
 from pytest_fcvm.snapshot.cloner import Cloner
 from tests.patience import PATIENCE
 
@@ -31,10 +31,10 @@ _WAIT_S = 30 * PATIENCE
 
 @pytest.fixture
 def harness(
-    pytestconfig: pytest.Config, fcvm_snapshot: Snapshot, tmp_path_factory: pytest.TempPathFactory
+    pytestconfig: pytest.Config, fcvm_snapshot: OpenSnapshot, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Harness]:
-    """A harness of this file's own, which makes nothing ahead."""
-    assert fcvm_snapshot  # made, so that the run has a harness
+    """A harness of this file's own, without prewarmed clones."""
+    assert fcvm_snapshot  # so that the run has a harness
     whole = pytestconfig.stash[HARNESS]
     assert isinstance(whole, Harness)
     harness = Harness(replace(whole._options, pool=0), shared_dir=tmp_path_factory.mktemp("shared"), announce=print)
@@ -43,13 +43,13 @@ def harness(
 
 
 @pytest.fixture
-def snapshot(harness: Harness, fcvm_snapshot: Snapshot) -> Snapshot:
-    """The snapshot of nginx, whose clones are all made on demand."""
+def snapshot(harness: Harness, fcvm_snapshot: OpenSnapshot) -> OpenSnapshot:
+    """The snapshot of nginx. All its clones are made on demand."""
     return harness.snapshot(fcvm_snapshot.spec, "test_owners.py")
 
 
 def _left(harness: Harness) -> tuple[set[str], set[str], set[str]]:
-    """Return directories of VMs, open files and threads, but for what is there once for all clones."""
+    """Return directories of VMs, open files and threads, except those that all clones share."""
     run, own = harness.supervisor.run_dir, set()
     for path in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -60,22 +60,9 @@ def _left(harness: Harness) -> tuple[set[str], set[str], set[str]]:
     return {path.name for path in run.iterdir()}, own, {name for name in threads if not name.startswith("fcvm-exits")}
 
 
-def _without_standby(snapshot: Snapshot) -> None:
-    """Give back the VMM that is started ahead of the next clone, and let no other follow."""
-    standbys = snapshot._cloner._spares
-    standbys.refill = lambda: None  # type: ignore[method-assign]
-    standbys._threads.join(_WAIT_S)
-    with standbys._lock:
-        standby, standbys._standby = standbys._standby, None
-    if standby is not None:
-        standby.kill()
-        if standby.disk:
-            standby.disk.close()
-
-
 @contextmanager
-def _nothing_left(harness: Harness, snapshot: Snapshot) -> Iterator[None]:
-    _without_standby(snapshot)
+def _nothing_left(harness: Harness, snapshot: OpenSnapshot) -> Iterator[None]:
+    snapshot._cloner.close()  # ends the standby VMM, and lets no other follow
     before = _settled(harness)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", ResourceWarning)
@@ -93,7 +80,7 @@ def _in_time() -> Deadline:
 
 
 def _settled(harness: Harness) -> tuple[set[str], set[str], set[str]]:
-    """Return what is left once the clones of earlier tests have gone."""
+    """Return what is left when the clones of earlier tests have ended."""
     gc.collect()
     seen: list[Any] = [None]
 
@@ -105,12 +92,12 @@ def _settled(harness: Harness) -> tuple[set[str], set[str], set[str]]:
     return seen[-1]  # type: ignore[no-any-return]
 
 
-def _fork(snapshot: Snapshot) -> None:
+def _fork(snapshot: OpenSnapshot) -> None:
     with snapshot.clone() as clone:
         clone.fork()
 
 
-def _join(snapshot: Snapshot, harness: Harness) -> None:
+def _join(snapshot: OpenSnapshot, harness: Harness) -> None:
     with harness.network() as network, snapshot.clone(name="one", networks=[network]):
         pass
 
@@ -120,7 +107,7 @@ _FAULTS: tuple[BaseException, ...] = (OSError(24, "Too many open files"), Keyboa
 
 
 def _fail_at(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, deed: Callable[..., None]) -> list[int]:
-    """Do something in the n-th call of a method, before its own work; return its calls."""
+    """Do something in the n-th call of a method, before its own work. Return the calls."""
     original, calls = getattr(owner, name), []  # type: ignore[var-annotated]
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -148,7 +135,7 @@ def _attempt(life: Callable[[], None]) -> None:
 @pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize(("owner", "step"), _CLONE_STEPS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_clone_that_fails_at_a_step_leaves_nothing(
-    harness: Harness, snapshot: Snapshot, owner: type, step: str, fault: BaseException
+    harness: Harness, snapshot: OpenSnapshot, owner: type, step: str, fault: BaseException
 ) -> None:
     with _nothing_left(harness, snapshot), pytest.MonkeyPatch.context() as patch:
         calls = _fail_at(patch, owner, step, 0, _raiser(fault))
@@ -160,10 +147,10 @@ def test_a_clone_that_fails_at_a_step_leaves_nothing(
 
 @pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.parametrize(
-    ("owner", "step", "number"), [(Agent, "park", 0), (copies, "snapshot_files", 0), (Snapshot, "clone", 1)]
+    ("owner", "step", "number"), [(Agent, "suspend", 0), (copies, "snapshot_files", 0), (OpenSnapshot, "clone", 1)]
 )
 def test_a_fork_that_fails_at_a_step_leaves_nothing(
-    harness: Harness, snapshot: Snapshot, owner: type, step: str, number: int, fault: BaseException
+    harness: Harness, snapshot: OpenSnapshot, owner: type, step: str, number: int, fault: BaseException
 ) -> None:
     with _nothing_left(harness, snapshot), pytest.MonkeyPatch.context() as patch:
         calls = _fail_at(patch, owner, step, number, _raiser(fault))
@@ -171,8 +158,10 @@ def test_a_fork_that_fails_at_a_step_leaves_nothing(
         assert len(calls) > number
 
 
-@pytest.mark.parametrize("step", ["start", "_identity", "park", "resume_session"])
-def test_a_vmm_that_is_killed_between_two_steps_leaves_nothing(harness: Harness, snapshot: Snapshot, step: str) -> None:
+@pytest.mark.parametrize("step", ["start", "_identity", "suspend", "resume_session"])
+def test_a_vmm_that_is_killed_between_two_steps_leaves_nothing(
+    harness: Harness, snapshot: OpenSnapshot, step: str
+) -> None:
     pids: list[int] = []
 
     def kill(*_: Any) -> None:
@@ -187,9 +176,11 @@ def test_a_vmm_that_is_killed_between_two_steps_leaves_nothing(harness: Harness,
 
 
 @pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
-def test_a_network_whose_clone_fails_leaves_nothing(harness: Harness, snapshot: Snapshot, fault: BaseException) -> None:
-    if not snapshot._parts.engine.private_networks(snapshot._parts.network.mode):
-        pytest.skip("its clones can be on no private network")
+def test_a_network_whose_clone_fails_leaves_nothing(
+    harness: Harness, snapshot: OpenSnapshot, fault: BaseException
+) -> None:
+    if not snapshot.inputs.engine.private_networks(snapshot.inputs.network.mode):
+        pytest.skip("clones of this engine can join no private network")
     for owner, step in ((Session, "start"), (RunningVm, "add_cleanup")):
         with _nothing_left(harness, snapshot), pytest.MonkeyPatch.context() as patch:
             calls = _fail_at(patch, owner, step, 0, _raiser(fault))
@@ -197,8 +188,8 @@ def test_a_network_whose_clone_fails_leaves_nothing(harness: Harness, snapshot: 
             assert calls
 
 
-def test_a_run_that_ends_while_clones_are_made_ahead_leaves_nothing(
-    pytester: pytest.Pytester, fcvm_snapshot: Snapshot
+def test_a_run_that_ends_while_clones_are_prewarmed_leaves_nothing(
+    pytester: pytest.Pytester, fcvm_snapshot: OpenSnapshot
 ) -> None:
     pytester.makepyfile(
         """

@@ -1,4 +1,4 @@
-"""Clones ahead of the tests, on real VMs: each is somebody of its own, in time, and replaced when it dies."""
+"""Prewarmed clones on real VMs: each has its own identity and the right time, and is replaced when it dies."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _PREWARM_S = 60 * PATIENCE
 
 
 def _came_from_the_pool(clone: Clone) -> bool:
-    return "wake" in dict(clone.timeline.phases)
+    return "resume" in dict(clone.timeline.phases)
 
 
-def _wait_for_one_asleep(snapshot: Snapshot) -> int:
-    """Wait until a clone sleeps in the pool and return the process id of its VMM."""
-    pool = snapshot._pool
+def _wait_for_a_paused_one(snapshot: Snapshot) -> int:
+    """Wait until the pool has a paused clone, and return the process id of its VMM."""
+    pool = snapshot.pool
     assert pool is not None
-    assert wait_until(lambda: pool._ready and pool._ready[0].paused, Deadline(_PREWARM_S))
-    return pool._ready[0].running.vm.pid
+    assert wait_until(lambda: pool.ready and pool.ready[0].paused, Deadline(_PREWARM_S))
+    return pool.ready[0].running.vm.pid
 
 
 def _who(clone: Clone) -> tuple[str, ...]:
@@ -37,12 +37,12 @@ def _who(clone: Clone) -> tuple[str, ...]:
 
 
 @pytest.mark.fcvm(ready="http:80/")
-def test_clones_from_the_pool_are_somebody_of_their_own_and_know_the_time(fcvm_snapshot: Snapshot) -> None:
+def test_clones_from_the_pool_have_their_own_identity_and_the_hosts_time(fcvm_snapshot: Snapshot) -> None:
     seen: list[tuple[str, ...]] = []
-    with fcvm_snapshot.clone() as first:  # made for this test, or ahead of it by one before
+    with fcvm_snapshot.clone() as first:  # made for this test, or prewarmed by an earlier one
         seen.append(_who(first))
     for _ in range(8):
-        _wait_for_one_asleep(fcvm_snapshot)
+        _wait_for_a_paused_one(fcvm_snapshot)
         with fcvm_snapshot.clone() as clone:
             assert _came_from_the_pool(clone)
             guest_ns, host_ns = int(clone.succeed("date +%s%N")), real_time_ns()
@@ -55,21 +55,21 @@ def test_clones_from_the_pool_are_somebody_of_their_own_and_know_the_time(fcvm_s
         assert len(set(values)) == len(seen), values
 
 
-def test_a_clone_that_dies_in_the_pool_costs_no_test(fcvm_snapshot: Snapshot) -> None:
+def test_a_clone_that_dies_in_the_pool_fails_no_test(fcvm_snapshot: Snapshot) -> None:
     with fcvm_snapshot.clone():
         lost = fcvm_snapshot.lost
-        os.kill(_wait_for_one_asleep(fcvm_snapshot), signal.SIGKILL)
-        pool = fcvm_snapshot._pool
+        os.kill(_wait_for_a_paused_one(fcvm_snapshot), signal.SIGKILL)
+        pool = fcvm_snapshot.pool
         assert pool is not None
-        assert wait_until(lambda: pool._ready[0].running.ended is not None, Deadline(10 * PATIENCE))
+        assert wait_until(lambda: pool.ready[0].running.ended is not None, Deadline(10 * PATIENCE))
         with fcvm_snapshot.clone() as clone:
             assert clone.succeed("echo alive") == "alive\n"
         assert fcvm_snapshot.lost == lost + 1
 
 
-def test_what_sleeps_takes_no_processor(fcvm_snapshot: Snapshot) -> None:
+def test_a_paused_clone_uses_no_cpu(fcvm_snapshot: Snapshot) -> None:
     with fcvm_snapshot.clone() as clone:
-        pid = _wait_for_one_asleep(fcvm_snapshot)
+        pid = _wait_for_a_paused_one(fcvm_snapshot)
         before = _ticks(pid)
         clone.succeed("sleep 2")
         assert _ticks(pid) - before <= 2

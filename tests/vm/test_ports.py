@@ -1,4 +1,4 @@
-"""Where a machine's ports are on the host: an address of each clone's own, IPv6, and numbers that cannot be had."""
+"""The ports of a clone on the host: a clone's own address, IPv6, and taken port numbers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def status(url: str) -> int:
         return int(answer.status)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="port 80 takes rights")
+@pytest.mark.skipif(os.geteuid() != 0, reason="port 80 requires privileges")
 @pytest.mark.parametrize("network", ["auto", "relay"])
-def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
+def test_clones_at_their_own_addresses_all_serve_the_guests_port(
     fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, network: str
 ) -> None:
     spec = fcvm_spec.merged({"network": parse_network(network), "own_address": True})
@@ -45,7 +45,7 @@ def test_clones_at_addresses_of_their_own_all_serve_the_guests_port(
 
 
 @pytest.mark.parametrize("network", ["auto", "relay", "user,egress"])
-def test_a_hundred_connections_stand_at_once_and_all_are_served(
+def test_a_hundred_connections_at_once_are_all_served(
     fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, network: str
 ) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network(network)}))
@@ -61,14 +61,14 @@ def test_a_hundred_connections_stand_at_once_and_all_are_served(
         assert threading.active_count() <= threads + 5, "no thread for each connection"
 
 
-def test_why_a_port_gives_no_answer_is_in_the_report(fcvm_clone: Clone) -> None:
+def test_the_report_says_why_a_port_does_not_answer(fcvm_clone: Clone) -> None:
     with socket.create_connection(fcvm_clone.endpoint(81), timeout=60) as client, pytest.raises(ConnectionResetError):
         client.recv(1)
-    told = "a connection to guest port 81 was reset: nothing listens there over IPv4, or on a loopback address alone"
-    assert fcvm_clone.evidence()["ports"] == told
+    reason = "a connection to guest port 81 was reset: nothing listens there on IPv4, or only on a loopback address"
+    assert fcvm_clone.evidence()["ports"] == reason
 
 
-def test_a_number_that_cannot_be_had_is_another_with_the_reason(fcvm_clone_factory: CloneFactory) -> None:
+def test_a_taken_port_number_is_replaced_with_a_warning(fcvm_clone_factory: CloneFactory) -> None:
     clone = fcvm_clone_factory(own_address=True)
     with socket.create_server(("0.0.0.0", 0)) as taken:
         number = taken.getsockname()[1]
@@ -79,7 +79,7 @@ def test_a_number_that_cannot_be_had_is_another_with_the_reason(fcvm_clone_facto
 
 
 class Greeter(BaseHTTPRequestHandler):
-    """Answers with what it was asked for, and how often."""
+    """Answer with the request's path, and the number of requests."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -111,7 +111,7 @@ def ask(clone: Clone, port: int, path: str) -> str:
 
 
 @pytest.mark.parametrize("network", ["auto", "relay"])
-def test_a_guest_reaches_the_ports_of_the_host_that_it_was_given_and_no_others(
+def test_a_guest_reaches_only_the_host_ports_that_it_was_given(
     fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, greeter: int, network: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -121,7 +121,7 @@ def test_a_guest_reaches_the_ports_of_the_host_that_it_was_given_and_no_others(
         assert "hello /one" in ask(clone, greeter, "/one")
         assert "hello /two" in ask(clone, greeter, "/two")
         assert "no way" in ask(clone, closed, "/")
-        assert ask(clone, 1, "/") == ""  # nobody listens there on the host: it is reset
+        assert ask(clone, 1, "/") == ""  # nothing listens there on the host, so the connection is reset
         assert "host port 1 was reset: Connection refused" in clone.evidence()["host ports"]
         (fork,) = clone.fork()
         assert "hello /fork" in ask(fork, greeter, "/fork")

@@ -1,4 +1,4 @@
-"""Whole pytest runs: workers, other runs at the same time, failures shared, reports, and death at any moment."""
+"""Whole pytest runs: workers, other runs at the same time, shared failures, reports, and death at any moment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def own_runtime() -> Iterator[Path]:
-    """Return a directory for run directories that no other process uses; short, for sockets' sake."""
+    """Return a directory for run directories that no other process uses. Its path is short because of sockets."""
     with tempfile.TemporaryDirectory(prefix="fcvm-", dir="/tmp") as directory:
         yield Path(directory)
 
@@ -32,7 +32,10 @@ def run(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Path
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, name: str = "nginx", env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        command = ["env", "--default-signal"]  # a shell's background job ignores Ctrl-C, and hands that down
+        command = [
+            "env",
+            "--default-signal",
+        ]  # a background job of a shell ignores Ctrl-C, and its children inherit that
         command += [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", f"--fcvm-image={image(name)}"]
         command += [f"--fcvm-cache-dir={cold_cache}", *arguments]
         process = subprocess.Popen(
@@ -99,7 +102,9 @@ def test_five_specs_on_four_workers_build_five(run: Run, pytester: pytest.Pytest
     assert count(output, "snapshots built") == 5
 
 
-def test_two_runs_at_once_build_once_and_the_other_says_whom_it_waits_for(run: Run, pytester: pytest.Pytester) -> None:
+def test_of_two_runs_at_once_one_builds_and_the_other_says_what_it_waits_for(
+    run: Run, pytester: pytest.Pytester
+) -> None:
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     outputs = [ends(process) for process in (run(), run())]
     assert [code for code, _ in outputs] == [0, 0], outputs
@@ -143,8 +148,8 @@ def test_a_failing_test_shows_log_console_and_timeline(run: Run, pytester: pytes
     assert "GET / HTTP" in kept.read_text()
 
 
-@pytest.mark.parametrize("chosen", ["test_", "test_second"])  # the test that has the snapshot built is another, or not
-def test_who_holds_the_only_clone_is_named_by_its_test(
+@pytest.mark.parametrize("chosen", ["test_", "test_second"])  # the snapshot is built for another test, or for this one
+def test_the_error_names_the_test_that_holds_the_only_clone(
     run: Run, pytester: pytest.Pytester, own_runtime: Path, chosen: str
 ) -> None:
     pytester.makepyfile(
@@ -162,9 +167,8 @@ def test_who_holds_the_only_clone_is_named_by_its_test(
             fcvm_clone_factory(snapshot)
         """
     )
-    code, output = ends(
-        run("-k", chosen, "--fcvm-max-clones=1", "--fcvm-pool=0", env={"XDG_RUNTIME_DIR": str(own_runtime)})
-    )
+    own = {"XDG_RUNTIME_DIR": str(own_runtime)}
+    code, output = ends(run("-k", chosen, "--fcvm-max-clones=1", "--fcvm-pool=0", env=own))
     assert code == 1
     assert re.search(r"HostError: .*held by \S+::test_second ", output), output
 
@@ -179,7 +183,7 @@ def test_a_second_run_starts_its_first_test_soon(run: Run, pytester: pytest.Pyte
 
 
 def processes_of(*places: Path) -> list[int]:
-    """Return the processes that work in one of the places, or name it on their command line, ourselves left out."""
+    """Return the processes, except this one, that work in one of the directories or name it on their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -230,7 +234,7 @@ def test_nothing_is_left_after_sigkill(
     died = monotonic()
     gone = wait_until(lambda: not processes_of(cold_cache, own_runtime), Deadline(10 * PATIENCE))
     assert gone, processes_of(cold_cache, own_runtime)
-    assert monotonic() - died < 5  # 1 s on an idle machine
+    assert monotonic() - died < 5  # 1 s on an idle host
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     code, output = ends(run(env=env))
     assert code == 0, output

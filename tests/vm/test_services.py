@@ -61,7 +61,9 @@ def _mariadb(clone: Clone) -> None:
 
 def _rabbitmq(clone: Clone) -> None:
     assert b"RabbitMQ" in _talk(clone, 5672, b"AMQP\0\0\x09\x01", b"RabbitMQ")  # Connection.Start
-    assert "pong" in clone.succeed(["rabbitmqctl", "eval", "pong."], timeout=_TIMEOUT_S)  # finds the node by its name
+    assert "pong" in clone.succeed(
+        ["rabbitmqctl", "eval", "pong."], timeout=_TIMEOUT_S
+    )  # it finds the node by its name
 
 
 def _mongo(clone: Clone) -> None:
@@ -94,11 +96,11 @@ def _systemd(clone: Clone) -> None:
 
 @dataclass(frozen=True)
 class Service:
-    """How one of them is asked, and the options that its page asks for too: passwords, memory of a large heap."""
+    """How a test talks to an image, and the options that the image requires: passwords, memory for a large heap."""
 
     ask: Callable[[Clone], object]
     options: dict[str, Any] = field(default_factory=dict)
-    short: bool = False  # one of the minute that is in `make test`
+    short: bool = False  # part of `make test`, which spends a minute on these
 
 
 SERVICES = {
@@ -120,14 +122,14 @@ SERVICES = {
 }
 
 
-def test_every_image_is_asked() -> None:
+def test_every_image_has_a_test() -> None:
     assert set(SERVICES) == {*RECIPES, *LAYERS}
 
 
 @pytest.mark.parametrize("name", [name for name in SERVICES if SERVICES[name].short or os.environ.get(ALL)])
-def test_it_answers_from_its_clones(name: str, fcvm_snapshot_factory: SnapshotFactory) -> None:
+def test_an_image_answers_from_its_clones(name: str, fcvm_snapshot_factory: SnapshotFactory) -> None:
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        pytest.skip(f"needs {', '.join(missing)}: run `make test-images`, which installs them")
+        pytest.skip(f"requires {', '.join(missing)}: run `make test-images`, which installs them")
     directory = _ROOT / ".demo"
     directory.mkdir(exist_ok=True)
     service = SERVICES[name]

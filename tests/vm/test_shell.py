@@ -27,7 +27,7 @@ def command(built_image: Callable[[str], str]) -> list[str]:
 
 
 class Screen:
-    """The far end of a terminal: what was printed so far, and somebody who types."""
+    """The far end of a terminal: it records the output and types."""
 
     def __init__(self, controlling: int) -> None:
         self.descriptor, self.text = controlling, ""
@@ -41,7 +41,7 @@ class Screen:
             assert select.select([self.descriptor], [], [], deadline.remaining())[0], self.text
             try:
                 self.text += os.read(self.descriptor, 65536).decode("utf-8", "replace")
-            except OSError as error:  # EIO: nobody has it open any more
+            except OSError as error:  # EIO: the other end is closed
                 raise AssertionError(self.text) from error
         self.text = self.text[found.end() :]
         return found
@@ -61,7 +61,7 @@ def _terminal(command: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Scr
         os.close(program)
 
 
-def test_a_shell_on_a_terminal_is_typed_on_resized_interrupted_and_ends_with_its_code(command: list[str]) -> None:
+def test_a_shell_on_a_terminal_takes_input_resizes_and_interrupts_and_returns_its_exit_code(command: list[str]) -> None:
     with _terminal(command) as (process, screen, program):
         before = termios.tcgetattr(program)
         screen.wait_for("[#$] $")
@@ -82,7 +82,7 @@ def test_a_shell_on_a_terminal_is_typed_on_resized_interrupted_and_ends_with_its
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_the_terminal_is_as_it_was_after_any_death(command: list[str], number: int) -> None:
+def test_the_terminal_is_restored_however_the_shell_ends(command: list[str], number: int) -> None:
     with _terminal(command) as (process, screen, program):
         before = termios.tcgetattr(program)
         screen.wait_for("[#$] $")
@@ -94,7 +94,7 @@ def test_the_terminal_is_as_it_was_after_any_death(command: list[str], number: i
         assert wait_until(lambda: termios.tcgetattr(program) == before, Deadline(10 * PATIENCE))
 
 
-def test_a_command_on_pipes_has_our_input_output_errors_and_code(command: list[str]) -> None:
+def test_a_command_on_pipes_passes_stdin_stdout_stderr_and_exit_code(command: list[str]) -> None:
     script = "read line; echo got $line; echo wrong >&2; test -t 0 || exit 5"
     done = subprocess.run(
         [*command, "--", "sh", "-c", script], input=b"hello\n", capture_output=True, timeout=_START_S, check=False
@@ -103,7 +103,7 @@ def test_a_command_on_pipes_has_our_input_output_errors_and_code(command: list[s
     assert done.stderr.endswith(b"wrong\n")
 
 
-def test_without_an_image_it_says_how_to_name_one() -> None:
+def test_without_an_image_the_shell_says_how_to_name_one() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest_fcvm.cli", "shell"], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""An image whose command is systemd: it is process 1 of a whole system, cloned while it runs."""
+"""An image whose command is systemd: process 1 of a whole system, cloned while it runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_clone_starts_and_stops_units_of_its_own(fcvm_snapshot: Snapshot) -> N
         assert first.read_text("/etc/machine-id") != second.read_text("/etc/machine-id")
 
 
-def test_commands_are_beside_the_units_and_leave_them_alone(fcvm_clone: Clone) -> None:
+def test_commands_run_beside_the_units_and_do_not_affect_them(fcvm_clone: Clone) -> None:
     own = fcvm_clone.succeed("cat /proc/self/cgroup")
     assert own == "0::/fcvm\n"
     assert fcvm_clone.succeed("cat /proc/1/cgroup") == "0::/init.scope\n"
@@ -48,6 +48,6 @@ def test_commands_are_beside_the_units_and_leave_them_alone(fcvm_clone: Clone) -
     assert "nginx.service" in fcvm_clone.succeed("systemctl status --no-pager nginx")
 
 
-def test_it_stops_as_a_system_does(fcvm_clone: Clone) -> None:
+def test_stop_shuts_the_system_down(fcvm_clone: Clone) -> None:
     status = fcvm_clone.stop(120)
-    assert status.signal == signal.SIGINT, status  # reboot(2): so ends the init of a PID namespace that was halted
+    assert status.signal == signal.SIGINT, status  # reboot(2): the init of a halted PID namespace ends so

@@ -1,4 +1,4 @@
-"""The time of day in clones: the host's, on every way to one, and never set back."""
+"""The time of day in clones: it is the host's, however the clone was made, and never goes back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 
 WAIT_S = 30
 SKEW_NS = 5_000_000
-# Of clones that come to life at once on fewer CPUs: the answer and the time wait for their turns, unequally.
+# For clones that resume at once on fewer CPUs: the answer and the time wait for a CPU, but not equally long.
 CROWDED_NS = 20 * SKEW_NS
-# Port 5400 tells the time, port 5401 by how many ns it has ever run back.
-# (clock_gettime is system call 228 of x86-64: what is in the image has no module for it.)
+# Port 5400 returns the time, port 5401 by how many ns it has ever gone back.
+# (clock_gettime is system call 228 of x86-64: the image has no module for it.)
 PROGRAM = """
 use IO::Socket::INET;
 sub now {
@@ -50,7 +50,7 @@ def start_clock(base: Clone) -> None:
 
 @pytest.fixture
 def snapshot(fcvm_snapshot_factory: SnapshotFactory) -> Iterator[Snapshot]:
-    """A snapshot of a guest that tells the time."""
+    """A snapshot of a guest that returns the time."""
     return fcvm_snapshot_factory(prepare=Prepare(start_clock, version="1"))
 
 
@@ -60,16 +60,16 @@ def ask(clone: Clone, port: int) -> int:
 
 
 def check_time(clone: Clone, skew_ns: int = SKEW_NS) -> None:
-    """What the guest says is between the host's times before and after, but for some milliseconds."""
+    """Check that the guest's time is between the host's times before and after, give or take some milliseconds."""
     for _ in range(5):
         asked = time.time_ns()
-        told = ask(clone, 5400)
+        guest_ns = ask(clone, 5400)
         had = time.time_ns()
-        assert asked - skew_ns <= told <= had + skew_ns, f"skew {(told - (asked + had) / 2) / 1e6:.1f} ms"
+        assert asked - skew_ns <= guest_ns <= had + skew_ns, f"skew {(guest_ns - (asked + had) / 2) / 1e6:.1f} ms"
 
 
-def test_a_clone_has_the_hosts_time_however_it_was_made(snapshot: Snapshot) -> None:
-    with snapshot.clone(name="named") as clone:  # made when it is asked for
+def test_every_kind_of_clone_has_the_hosts_time(snapshot: Snapshot) -> None:
+    with snapshot.clone(name="named") as clone:  # made on demand
         check_time(clone)
         (fork,) = clone.fork()
         check_time(fork)
@@ -81,11 +81,11 @@ def test_a_clone_has_the_hosts_time_however_it_was_made(snapshot: Snapshot) -> N
         clone.resume()
         check_time(clone)
     for _ in range(4):
-        with snapshot.clone() as clone:  # from the pool, where there is one
+        with snapshot.clone() as clone:  # from the pool, if there is one
             check_time(clone)
 
 
-def test_six_clones_that_are_made_at_once_have_the_hosts_time(snapshot: Snapshot) -> None:
+def test_six_clones_made_at_once_have_the_hosts_time(snapshot: Snapshot) -> None:
     with ExitStack() as stack, ThreadPoolExecutor(6) as workers:
         clones = list(workers.map(lambda number: snapshot.clone(name=f"six-{number}"), range(6)))
         for clone in clones:
@@ -99,7 +99,7 @@ def test_six_clones_that_are_made_at_once_have_the_hosts_time(snapshot: Snapshot
     [lambda clone: (clone.pause(), clone.resume()), lambda clone: clone.snapshot().close()],
     ids=["pause", "snapshot"],
 )
-def test_the_time_never_runs_back(snapshot: Snapshot, act: Callable[[Clone], object]) -> None:
+def test_the_time_never_goes_back(snapshot: Snapshot, act: Callable[[Clone], object]) -> None:
     with snapshot.clone() as clone:
         for _ in range(10):
             act(clone)

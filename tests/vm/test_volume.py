@@ -1,4 +1,4 @@
-"""Much of everything: nothing stalls, nothing is lost that a reader was there for."""
+"""Large amounts of data: nothing stalls, and no byte is lost that a reader waits for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_five_hundred_commands_at_once(fcvm_clone: Clone) -> None:
     assert [int(result.stdout) for result in results] == list(range(500))
 
 
-def test_a_reader_that_does_not_read_stalls_nobody(fcvm_clone: Clone) -> None:
+def test_a_reader_that_does_not_read_stalls_no_other(fcvm_clone: Clone) -> None:
     stalled = fcvm_clone.popen(["cat", "/dev/zero"])
     try:
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""The guest kernel of pytest-fcvm for x86_64: bzImage, its configuration, and what it was built from.
+"""The guest kernel of pytest-fcvm for x86_64: bzImage, its configuration and its sources.
 
-Nothing is imported from here: pytest-fcvm looks for this package's folder and takes `bzImage` out of it.
+pytest-fcvm does not import this package: it finds the package's directory and reads `bzImage` there.
 """

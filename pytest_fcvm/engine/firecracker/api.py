@@ -1,6 +1,6 @@
-"""Firecracker's API: one line per call, over HTTP on a Unix socket.
+"""Firecracker's API: one line for each call, over HTTP on a Unix socket.
 
-The calls are those of the OpenAPI file that Firecracker publishes with each release (src/firecracker/swagger).
+The calls are those of the OpenAPI file in each release of Firecracker (src/firecracker/swagger).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pytest_fcvm.engine.firecracker.faults import explain_fault
-from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version
+from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.errors import EngineError, UsageProblem
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ _TIMEOUT_S = 60.0  # one call
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the API. `path` may hold `{id}`; `since` is the first version that has the call.
+    """One call of the API. `path` may hold `{id}`. `since` is the first version that has the call.
 
-    `fields_since` names the fields of its body that came later than the oldest version that we use.
+    `fields_since` has the first version of each field that is newer than the oldest version that we use.
     """
 
     method: str
@@ -122,17 +122,17 @@ VM = Call("PATCH", "/vm")
 VSOCK = Call("PUT", "/vsock")
 
 CALLS: tuple[Call, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Call))
-"""Every call that there is."""
+"""All calls."""
 
 
 class NoAnswer(EngineError):
-    """Nobody answered a call: Firecracker has ended, or hangs."""
+    """Firecracker did not answer a call: it has ended, or it hangs."""
 
 
 class Api:
-    """The API of one Firecracker process. Every method may be called from any thread; Firecracker does one at a time.
+    """The API of one Firecracker process. Any thread may call any method; one call runs at a time.
 
-    `transport` is how the socket is reached; tests give another one.
+    `transport` connects to the socket; tests pass another one.
     """
 
     def __init__(
@@ -141,16 +141,17 @@ class Api:
         import httpx
 
         self._version = version
-        self._one_at_a_time = threading.Lock()  # and no answer is cut off by `close`
+        self._one_at_a_time = threading.Lock()  # `close` takes it too, so that every call gets its answer
         transport = transport or httpx.HTTPTransport(
             uds=str(socket), verify=_unused_tls(), limits=httpx.Limits(max_connections=1, keepalive_expiry=None)
         )
         self._client = httpx.Client(transport=transport, base_url=_BASE_URL, timeout=_TIMEOUT_S, trust_env=False)
 
     def send(self, call: Call, body: Mapping[str, Any] | None = None, *, timeout_s: float = _TIMEOUT_S) -> Any:
-        """Make one call and return its answer, None where it has none. It must come within `timeout_s`.
+        """Make one call and return its answer, None where it has none. Wait for at most `timeout_s`.
 
-        Raise UsageProblem for what this version does not know, an error of ours with a hint for a refusal, NoAnswer.
+        Raise UsageProblem for a call or field that this version lacks, NoAnswer, and the error of `explain_fault` for a
+        refusal.
         """
         import httpx
 
@@ -166,16 +167,8 @@ class Api:
             raise explain_fault(str(call), answer.status_code, _fault_of(answer))
         return answer.json() if answer.content else None
 
-    def ask_version(self) -> FirecrackerVersion:
-        """Return the version that Firecracker itself tells. Raise EngineError when it tells none."""
-        said = self.send(VERSION)
-        version = parse_version(str(said.get("firecracker_version"))) if isinstance(said, dict) else None
-        if version is None:
-            raise EngineError(f"Firecracker does not tell its version: {said!r}")
-        return version
-
     def close(self) -> None:
-        """Close the connection, once a call that is under way has its answer."""
+        """Close the connection, after a running call has its answer."""
         with self._one_at_a_time:
             self._client.close()
 
@@ -196,7 +189,7 @@ class Api:
 
 @functools.cache
 def _unused_tls() -> ssl.SSLContext:
-    """Return what httpx would make anew for each VM, though there is no TLS: 20 ms with certificates, 1 without."""
+    """Return one TLS context for all VMs. httpx would make one per VM: 20 ms with certificates, 1 ms without."""
     import httpx
 
     return httpx.create_ssl_context(verify=False)
@@ -209,7 +202,7 @@ def _too_old(what: str, since: tuple[int, int, int], version: FirecrackerVersion
 
 def _fault_of(answer: httpx.Response) -> str:
     with suppress(ValueError):
-        said = answer.json()
-        if isinstance(said, dict) and "fault_message" in said:
-            return str(said["fault_message"])
+        body = answer.json()
+        if isinstance(body, dict) and "fault_message" in body:
+            return str(body["fault_message"])
     return answer.text

@@ -1,4 +1,4 @@
-"""The engine: probe this host's Firecracker, boot bases, restore clones."""
+"""The Firecracker engine: probe this host's Firecracker, boot bases, prepare clones."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from pytest_fcvm.engine.firecracker.vm_dir import VmDir
 from pytest_fcvm.engine.kvm import SmokeTimeout, cached_or_probe, explain_missing_device
 from pytest_fcvm.engine.launch import Launched, check_memory_file, launch
 from pytest_fcvm.engine.protocol import Accelerator, BootPlan, EngineReport, GuestFiles, RestorePlan, VmShape
-from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, GuestTimeout, HostError, UsageProblem
 from pytest_fcvm.host.own import os, shutil
 from pytest_fcvm.host.supervisor.protocol import Spawner
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode
-from pytest_fcvm.network.netns.server import NICS
+from pytest_fcvm.network.addresses import NICS
 
 __all__ = ["FirecrackerEngine"]
 
@@ -46,17 +45,18 @@ _INSTALL_HINT = "where KVM works: fcvm setup firecracker, or name one with --fcv
 _EMULATE_HINT = "use --fcvm-engine qemu, which emulates where KVM does not work"
 _NO_JAIL_HINT = "leave out --fcvm-jailer, and QEMU emulates where KVM does not work"
 _SMOKE_SHAPE = VmShape(mem_mib=256, cpus=1)
+_VMM_MIB = 40
 
 
 class FirecrackerEngine:
-    """Firecracker on KVM.
+    """Firecracker on KVM. With `jailed`, each VM runs in a jail.
 
-    `cache_dir` keeps what was found out about this host; with `jailed` each VM is in a jail. Every method may be called
-    from any thread, `probe` first.
+    `cache_dir` keeps what a probe finds out about this host. Call `probe` first. Any thread may call any method.
     """
 
     networks: tuple[NetworkMode, ...] = (NetworkMode.RELAY, NetworkMode.ROOTLESS, NetworkMode.BRIDGE)
-    joins_namespaces = True  # it opens its cards, which are tap devices, by name
+    joins_namespaces = True  # Firecracker opens the tap devices of its NICs by name
+    vmm_mib = _VMM_MIB
 
     def __init__(
         self,
@@ -78,21 +78,21 @@ class FirecrackerEngine:
         return "firecracker"
 
     def check(self, shape: VmShape) -> None:
-        """Raise UsageProblem for metadata without the network card that serves it."""
+        """Raise UsageProblem for metadata without the NIC that serves it."""
         if shape.metadata and not shape.network.uses_netns:
             raise UsageProblem(
-                f"metadata is served by a network card, and the network {shape.network} has none here",
+                f"metadata needs a NIC, and a VM of Firecracker has none on the network {shape.network}",
                 hint="use --fcvm-network rootless, or bridge",
             )
 
     def private_networks(self, mode: NetworkMode) -> int:
-        """Return how many private networks a clone can be on; its cards are in a namespace."""
+        """Return how many private networks a clone can join; its NICs need a network namespace."""
         return len(NICS) - 1 if mode.uses_netns else 0
 
     def probe(self, smoke: GuestFiles) -> EngineReport:
-        """Say whether Firecracker works here: it does when `smoke` has booted under it. Cached on disk.
+        """Report whether Firecracker works on this host: whether `smoke` boots. Cached on disk.
 
-        Never raises for what this host lacks: the report says it.
+        Never raise for what this host lacks: the report says it.
         """
         try:
             return self._probe(smoke)
@@ -100,39 +100,35 @@ class FirecrackerEngine:
             return EngineReport(engine=self.name, usable=False, reason=error.message, hint=error.hint)
 
     def boot(self, plan: BootPlan) -> FirecrackerVm:
-        """Start a base. Raise EngineError or HostError with Firecracker's own words."""
+        """Start a base. Raise EngineError or HostError with Firecracker's message."""
         kernel = {KERNEL: plan.files.vmlinux(), INITRAMFS: plan.files.initramfs}
-        with self._new_vm_dir(plan.name) as home:
-            home.put({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
-            launched = self._launch(plan.name, home, plan.namespace)
+        with self._new_vm_dir(plan.name) as vm_dir:
+            vm_dir.stage({**kernel, **drive_inputs(plan.files.rootfs, plan.disk)}, changed=(SCRATCH,))
+            launched = self._launch(plan.name, vm_dir, plan.namespace)
         with ExitStack() as undo:
             undo.callback(launched.discard)
             calls = boot_calls(plan.shape, plan.metadata)
-            vm = FirecrackerVm(plan.name, home, launched, self._ready().version, calls, memory=plan.memory)
+            vm = FirecrackerVm(plan.name, vm_dir, launched, self._ready().version, calls, memory=plan.memory)
             vm.start()
             undo.pop_all()
         return vm
 
-    def restore(self, plan: RestorePlan) -> FirecrackerVm:
-        """Start a clone, and return when it runs."""
-        return started(self.prepare(plan))
-
     def prepare(self, plan: RestorePlan) -> FirecrackerVm:
-        """Spawn a clone's Firecracker and return at once. It opens its API and then waits for `FirecrackerVm.start`."""
+        """Spawn a clone's Firecracker and return at once. It opens its API and waits for `FirecrackerVm.start`."""
         files, version = plan.files, self._ready().version
         check_memory_file(files.memory, plan.shape.mem_mib)
         inputs = {STATE: files.state, MEMORY: files.memory, **drive_inputs(files.rootfs, None)}
         with ExitStack() as undo:
-            with self._new_vm_dir(plan.name) as home:
-                if disk := home.put_disk(files.disk) if files.disk else None:
+            with self._new_vm_dir(plan.name) as vm_dir:
+                if disk := vm_dir.stage_disk(files.disk) if files.disk else None:
                     undo.callback(disk.close)
                     del inputs[SCRATCH]
-                home.put(inputs)
-                launched = self._launch(plan.name, home, plan.namespace)
+                vm_dir.stage(inputs)
+                launched = self._launch(plan.name, vm_dir, plan.namespace)
             undo.callback(launched.discard)
             vm = FirecrackerVm(
                 plan.name,
-                home,
+                vm_dir,
                 launched,
                 version,
                 load_calls(plan.metadata),
@@ -145,12 +141,12 @@ class FirecrackerEngine:
         return vm
 
     def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
-        """Return what of the base's set-up changes what a clone is: part of the snapshot's key."""
+        """Return the part of a base's API calls that changes what a clone is. It enters the snapshot's key."""
         return key_arguments(shape)
 
     @contextmanager
     def _new_vm_dir(self, name: str) -> Iterator[VmDir]:
-        """Make a directory for a VM, which is removed again when no VM comes of it."""
+        """Make a directory for a VM. Remove the directory when the block fails."""
         directory = self._spawner.make_dir(name)
         try:
             yield JailDir(directory, self._jailer) if self._jailer else VmDir(directory)
@@ -158,18 +154,18 @@ class FirecrackerEngine:
             shutil.rmtree(directory, ignore_errors=True)
             raise
 
-    def _launch(self, name: str, home: VmDir, namespace: Namespace | None) -> Launched:
-        passed = dict(home.descriptors)
+    def _launch(self, name: str, vm_dir: VmDir, namespace: Namespace | None) -> Launched:
+        passed = dict(vm_dir.descriptors)
         if namespace:
             passed |= {NET_FD: namespace.net} | ({USER_FD: namespace.user} if namespace.user is not None else {})
-        with home.mounts() as mounts:
+        with vm_dir.mounts() as mounts:
             if mounts is not None:
                 passed[MOUNTS_FD] = mounts
             argv = enter_command(namespace, mounts=mounts is not None)
-            argv += home.command(self._ready().binary, name)
+            argv += vm_dir.command(self._ready().binary, name)
             argv += ["--api-sock", API_SOCKET, "--level", "Warning", "--metrics-path", METRICS_FILE]
-            directory = home.directory
-            return launch(self._spawner, name, argv, wires=(), loose=(), files=passed, directory=directory)
+            directory = vm_dir.directory
+            return launch(self._spawner, name, argv, sockets=(), unconnected=(), files=passed, directory=directory)
 
     def _ready(self) -> Installation:
         if self._installation is None:
@@ -214,7 +210,7 @@ class FirecrackerEngine:
     def _smoke(self, smoke: GuestFiles) -> str:
         """Boot a kernel. Return why that failed, "" when its agent came up. Raise SmokeTimeout."""
         plan = BootPlan(name="smoke", shape=_SMOKE_SHAPE, files=smoke, memory=Path("/dev/null"))
-        smoke.vmlinux()  # what fails in unpacking it says nothing about KVM
+        smoke.vmlinux()  # here, because a failure to unpack the kernel says nothing about KVM
         with ExitStack() as stack:
             try:
                 vm = self.boot(plan)

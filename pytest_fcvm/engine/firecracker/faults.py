@@ -1,6 +1,6 @@
-"""Firecracker's refusals as errors of ours: who must act, and what to do.
+"""Turn Firecracker's refusals into our errors, with a hint for the user.
 
-The texts are those of Firecracker 1.14 to 1.16; one that is not known stays an EngineError in its own words.
+The patterns match the messages of Firecracker 1.14 to 1.16. Any other message becomes an EngineError without a hint.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _FAULTS = (
 def explain_fault(call: str, status: int, message: str) -> FcvmError:
     """Return the error for a call that Firecracker refused with an HTTP status and a fault message."""
     words = re.sub(r"\s*\\?\n", " ", message).strip()
-    if status == 503:  # its server takes ten connections
+    if status == 503:  # the API accepts ten connections
         return EngineError(f"Firecracker has too many connections: {call}", hint="close other clients of its API")
     for known in _FAULTS:
         if known.pattern.search(words):

@@ -1,11 +1,11 @@
-"""Firecracker in its jailer (its docs/jailer.md): as a user of its own, with nothing of the host but what it is given.
+"""Run Firecracker in its jailer (its docs/jailer.md): each VM has its own user, and sees only the files staged for it.
 
-The jailer makes BASE/PROGRAM/ID/root its root. A mount namespace of the VM's own puts a directory of the VM's directory
-there, and the files that it reads into that. So nothing is copied but the program, and nothing is left to clean up but
-the directory.
+The jailer makes BASE/PROGRAM/ID/root the root of the VMM. Each VM has a mount namespace, which binds a directory of
+ours there, and binds the VM's input files into that directory. Only the program is copied, and only the VM's directory
+is left to remove.
 
-What is in that directory is the jailed program's to replace at any time: nothing of ours is written there once it runs, no
-link is followed, and what it has written is looked at where it cannot reach.
+The VMM may replace the files in that directory at any time. So we write nothing there while the VMM runs, follow no
+link, and move the VMM's output to another directory before we check it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.firecracker.requests import SCRATCH
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.firecracker.vm_dir import VmDir
-from pytest_fcvm.engine.launch import unreadable
-from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.launch import read_error
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
+from pytest_fcvm.host.files import read_tail
 from pytest_fcvm.host.mounts import open_mounts
 from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import find_tool, run_tool
@@ -34,11 +34,11 @@ __all__ = ["JailDir", "Jailer", "NotJailed", "find_jailer"]
 
 _PROGRAM = "jailer"
 _TIMEOUT_S = 30.0
-_GROUP = 1 << 30  # of all cells: it reads what they share. No system gives ids of that size to anybody
+_GROUP = 1 << 30  # of all jails: it may read the files that they share. No system assigns ids of this size
 _serials = itertools.count()
-# The jailer ends with a line for people and one for Rust's; it runs before Firecracker can say anything.
-_LAST_WORDS = re.compile(r"\A(?P<words>[A-Z].*)\nError: ")
-_HINT = "in a container the jailer takes CAP_SYS_ADMIN and CAP_MKNOD; or leave out --fcvm-jailer"
+# The jailer runs before Firecracker can print anything. It ends with a message and with Rust's text for the same error.
+_FINAL_OUTPUT = re.compile(r"\A(?P<words>[A-Z].*)\nError: ")
+_HINT = "in a container, give the jailer CAP_SYS_ADMIN and CAP_MKNOD; or leave out --fcvm-jailer"
 _NOT_STATIC = "Failed to exec into Firecracker: No such file"
 
 
@@ -55,30 +55,30 @@ class Jailer:
 
 
 class JailDir(VmDir):
-    """The home of a jailed Firecracker: it has a user of its own there, and writes files that are then taken out."""
+    """The directory of a jailed Firecracker, which runs as its own user. Files that it writes are collected from it."""
 
     def __init__(self, directory: Path, jailer: Jailer) -> None:
         super().__init__(directory)
-        self.root = directory / "cell"
+        self.root = directory / "root"
         self.root.mkdir(mode=0o700)
         self._jailer, self._user = jailer, _next_user()
         self._id = re.sub(r"[^A-Za-z0-9-]", "-", directory.name)
         self._base = directory / "jail"
         self._inputs: dict[str, Path] = {}
 
-    def put(self, inputs: Mapping[str, Path], *, changed: tuple[str, ...] = ()) -> None:
-        """Let it find files under names of ours, and write to those that are `changed`."""
+    def stage(self, inputs: Mapping[str, Path], *, changed: tuple[str, ...] = ()) -> None:
+        """Give Firecracker files under these names, and write access to those in `changed`."""
         for name, path in inputs.items():
-            _open_to_cells(path, writes=name in changed)
+            _open_to_jails(path, writes=name in changed)
             (self.root / name).touch()
             self._inputs[name] = path
 
-    def put_disk(self, image: Path) -> Disk:
-        """Let it find a private copy of a scratch disk's image. Raise HostError without room."""
-        place = self.root / SCRATCH
-        disk = Disk.copy_of(image, place)
+    def stage_disk(self, image: Path) -> Disk:
+        """Give Firecracker a private copy of a scratch disk's image, and return it. Raise HostError without room."""
+        path = self.root / SCRATCH
+        disk = Disk.copy_of(image, path)
         try:
-            self.admit(place)
+            self.grant(path)
         except BaseException:
             disk.close()
             raise
@@ -86,87 +86,87 @@ class JailDir(VmDir):
 
     @contextmanager
     def mounts(self) -> Iterator[int | None]:
-        """Lend a mount namespace in which its root is whole. Raise HostError."""
+        """Yield a mount namespace in which the jail's root has all input files. Raise HostError."""
         root = self._base / self._jailer.firecracker.name / self._id / "root"
         root.mkdir(parents=True)
-        places = ((path, root / name) for name, path in self._inputs.items())
-        descriptor = open_mounts([(self.root, root), *places])
+        binds = ((path, root / name) for name, path in self._inputs.items())
+        descriptor = open_mounts([(self.root, root), *binds])
         try:
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def command(self, firecracker: Path, name: str) -> list[str]:  # noqa: ARG002  the jailer has them
-        """Return the beginning of a command whose program is Firecracker here."""
+    def command(self, firecracker: Path, name: str) -> list[str]:  # noqa: ARG002  the jailer knows both
+        """Return the beginning of the command line, before Firecracker's own options."""
         argv = [str(self._jailer.binary), "--id", self._id, "--exec-file", str(self._jailer.firecracker)]
         argv += ["--uid", str(self._user), "--gid", str(_GROUP), "--cgroup-version", "2"]
         return [*argv, "--chroot-base-dir", str(self._base), "--"]
 
     def explain_death(self, name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
-        """Return the error of whoever needed a VM that has ended here, NotJailed when it was the jailer that ended."""
+        """Return the error for a VM that has ended, NotJailed when the jailer ended before Firecracker began."""
         error = super().explain_death(name, how, console=console, log=log)
-        said = _LAST_WORDS.match(read_tail(log)) if how is not None and how.code == 1 else None
-        if said is None:
+        final = _FINAL_OUTPUT.match(read_tail(log)) if how is not None and how.code == 1 else None
+        if final is None:
             return error
-        static = said["words"].startswith(_NOT_STATIC)
-        hint = "use a Firecracker that is linked statically, as in its releases" if static else _HINT
-        return NotJailed(f"VM {name} was not jailed: {said['words']}", hint=hint, evidence=error.evidence)
+        dynamic = final["words"].startswith(_NOT_STATIC)
+        hint = "use a Firecracker that is linked statically, as in its releases" if dynamic else _HINT
+        return NotJailed(f"VM {name} was not jailed: {final['words']}", hint=hint, evidence=error.evidence)
 
-    def place(self, dest: Path) -> Path:
-        """Return where it is to write what will be `dest`."""
+    def output_path(self, dest: Path) -> Path:
+        """Return the path of an output file before `collect` moves it to `dest`."""
         return self.root / f"new-{dest.name}"
 
-    def name(self, dest: Path) -> str:
-        """Return what it calls that place."""
-        return self.place(dest).name
+    def output_name(self, dest: Path) -> str:
+        """Return the name of an output file as Firecracker sees it."""
+        return self.output_path(dest).name
 
-    def admit(self, path: Path) -> None:
-        """Let it write to a file of ours in such a place."""
+    def grant(self, path: Path) -> None:
+        """Give Firecracker write access to an output file that we have created."""
         os.chown(path, self._user, _GROUP, follow_symlinks=False)
 
-    def deliver(self, dest: Path) -> None:
-        """Bring what it has written to its place, with mode 0600. Raise HostError without room."""
-        move_file(self.place(dest), dest)
+    def collect(self, dest: Path) -> None:
+        """Move an output file to `dest`, with mode 0600. Raise HostError without room."""
+        move_file(self.output_path(dest), dest)
 
     def discard(self, dest: Path) -> None:
-        """Remove what it has written of it."""
-        self.place(dest).unlink(missing_ok=True)
+        """Remove an output file, collected or not."""
+        self.output_path(dest).unlink(missing_ok=True)
         super().discard(dest)
 
 
 def find_jailer(firecracker: Path, version: FirecrackerVersion) -> Jailer:
     """Return the jailer beside a Firecracker, else the one on PATH.
 
-    Raise HostError for a user who may not use it, when there is none, or when it is of another version.
+    Raise HostError for a user other than root, without a jailer, or for a jailer of another version.
     """
     if os.geteuid() != 0:
-        raise HostError("the jailer takes root", hint="run pytest as root, or leave out --fcvm-jailer")
+        raise HostError("the jailer requires root", hint="run pytest as root, or leave out --fcvm-jailer")
     firecracker = firecracker.resolve()
     beside = firecracker.with_name(_PROGRAM)
     binary = beside if os.access(beside, os.X_OK) else find_tool(_PROGRAM)
     if binary is None:
         raise HostError(
             f"there is no jailer beside {firecracker}, and none on PATH",
-            hint="fcvm setup firecracker, which gets both, or leave out --fcvm-jailer",
+            hint="run fcvm setup firecracker, which installs both, or leave out --fcvm-jailer",
         )
-    said = run_tool([binary, "--version"], timeout_s=_TIMEOUT_S)
-    if not re.match(rf"Jailer v{re.escape(str(version))}\s", said):
+    output = run_tool([binary, "--version"], timeout_s=_TIMEOUT_S)
+    if not re.match(rf"Jailer v{re.escape(str(version))}\s", output):
         raise HostError(
-            f"{binary} is not the jailer of Firecracker {version}: {said.strip()[:100]!r}",
-            hint="use the two of one release",
+            f"{binary} is not the jailer of Firecracker {version}: {output.strip()[:100]!r}",
+            hint="use a jailer and a Firecracker of one release",
         )
     return Jailer(binary=binary, firecracker=firecracker)
 
 
 def _next_user() -> int:
-    """Return a user that is nobody else's: no two processes have an id at once, and none has more than 256 VMs."""
+    """Return a user id that no other VM has: it holds our process id, and a process has at most 256 VMs."""
     return _GROUP | (getpid() & 0x3FFFFF) << 8 | next(_serials) & 0xFF
 
 
-def _open_to_cells(path: Path, *, writes: bool) -> None:
-    """Let the cells' group read a file, or write it too, unless everybody may; they see what they are given alone.
+def _open_to_jails(path: Path, *, writes: bool) -> None:
+    """Let the jails' group read a file, and write it with `writes`, unless everybody may. Raise EngineError.
 
-    Raise EngineError for a file that is not there.
+    A jail sees only the files that are staged for it.
     """
     wanted = 0o060 if writes else 0o040
     try:
@@ -175,4 +175,4 @@ def _open_to_cells(path: Path, *, writes: bool) -> None:
             os.chown(path, -1, _GROUP)
             path.chmod(mode | wanted)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise read_error(path, error) from error

@@ -1,4 +1,4 @@
-"""What Firecracker measures of its own work (its docs/metrics.md): a JSON object per line of a file."""
+"""Firecracker's own metrics (its docs/metrics.md): a file with a JSON object on each line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ METRICS_FILE = "metrics.json"
 
 
 def read_latencies(path: Path) -> dict[str, float]:
-    """Return how long what was done took, in ms by Firecracker's names (`load_snapshot`); of the newest line.
+    """Return the latencies in the newest line, in ms by Firecracker's names (`load_snapshot`).
 
-    Nothing for a file that is not there, or not whole.
+    Return nothing for a file that is missing or incomplete.
     """
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         newest = json.loads(read_regular(path).splitlines()[-1])

@@ -1,7 +1,7 @@
-"""Get a released Firecracker: the archive that its project publishes, checked, unpacked, tried.
+"""Install a release of Firecracker: download the project's archive, verify it, unpack it, and try the program.
 
-Beside each archive stands its SHA-256: `firecracker-v1.16.1-x86_64.tgz` and `….tgz.sha256.txt`. In it is
-`release-v1.16.1-x86_64/firecracker-v1.16.1-x86_64`, and the jailer by the same pattern.
+The SHA-256 of an archive is in a file beside it: `firecracker-v1.16.1-x86_64.tgz` and `….tgz.sha256.txt`. The archive
+holds `release-v1.16.1-x86_64/firecracker-v1.16.1-x86_64`, and the jailer by the same pattern.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ __all__ = ["BASE_URL", "LATEST", "install_release"]
 
 BASE_URL = "https://github.com/firecracker-microvm/firecracker/releases/download"
 LATEST = "1.16.1"
-"""The newest version that this was tried with."""
+"""The newest version that this engine was tried with."""
 
 _ARCHITECTURE = "x86_64"
 _PROGRAMS = (PROGRAM, "jailer")
 _TIMEOUT_S = 30.0  # without a byte
 _TRY_S = 30.0
-_SHARE = 10  # percent between two lines of progress
-_MIRROR_HINT = "name another place that has the release with --base-url, or the program itself with --fcvm-firecracker"
+_STEP_PERCENT = 10  # between two lines of progress
+_MIRROR_HINT = "name a mirror of the releases with --base-url, or the program itself with --fcvm-firecracker"
 
 Progress = Callable[[str], None]
 
 
 def install_release(text: str, cache_dir: Path, progress: Progress, base_url: str = BASE_URL) -> Path:
-    """Install a version of Firecracker and its jailer, and return Firecracker.
+    """Install a version of Firecracker and its jailer, and return the path of Firecracker.
 
-    A download that was cut off goes on where it ended. Raise UsageProblem for what is no version, HostError for a
-    release that is not there, is not whole, or does not run here; a program of before stays then.
+    Resume a download that was cut off. Raise UsageProblem for text that is not a version, HostError for a release that
+    is missing, incomplete, or does not run on this host. A program that was installed before stays then.
     """
     version = parse_version(text)
     if version is None:
@@ -53,12 +53,12 @@ def install_release(text: str, cache_dir: Path, progress: Progress, base_url: st
     with httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True) as client:
         digest = _fetch_digest(client, f"{url}.sha256.txt")
         _fetch(client, url, archive, progress)
-    progress("checking the archive")
+    progress("verifying the archive")
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
         archive.unlink()
-        raise HostError(f"{url} has the SHA-256 {found} and not {digest}", hint="try again; then see --base-url")
+        raise HostError(f"{url} has the SHA-256 {found} and not {digest}", hint=f"try again, or {_MIRROR_HINT}")
     _unpack(archive, version, directory)
     archive.unlink()
     return directory / PROGRAM
@@ -78,17 +78,17 @@ def _fetch_digest(client: httpx.Client, url: str) -> str:
 
 
 def _fetch(client: httpx.Client, url: str, archive: Path, progress: Progress) -> None:
-    """Fetch what is missing of an archive."""
+    """Download the missing part of an archive."""
     have = archive.stat().st_size if archive.exists() else 0
     try:
         with client.stream("GET", url, headers={"Range": f"bytes={have}-"} if have else {}) as answer:
             if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # all is there, or more: its digest will tell
+                return  # nothing is missing; the digest shows whether the archive is good
             if answer.is_error:
                 raise _refused(url, answer.status_code)
-            goes_on = answer.status_code == httpx.codes.PARTIAL_CONTENT
-            done = have if goes_on else 0
-            progress(f"{'fetching the rest of' if goes_on else 'fetching'} {url}")
+            resumes = answer.status_code == httpx.codes.PARTIAL_CONTENT
+            done = have if resumes else 0
+            progress(f"{'fetching the rest of' if resumes else 'fetching'} {url}")
             _save(answer, archive, done, progress)
     except httpx.HTTPError as error:
         raise _unreachable(url, error) from error
@@ -96,20 +96,20 @@ def _fetch(client: httpx.Client, url: str, archive: Path, progress: Progress) ->
 
 def _save(answer: httpx.Response, archive: Path, done: int, progress: Progress) -> None:
     total = done + int(answer.headers.get("Content-Length", 0))
-    told = 0
+    shown = 0
     with archive.open("ab" if done else "wb") as file:
         for chunk in answer.iter_raw():
             file.write(chunk)
             done += len(chunk)
-            share = 100 * done // total if total else 0
-            if share >= told + _SHARE:
-                told = share
-                progress(f"{share} % of {total >> 20} MiB")
+            percent = 100 * done // total if total else 0
+            if percent >= shown + _STEP_PERCENT:
+                shown = percent
+                progress(f"{percent} % of {total >> 20} MiB")
 
 
 def _unpack(archive: Path, version: FirecrackerVersion, directory: Path) -> None:
-    """Put the programs into the directory, one that is there is replaced when the new one has been run."""
-    fresh = []
+    """Put the programs into the directory. Run the new Firecracker before replacing an old one."""
+    unpacked = []
     try:
         with tarfile.open(archive, "r:gz") as release:
             for name in _PROGRAMS:
@@ -117,36 +117,34 @@ def _unpack(archive: Path, version: FirecrackerVersion, directory: Path) -> None
                 file = release.extractfile(inside)
                 if file is None:
                     raise KeyError(inside)
-                fresh.append(directory / f"{name}.new")
-                fresh[-1].write_bytes(file.read())
-                fresh[-1].chmod(0o755)
-        _try(fresh[0], version)
-        for program in fresh:
+                unpacked.append(directory / f"{name}.new")
+                unpacked[-1].write_bytes(file.read())
+                unpacked[-1].chmod(0o755)
+        _try(unpacked[0], version)
+        for program in unpacked:
             program.replace(program.with_suffix(""))
     except (tarfile.TarError, KeyError, EOFError) as error:
         raise HostError(f"{archive.name} is not a release of Firecracker: {error}", hint=_MIRROR_HINT) from error
     finally:
-        for program in fresh:
+        for program in unpacked:
             program.unlink(missing_ok=True)
 
 
 def _try(program: Path, version: FirecrackerVersion) -> None:
     try:
-        said = run_tool([program, "--version"], timeout_s=_TRY_S)
+        output = run_tool([program, "--version"], timeout_s=_TRY_S)
     except FcvmError as error:
-        raise HostError(f"the Firecracker of the release does not run here: {error.message}") from error
-    if parse_version(said) != version:
-        raise HostError(f"the Firecracker of the release says that it is {said.strip()[:80]!r}", hint=_MIRROR_HINT)
+        raise HostError(f"the Firecracker of the release does not run on this host: {error.message}") from error
+    if parse_version(output) != version:
+        raise HostError(f"the Firecracker of the release reports {output.strip()[:80]!r}", hint=_MIRROR_HINT)
 
 
 def _refused(url: str, status: int) -> HostError:
     if status == httpx.codes.NOT_FOUND:
-        return HostError(
-            f"there is no {url}", hint=f"see which versions there are; --version {LATEST} is known to work"
-        )
-    return HostError(f"{url} was answered by HTTP {status}", hint=_MIRROR_HINT)
+        return HostError(f"there is no {url}", hint=f"choose another version; --version {LATEST} is known to work")
+    return HostError(f"{url}: the server answered HTTP {status}", hint=_MIRROR_HINT)
 
 
 def _unreachable(url: str, error: httpx.HTTPError) -> HostError:
     reason = str(error) or type(error).__name__
-    return HostError(f"{url}: {reason}", hint=f"try again, what has come is kept; or {_MIRROR_HINT}")
+    return HostError(f"{url}: {reason}", hint=f"try again, the downloaded part is kept; or {_MIRROR_HINT}")

@@ -1,6 +1,6 @@
-"""What Firecracker is told: the calls that boot a base, and those that load a clone.
+"""The API calls that boot a base, and those that load a clone.
 
-Names of files are relative to the VM's own directory (`home.py`).
+File names are relative to the VM's own directory (`vm_dir.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from pytest_fcvm.engine.protocol import VmShape
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.model.net import Namespace
-from pytest_fcvm.network.addresses import METADATA_ADDRESS
-from pytest_fcvm.network.netns.server import NICS
+from pytest_fcvm.network.addresses import METADATA_ADDRESS, NICS
 
 __all__ = [
     "AGENT_PORT",
@@ -48,16 +47,16 @@ KERNEL, INITRAMFS, MEMORY, STATE = "kernel", "initramfs", "memory", "state"
 DRIVES = ("rootfs", "drive1", "drive2")
 SCRATCH = DRIVES[1]
 AGENT_PORT = 1024  # PROTOCOL_VSOCK_PORT of the agent
-DISK_FD = 3  # a clone's disk has no name of its own
-USER_FD, NET_FD, MOUNTS_FD = 4, 5, 6  # the namespaces that it is to be in
-_NOTHING = Path("/dev/null")  # where a drive leads that nobody has put anything behind
-_BALLOON_STATISTICS_S = 3600  # none are told by a balloon without; what it holds is always the latest
-_GUEST_CID = 3  # the same in all clones: each has its own socket
+DISK_FD = 3  # a clone's disk has no name
+USER_FD, NET_FD, MOUNTS_FD = 4, 5, 6  # the namespaces to start Firecracker in
+_NOTHING = Path("/dev/null")  # behind an unused drive
+_BALLOON_STATISTICS_S = 3600  # statistics need an interval; the size of the balloon is current all the same
+_GUEST_CID = 3  # the same in all clones: each clone has its own socket
 
 Request = tuple[Call, Mapping[str, Any]]
 
-# `quiet` spares a hundred times the exits of the serial port, and keeps panics and OOM kills. A panic resets at once
-# through the keyboard controller, which ends Firecracker; of that controller nothing else is looked for.
+# `quiet` saves 99 % of the exits for the serial port, and still shows panics and OOM kills. A panic resets the guest at
+# once through the keyboard controller, which ends Firecracker. The kernel does not probe that controller for devices.
 _BOOT_ARGUMENTS = (
     "console=ttyS0 quiet reboot=k panic=-1 mitigations=off random.trust_cpu=on 8250.nr_uarts=1 "
     "i8042.noaux i8042.nokbd i8042.nomux i8042.nopnp"
@@ -65,7 +64,7 @@ _BOOT_ARGUMENTS = (
 
 
 def boot_calls(shape: VmShape, metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
-    """Yield the calls that make a base and start it."""
+    """Yield the calls that configure a base and start it."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield (
         api.MACHINE_CONFIG,
@@ -83,7 +82,7 @@ def boot_calls(shape: VmShape, metadata: Mapping[str, Any] | None = None) -> Ite
     if shape.network.uses_netns:
         for name, mac in zip(NICS, BASE_MACS, strict=True):
             yield api.NETWORK_INTERFACE.of(name), {"iface_id": name, "host_dev_name": name, "guest_mac": mac}
-    if shape.metadata:  # V1 answers those with a token and those without
+    if shape.metadata:  # V1 answers requests with and without a token
         yield api.MMDS_CONFIG, {"version": "V1", "network_interfaces": [NICS[0]], "ipv4_address": METADATA_ADDRESS}
         yield from _metadata_calls(metadata)
     if shape.balloon:
@@ -97,7 +96,7 @@ def boot_calls(shape: VmShape, metadata: Mapping[str, Any] | None = None) -> Ite
 
 
 def load_calls(metadata: Mapping[str, Any] | None = None) -> Iterator[Request]:
-    """Yield the calls that bring a clone to life."""
+    """Yield the calls that load a clone and resume it."""
     yield api.SERIAL, {"serial_out_path": CONSOLE}
     yield from _metadata_calls(metadata)
     yield (
@@ -116,14 +115,14 @@ def _metadata_calls(metadata: Mapping[str, Any] | None) -> Iterator[Request]:
 
 
 def drive_inputs(rootfs: Path | None, scratch: Path | None) -> dict[str, Path]:
-    """Return the file behind each drive, but for a scratch disk that is put there otherwise."""
+    """Return the file behind each drive."""
     return dict(zip(DRIVES, (rootfs or _NOTHING, scratch or _NOTHING, _NOTHING), strict=True))
 
 
 def enter_command(namespace: Namespace | None, *, mounts: bool) -> list[str]:
-    """Return the beginning of a command whose program runs in namespaces that are its USER_FD, NET_FD and MOUNTS_FD.
+    """Return the beginning of a command that enters the namespaces at USER_FD, NET_FD and MOUNTS_FD.
 
-    Raise HostError where that takes a program that is not there.
+    Raise HostError without nsenter.
     """
     flags = [f"--net=/proc/self/fd/{NET_FD}"] if namespace else []
     if namespace and namespace.user is not None:
@@ -139,5 +138,5 @@ def enter_command(namespace: Namespace | None, *, mounts: bool) -> list[str]:
 
 
 def key_arguments(shape: VmShape) -> tuple[str, ...]:
-    """Return a base's calls as lines."""
+    """Return a base's calls, one string each."""
     return tuple(f"{call} {json.dumps(body, sort_keys=True)}" for call, body in boot_calls(shape))

@@ -1,4 +1,4 @@
-"""What differs between the Firecracker versions that we know, and those that are known to be broken."""
+"""What differs between Firecracker versions, and which versions are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FirecrackerVersion(NamedTuple):
 
     @property
     def vsock_hangs_after_resume(self) -> bool:
-        """Say whether a bare pause and resume leaves vsock deaf for ever (issue 6074, mended after 1.16.1)."""
+        """Say whether vsock hangs for ever after a bare pause and resume (issue 6074, fixed after 1.16.1)."""
         return (1, 16, 0) <= self <= (1, 16, 1)
 
 
@@ -36,7 +36,7 @@ def parse_version(text: str) -> FirecrackerVersion | None:
 
 
 def refuse_broken(version: FirecrackerVersion) -> None:
-    """Raise HostError, with the reason, for a version on which clones cannot be relied on."""
+    """Raise HostError, with the reason, for a version whose clones are not reliable."""
     reason = _find_fault(version)
     if reason:
         raise HostError(f"Firecracker {version} is not used: {reason}", hint=_HINT)
@@ -46,7 +46,7 @@ def _find_fault(version: FirecrackerVersion) -> str:
     if version < (1, 14, 4):
         return "restored guests lose vsock connections, and a console file per clone needs 1.14"
     if (1, 15, 0) <= version < (1, 15, 1):
-        return "its clones may jump in monotonic time (issue 5809)"
+        return "the monotonic time of its clones may jump (issue 5809)"
     if (1, 16, 0) <= version < (1, 16, 1):
-        return "its restored guests may be deaf on vsock for ever (issue 5969)"
+        return "vsock may hang for ever in its restored guests (issue 5969)"
     return ""

@@ -18,7 +18,7 @@ from pytest_fcvm.engine.firecracker.requests import AGENT_PORT, AGENT_SOCKET, AP
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.firecracker.vm_dir import VmDir
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.post_mortem import read_evidence
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError, FcvmError, HostError
@@ -33,23 +33,24 @@ from pytest_fcvm.model.net import Namespace
 __all__ = ["FirecrackerVm"]
 
 _START_S = 20.0
-_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.0005, 0.005
+_FIRST_TRY_S, _LONGEST_TRY_S = 0.0005, 0.005
 _ANSWER_S = 120.0  # a nested host may stand still for a minute
-_LAST_WORDS_S = 2.0  # from a connection that broke to the end of the process
+_EXIT_WAIT_S = 2.0  # from a broken connection to the end of the process
+_FLUSH_S = 2.0
 _DIG_S = 60.0
-_WRITE_S = 600.0  # all of a guest's memory, to a disk that may be slow
+_WRITE_S = 600.0  # for all of a guest's memory, on a slow disk
 
 
 class FirecrackerVm(VmProcess):
-    """One Firecracker process. `calls` bring its guest to life.
+    """One Firecracker process. `calls` configure it and start the guest.
 
-    `memory` is where a base's is to be saved, `origin` what a clone's is a copy of; it has `mem_mib` of it.
+    A base's memory is saved to `memory`. A clone's memory began as a copy of `origin`, and has `mem_mib` MiB.
     """
 
     def __init__(
         self,
         name: str,
-        home: VmDir,
+        vm_dir: VmDir,
         launched: Launched,
         version: FirecrackerVersion,
         calls: Iterable[Request],
@@ -60,10 +61,10 @@ class FirecrackerVm(VmProcess):
         disk: Disk | None = None,
         namespace: Namespace | None = None,
     ) -> None:
-        super().__init__(name, launched, home.explain_death, disk, namespace)
-        self._vm_dir, self._origin = home, origin
+        super().__init__(name, launched, vm_dir.explain_death, disk, namespace)
+        self._vm_dir, self._origin = vm_dir, origin
         self._version, self._memory, self._calls, self._mem_mib = version, memory, list(calls), mem_mib
-        self._api = Api(home.root / API_SOCKET, version)
+        self._api = Api(vm_dir.root / API_SOCKET, version)
         self._stopped = self._listens = False
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -75,28 +76,18 @@ class FirecrackerVm(VmProcess):
         return self._vm_dir.root / CONSOLE
 
     def channel(self) -> socket.socket:
-        """Return a connection to the agent, the caller's to close; wait until the guest takes one."""
+        """Return a new connection to the agent, which the caller closes. Wait until the guest listens."""
         path = self._vm_dir.root / AGENT_SOCKET
-        with self._told():
+        with self._translating_errors():
             return vsock.connect(path, AGENT_PORT, Deadline(_ANSWER_S), self._check_alive)
 
-    def get_ready(self) -> None:
-        """Make the calls before the one that brings the guest to life."""
+    def preconfigure(self) -> None:
+        """Make all API calls but the last, which starts the guest. Raise EngineError or HostError."""
         self._call(left=1)
 
     def start(self) -> None:
-        """Let the guest come to life, and return when it runs; harmless when it does already."""
+        """Make the remaining API calls, and return when the guest runs. Raise EngineError or HostError."""
         self._call(left=0)
-
-    def wait_until_running(self, timeout_s: float) -> None:
-        """Return at once: `start` does not return before the guest executes."""
-
-    def set_link(self, attachment: int, up: bool) -> None:  # noqa: ARG002  the protocol's signature
-        """Raise EngineError: Firecracker's cards are always plugged in."""
-        raise EngineError(
-            f"Firecracker cannot plug a attachment of VM {self.name} in or out",
-            hint='use impair("NAME", loss=1), or --fcvm-engine qemu',
-        )
 
     def pause(self) -> None:
         """Stop the guest's CPUs."""
@@ -116,31 +107,31 @@ class FirecrackerVm(VmProcess):
         self._stopped = False
 
     def set_balloon(self, mib: int) -> None:
-        """Ask the guest to give so much of its memory to the balloon in all. Raise EngineError without one."""
-        with self._told():
+        """Ask the guest to give `mib` MiB of its memory, in all, to the balloon. Raise EngineError without one."""
+        with self._translating_errors():
             self._api.send(api.BALLOON_RESIZE, {"amount_mib": mib})
 
     def balloon_mib(self) -> int:
-        """Return how much of the guest's memory is in the balloon. Raise EngineError without one."""
-        with self._told():
+        """Return how many MiB of the guest's memory are in the balloon. Raise EngineError without a balloon."""
+        with self._translating_errors():
             return int(self._api.send(api.BALLOON_STATISTICS)["actual_mib"])
 
     def set_metadata(self, data: Mapping[str, Any]) -> None:
-        """Serve this instead of the plan's metadata."""
-        with self._told():
+        """Serve `data` in place of the plan's metadata. Raise EngineError without a metadata service."""
+        with self._translating_errors():
             self._api.send(api.MMDS, data)
 
     def latencies(self) -> Mapping[str, float]:
-        """Return how long Firecracker says that its own work took, in ms by its names."""
+        """Return how long Firecracker's own work took, in ms by its names."""
         if not (self._stopped or self._over.is_set()):
             with suppress(FcvmError):
-                self._api.send(api.ACTIONS, {"action_type": "FlushMetrics"}, timeout_s=_LAST_WORDS_S)
+                self._api.send(api.ACTIONS, {"action_type": "FlushMetrics"}, timeout_s=_FLUSH_S)
         return read_latencies(self._vm_dir.root / METRICS_FILE)
 
     def snapshot(self, state: Path) -> None:
-        """Stop a base and write its device state and its memory, of which untouched pages become holes.
+        """Stop a base and write its device state and its memory, with holes for untouched pages.
 
-        Raise EngineError or HostError when Firecracker cannot save it, leaving no file.
+        Raise EngineError or HostError when Firecracker cannot write them; no file is left then.
         """
         if self._memory is None:
             raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
@@ -151,22 +142,22 @@ class FirecrackerVm(VmProcess):
             self._write("Full", state, self._memory)
 
     def save(self, dest: SnapshotFiles) -> None:
-        """Write memory, device state and disk of a running clone to new files, and let it go on.
+        """Write memory, device state and disk of a running clone to new files. The clone runs on.
 
-        Firecracker then resets the connections of its vsock, the agent's as well. It writes the pages that it has in
-        memory over a copy of the origin's, or the whole where some may be on swap and would be left out. There must be
-        room before it begins: 1.16.0 and 1.16.1 are deaf when they go on without having saved. Raise EngineError or
-        HostError, leaving no file.
+        Firecracker writes the pages that are in memory over a copy of the origin. Where pages may be on swap, it writes
+        all pages, because it would omit those. It resets the connections of its vsock, the agent's too. Check for room
+        first: vsock of 1.16.0 and 1.16.1 hangs after a resume without a snapshot. Raise EngineError or HostError; no
+        file is left then.
         """
         if self._origin is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
-        place = self._vm_dir.place(dest.memory)
-        _check_room(place.parent, self._mem_mib)
+        memory = self._vm_dir.output_path(dest.memory)
+        _check_room(memory.parent, self._mem_mib)
         with ExitStack() as undo:
             undo.callback(dest.discard)
             with self._writing(dest.state, dest.memory):
-                copy_file(self._origin, place)
-                self._vm_dir.admit(place)
+                copy_file(self._origin, memory)
+                self._vm_dir.grant(memory)
                 self._set_state("Paused")
                 try:
                     self._write("Full" if _has_swap() else "Diff", dest.state, dest.memory)
@@ -177,8 +168,8 @@ class FirecrackerVm(VmProcess):
             undo.pop_all()
 
     def _call(self, *, left: int) -> None:
-        """Make the calls that are still to be made, but for so many."""
-        with self._lock, self._told():
+        """Make the remaining API calls, except the last `left` of them."""
+        with self._lock, self._translating_errors():
             while len(self._calls) > left:
                 if not self._listens:
                     self._wait_for_api()
@@ -189,38 +180,38 @@ class FirecrackerVm(VmProcess):
     def _write(self, kind: str, state: Path, memory: Path) -> None:
         body = {
             "snapshot_type": kind,
-            "snapshot_path": self._vm_dir.name(state),
-            "mem_file_path": self._vm_dir.name(memory),
+            "snapshot_path": self._vm_dir.output_name(state),
+            "mem_file_path": self._vm_dir.output_name(memory),
         }
-        with self._told():
+        with self._translating_errors():
             self._api.send(api.SNAPSHOT_CREATE, body, timeout_s=_WRITE_S)
 
     @contextmanager
     def _writing(self, state: Path, memory: Path) -> Iterator[None]:
-        """Bring the files that Firecracker writes in the block to their places; leave none when it fails."""
+        """Collect the files that Firecracker writes in the block. Remove them when the block fails."""
         try:
             yield
-            _dig_holes(self._vm_dir.place(memory))
+            _dig_holes(self._vm_dir.output_path(memory))
             for path in (state, memory):
-                self._vm_dir.deliver(path)
+                self._vm_dir.collect(path)
         except BaseException:
             for path in (state, memory):
                 self._vm_dir.discard(path)
             raise
 
     def _set_state(self, state: str) -> None:
-        with self._told():
+        with self._translating_errors():
             self._api.send(api.VM, {"state": state})
 
     def _wait_for_api(self) -> None:
-        """Wait until Firecracker listens. It binds and listens in two steps: no event on the file would tell."""
+        """Wait until Firecracker listens. Poll: it binds first and listens later, which causes no file event."""
         path = self._vm_dir.root / API_SOCKET
 
         def listens() -> bool:
             self._check_alive()
             return _accepts(path)
 
-        if not wait_until(listens, Deadline(_START_S), interval_s=_FIRST_LOOK_S, longest_interval_s=_LONGEST_LOOK_S):
+        if not wait_until(listens, Deadline(_START_S), interval_s=_FIRST_TRY_S, longest_interval_s=_LONGEST_TRY_S):
             raise EngineError(f"Firecracker did not open its API within {_START_S:g} s")
 
     def _check_alive(self) -> None:
@@ -228,12 +219,12 @@ class FirecrackerVm(VmProcess):
             raise self.explain()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn a call that nobody answered into the reason for the end of the VM, and add evidence to failures."""
+    def _translating_errors(self) -> Iterator[None]:
+        """Replace NoAnswer by the reason for the VM's end. Add evidence to other errors."""
         try:
             yield
         except NoAnswer as error:
-            if self._over.wait(_LAST_WORDS_S):
+            if self._over.wait(_EXIT_WAIT_S):
                 raise self.explain() from error
             raise error.with_evidence(**self._evidence()) from None
         except FcvmError as error:
@@ -241,7 +232,7 @@ class FirecrackerVm(VmProcess):
             raise
 
     def _evidence(self) -> dict[str, str]:
-        return {"console": read_tail(self.console_path), "VMM log": read_tail(self.vmm_log_path)}
+        return read_evidence(self.console_path, self.vmm_log_path)
 
     def _close(self, _: ChildExit) -> None:
         self._over.set()
@@ -256,12 +247,12 @@ def _check_room(directory: Path, mem_mib: int) -> None:
     if found.f_bavail * found.f_frsize < mem_mib << 20:
         raise HostError(
             f"no room in {directory} for {mem_mib} MiB of memory",
-            hint="free some disk or name another --fcvm-cache-dir",
+            hint="free disk space, or name another directory with --fcvm-cache-dir",
         )
 
 
 def _has_swap() -> bool:
-    """Say whether memory may be on swap: /proc/swaps (proc_swaps(5)) has a line for each, below a heading."""
+    """Say whether memory may be on swap: /proc/swaps (proc_swaps(5)) has a heading, and a line for each swap area."""
     return len(Path("/proc/swaps").read_text().splitlines()) > 1
 
 
@@ -273,7 +264,7 @@ def _accepts(path: Path) -> bool:
 
 
 def _dig_holes(memory: Path) -> None:
-    """Give back the zero pages that Firecracker writes out; a host without the tool keeps them."""
+    """Turn the zero pages that Firecracker writes into holes. Do nothing without fallocate."""
     tool = find_tool("fallocate")
     if tool:
         with suppress(HostError):  # a file system without holes

@@ -1,7 +1,6 @@
-"""The directory that a Firecracker lives in, where what it reads has the same names in each VM.
+"""The directory of a Firecracker, in which its input files have the same names for every VM.
 
-Firecracker keeps the names of drives in the device state as they were given, and opens them again from each clone's
-directory.
+Firecracker keeps the paths of drives in the device state, and opens these paths again in each clone's directory.
 """
 
 from __future__ import annotations
@@ -20,52 +19,52 @@ __all__ = ["VmDir"]
 
 
 class VmDir:
-    """The home of a Firecracker in no jail: links lead to what it reads, and it writes files where they belong."""
+    """The directory of a Firecracker outside a jail. Input files are links, and output files need no collecting."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = self.root = directory  # what is in `root` is Firecracker's
-        self.descriptors: dict[int, int] = {}  # that it must be passed, by its numbers
+        self.directory = self.root = directory  # `root` is what Firecracker sees
+        self.descriptors: dict[int, int] = {}  # to pass to Firecracker: its numbers, and ours
 
-    def put(self, inputs: Mapping[str, Path], *, changed: tuple[str, ...] = ()) -> None:  # noqa: ARG002  a cell's right
-        """Let it find files under names of ours, and write to those that are `changed`."""
+    def stage(self, inputs: Mapping[str, Path], *, changed: tuple[str, ...] = ()) -> None:  # noqa: ARG002  for jails
+        """Give Firecracker files under these names, and write access to those in `changed`."""
         for name, path in inputs.items():
             (self.root / name).symlink_to(path)
 
-    def put_disk(self, image: Path) -> Disk:
-        """Let it find a private copy of a scratch disk's image. Raise HostError without room."""
+    def stage_disk(self, image: Path) -> Disk:
+        """Give Firecracker a private copy of a scratch disk's image, and return it. Raise HostError without room."""
         disk = Disk.copy_of(image)
         self.descriptors[DISK_FD] = disk.descriptor
-        self.put({SCRATCH: Path(f"/proc/self/fd/{DISK_FD}")})
+        self.stage({SCRATCH: Path(f"/proc/self/fd/{DISK_FD}")})
         return disk
 
     @contextmanager
     def mounts(self) -> Iterator[int | None]:
-        """Lend the mount namespace that it is to be started in, None for our own."""
+        """Yield the mount namespace to start Firecracker in, None for our own."""
         yield None
 
     def command(self, firecracker: Path, name: str) -> list[str]:
-        """Return the beginning of a command whose program is Firecracker here."""
+        """Return the beginning of the command line, before Firecracker's other options."""
         return [str(firecracker), "--id", name]
 
     def explain_death(self, name: str, how: VmExit | None, *, console: Path, log: Path) -> FcvmError:
-        """Return the error of whoever needed a VM that has ended here; `how` is None when its end was not seen."""
+        """Return the error for a VM that has ended; `how` is None when its end was not seen."""
         return explain_death(name, how, console=console, log=log)
 
-    def place(self, dest: Path) -> Path:
-        """Return where it is to write what will be `dest`."""
+    def output_path(self, dest: Path) -> Path:
+        """Return the path of an output file before `collect` moves it to `dest`."""
         return dest
 
-    def name(self, dest: Path) -> str:
-        """Return what it calls that place."""
+    def output_name(self, dest: Path) -> str:
+        """Return the name of an output file as Firecracker sees it."""
         return str(dest)
 
-    def admit(self, path: Path) -> None:
-        """Let it write to a file of ours in such a place."""
+    def grant(self, path: Path) -> None:
+        """Give Firecracker write access to an output file that we have created."""
 
-    def deliver(self, dest: Path) -> None:
-        """Bring what it has written to its place, with mode 0600. Raise HostError without room."""
+    def collect(self, dest: Path) -> None:
+        """Move an output file to `dest`, with mode 0600. Raise HostError without room."""
         dest.chmod(0o600)
 
     def discard(self, dest: Path) -> None:
-        """Remove what it has written of it."""
+        """Remove an output file, collected or not."""
         dest.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The channel to the agent: a connection through Firecracker's socket for vsock (its docs/vsock.md)."""
+"""The channel to the agent: a connection through Firecracker's vsock socket (its docs/vsock.md)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pytest_fcvm.host.sockets import Socket
 
 __all__ = ["connect"]
 
-_ANSWER_S = 5.0  # it comes at once from a guest that runs, and late from one that is starved
+_ANSWER_S = 5.0  # a running guest answers at once, a guest without CPU time late
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.02
 
 
 def connect(path: Path, port: int, deadline: Deadline, check_alive: Callable[[], None]) -> socket.socket:
-    """Connect to a port of the guest, as often as it takes until something listens there.
+    """Connect to a port of the guest. Try again until something listens there.
 
-    Only for a guest that runs: a connection made before a clone's resume is torn down by it. That it stands says that
-    the guest's kernel took it, not that the agent has; the session's hello finds that out. Firecracker hangs up where
-    nobody listens, and there is no event to wait for instead. Raise what `check_alive` raises for a dead VM,
-    GuestTimeout at the deadline.
+    The guest must run: a clone's resume resets a connection that was made before. Firecracker closes a connection to a
+    port without a listener, and there is no event to wait for. A connection is accepted by the guest's kernel; the
+    session's hello shows whether the agent reads it. Raise what `check_alive` raises for a dead VM, GuestTimeout at the
+    deadline.
     """
 
     def try_once() -> socket.socket | None:
@@ -33,7 +33,7 @@ def connect(path: Path, port: int, deadline: Deadline, check_alive: Callable[[],
     connection = wait_until(try_once, deadline, interval_s=_FIRST_PAUSE_S, longest_interval_s=_LONGEST_PAUSE_S)
     if connection is None:
         raise GuestTimeout(
-            f"the guest did not open its channel within {deadline}", hint="see the console for how far it has come"
+            f"the guest did not open its channel within {deadline}", hint="see in the console how far the boot came"
         )
     return connection
 
@@ -58,7 +58,7 @@ def _connect_once(path: Path, port: int) -> socket.socket | None:
 
 
 def _read_line(connection: socket.socket) -> bytes:
-    """Read one line and nothing of what follows it; what there is when the other end hangs up."""
+    """Read one line, and nothing after it. Return what there is when the other end closes."""
     line = b""
     while not line.endswith(b"\n"):
         seen = connection.recv(64, socket.MSG_PEEK)

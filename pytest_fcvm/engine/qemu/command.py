@@ -1,7 +1,7 @@
-"""QEMU's command lines: of a base, of a clone, and what of a base's enters a snapshot's key.
+"""QEMU's command lines: for a base, for a clone, and the part of a base's that enters a snapshot's key.
 
-Base and clone must have the same devices in the same order: QEMU takes the device state of one for the other without a
-word where they differ, and the guest then hangs.
+Base and clone must have the same devices in the same order. Where they differ, QEMU loads the device state all the
+same, without a message, and the guest hangs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "key_arguments",
 ]
 
-# Descriptors in the VMM. Fixed, so that command lines are the same from clone to clone.
+# Descriptor numbers in the VMM. They are fixed, so that all clones have the same command line.
 MONITOR_FD, AGENT_FD, STATE_FD, CONSOLE_FD = 3, 4, 5, 6
 NIC_FDS = (7, 8, 9)
 DISK_FD = 10
@@ -35,16 +35,16 @@ DISK_FD = 10
 AGENT_PORT = "fcvm.agent"
 
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# The default is 1 GiB of translated code per VM, which a long-lived clone may fill; a flush now and then is cheaper.
+# The default is 1 GiB of translated code per VM, and a long-lived clone may fill it. A flush now and then costs less.
 _TRANSLATION_CACHE_MIB = 128
 _PLACEHOLDER_BYTES = 4096
-# What xen-save-devices-state writes lacks the sections that a migration begins and ends with.
-_FORMAT_OF_CLONES = ("-global", "migration.send-configuration=off", "-machine", "suppress-vmdesc=on")
+# xen-save-devices-state omits the first and the last section of a migration.
+_CLONE_STATE_FORMAT = ("-global", "migration.send-configuration=off", "-machine", "suppress-vmdesc=on")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """What of this host every command line depends on. `tsc_khz` matters under TCG alone."""
+    """The facts about this host that every command line depends on. Only TCG uses `tsc_khz`."""
 
     binary: Path
     version: QemuVersion
@@ -61,7 +61,7 @@ def base_command(
     disk: Path | None = None,
     console_fd: int | None = None,
 ) -> list[str]:
-    """Return the command that boots a base. Its console is the file console.log in its directory, or a socket."""
+    """Return the command that boots a base. Its console is console.log in its directory, or the socket `console_fd`."""
     return [
         str(platform.binary),
         *_running(platform, shape),
@@ -73,9 +73,9 @@ def base_command(
 
 
 def clone_command(platform: Platform, shape: VmShape, files: SnapshotFiles) -> list[str]:
-    """Return the command of a clone that waits for its device state.
+    """Return the command for a clone that waits for its device state.
 
-    It names no kernel: that is in the memory already, and reading it again would cost 9 to 16 ms.
+    The command names no kernel: the kernel is in the guest's memory, and reading it again would cost 9 to 16 ms.
     """
     access = "share=off,readonly=on,rom=off" if platform.version.opens_private_memory_read_only else "share=off"
     network = _TAP_NETWORK if shape.network.uses_netns else _base_network(shape)
@@ -84,22 +84,22 @@ def clone_command(platform: Platform, shape: VmShape, files: SnapshotFiles) -> l
         *_running(platform, shape),
         *("-object", f"memory-backend-file,id=mem,size={shape.mem_mib}M,{access},mem-path={_quote(files.memory)}"),
         *_console(None),
-        *(_FORMAT_OF_CLONES if files.of_clone else ()),
-        # QEMU would announce each card five times after the restore, by the base's MAC.
+        *(_CLONE_STATE_FORMAT if files.of_clone else ()),
+        # By default QEMU announces each NIC five times after the restore, with the base's MAC.
         *("-incoming", "defer", "-global", "migration.announce-rounds=0"),
         *_devices(files.rootfs, Path(f"/proc/self/fd/{DISK_FD}") if shape.disk_mib else None, network),
     ]
 
 
 def key_arguments(platform: Platform, shape: VmShape) -> tuple[str, ...]:
-    """Return a base's command line with names in place of the paths that differ from host to host."""
+    """Return a base's command line. Names replace the paths that differ from host to host."""
     files = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=Path("rootfs"))
     disk = Path(f"disk of {shape.disk_mib} MiB") if shape.disk_mib else None
     return tuple(base_command(platform, shape, files, Path("memory"), disk=disk)[1:])
 
 
 def _base_network(shape: VmShape) -> str:
-    """Return a base's network: one that leads outside only where that is asked for."""
+    """Return a base's network, which has outbound access only with `egress`."""
     if shape.egress:
         return _TAP_NETWORK if shape.network.uses_netns else "user,ipv6=off"
     return _socket_network(0)
@@ -108,15 +108,15 @@ def _base_network(shape: VmShape) -> str:
 def boot_arguments(platform: Platform) -> str:
     """Return the kernel's command line.
 
-    `quiet` spares the emulated serial port and keeps panics and OOM kills; a panic reboots at once, by triple fault,
-    which `-no-reboot` turns into the end of the VMM. Under TCG one boot in ten hangs while the kernel calibrates its
-    TSC against the PIT, unless it is told the rate.
+    `quiet` saves output on the slow serial port, and still shows panics and OOM kills. A panic reboots at once by a
+    triple fault, and `-no-reboot` then ends the VMM. Under TCG the command line has the TSC's rate. Without the rate,
+    one boot in ten hangs while the kernel calibrates the TSC against the PIT.
     """
     words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "mitigations=off", "random.trust_cpu=on"]
     if platform.accelerator is Accelerator.TCG:
-        # Reliable: on a busy host the watchdog takes a late tick for a bad TSC and falls back to jiffies, for ever.
+        # "reliable" disables the watchdog: on a busy host it takes a late tick for a bad TSC, and keeps to jiffies.
         words += [f"tsc_early_khz={platform.tsc_khz}", "tsc=reliable"]
-        # What is translated is found again by its address: a program that is started again, at other addresses, is not.
+        # TCG finds translated code by its address. With randomised addresses, a program is translated at each start.
         words.append("norandmaps")
     return " ".join(words)
 
@@ -126,7 +126,7 @@ def _running(platform: Platform, shape: VmShape) -> Iterator[str]:
     yield from ("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot", "-sandbox", _SANDBOX)
     yield from ("-machine", "microvm,acpi=on,memory-backend=mem")
     yield from ("-accel", f"tcg,tb-size={_TRANSLATION_CACHE_MIB}" if tcg else "kvm")
-    # Five levels of page tables make emulation slower, and a guest that is itself a host of KVM cannot nest them.
+    # Five levels of page tables make emulation slower, and a guest that runs KVM itself cannot nest them.
     yield from ("-cpu", "max,la57=off" if tcg else "host")
     yield from ("-m", f"{shape.mem_mib}M", "-smp", str(shape.cpus))
     yield from ("-chardev", f"socket,id=monitor,fd={MONITOR_FD}", "-qmp", "chardev:monitor")
@@ -138,25 +138,25 @@ def _console(fd: int | None) -> Iterator[str]:
 
 
 def _devices(rootfs: Path | None, disk: Path | None, first_network: str) -> Iterator[str]:
-    """Yield the fixed set: there is no hotplug, so a base has every device that a clone may want to attach to."""
+    """Yield the fixed set of devices. There is no hotplug, so a base has every device that a clone may use."""
     yield from ("-device", "virtio-serial-device", "-chardev", f"socket,id=agent,fd={AGENT_FD}")
     yield from ("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}")
     for index, mac in enumerate(BASE_MACS):
         network = first_network if index == 0 else _socket_network(index)
         yield from ("-netdev", f"{network},id=net{index}")
-        # Announcing itself after a restore is the agent's to do, once and with the clone's own address.
+        # The agent announces the guest after a restore, once and with the clone's own address.
         yield from ("-device", f"virtio-net-device,netdev=net{index},mac={mac},guest_announce=off")
     yield from _drive("rootfs", f"driver=file,filename={_quote(rootfs)}" if rootfs else _NOTHING)
-    # What the guest writes through is in the host's page cache, and outlives the VMM; nothing of it outlives the host.
+    # What the guest flushes stays in the host's page cache. It survives the VMM, and need not survive the host.
     yield from _drive("drive1", f"driver=file,filename={_quote(disk)},cache.no-flush=on" if disk else _NOTHING)
     yield from _drive("drive2", _NOTHING)
     yield from ("-object", "rng-builtin,id=entropy", "-device", "virtio-rng-device,rng=entropy")
 
 
 def _socket_network(index: int) -> str:
-    """Return a network of Ethernet frames on a datagram socket; one that is not connected is a attachment to nowhere.
+    """Return a network of Ethernet frames on a datagram socket, which has no peer unless a clone is given one.
 
-    A base has no other: slirp's own state would enter its device state, and no clone could then do without slirp.
+    A base has no other network: slirp's state would be part of its device state, and every clone would need slirp.
     """
     return f"dgram,local.type=fd,local.str={NIC_FDS[index]}"
 
@@ -172,5 +172,5 @@ def _drive(name: str, source: str) -> Iterator[str]:
 
 
 def _quote(path: Path) -> str:
-    """Return a path as a value in a list of options, where a comma is written twice."""
+    """Return a path as a value in a list of options, where a comma is doubled."""
     return str(path).replace(",", ",,")

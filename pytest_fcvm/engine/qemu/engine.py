@@ -1,4 +1,4 @@
-"""The engine: probe this host's QEMU, boot bases, restore clones."""
+"""The QEMU engine: probe this host's QEMU, boot bases, prepare clones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
 from pytest_fcvm.engine.qemu.vm import QemuVm
-from pytest_fcvm.engine.vm import started
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.sparse import copy_file
@@ -42,15 +41,16 @@ __all__ = ["QemuEngine"]
 
 _START_TIMEOUT_S = 20.0
 _INSTALL_HINT = "apt-get install qemu-system-x86"
-_WIRES = (MONITOR_FD, AGENT_FD)
+_VMM_MIB = 40
+_SOCKETS = (MONITOR_FD, AGENT_FD)
 
 _Command = tuple[str, Mapping[str, object]]
 
 
 class QemuEngine:
-    """QEMU's microvm machine. `accelerator` None takes KVM where it works, else emulates.
+    """QEMU's microvm machine. `accelerator` None uses KVM where it works, and emulates elsewhere.
 
-    `cache_dir` keeps what was found out about this host. Every method may be called from any thread, `probe` first.
+    `cache_dir` keeps what a probe finds out about this host. Call `probe` first. Any thread may call any method.
     """
 
     networks: tuple[NetworkMode, ...] = (
@@ -60,6 +60,7 @@ class QemuEngine:
         NetworkMode.BRIDGE,
     )
     joins_namespaces = False
+    vmm_mib = _VMM_MIB
 
     def __init__(
         self,
@@ -81,9 +82,9 @@ class QemuEngine:
         return "qemu"
 
     def check(self, shape: VmShape) -> None:
-        """Raise UsageProblem for what QEMU's machines do not have.
+        """Raise UsageProblem for a balloon or metadata.
 
-        Its balloon would give pages back by punching holes into the memory file that all clones share.
+        QEMU's balloon would return pages by punching holes into the memory file that all clones share.
         """
         if shape.balloon:
             raise UsageProblem(
@@ -96,13 +97,13 @@ class QemuEngine:
             )
 
     def private_networks(self, mode: NetworkMode) -> int:  # noqa: ARG002  the protocol's signature
-        """Return how many private networks a clone can be on."""
+        """Return how many private networks a clone can join."""
         return len(NIC_FDS) - 1
 
     def probe(self, smoke: GuestFiles) -> EngineReport:
-        """Say whether QEMU works here and how fast; KVM only when `smoke` has booted under it. Cached on disk.
+        """Report whether QEMU works on this host, and with KVM only where `smoke` boots with KVM. Cached on disk.
 
-        Never raises for what this host lacks: the report says it.
+        Never raise for what this host lacks: the report says it.
         """
         try:
             return self._probe(smoke)
@@ -110,28 +111,24 @@ class QemuEngine:
             return EngineReport(engine=self.name, usable=False, reason=error.message, hint=error.hint)
 
     def boot(self, plan: BootPlan) -> QemuVm:
-        """Start a base and wait until QEMU has taken its command line. Raise EngineError or HostError."""
+        """Start a base and wait until QEMU has accepted its command line. Raise EngineError or HostError."""
         platform = self._ready()
         make_memory_file(plan.memory, plan.shape.mem_mib)
         with ExitStack() as undo:
             undo.callback(plan.memory.unlink, missing_ok=True)
             argv = base_command(platform, plan.shape, plan.files, plan.memory, disk=plan.disk)
             launched = launch(
-                self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=_tap_of(plan.namespace)
+                self._spawner, plan.name, argv, sockets=_SOCKETS, unconnected=NIC_FDS, files=_tap_of(plan.namespace)
             )
             undo.callback(launched.discard)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared", "events"))
             vm = QemuVm(plan.name, launched, monitor, launched.sockets[AGENT_FD], version=platform.version)
-            vm.settle(_START_TIMEOUT_S)
+            vm.wait_until_started(_START_TIMEOUT_S)
             undo.pop_all()
             return vm
 
-    def restore(self, plan: RestorePlan) -> QemuVm:
-        """Start a clone and return as soon as its process is spawned; `wait_until_running` tells how it went."""
-        return started(self.prepare(plan))
-
     def prepare(self, plan: RestorePlan) -> QemuVm:
-        """Spawn a clone's QEMU, which starts up meanwhile and waits for `QemuVm.start`."""
+        """Spawn a clone's QEMU and return at once. QEMU starts up and waits for `QemuVm.start`."""
         platform, files = self._ready(), plan.files
         check_memory_file(files.memory, plan.shape.mem_mib)
         if not (platform.version.opens_private_memory_read_only or os.access(files.memory, os.W_OK)):
@@ -139,9 +136,9 @@ class QemuEngine:
         argv = clone_command(platform, plan.shape, files)
         with ExitStack() as undo, ExitStack() as lent:
             passed = {
-                fd: attachment.end.fileno()
+                fd: attachment.packet_socket.fileno()
                 for fd, attachment in zip(NIC_FDS[1:], plan.attachments, strict=False)
-                if attachment.end
+                if attachment.packet_socket
             }
             passed |= _tap_of(plan.namespace)
             disk = Disk.copy_of(files.disk) if files.disk else None
@@ -152,7 +149,7 @@ class QemuEngine:
             if not platform.version.takes_state_by_path:
                 passed[STATE_FD] = lent.enter_context(open_state(files.state))
                 uri = f"fd:{STATE_FD}"
-            launched = launch(self._spawner, plan.name, argv, wires=_WIRES, loose=NIC_FDS, files=passed)
+            launched = launch(self._spawner, plan.name, argv, sockets=_SOCKETS, unconnected=NIC_FDS, files=passed)
             undo.callback(launched.discard)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
             vm = QemuVm(
@@ -170,11 +167,11 @@ class QemuEngine:
             return vm
 
     def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
-        """Return what of the base's command line changes what a clone is: part of the snapshot's key."""
+        """Return the part of a base's command line that changes what a clone is. It enters the snapshot's key."""
         return key_arguments(self._ready(), shape)
 
     def _copy_of(self, memory: Path) -> Path:
-        """Return a copy in the run directory of a memory file in a read-only cache, one for all clones of a process."""
+        """Copy a memory file of a read-only cache into the run directory, once for all clones of this process."""
         with self._copying:
             if memory not in self._copies:
                 copy = self._spawner.make_dir("memory") / memory.name
@@ -209,7 +206,7 @@ class QemuEngine:
         )
 
     def _choose_accelerator(self, installation: Installation, smoke: GuestFiles) -> tuple[Accelerator, str, str]:
-        """Return the accelerator, why it is not KVM, and a hint. Raise HostError when the wanted one does not work."""
+        """Return the accelerator, why it is not KVM, and a hint. Raise HostError where the wanted one does not work."""
         emulates = Accelerator.TCG in installation.accelerators
         if self._wanted is Accelerator.TCG:
             if not emulates:
@@ -240,9 +237,9 @@ def _tap_of(namespace: Namespace | None) -> dict[int, int]:
 
 
 def _start_monitor(launched: Launched, *commands: _Command) -> Monitor:
-    """Write QEMU's first commands while it is still starting; it reads them when it gets there."""
+    """Write QEMU's first commands while QEMU is still starting. It reads them later."""
     monitor = Monitor(launched.sockets[MONITOR_FD])
-    monitor.send_ahead([("qmp_capabilities", {}), *commands])
+    monitor.send_early([("qmp_capabilities", {}), *commands])
     return monitor
 
 

@@ -1,4 +1,4 @@
-"""The QEMU of this host: where it is, what it can do, and the digests of everything of it that shapes a guest."""
+"""The QEMU of this host: where it is, what it can do, and the digests of all its files that a guest depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_fcvm.engine.protocol import Accelerator
 from pytest_fcvm.engine.qemu.version import QemuVersion, parse_version
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.host.process import find_tool, run_tool
-from pytest_fcvm.host.records import Digests, open_record, stamp
+from pytest_fcvm.host.records import Digests, Record, facts_about, stamps_of
 
 __all__ = ["PROGRAM", "Installation", "find_qemu", "inspect"]
 
@@ -25,7 +25,7 @@ _TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """One QEMU. `digests` names the binary, its firmware and its slirp library, by file name."""
+    """One QEMU. `digests` has the SHA-256 of the binary, its firmware and its slirp library, by file name."""
 
     binary: Path
     version: QemuVersion
@@ -40,40 +40,36 @@ class Installation:
 
 
 def find_qemu(binary: Path | None = None) -> Path | None:
-    """Return the QEMU to use: the one named, else the one on PATH, else None."""
+    """Return the QEMU to use: `binary`, else the one on PATH, else None."""
     return binary if binary is not None else find_tool(PROGRAM)
 
 
 def inspect(binary: Path, record_file: Path) -> Installation:
-    """Ask a QEMU what it is. What it said is kept in `record_file` until one of its files changes.
+    """Return what a QEMU is. `record_file` keeps the answer until one of QEMU's files changes.
 
-    Raise HostError when it cannot be run, EngineError when it is not QEMU.
+    Raise HostError when the binary cannot be run, EngineError when it is not QEMU.
     """
-    with open_record(record_file) as record:
-        known = record.get(str(binary))
-        if not (isinstance(known, dict) and _is_fresh(known.get("stamps"))):
-            known = record[str(binary)] = _ask(binary)
-    return _to_installation(binary, known)
+    return _to_installation(binary, facts_about(binary, record_file, _find_facts))
 
 
-def _ask(binary: Path) -> dict[str, object]:
-    said = run_tool([binary, "--version"], timeout_s=_TIMEOUT_S)
-    version = parse_version(said)
+def _find_facts(binary: Path) -> Record:
+    output = run_tool([binary, "--version"], timeout_s=_TIMEOUT_S)
+    version = parse_version(output)
     if version is None:
-        raise EngineError(f"{binary} does not say that it is QEMU: {said.strip()[:200]!r}", hint=f"install {PROGRAM}")
+        raise EngineError(f"{binary} does not say that it is QEMU: {output.strip()[:200]!r}", hint=f"install {PROGRAM}")
     files = [binary, *_find_firmware(binary), *_find_slirp(binary)]
     digests = Digests({})
     return {
         "version": list(version),
-        "accelerators": _ask_words(binary, "-accel"),
-        "microvm": "microvm" in _ask_words(binary, "-machine"),
-        "stamps": {str(path): stamp(path) for path in files},
+        "accelerators": _list_values(binary, "-accel"),
+        "microvm": "microvm" in _list_values(binary, "-machine"),
+        "stamps": stamps_of(files),
         "digests": {path.name: digests.of(path) for path in files},
     }
 
 
-def _ask_words(binary: Path, option: str) -> list[str]:
-    """Return the first word of every line of a list that QEMU prints."""
+def _list_values(binary: Path, option: str) -> list[str]:
+    """Return the values that QEMU lists for an option."""
     lines = run_tool([binary, option, "help"], timeout_s=_TIMEOUT_S).splitlines()
     return [line.split()[0] for line in lines if line.strip()]
 
@@ -90,15 +86,7 @@ def _find_slirp(binary: Path) -> Iterable[Path]:
     return []
 
 
-def _is_fresh(stamps: object) -> bool:
-    if not isinstance(stamps, dict) or not stamps:
-        return False
-    with suppress(OSError):
-        return all(stamp(Path(path)) == then for path, then in stamps.items())
-    return False
-
-
-def _to_installation(binary: Path, known: Mapping[str, object]) -> Installation:
+def _to_installation(binary: Path, known: Record) -> Installation:
     version, names, digests = known["version"], known["accelerators"], known["digests"]
     assert isinstance(version, list)
     assert isinstance(names, list)

@@ -1,7 +1,7 @@
-"""The memory of a running clone: the pages of its snapshot's file that it has made its own.
+"""Copy the memory of a running clone: the pages that differ from its snapshot's file.
 
-A clone maps that file privately, so the kernel knows which pages differ: /proc/PID/pagemap (Linux'
-Documentation/admin-guide/mm/pagemap.rst) marks those that are no longer the file's.
+A clone maps that file privately, so the kernel knows which pages differ. /proc/PID/pagemap (Linux'
+Documentation/admin-guide/mm/pagemap.rst) marks the pages that are no longer the file's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["save_private_pages"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8  # bytes of a page's entry in pagemap
-_STATE_SHIFT = 61  # above it: present, swapped out, a page of a file or shared
+_STATE_SHIFT = 61  # the bits above: present; swapped out; a page of a file, or shared
 _PRIVATE = (0b100, 0b010)
 _PIECE_PAGES = 1024
 
@@ -34,9 +34,9 @@ class _Mapping:
 
 
 def save_private_pages(pid: int, source: Path, dest: Path) -> None:
-    """Write to `dest`, a copy of `source`, the pages that a stopped process has changed in its mapping of `source`.
+    """Write the pages that a stopped process has changed in its mapping of `source` to `dest`, a copy of `source`.
 
-    Raise HostError where that process may not be read, or has no such mapping.
+    Raise HostError where that process may not be read, or does not map `source`.
     """
     with ExitStack() as files:
         try:
@@ -62,7 +62,7 @@ def _open(files: ExitStack, path: str | Path, flags: int) -> int:
 
 
 def _find_mappings(pid: int, source: Path) -> Iterator[_Mapping]:
-    """Yield where a process has a file (proc_pid_maps(5)), known by device and inode: its name may have changed."""
+    """Yield a process's mappings of a file (proc_pid_maps(5)). Compare device and inode: the name may have changed."""
     status = source.stat()
     wanted = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
     for line in Path(f"/proc/{pid}/maps").read_text("utf-8", "replace").splitlines():
@@ -82,7 +82,7 @@ def _save(mapping: _Mapping, pagemap: int, memory: int, target: int) -> None:
 
 
 def _read(descriptor: int, size: int, offset: int) -> bytes:
-    """Return so many bytes. Raise OSError for fewer: what is missing would be taken for what the base has."""
+    """Return `size` bytes. Raise OSError for fewer: the base's bytes would stand in for the missing ones."""
     data = bytearray()
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -93,7 +93,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def _private_runs(mapping: _Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of private pages that follow one another, counted from the mapping's start."""
+    """Yield runs of private pages as (first page, count), counted from the mapping's start."""
     pages = (mapping.end - mapping.start) // _PAGE
     entries = array("Q")
     entries.frombytes(_read(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))

@@ -1,7 +1,7 @@
-"""QEMU's machine protocol (QMP) over one connected socket, read by whoever asks: no thread waits for a VM.
+"""QEMU's machine protocol (QMP) over one connected socket. The calling thread reads it: no VM has a thread.
 
 QMP is JSON, one message to a line: a greeting, then replies in the order of the commands, with events in between
-(https://www.qemu.org/docs/master/interop/qmp-spec.html). QEMU 7.2 reads its socket byte by byte: commands are compact.
+(https://www.qemu.org/docs/master/interop/qmp-spec.html). Commands are compact: QEMU 7.2 reads its socket byte by byte.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EVENTS_KEPT = 64
 
 
 class MonitorGone(EngineError):
-    """The other end closed: the VMM has ended, or is about to."""
+    """QEMU closed its end: it has ended, or is about to."""
 
 
 class CommandRefused(EngineError):
@@ -32,25 +32,25 @@ class CommandRefused(EngineError):
 
 
 class Event(NamedTuple):
-    """Something that QEMU said unasked."""
+    """An event that QEMU reported."""
 
     name: str
     data: Mapping[str, object]
 
 
 class _Pending:
-    """A command that was sent. It stays in the queue when its caller gives up, so that replies find their commands."""
+    """A command that was sent. It stays queued when its caller gives up, so that each reply finds its command."""
 
-    def __init__(self, command: str, *, prewarmed: bool = False) -> None:
+    def __init__(self, command: str, *, sent_early: bool = False) -> None:
         self.command = command
-        self.prewarmed = prewarmed
+        self.sent_early = sent_early
         self.answered = False
         self.result: object = None
         self.refusal: str | None = None
 
 
 def compose(command: str, arguments: Mapping[str, object] | None = None) -> str:
-    """Return a command as QMP takes it, in as few bytes as can be."""
+    """Return a command as QMP expects it, in as few bytes as possible."""
     message: dict[str, object] = {"execute": command}
     if arguments:
         message["arguments"] = arguments
@@ -58,7 +58,7 @@ def compose(command: str, arguments: Mapping[str, object] | None = None) -> str:
 
 
 class Monitor:
-    """The host's end of a QMP connection. Every method may be called from any thread; they take turns."""
+    """The host's end of a QMP connection. Any thread may call any method; one call runs at a time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -68,10 +68,10 @@ class Monitor:
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._closed = False
 
-    def send_ahead(self, commands: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-        """Write commands in one go, before the VMM is there to read them. The next call raises what was refused."""
+    def send_early(self, commands: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+        """Write commands at once, before QEMU can read them. The next call raises CommandRefused for a refused one."""
         with self._turn(Deadline(10)):
-            self._pending.extend(_Pending(command, prewarmed=True) for command, _ in commands)
+            self._pending.extend(_Pending(command, sent_early=True) for command, _ in commands)
             self._write("".join(compose(command, arguments) for command, arguments in commands), (), Deadline(10))
 
     def execute(
@@ -82,9 +82,9 @@ class Monitor:
         timeout_s: float = 10.0,
         fds: Sequence[int] = (),
     ) -> object:
-        """Run one command and return what it returns; `fds` travel with it.
+        """Run one command and return its result. Pass the descriptors `fds` with it.
 
-        Raise CommandRefused with QEMU's words, MonitorGone at its end, EngineError at the deadline.
+        Raise CommandRefused with QEMU's message, MonitorGone when QEMU has ended, EngineError at the deadline.
         """
         deadline = Deadline(timeout_s)
         with self._turn(deadline):
@@ -96,16 +96,16 @@ class Monitor:
             raise CommandRefused(f"QEMU refused {command}: {pending.refusal}")
         return pending.result
 
-    def settle(self, timeout_s: float) -> None:
-        """Wait until everything sent ahead has been answered."""
+    def wait_for_replies(self, timeout_s: float) -> None:
+        """Wait until QEMU has answered all commands of `send_early`. Raise EngineError at the deadline."""
         deadline = Deadline(timeout_s)
         with self._turn(deadline):
             self._read_until(lambda: not self._pending, deadline, "start")
 
     def wait_for_event(self, wanted: Callable[[Event], bool], what: str, timeout_s: float) -> Event:
-        """Return the first event that is wanted, also one that came earlier, and forget those before it.
+        """Return the first wanted event, which may have come already. Forget the events before it.
 
-        `what` completes "QEMU did not … within" for the error at the deadline.
+        `what` completes "QEMU did not … within" in the EngineError at the deadline.
         """
         deadline = Deadline(timeout_s)
         with self._turn(deadline):
@@ -117,7 +117,7 @@ class Monitor:
                 self._read_until(lambda: bool(self._events), deadline, what)
 
     def close(self) -> None:
-        """Close the connection and wake whoever waits on it; idempotent."""
+        """Close the connection and wake the thread that waits on it. Idempotent."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         with self._lock:
@@ -153,7 +153,7 @@ class Monitor:
             try:
                 message = json.loads(line)
             except ValueError as error:
-                raise EngineError(f"QEMU's monitor sent what is not JSON: {line[:200]!r}") from error
+                raise EngineError(f"QEMU's monitor sent a line that is not JSON: {line[:200]!r}") from error
             self._take(message)
 
     def _read_line(self, deadline: Deadline, what: str) -> bytes:
@@ -161,7 +161,7 @@ class Monitor:
             if deadline.expired:
                 raise EngineError(f"QEMU did not {what} within {deadline}")
             if len(self._input) > _LINE_MAX:
-                raise EngineError("QEMU's monitor sent a line without end")
+                raise EngineError(f"QEMU's monitor sent a line of more than {_LINE_MAX >> 20} MiB")
             self._input += self._read_some(deadline)
         line = bytes(self._input[:end])
         del self._input[: end + 1]
@@ -181,21 +181,21 @@ class Monitor:
 
     def _take(self, message: object) -> None:
         if not isinstance(message, dict):
-            raise EngineError(f"QEMU's monitor sent what is not a message: {str(message)[:200]}")
+            raise EngineError(f"QEMU's monitor sent a line that is not a message: {str(message)[:200]}")
         if "event" in message:
             data = message.get("data")
             self._events.append(Event(str(message["event"]), data if isinstance(data, dict) else {}))
         elif "return" in message or "error" in message:
-            self._settle_one(message)
-        # What is left is the greeting: it says the version, which the probe knows already.
+            self._take_reply(message)
+        # Anything else is the greeting. It says the version, which the probe knows.
 
-    def _settle_one(self, message: Mapping[str, object]) -> None:
+    def _take_reply(self, message: Mapping[str, object]) -> None:
         if not self._pending:
-            raise EngineError("QEMU's monitor answered what nobody asked")
+            raise EngineError("QEMU's monitor sent a reply without a command")
         pending = self._pending.popleft()
         pending.answered, pending.result = True, message.get("return")
         error = message.get("error")
         if error is not None:
             pending.refusal = str(error.get("desc", error)) if isinstance(error, dict) else str(error)
-            if pending.prewarmed:
+            if pending.sent_early:
                 raise CommandRefused(f"QEMU refused {pending.command}: {pending.refusal}")

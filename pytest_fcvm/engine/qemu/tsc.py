@@ -1,7 +1,7 @@
-"""The rate of this host's time stamp counter, which a guest under TCG reads as its own.
+"""The rate of this host's time stamp counter (TSC), which is also the rate of a guest's TSC under TCG.
 
-The guest's kernel must be told (`tsc_early_khz`), and the number is part of a snapshot's key: it is measured once per
-boot, and kept from boot to boot as long as it is the same but for jitter.
+The guest's kernel gets the rate by `tsc_early_khz`, and the rate is part of a snapshot's key. It is measured once per
+boot of the host. A new value that differs by jitter alone does not replace the old one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _JITTER = 0.001
 
 
 def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], int] | None = None) -> int:
-    """Return the counter's rate in kHz, the same number for every process and every boot of this CPU.
+    """Return the TSC's rate in kHz, the same number in every process and after every boot of this host.
 
-    Raise HostError when it can be neither measured nor read.
+    Raise HostError when the rate can be neither measured nor read.
     """
     name, boot = f"{cpu.model} | {cpu.microcode}", boot_id()
     with open_record(record_file) as record:
@@ -42,8 +42,8 @@ def stable_tsc_khz(record_file: Path, cpu: CpuIdentity, measure: Callable[[], in
 
 
 def measure_tsc_khz() -> int:
-    """Count for 50 ms. Return 0 where code of our own may not be executed (hardened hosts)."""
-    import ctypes  # once per boot of the host: not worth its time in every run
+    """Count for 50 ms and return the rate. Return 0 where memory may not be executable (hardened hosts)."""
+    import ctypes  # imported here: needed once per boot of the host, and slow to import
     import mmap
 
     try:
@@ -66,7 +66,7 @@ def _count(read_counter: Callable[[], int]) -> int:
 
 
 def _sample(read_counter: Callable[[], int]) -> tuple[int, int]:
-    """Return counter and clock at one moment: of ten tries the one that took the shortest."""
+    """Return counter and clock at one moment. Try ten times and keep the shortest try."""
     best: tuple[int, int, int] | None = None
     for _ in range(10):
         before = clock_gettime_ns(CLOCK_MONOTONIC_RAW)

@@ -1,4 +1,4 @@
-"""What differs between the QEMU versions that we know: 7.2 to 11."""
+"""What differs between QEMU 7.2 and 11."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class QemuVersion(NamedTuple):
 
     @property
     def takes_state_by_path(self) -> bool:
-        """Say whether `file:` is a migration address. `fd:` to a plain file was deprecated by 9.1, removed by 11.0."""
+        """Say whether `file:` is a migration address. 9.1 deprecated `fd:` to a plain file, and 11.0 removed it."""
         return self >= (8, 2)
 
     @property
     def opens_private_memory_read_only(self) -> bool:
-        """Say whether `readonly=on,rom=off` exists; older versions open a private memory file for writing too."""
+        """Say whether `readonly=on,rom=off` exists. Older versions open a private memory file for writing too."""
         return self >= (8, 2)
 
 
 OLDEST = QemuVersion(7, 2)
-"""The first version with `-netdev dgram`, on which all of this was established."""
+"""The first version with `-netdev dgram`, and the oldest that the engine was tried with."""
 
 
 def parse_version(text: str) -> QemuVersion | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
-from pytest_fcvm.engine.post_mortem import read_tail
+from pytest_fcvm.engine.post_mortem import read_evidence
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.memory import save_private_pages
 from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
@@ -20,7 +20,7 @@ from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import os
-from pytest_fcvm.host.sparse import copy_file, unmakable
+from pytest_fcvm.host.sparse import copy_file, creation_error
 from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
 
@@ -32,7 +32,7 @@ _SAVE_TIMEOUT_S = 30.0
 class QemuVm(VmProcess):
     """One QEMU process.
 
-    `state` and `memory` are of the snapshot that a clone is of; a base has none.
+    `state` (a migration address) and `memory` are those of a clone's snapshot; a base has none.
     """
 
     def __init__(
@@ -52,86 +52,76 @@ class QemuVm(VmProcess):
         self._monitor, self._agent = monitor, agent
         self._version = version
         self._memory, self._is_base = memory, not state
-        self._runs, self._state = self._is_base, state
+        self._state = state
         self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
         self._child.on_exit(self._close)
 
     def channel(self) -> socket.socket:
-        """Return the byte channel to the agent, the caller's to close.
+        """Return the byte channel to the agent, which the caller closes.
 
-        Every call returns the same channel anew: when a caller closes it, the guest does not notice, and the next one
-        goes on where it stopped.
+        All calls return duplicates of one socket. The guest does not notice when a caller closes its duplicate, and the
+        next caller continues where that one stopped. The agent reads later what is written before the guest runs.
         """
         with self._lock:
             if self._agent.fileno() >= 0:
                 return self._agent.dup()
         raise self.explain()
 
+    def preconfigure(self) -> None:
+        """Do nothing: QEMU has all its settings from its command line."""
+
     def start(self) -> None:
-        """Let a prepared clone load its state and run; harmless when it has been started."""
+        """Let a prepared clone load its state and run. Do nothing in a clone that was started. Raise EngineError."""
         state, self._state = self._state, ""
         if state:
-            with self._told():
-                self._monitor.send_ahead([("migrate-incoming", {"uri": state})])
+            with self._translating_errors():
+                self._monitor.send_early([("migrate-incoming", {"uri": state})])
 
-    def wait_until_running(self, timeout_s: float) -> None:
-        """Wait until the restored guest executes. A booted VM runs from the start.
-
-        Raise EngineError with QEMU's own words when it does not take the device state, HostError when a host port is
-        taken.
-        """
-        if self._runs:
-            return
-        with self._told():
-            self._monitor.wait_for_event(lambda event: event.name == "RESUME", "bring the clone to life", timeout_s)
-        self._runs = True
-
-    def settle(self, timeout_s: float) -> None:
-        """Wait until QEMU has started and taken its first commands."""
-        with self._told():
-            self._monitor.settle(timeout_s)
+    def wait_until_started(self, timeout_s: float) -> None:
+        """Wait until QEMU has started and accepted its first commands. Raise EngineError."""
+        with self._translating_errors():
+            self._monitor.wait_for_replies(timeout_s)
 
     def set_link(self, attachment: int, up: bool) -> None:
-        """Plug one of the plan's attachments in or out, counted from 0; the guest's card notices."""
-        with self._told():
+        """Set the link of the NIC behind one of the plan's attachments, counted from 0. The guest notices it."""
+        with self._translating_errors():
             self._monitor.execute("set_link", {"name": f"net{attachment + 1}", "up": up})
 
     def pause(self) -> None:
         """Stop the guest's CPUs."""
-        with self._told():
+        with self._translating_errors():
             self._monitor.execute("stop")
         self._paused = True
 
     def resume(self) -> None:
         """Let the guest's CPUs run again."""
-        with self._told():
+        with self._translating_errors():
             self._monitor.execute("cont")
         self._paused = False
 
     def snapshot(self, state: Path) -> None:
-        """Write the device state of a base to `state` (made with mode 0600) and stop the guest for good.
+        """Write the device state of a base to `state`, a new file with mode 0600, and stop the guest for good.
 
-        The guest is stopped by the migration itself, not by `stop` before it: its state is then saved as that of a
-        running VM, and clones come to life without being told. Raise EngineError when QEMU cannot save it, leaving no
-        file.
+        The migration itself stops the guest. After a `stop` command the saved state would be that of a paused VM, and
+        clones would not run by themselves. Raise EngineError when QEMU cannot save the state; no file is left then.
         """
         if not self._is_base:
             raise EngineError(f"VM {self.name} is a clone: its memory is not in a file that others could share")
         if self._paused:
             raise EngineError(f"VM {self.name} is paused: its clones would be too", hint="resume it first")
         try:
-            with self._told(), _new_file(state) as fd:
+            with self._translating_errors(), _new_file(state) as fd:
                 self._save(state, fd)
         except BaseException:
             state.unlink(missing_ok=True)
             raise
 
     def save(self, dest: SnapshotFiles) -> None:
-        """Write memory, device state and disk of a running clone to new files, and let it go on.
+        """Write memory, device state and disk of a running clone to new files. The clone runs on.
 
-        Only the pages that it has changed are read from it, while it stands still. Raise EngineError or HostError,
-        leaving no file.
+        The clone is paused meanwhile; only its changed pages are read from it. Raise EngineError or HostError; no file
+        is left then.
         """
         if self._memory is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
@@ -143,7 +133,7 @@ class QemuVm(VmProcess):
                 save_private_pages(self.pid, self._memory, dest.memory)
                 if self._disk and dest.disk:
                     self._disk.save(dest.disk)
-                with self._told(), _new_file(dest.state):
+                with self._translating_errors(), _new_file(dest.state):
                     self._monitor.execute("xen-save-devices-state", {"filename": str(dest.state), "live": False})
             finally:
                 self.resume()
@@ -163,20 +153,20 @@ class QemuVm(VmProcess):
             raise EngineError(f"QEMU could not save the state of VM {self.name}: {reason or ended.data.get('status')}")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn the end of the monitor into the reason for the end of the VM, and add evidence to other failures."""
+    def _translating_errors(self) -> Iterator[None]:
+        """Replace MonitorGone by the reason for the VM's end. Add evidence to other errors."""
         try:
             yield
         except MonitorGone as error:
             raise self.explain() from error
         except EngineError as error:
-            error.with_evidence(console=read_tail(self.console_path), VMM_log=read_tail(self.vmm_log_path))
+            error.with_evidence(**read_evidence(self.console_path, self.vmm_log_path))
             raise
 
     def _close(self, _: ChildExit) -> None:
         self._monitor.close()
         with self._lock:
-            # Also for a reader elsewhere, and for a far end that a forked child of the user's may still hold open.
+            # Shut down first: a test's forked child may hold the far end open, and another thread may be reading.
             with suppress(OSError):
                 self._agent.shutdown(socket.SHUT_RDWR)
             self._agent.close()
@@ -191,7 +181,7 @@ def _new_file(path: Path) -> Iterator[int]:
     try:
         fd = create_private(path)
     except OSError as error:
-        raise unmakable(path, error) from error
+        raise creation_error(path, error) from error
     try:
         yield fd
     finally:

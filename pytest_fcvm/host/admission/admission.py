@@ -1,15 +1,15 @@
-"""Let clones in as memory allows, over all pytest processes of this user on this host.
+"""Admit clones as memory allows, across all pytest processes of this user on this host.
 
-A clone is charged the number its caller gives, from admission until the ticket is released or its process dies; nothing
-is measured per clone. It is let in when both hold:
+A clone is charged the number of MiB that its caller names, from its admission until the ticket is released or the
+process dies. Nothing is measured per clone. A clone is admitted when both conditions hold:
 
-- what is available now (MemAvailable, and what our control groups leave) covers the charge and a reserve for the rest
-  of the machine: so that we do not take what others have taken meanwhile;
-- all charges together fit in what was available when there was no clone yet: so that clones that were let in and have
-  not touched their memory yet are not counted as free.
+- The memory that is available now (MemAvailable, and what our control groups leave) covers the charge and a reserve for
+  the rest of the host. This counts the memory that other programs have taken.
+- All charges together fit in the memory that was available before the first clone. This counts the memory that admitted
+  clones have not touched yet.
 
-A test that holds a clone already goes before all that want their first, so that tests with several clones do not sit
-on some of them and wait for each other longer than they must. What is left of that is ended by the deadline.
+A test that already holds a clone goes before tests without one, so that tests with several clones wait for each other
+as little as possible. The deadline ends what waiting remains.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _DIRECTORY = "admission"
 _CAPACITY = "capacity"
 _RESERVE_MIB = 256
 _NAMED = 3
-_OWN_S = 10.0  # for clones of this process to end that are ending already
-_RETRY_S = 0.001  # the first retry is for a lock that is held for 0.2 ms; memory comes back without an event
+_OWN_S = 10.0  # the longest wait where this process holds all clones: some may be ending
+_RETRY_S = 0.001  # for a lock that is held for 0.2 ms. There is no event for memory that becomes free
 _LONGEST_RETRY_S = 0.05
 
 
 class NoRoomToPrewarm(HostError):
-    """A clone that no test has asked for yet would be in the way of others. Nobody has to act."""
+    """There is no room to prewarm a clone. The user need not act."""
 
 
 @dataclass(kw_only=True)
@@ -51,14 +51,14 @@ class _Request:
 
 
 class Ticket:
-    """The right to one clone's memory; a context manager. In a forked child releasing does nothing."""
+    """One clone's share of the memory, a context manager. `release` does nothing in a forked child."""
 
     def __init__(self, release: Callable[[], None]) -> None:
         self._release = release
         self._owner = getpid()
 
     def release(self) -> None:
-        """Give the memory back; idempotent."""
+        """Free the memory for other clones. Idempotent."""
         if getpid() == self._owner:
             self._release()
 
@@ -72,7 +72,7 @@ class Ticket:
 
 
 class Admission:
-    """The gate of one process. `max_clones` counts the clones of all processes; None is no limit."""
+    """Admission of one process's clones. `max_clones` limits the clones of all processes; None is no limit."""
 
     def __init__(self, run_root: Path, max_clones: int | None = None, *, memory: HostMemory | None = None) -> None:
         self._directory = run_root / _DIRECTORY
@@ -89,17 +89,17 @@ class Admission:
         deadline_s: float,
         on_wait: Callable[[], None] = lambda: None,
     ) -> Ticket:
-        """Wait until a clone of `mem_mib` may be started and return its ticket.
+        """Wait until a clone that is charged `mem_mib` may start, and return its ticket.
 
-        holder: the test's id, for the messages others get. first: the test holds no clone yet. on_wait: called once
-        before a wait, to give back what can be spared.
-        Raise HostError when the clone can never fit, after seconds where all that `max_clones` lets in are this
-        process's own, and at the deadline, naming who holds the memory.
+        holder: the test's id, for the messages of other processes. first: the test holds no clone yet. on_wait: called
+        once before a wait, to release prewarmed clones.
+        Raise HostError when the clone can never fit, and at the deadline, with the holders of the memory. Where this
+        process holds all `max_clones` clones itself, the deadline is at most 10 s.
         """
         total = self._memory.total_mib()
         if mem_mib > total:
             raise HostError(
-                f"a clone of {mem_mib} MiB does not fit in the {total} MiB of this machine or its control group",
+                f"a clone of {mem_mib} MiB does not fit in the {total} MiB of this host or its control group",
                 hint="give it less memory with --fcvm-mem",
             )
         reservations = self._open_reservations()
@@ -109,22 +109,22 @@ class Admission:
             on_wait()
             alone = self._max_clones is not None and reservations.own_clones() >= self._max_clones
             number = self._wait(reservations, request, min(deadline_s, _OWN_S) if alone else deadline_s)
-        return Ticket(lambda: self._give_back(reservations, number))
+        return Ticket(lambda: self._release(reservations, number))
 
     def admit_prewarmed(self, mem_mib: int, *, holder: str) -> Ticket:
-        """Return the ticket of a clone that no test has asked for yet; it may fill half of the room.
+        """Return the ticket for a clone that no test has asked for yet. Such clones may use half of the room.
 
-        Raise NoRoomToPrewarm, at once, where it would be in the way of those that are asked for.
+        Raise NoRoomToPrewarm, at once, where the clone would delay a clone that a test asks for.
         """
         reservations = self._open_reservations()
         with reservations.try_lock() as locked:
-            if locked and self._fits_ahead(reservations, mem_mib):
+            if locked and self._fits_prewarmed(reservations, mem_mib):
                 number = reservations.add(holder, mem_mib)
-                return Ticket(lambda: self._give_back(reservations, number))
-        raise NoRoomToPrewarm("no room for a clone that no test has asked for yet", hint="--fcvm-pool 0 makes none")
+                return Ticket(lambda: self._release(reservations, number))
+        raise NoRoomToPrewarm("no room to prewarm a clone", hint="--fcvm-pool 0 prewarms none")
 
     def close(self) -> None:
-        """Let go of the ledger: nobody is admitted any more. Idempotent; tickets may be released later."""
+        """Close the reservations. Admit no clone afterwards; tickets may still be released. Idempotent."""
         close_reservations(self._directory, self)
 
     def _open_reservations(self) -> Reservations:
@@ -137,7 +137,7 @@ class Admission:
             ) from error
 
     def _try(self, reservations: Reservations, request: _Request) -> int:
-        """Return the number of the clone in the ledger, 0 when it has to wait."""
+        """Return the number of the reservation, 0 when the clone has to wait."""
         with reservations.try_lock() as locked:
             if not locked:
                 return 0
@@ -159,10 +159,10 @@ class Admission:
         capacity = max(known, available)
         if capacity != known:
             reservations.write_note(_CAPACITY, capacity)
-        wanted = request.mem_mib + (_RESERVE_MIB if totals.clones else 0)  # alone, it may as well try
+        wanted = request.mem_mib + (_RESERVE_MIB if totals.clones else 0)  # the first clone needs no reserve
         return wanted <= available and totals.mem_mib + wanted <= capacity
 
-    def _fits_ahead(self, reservations: Reservations, mem_mib: int) -> bool:
+    def _fits_prewarmed(self, reservations: Reservations, mem_mib: int) -> bool:
         totals = reservations.totals()
         if self._max_clones is not None and 2 * (totals.clones + 1) > self._max_clones:
             return False
@@ -184,13 +184,13 @@ class Admission:
             raise self._refusal(reservations, request, deadline_s)
         return number
 
-    def _give_back(self, reservations: Reservations, number: int) -> None:
-        reservations.remove(number)
+    def _release(self, reservations: Reservations, number: int) -> None:
+        reservations.release(number)
         self._released.set()
 
     def _refusal(self, reservations: Reservations, request: _Request, deadline_s: float) -> HostError:
         holders = wait_until(lambda: _list_holders(reservations), Deadline(1.0), interval_s=_RETRY_S) or []
-        named = ", ".join(map(str, holders[:_NAMED])) or "nobody of ours"
+        named = ", ".join(map(str, holders[:_NAMED])) or "no clone of this user"
         more = f" and {len(holders) - _NAMED} more" if len(holders) > _NAMED else ""
         if self._max_clones is not None and reservations.own_clones() >= self._max_clones:
             return HostError(

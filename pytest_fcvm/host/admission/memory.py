@@ -1,4 +1,4 @@
-"""How much memory there is for clones: the machine's, and that of every control group we are in."""
+"""The memory for clones: what the host has left, and what each of our control groups has left."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class _Version:
 
 
 _V1 = _Version(limits=("memory.limit_in_bytes",), usage="memory.usage_in_bytes", reclaimable="total_inactive_file")
-# Above memory.high the kernel throttles until nothing moves, so it is a limit too.
+# Above memory.high the kernel throttles a process until it stands still, so memory.high is a limit too.
 _V2 = _Version(limits=("memory.max", "memory.high"), usage="memory.current", reclaimable="inactive_file")
 
 
 class HostMemory:
-    """Read the kernel's figures. `root` stands for `/` in tests.
+    """Read the kernel's figures. `root` replaces `/` in tests.
 
-    Which groups have a limit is looked up once; the limits themselves are read each time.
+    Find the control groups with a limit once; read the limits at each call.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
@@ -36,9 +36,9 @@ class HostMemory:
         self._groups = [group for group in _find_groups(root) if _limit(*group) < _UNLIMITED]
 
     def available_mib(self) -> int:
-        """Return what can be taken now without swapping: MemAvailable, or what the tightest group leaves if less.
+        """Return the memory that is available without swapping: the least of MemAvailable and what each group leaves.
 
-        A group's page cache that can be dropped counts as free, as the kernel counts it in MemAvailable.
+        A group's page cache that can be dropped counts as free, as in MemAvailable.
         """
         rooms = [self._read_meminfo("MemAvailable")]
         for directory, version in self._groups:
@@ -47,7 +47,7 @@ class HostMemory:
         return max(0, min(rooms)) // _MIB
 
     def total_mib(self) -> int:
-        """Return what there would be if nothing else ran."""
+        """Return the memory of the host, or the lowest limit of our control groups."""
         return min([self._read_meminfo("MemTotal"), *(_limit(*group) for group in self._groups)]) // _MIB
 
     def _read_meminfo(self, wanted: str) -> int:
@@ -60,7 +60,7 @@ class HostMemory:
 
 
 def _find_groups(root: Path) -> Iterator[tuple[Path, _Version]]:
-    """Yield our control groups that account memory, and their ancestors as far as they can be seen: cgroups(7)."""
+    """Yield our control groups that account memory, and their visible ancestors: cgroups(7)."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -72,7 +72,7 @@ def _find_groups(root: Path) -> Iterator[tuple[Path, _Version]]:
 
 
 def _find_mounts(root: Path, version: _Version) -> Iterator[tuple[str, str]]:
-    """Yield which part of the hierarchy is mounted where: fields 4 and 5 of proc_pid_mountinfo(5)."""
+    """Yield the hierarchy's mounts as (root in the hierarchy, mount point): fields 4 and 5 of proc_pid_mountinfo(5)."""
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(maxsplit=2)

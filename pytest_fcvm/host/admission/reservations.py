@@ -1,11 +1,11 @@
-"""What each process of this host holds, readable by all and void when its process dies.
+"""The reservations of each process on this host: all processes can read them, and they end with their process.
 
-One file per process, `<pid>-<random>`, locked by the process as long as it lives. The lock is fcntl's, not flock's: a
-forked child of a test does not inherit it, so a SIGKILLed pytest counts as dead at once. It has a sharp edge: closing
-*any* descriptor of a file drops the process's locks on it. Hence one ledger per process and directory, and nobody opens
-their own file twice.
+Each process has one file, `<pid>-<random>`, which it locks as long as it lives. The lock is fcntl's and not flock's: a
+test's forked child does not inherit it, so the reservations of a SIGKILLed pytest end at once. Closing *any* descriptor
+of a file drops the process's locks on that file. So a process has one `Reservations` for a directory, and opens its own
+file once.
 
-    0000000003 0000000768 0000000001        clones, MiB, requests that wait though their test holds a clone already
+    0000000003 0000000768 0000000001        clones, MiB, waiting requests of tests that already hold a clone
     {"holder": "test_a.py::test_x", "mem_mib": 256}        one line per clone
 """
 
@@ -33,7 +33,7 @@ _LOCK = "lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums over processes."""
+    """Sums over all processes."""
 
     clones: int = 0
     mem_mib: int = 0
@@ -49,7 +49,7 @@ class Totals:
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a clone."""
+    """The holder of one reservation."""
 
     holder: str
     pid: int
@@ -60,7 +60,7 @@ class Holder:
 
 
 class Reservations:
-    """This process's own page, and a look at those of the others. Get it from `open_reservations`."""
+    """This process's reservations, and a view of all others. Get it from `open_reservations`."""
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -76,7 +76,7 @@ class Reservations:
         self.users: set[object] = set()
 
     def close(self) -> None:
-        """Remove the page and close the files; what is struck out later counts no more. In a forked child, close."""
+        """Remove our file and close the descriptors. Later releases have no effect. In a forked child, close only."""
         with self._threads:
             mutex, self._mutex, file, self._file = self._mutex, -1, self._file, -1
             if file >= 0:
@@ -88,7 +88,7 @@ class Reservations:
 
     @contextmanager
     def try_lock(self) -> Iterator[bool]:
-        """Hold all processes' pages still, if nobody else does just now; yield whether."""
+        """Lock the reservations of all processes if they are unlocked. Yield whether the lock is ours."""
         with self._threads:
             try:
                 fcntl.flock(self._mutex, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +101,7 @@ class Reservations:
                 fcntl.flock(self._mutex, fcntl.LOCK_UN)
 
     def totals(self) -> Totals:
-        """Return the sums over all live processes and drop the pages of dead ones. The lock must be held."""
+        """Return the sums over all live processes, and remove the files of dead ones. Hold the lock."""
         result = self._own()
         for file, _ in self._others():
             clones, mem_mib, again = (int(part) for part in (os.read(file, _HEAD_BYTES).split() or (0, 0, 0)))
@@ -113,18 +113,18 @@ class Reservations:
         return len(self._lines)
 
     def holders(self) -> list[Holder]:
-        """Return who holds what. The lock must be held."""
+        """Return the holders of all reservations. Hold the lock."""
         texts = [(self.owner, b"".join(line for _, line in self._lines.values()))]
         texts += [(pid, os.read(file, 1 << 20)[_HEAD_BYTES:]) for file, pid in self._others()]
         found = []
         for pid, text in texts:
-            with suppress(ValueError, KeyError):  # a page in the middle of being written is only told less of
+            with suppress(ValueError, KeyError):  # a file that is being written
                 rows = [json.loads(line) for line in text.splitlines()]
                 found += [Holder(holder=row["holder"], pid=pid, mem_mib=row["mem_mib"]) for row in rows]
         return found
 
     def add(self, holder: str, mem_mib: int) -> int:
-        """Enter a clone and return the number to strike it out by. The lock must be held."""
+        """Add a reservation and return its number. Hold the lock."""
         with self._threads:
             number = next(self._numbers)
             row = json.dumps({"holder": holder, "mem_mib": mem_mib})
@@ -132,30 +132,30 @@ class Reservations:
             try:
                 self._write()
             except BaseException:
-                del self._lines[number]  # nobody has its number
+                del self._lines[number]  # the caller does not get the number
                 raise
             return number
 
-    def remove(self, number: int) -> None:
-        """Strike a clone out. Needs no lock: a reader sees it before or after."""
+    def release(self, number: int) -> None:
+        """Remove a reservation. This needs no lock: the file is consistent before and after."""
         with self._threads:
             if self._lines.pop(number, None) is not None and self._file >= 0:
                 self._write()
 
     def wait_again(self, change: int) -> None:
-        """Count the requests that others must let pass. The lock must be held to count up."""
+        """Change the number of waiting requests that go before first clones. Hold the lock to increase it."""
         with self._threads:
             self._waiting_again += change
             self._write()
 
     def read_note(self, name: str) -> int:
-        """Return a number that all processes share, 0 if nobody wrote it. The lock must be held."""
+        """Return a number that all processes share, 0 if it was never written. Hold the lock."""
         with suppress(OSError, ValueError):
             return int((self._directory / name).read_bytes())
         return 0
 
     def write_note(self, name: str, value: int) -> None:
-        """Set a number that all processes share. The lock must be held."""
+        """Set a number that all processes share. Hold the lock."""
         (self._directory / name).write_bytes(b"%d" % value)
 
     def _own(self) -> Totals:
@@ -173,7 +173,7 @@ class Reservations:
         os.ftruncate(self._file, len(text))
 
     def _others(self) -> Iterator[tuple[int, int]]:
-        """Yield an open descriptor and the process id of every other live page."""
+        """Yield an open descriptor of each other live process's file, and the process id."""
         for path in self._directory.iterdir():
             match = _NAME.fullmatch(path.name)
             if match is None or path.name == self._name:
@@ -196,9 +196,9 @@ _opening = threading.Lock()
 
 
 def open_reservations(directory: Path, user: object) -> Reservations:
-    """Return this process's ledger in a directory, for a user who calls `close_reservations`. Raise OSError.
+    """Return this process's reservations in a directory. `user` must call `close_reservations`. Raise OSError.
 
-    A forked child gets one of its own.
+    A forked child gets its own.
     """
     with _opening:
         known = _reservations.get(directory)
@@ -209,7 +209,7 @@ def open_reservations(directory: Path, user: object) -> Reservations:
 
 
 def close_reservations(directory: Path, user: object) -> None:
-    """Close this process's ledger in a directory once nobody uses it any more. Idempotent."""
+    """Close this process's reservations in a directory after the last user's call. Idempotent."""
     with _opening:
         known = _reservations.get(directory)
         if known is None or user not in known.users:

@@ -1,4 +1,4 @@
-"""One process of the supervisor's, as the rest sees it."""
+"""One process of the supervisor, as its users see it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ChildExit:
 class Child:
     """A running process. Any thread may call any method.
 
-    `pid` is its id as `ps` shows it. `pidfd` may be polled for the end; it is closed, and -1, once the end is reported.
+    `pid` is the id that `ps` shows. `pidfd` can be polled for the end. It is closed, and -1, once the end is reported.
     """
 
     def __init__(self, name: str, *, end: Callable[[], None]) -> None:
@@ -44,33 +44,37 @@ class Child:
 
     @property
     def exited(self) -> ChildExit | None:
-        """Return how it ended, None while it runs."""
+        """Return how the process ended, None while it runs."""
         return self._exit
 
     def kill(self) -> None:
-        """Send SIGKILL and let the directory it owns be removed. Return at once; idempotent; nothing in a forked child.
+        """Send SIGKILL, have the process's own directory removed, and return at once. Idempotent.
 
-        What ended by itself keeps its directory until then, so that its last words can be read.
+        A process that ended by itself keeps its directory until then, so that its output can be read. Do nothing in a
+        forked child.
         """
         if getpid() == self._owner:
             self.send_signal(signal.SIGKILL)
             self._end()
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to this process alone, never to another that got its id; nothing when it has ended."""
+        """Send a signal to this process, never to another one with its id. Do nothing when it has ended."""
         with self._lock, suppress(ProcessLookupError):
             if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, number)
 
     def wait(self, timeout_s: float) -> ChildExit:
-        """Wait until it has ended. Raise HostError at the deadline, UsageProblem in a forked process."""
+        """Wait until the process has ended. Raise HostError at the deadline, UsageProblem in a forked process."""
         check_owner(self._owner)
         if not self._over.wait(min(timeout_s, threading.TIMEOUT_MAX)) or self._exit is None:
             raise HostError(f"{self.name} (pid {self.pid}) did not end within {timeout_s:g} s")
         return self._exit
 
     def on_exit(self, callback: Callable[[ChildExit], None]) -> None:
-        """Call back once when it has ended: from the service thread, or at once if it already has. Must be quick."""
+        """Call back once when the process has ended: from the service thread, or at once if it already has.
+
+        The callback must return quickly.
+        """
         with self._lock:
             if self._exit is None:
                 self._callbacks.append(callback)
@@ -79,16 +83,16 @@ class Child:
         callback(known)
 
     def attach(self, pid: int, pidfd: int) -> None:
-        """Take the descriptor of the process once it runs. For the supervisor."""
+        """Store the process's id and pidfd. For the supervisor."""
         with self._lock:
             if self._exit is None:
                 self.pid, self.pidfd = pid, pidfd
-            else:  # its end was reported first
+            else:  # the end was reported before the spawn's answer
                 self.pid = pid
                 os.close(pidfd)
 
     def finish(self, how: ChildExit) -> None:
-        """Record the end and tell everybody. For the supervisor."""
+        """Store how the process ended, and call back. For the supervisor."""
         with self._lock:
             if self._exit is not None:
                 return
@@ -101,5 +105,5 @@ class Child:
         for callback in callbacks:
             try:
                 callback(how)
-            except Exception:  # noqa: BLE001 - whatever it is, the other callbacks must be called
+            except Exception:  # noqa: BLE001 - the other callbacks must be called
                 _log.exception("a callback for the end of %s failed", self.name)

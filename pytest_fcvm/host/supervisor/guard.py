@@ -1,18 +1,19 @@
-"""Hold a run's processes together and end them all with pytest. Exec'd by `supervisor.py`, nothing but C modules.
+"""End all processes of a run when pytest ends. `supervisor.py` execs this script, which imports C modules only.
 
     pytest ── guard ── spawner ── VMM, VMM, helper …
 
-The guard watches pytest and the spawner. When either ends, or pytest shuts its socket, it kills what is left and
-removes the run directory. The spawner (`spawner.py`) serves requests. Both are single threads, because PDEATHSIG
-belongs to a thread. There are two ways to hold the tree together:
+The guard watches pytest and the spawner. When either ends, or pytest shuts its socket down, the guard kills all other
+processes and removes the run directory. The spawner (`spawner.py`) serves requests. Both have a single thread, because
+PDEATHSIG belongs to a thread. There are two ways to end the tree:
 
-- `namespace`: the spawner is PID 1 of a PID namespace. The kernel kills everything in it when it dies, and it dies
-  with the guard (PDEATHSIG).
-- `subreaper`: where no namespace can be had. Each child has PDEATHSIG; guard and spawner are both subreapers, watch
-  each other by pidfd, and the survivor kills all that the other left, however often it has forked. (Grandchildren
-  survive only if guard and spawner are killed at the same moment.)
+- `namespace`: the spawner is PID 1 of a PID namespace. The kernel kills everything in the namespace when the spawner
+  dies, and the spawner dies with the guard (PDEATHSIG).
+- `subreaper`: where PID namespaces are unavailable. Each child has PDEATHSIG. Guard and spawner are both subreapers and
+  watch each other by pidfd, and the survivor kills all descendants of the other. (Grandchildren survive only if guard
+  and spawner are killed at the same moment.)
 
-pytest is watched by a pidfd that it took itself: a forked child of a test may hold the sockets open after its death.
+The guard watches pytest by a pidfd that pytest opened: a test's forked child may hold the sockets open after pytest's
+death.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ __all__ = ["main"]
 
 NAMESPACE, SUBREAPER = b"namespace", b"subreaper"
 
-_HIGHEST_DESCRIPTOR = 1 << 20  # with close_range(2) the span costs nothing
+_HIGHEST_DESCRIPTOR = 1 << 20  # close_range(2) closes any number at once
 
 
 def main() -> None:
-    """Become the guard and fork the spawner. Arguments: the run directory; `auto`, or `subreaper` for no namespace."""
+    """Run the guard, and fork the spawner. Arguments: the run directory; `auto`, or `subreaper` for no namespace."""
     run_dir, wanted = (os.fsencode(argument) for argument in sys.argv[1:3])
     for descriptor in (messages.CONTROL, messages.EVENTS, messages.PYTEST):
         os.set_inheritable(descriptor, False)  # noqa: FBT003 - it takes no keyword
@@ -55,7 +56,7 @@ def main() -> None:
         libc.prctl(libc.PR_SET_NAME, b"fcvm-guard")
         os.close(messages.EVENTS)
         os.close(guard)
-        _stand_guard(pid, run_dir, isolation)
+        _run_guard(pid, run_dir, isolation)
     else:
         libc.prctl(libc.PR_SET_NAME, b"fcvm-spawner")
         _run_spawner(guard, isolation)
@@ -74,32 +75,32 @@ def _run_spawner(guard: int, isolation: bytes) -> None:
         messages.send(control, (0, 0, 0, isolation))
         spawner.Spawner(control, events, start).serve(guard)
     except ConnectionError:
-        pass  # pytest has gone between two of our steps
+        pass  # pytest has ended meanwhile
     if isolation == SUBREAPER:
         _end_descendants()
 
 
-def _stand_guard(pid: int, run_dir: bytes, isolation: bytes) -> None:
+def _run_guard(pid: int, run_dir: bytes, isolation: bytes) -> None:
     watch = select.poll()
     watch.register(os.pidfd_open(pid), select.POLLIN)
     watch.register(messages.PYTEST, select.POLLIN)
-    watch.register(messages.CONTROL, 0)  # POLLHUP comes unasked when pytest's end is shut or gone
+    watch.register(messages.CONTROL, 0)  # poll always reports POLLHUP, here for the end of pytest's socket
     watch.poll()
-    os.kill(pid, _signal.SIGKILL)  # not reaped yet: the id cannot be anybody else's
-    os.waitpid(pid, 0)  # in a namespace this returns when all in it are gone
+    os.kill(pid, _signal.SIGKILL)  # the spawner is not reaped yet, so no other process has its id
+    os.waitpid(pid, 0)  # for a namespace this returns when all its processes have ended
     if isolation == SUBREAPER:
         _end_descendants()
     try:
-        also = os.readlink(run_dir + b"/" + messages.ALSO_REMOVED)  # noqa: PTH115 - no pathlib here
-    except OSError:  # pytest lives, or has nothing else
-        also = b""
+        extra_dir = os.readlink(run_dir + b"/" + messages.EXTRA_DIR)  # noqa: PTH115 - no pathlib here
+    except OSError:  # pytest lives, or has no other directory
+        extra_dir = b""
     spawner.remove_tree(run_dir)
-    if also:
-        spawner.remove_tree(also)
+    if extra_dir:
+        spawner.remove_tree(extra_dir)
 
 
 def _enter_namespace() -> bool:
-    """Make the next fork PID 1 of a new namespace. A user namespace is tried out first: there is no way back."""
+    """Make the next fork PID 1 of a new namespace. Try a user namespace in a child first: it cannot be left again."""
     try:
         libc.unshare(libc.CLONE_NEWPID)
     except OSError:
@@ -112,7 +113,7 @@ def _enter_namespace() -> bool:
 def _enter_user_namespace() -> None:
     uid, gid = os.geteuid(), os.getegid()
     libc.unshare(libc.CLONE_NEWUSER | libc.CLONE_NEWPID)
-    # Every user stays who they are; without a map files would seem to belong to nobody: user_namespaces(7).
+    # Map our ids to themselves. Without a map all files would belong to nobody: user_namespaces(7).
     for file, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         descriptor = os.open(f"/proc/self/{file}", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -134,18 +135,18 @@ def _works_in_child(step: Callable[[], None]) -> bool:
 
 
 def _end_descendants() -> None:
-    """Kill until no descendant is left. A subreaper gets the orphans of what it kills as its own children."""
+    """Kill until no descendant is left. A subreaper becomes the parent of the orphans of the killed processes."""
     while children := list(_children()):
         for pid in children:
             spawner.kill_quietly(os.kill, pid)
-        for _ in children:  # each of them ends; who else does is counted in the next round
+        for _ in children:  # each of them ends; the next round finds the orphans
             os.waitpid(-1, 0)
 
 
 def _children() -> Iterator[int]:
-    """Yield our children, also those we never started. (/proc/PID/task/TID/children is not in every kernel.)"""
+    """Yield our children, adopted orphans included. (Not every kernel has /proc/PID/task/TID/children.)"""
     own = str(os.getpid())
-    # Another PID namespace's /proc has numbers that mean somebody else here.
+    # The process ids in another PID namespace's /proc are of other processes here.
     if os.readlink("/proc/self") != own:  # noqa: PTH115 - pathlib is 8 ms of start-up
         return
     for entry in os.listdir("/proc"):  # noqa: PTH208

@@ -1,4 +1,4 @@
-"""Remove what killed processes left behind. A free lock is the only proof of death: process ids come back."""
+"""Remove the files that killed processes left. Only a free lock shows a death: the kernel reuses process ids."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def sweep(run_root: Path) -> list[str]:
     """Remove run directories whose lock is free and return their names. Any number of processes may sweep at once."""
     swept = []
     for entry in _list(run_root):
-        if entry.name.startswith(_DEAD):  # a sweeper was killed after it had proven the death
+        if entry.name.startswith(_DEAD):  # a janitor was killed while it removed this
             shutil.rmtree(entry, ignore_errors=True)
-        elif is_run_id(entry.name) and _bury(entry, entry / LOCK_NAME):
+        elif is_run_id(entry.name) and _remove_if_free(entry, entry / LOCK_NAME):
             swept.append(entry.name)
     return swept
 
 
 def sweep_temporary(store_dir: Path) -> list[str]:
-    """Remove half-built entries `<key>.tmp-*` whose lock, `<key>.lock` beside them, is free; return their names."""
+    """Remove unfinished entries `<key>.tmp-*` whose lock, `<key>.lock` beside them, is free; return their names."""
     swept = []
     for entry in _list(store_dir):
         key, temporary, _ = entry.name.partition(_TEMPORARY)
-        if temporary and not entry.name.startswith(_DEAD) and _bury(entry, store_dir / f"{key}.lock"):
+        if temporary and not entry.name.startswith(_DEAD) and _remove_if_free(entry, store_dir / f"{key}.lock"):
             swept.append(entry.name)
         elif entry.name.startswith(_DEAD):
             shutil.rmtree(entry, ignore_errors=True)
@@ -46,24 +46,24 @@ def _list(directory: Path) -> list[Path]:
         return []
 
 
-def _bury(entry: Path, lock: Path) -> bool:
-    """Rename the directory while its lock is ours, so that one sweeper wins and nobody comes to life in it."""
-    grave = entry.with_name(f"{_DEAD}{os.urandom(4).hex()}")
-    with _taken(lock) as taken:
-        if not taken:
+def _remove_if_free(entry: Path, lock: Path) -> bool:
+    """Rename the directory while its lock is ours, so that one janitor removes it and no process starts to use it."""
+    renamed = entry.with_name(f"{_DEAD}{os.urandom(4).hex()}")
+    with _try_lock(lock) as locked:
+        if not locked:
             return False
         try:
-            entry.rename(grave)
+            entry.rename(renamed)
         except OSError:
             return False
-    shutil.rmtree(grave, ignore_errors=True)
+    shutil.rmtree(renamed, ignore_errors=True)
     return True
 
 
 @contextmanager
-def _taken(lock: Path) -> Iterator[bool]:
+def _try_lock(lock: Path) -> Iterator[bool]:
     try:
-        # Created if missing: a process that was killed, or is just now, between making the directory and its lock.
+        # Create a missing lock: a process may be between making its directory and the lock, or was killed there.
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:
         yield False

@@ -1,20 +1,20 @@
 """Messages between the supervisor in pytest and its spawner: one marshalled tuple per packet, with descriptors.
 
-Marshal, because both ends are the same interpreter and `json` costs 9 ms of start-up (it imports `re`). All strings are
-bytes, so that nothing hangs on a locale.
+Both ends are the same interpreter, so marshal works; `json` would cost 9 ms of start-up, because it imports `re`. All
+strings are bytes, so that the locale does not matter.
 
     control, to the spawner    (OP_SPAWN, id, argv, stdout, cwd, env or None, nice, targets, owned_dir or None)
                                with one descriptor per target
-                               (OP_END, id): kill it, and remove its directory when it is gone
+                               (OP_END, id): kill the process, and remove its directory after its end
     control, back              (0, 0, 0, isolation) once, at the start
                                (id, pid, 0, b"") with a pidfd, or (id, 0, errno, what), answers a spawn
-    events, back               (id, exit code or -signal), or (id, None) for one that never began
+    events, back               (id, exit code or -signal), or (id, None) for a process that never started
 """
 
 from __future__ import annotations
 
-# This module and its neighbours are imported by the bare script: only C modules, no `socket`, `signal` or `typing`
-# (12, 6 and 5 ms).
+# The guard imports this module and its neighbours. They import C modules only: `socket`, `signal` and `typing` cost 12,
+# 6 and 5 ms.
 import _socket
 import fcntl
 import marshal
@@ -29,21 +29,32 @@ if TYPE_CHECKING:
 
     Message: TypeAlias = tuple[Any, ...]
 
-__all__ = ["ALSO_REMOVED", "CONTROL", "EVENTS", "OP_END", "OP_SPAWN", "PYTEST", "WIRE_LIMIT", "lift", "receive", "send"]
+__all__ = [
+    "CONTROL",
+    "EVENTS",
+    "EXTRA_DIR",
+    "MESSAGE_LIMIT",
+    "OP_END",
+    "OP_SPAWN",
+    "PYTEST",
+    "duplicate_above",
+    "receive",
+    "send",
+]
 
 CONTROL, EVENTS, PYTEST = 3, 4, 5  # descriptors of the guard on entry; the last is a pidfd of pytest
-ALSO_REMOVED = b"also-removed"  # a link in the run directory: to what the guard removes beside it
+EXTRA_DIR = b"extra-dir"  # a link in the run directory to the other directory that the guard removes
 OP_SPAWN, OP_END = 0, 1
-WIRE_LIMIT = 1 << 20
+MESSAGE_LIMIT = 1 << 20  # bytes
 
 _DESCRIPTOR = 4  # bytes of an int in SCM_RIGHTS
 _MOST_DESCRIPTORS = 253  # SCM_MAX_FD
 
 
-def lift(plan: Mapping[int, int]) -> dict[int, int]:
-    """Return the plan {target: source} with sources above all targets, so that no dup2 overwrites what another needs.
+def duplicate_above(plan: Mapping[int, int]) -> dict[int, int]:
+    """Return the plan {target: source} with all sources above all targets, so that no dup2 overwrites a later source.
 
-    A source that has to move is duplicated, close-on-exec; the caller closes what is new.
+    Lower sources are duplicated, close-on-exec. The caller closes the duplicates.
     """
     floor = max(plan, default=0) + 1
     moved: dict[int, int] = {}
@@ -60,17 +71,17 @@ def lift(plan: Mapping[int, int]) -> dict[int, int]:
 
 
 def send(peer: _socket.socket | socket, message: Message, descriptors: Sequence[int] = ()) -> None:
-    """Send one message with descriptors. Raise OSError; ConnectionError when the other end is gone."""
+    """Send one message with descriptors. Raise OSError, ConnectionError when the other end is closed."""
     packed = b"".join(number.to_bytes(_DESCRIPTOR, sys.byteorder) for number in descriptors)
     ancillary = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, packed)] if packed else []
     peer.sendmsg([marshal.dumps(message)], ancillary)
 
 
 def receive(peer: _socket.socket | socket) -> tuple[Message | None, list[int]]:
-    """Receive one message and its descriptors, close-on-exec; None when the other end is gone."""
+    """Receive one message and its descriptors, close-on-exec. Return None when the other end is closed."""
     space = _socket.CMSG_SPACE(_MOST_DESCRIPTORS * _DESCRIPTOR)
     try:
-        data, ancillary, _, _ = peer.recvmsg(WIRE_LIMIT, space, _socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = peer.recvmsg(MESSAGE_LIMIT, space, _socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return None, []
     descriptors = [

@@ -1,4 +1,4 @@
-"""What an engine needs from whoever starts processes. `supervisor.py` is the one that does it for real."""
+"""What starts processes for an engine, as Protocols. `supervisor.py` implements them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pytest_fcvm.host.sockets import socket_pair
 
 __all__ = ["CONTROL_FD", "Child", "ChildExit", "Program", "Spawner", "start_program"]
 
-CONTROL_FD = 3  # of a program of ours
+CONTROL_FD = 3  # of a helper program
 
 
 class ChildExit(Protocol):
-    """How a process ended: `code` or `signal`, the other is None."""
+    """How a process ended: by `code` or `signal`; the other is None."""
 
     @property
     def code(self) -> int | None:
@@ -34,7 +34,7 @@ class ChildExit(Protocol):
 
 
 class Child(Protocol):
-    """A process that ends with us, however we end."""
+    """A process that ends when this process ends, however that happens."""
 
     @property
     def pid(self) -> int:
@@ -42,27 +42,27 @@ class Child(Protocol):
         ...
 
     def kill(self) -> None:
-        """Send SIGKILL and return at once; idempotent."""
+        """Send SIGKILL and return at once. Idempotent."""
         ...
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to this process alone; nothing when it has ended."""
+        """Send a signal to this process. Do nothing when it has ended."""
         ...
 
     def wait(self, timeout_s: float) -> ChildExit:
-        """Wait for its end. Raise HostError at the deadline."""
+        """Wait until the process has ended. Raise HostError at the deadline."""
         ...
 
     def on_exit(self, callback: Callable[[ChildExit], None]) -> None:
-        """Call back once when it has ended, at once if it already has."""
+        """Call back once when the process has ended, at once if it already has."""
         ...
 
 
 class Spawner(Protocol):
-    """Starts processes whose life is bound to ours."""
+    """Starts processes that end when this process ends."""
 
     def make_dir(self, name: str) -> Path:
-        """Make a private directory (0700) for one child."""
+        """Create a private directory (mode 0700) for one child."""
         ...
 
     def spawn(
@@ -76,28 +76,28 @@ class Spawner(Protocol):
         env: Mapping[str, str] | None,
         owned_dir: Path | None,
     ) -> Child:
-        """Start a process; `fds` maps its descriptor numbers to ours, `stdout` receives stderr as well."""
+        """Start a process. `fds` maps its descriptor numbers to ours; `stdout` also receives stderr."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program of ours that runs, our end of its control, and the file of what it prints, which goes with it."""
+    """A running helper program, our end of its control socket, and the file with its output, which ends with it."""
 
     child: Child
     control: socket.socket
     log: Path
 
     def close(self) -> None:
-        """End it. Idempotent."""
+        """Kill the program. Idempotent."""
         self.child.kill()
         self.control.close()
 
 
 def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) -> Program:
-    """Run a Python file of ours, which needs no packages, in a new directory that goes with it.
+    """Run one of our Python files, which imports no packages, in a new directory that is removed after its end.
 
-    The control is a socket of sequenced packets, the program's CONTROL_FD. Raise HostError; nothing is left then.
+    The control socket has sequenced packets, and is CONTROL_FD in the program. Raise HostError; nothing is left then.
     """
     with translating_emfile(name), ExitStack() as undo:
         directory = spawner.make_dir(name)

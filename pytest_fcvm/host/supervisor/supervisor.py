@@ -1,7 +1,7 @@
-"""pytest's side of the process tree: ask for processes, hear of their ends. The other side is `guard.py`.
+"""pytest's side of the process tree: request processes, and receive reports of their ends. The other is `guard.py`.
 
-One supervisor per pytest process. Its guard is exec'd, never forked from pytest, and everything it ever spawned is gone
-within a second of pytest's death, however pytest dies; the run directory goes with it.
+A pytest process has one supervisor. Its guard is exec'd, never forked from pytest. However pytest dies, everything that
+the guard has spawned is gone within a second, and the run directory with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from pytest_fcvm.errors import HostError, UsageProblem
-from pytest_fcvm.host.limits import host_error, lacks_process, more_processes
+from pytest_fcvm.host.limits import host_error, lacks_processes, process_limit_hint
 from pytest_fcvm.host.own import check_owner, environment, find_program, getpid, os
 from pytest_fcvm.host.paths import make_child_dir
 from pytest_fcvm.host.sockets import socket_pair
@@ -33,10 +33,10 @@ __all__ = ["Child", "ChildExit", "Supervisor"]
 _ANSWER_S = 30.0
 _CLOSE_S = 10.0
 _LOG = "guard.log"
-_ALSO = messages.ALSO_REMOVED.decode()
+_EXTRA_DIR = messages.EXTRA_DIR.decode()
 _LOG_TAIL = 4000
-# Imported from its directory, so that bytecode is cached (5 ms), but past the packages' own `__init__`, whose imports cost
-# as much again, and without `site` (20 ms).
+# Import the guard as a module, so that its bytecode is cached (saves 5 ms). Skip the packages' own `__init__` (another
+# 5 ms) and `site` (20 ms).
 _BOOTSTRAP = """\
 import sys
 for name, directory in zip(("pytest_fcvm", "pytest_fcvm.host", "pytest_fcvm.host.supervisor"), {directories!r}):
@@ -50,8 +50,8 @@ main()
 class Supervisor:
     """Spawn processes that cannot outlive pytest. Any thread may call any method.
 
-    In a forked child of pytest the supervisor is the parent's: `close` only drops the child's copies of descriptors,
-    `Child.kill` does nothing and `spawn` is refused.
+    In a forked child of pytest, `close` only closes the child's copies of descriptors, `Child.kill` does nothing, and
+    `spawn` raises UsageProblem.
     """
 
     def __init__(self, run_dir: Path, control: socket.socket, events: socket.socket, guard: int, log: int) -> None:
@@ -70,12 +70,11 @@ class Supervisor:
         self._closed = False
 
     @classmethod
-    def start(cls, run_dir: Path, *, namespaces: bool | None = None, also_removed: Path | None = None) -> Supervisor:
-        """Exec the guard and return at once; the first spawn waits for it.
+    def start(cls, run_dir: Path, *, namespaces: bool | None = None, extra_dir: Path | None = None) -> Supervisor:
+        """Exec the guard and return at once; the first spawn waits for the guard.
 
-        `run_dir` is removed with all that is in it when the supervisor or pytest ends, `also_removed` when pytest does
-        without `close`. `namespaces=False`, or FCVM_NO_NAMESPACES=1 in the environment, makes it do without a PID
-        namespace. Raise HostError.
+        The guard removes `run_dir` when the supervisor or pytest ends, `extra_dir` when pytest ends without `close`.
+        `namespaces=False`, or FCVM_NO_NAMESPACES=1 in the environment, disables the PID namespace. Raise HostError.
         """
         if namespaces is None:
             namespaces = environment().get("FCVM_NO_NAMESPACES", "") in ("", "0")
@@ -85,8 +84,8 @@ class Supervisor:
                 events, far_events = _socket_pair(undo, passed)
                 log = os.open(run_dir / _LOG, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
                 undo.callback(os.close, log)
-                if also_removed:
-                    (run_dir / _ALSO).symlink_to(also_removed)
+                if extra_dir:
+                    (run_dir / _EXTRA_DIR).symlink_to(extra_dir)
                 pytest = os.pidfd_open(getpid())
                 passed.callback(os.close, pytest)
                 ends = {
@@ -118,14 +117,14 @@ class Supervisor:
 
     @property
     def isolation(self) -> str:
-        """Return how the tree is held together, `namespace` or `subreaper`. Wait until the guard knows."""
+        """Return what ends the tree's processes, `namespace` or `subreaper`. Wait until the guard reports it."""
         with self._asking:
             while not self._isolation:
-                self._hear()
+                self._receive_answer()
             return self._isolation
 
     def make_dir(self, name: str) -> Path:
-        """Make a private directory for one process under the run directory, its path short, its name never reused."""
+        """Create a private directory for one process, with a short path and a name that is never used again."""
         return make_child_dir(self.run_dir, name, next(self._serials))
 
     def spawn(
@@ -140,21 +139,22 @@ class Supervisor:
         nice: int = 0,
         owned_dir: Path | None = None,
     ) -> Child:
-        """Start a program in a session of its own, with none of our descriptors and signal settings; return its Child.
+        """Start a program in a session of its own, without our descriptors and signal settings. Return its Child.
 
-        fds: which of our descriptors (they stay ours) the child gets under which number; 0 is /dev/null otherwise.
-        stdout: the file that stdout and stderr are appended to; relative to `owned_dir`, else `cwd`, else the run
-        directory, where the program also starts unless `cwd` says otherwise.
-        env: the whole environment; None is that of pytest when the supervisor started. nice: added to pytest's own.
-        owned_dir: removed when the process has ended and `Child.kill` was called, or the spawn failed.
-        Raise HostError when it cannot be started.
+        fds: descriptor numbers in the child, and which of our descriptors each one is. Ours stay open. By default 0 is
+        /dev/null.
+        stdout: the file to which stdout and stderr are appended, relative to `owned_dir`, else `cwd`, else the run
+        directory. The program also starts in that directory, unless there is a `cwd`.
+        env: the whole environment; None for that of pytest when the supervisor started. nice: added to pytest's own.
+        owned_dir: removed when the process has ended and `Child.kill` was called, or when the spawn failed.
+        Raise HostError when the program cannot be started.
         """
-        home = owned_dir or cwd or self.run_dir
+        default_dir = owned_dir or cwd or self.run_dir
         given = dict(fds or {})
         request = (
             [os.fsencode(part) for part in _resolve_program(argv)],
-            os.fsencode(home / stdout),
-            os.fsencode(cwd or home),
+            os.fsencode(default_dir / stdout),
+            os.fsencode(cwd or default_dir),
             None if env is None else {os.fsencode(key): os.fsencode(value) for key, value in env.items()},
             nice,
             list(given),
@@ -163,7 +163,7 @@ class Supervisor:
         return self._start(name, request, list(given.values()))
 
     def close(self) -> None:
-        """Kill every process, remove the run directory and wait for both; idempotent."""
+        """Kill every process, remove the run directory, and wait for both. Idempotent."""
         if getpid() != self._owner:
             self._drop_descriptors()
             return
@@ -177,13 +177,13 @@ class Supervisor:
             self._end_guard(thread)
 
     def _end_guard(self, thread: threading.Thread | None) -> None:
-        (self.run_dir / _ALSO).unlink(missing_ok=True)  # its owner lives, and removes it itself
-        with suppress(OSError):  # shut, not closed: a forked child may hold copies
+        (self.run_dir / _EXTRA_DIR).unlink(missing_ok=True)  # the owner of that directory removes it
+        with suppress(OSError):  # shut down, because a forked child may hold copies
             self._control.shutdown(socket.SHUT_RDWR)
         if not _wait_readable(self._guard, _CLOSE_S):
             signal.pidfd_send_signal(self._guard, signal.SIGKILL)
             _wait_readable(self._guard, _CLOSE_S)
-        with suppress(ChildProcessError):  # a test reaped it
+        with suppress(ChildProcessError):  # a test reaped the guard
             os.waitpid(self.guard_pid, os.WNOHANG)
         if thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSE_S)
@@ -198,26 +198,26 @@ class Supervisor:
                 os.close(descriptor)
 
     def _start(self, name: str, request: tuple[object, ...], descriptors: Sequence[int]) -> Child:
-        check_owner(self._owner)  # before a lock is taken that may have been held when the process was forked
+        check_owner(self._owner)  # before taking a lock, which another thread may have held at the fork
         number = next(self._numbers)
-        child = Child(name, end=lambda: self._describe_exit(number))
+        child = Child(name, end=lambda: self._request_end(number))
         try:
             with self._asking:
                 self._ask(number, child, request, descriptors)
                 child.attach(*self._take_answer(number, name))
         except BaseException:
-            self._describe_exit(number)  # also when a signal handler raised between request and answer
+            self._request_end(number)  # also when a signal handler raised between request and answer
             raise
         return child
 
     def _ask(self, number: int, child: Child, request: tuple[object, ...], descriptors: Sequence[int]) -> None:
-        with self._table:  # held over the request, so that no end is reported of what is not in the table yet
+        with self._table:  # held during the request, so that the child is in the table before its end is reported
             if self._closed:
-                raise UsageProblem("the supervisor is closed", hint="no VM can be started after the session's end")
+                raise UsageProblem("the supervisor is closed", hint="start no VM after the session's end")
             try:
                 messages.send(self._control, (messages.OP_SPAWN, number, *request), descriptors)
             except ConnectionError:
-                raise self._lost() from None
+                raise self._death_error() from None
             except OSError as error:
                 raise HostError(
                     f"{child.name} cannot be started: {error.strerror}", hint="shorten its arguments and environment"
@@ -237,10 +237,10 @@ class Supervisor:
 
     def _take_answer(self, number: int, name: str) -> tuple[int, int]:
         while True:
-            answer, received = self._hear()
+            answer, received = self._receive_answer()
             if answer[0] == number:
                 break
-            for descriptor in received:  # the answer to a spawn that was interrupted and has been ended since
+            for descriptor in received:  # of an interrupted spawn, whose end was requested
                 os.close(descriptor)
         _, pid, code, what = answer
         if code:
@@ -249,7 +249,7 @@ class Supervisor:
             raise HostError(f"{name} cannot be watched: no file descriptor is left", hint="raise ulimit -n")
         return _visible_pid(received[0]) or pid, received[0]
 
-    def _hear(self) -> tuple[messages.Message, list[int]]:
+    def _receive_answer(self) -> tuple[messages.Message, list[int]]:
         self._control.settimeout(_ANSWER_S)
         try:
             answer, descriptors = messages.receive(self._control)
@@ -258,16 +258,16 @@ class Supervisor:
                 f"the supervisor did not answer within {_ANSWER_S:g} s", evidence=self._evidence()
             ) from None
         if answer is None:
-            raise self._lost()
+            raise self._death_error()
         if answer[0] == 0:
             self._isolation = answer[3].decode()
         return answer, descriptors
 
-    def _lost(self) -> HostError:
+    def _death_error(self) -> HostError:
         evidence = self._evidence()
-        hint = "look for the kernel's OOM killer in dmesg, or whoever killed fcvm-guard; then start pytest again"
-        if lacks_process("".join(evidence.values())):
-            hint = more_processes()
+        hint = "look in dmesg for the kernel's OOM killer, or find out what killed fcvm-guard; then start pytest again"
+        if lacks_processes("".join(evidence.values())):
+            hint = process_limit_hint()
         return HostError("the supervisor has died and all VMs of this process with it", hint=hint, evidence=evidence)
 
     def _evidence(self) -> dict[str, str]:
@@ -275,12 +275,12 @@ class Supervisor:
         text = os.pread(self._log, _LOG_TAIL, max(0, size - _LOG_TAIL)).decode("utf-8", "replace")
         return {"supervisor log": text} if text else {}
 
-    def _describe_exit(self, number: int) -> None:
-        with suppress(OSError):  # the spawner has gone, and every process and directory with it
+    def _request_end(self, number: int) -> None:
+        with suppress(OSError):  # the spawner has ended, and every process and directory with it
             messages.send(self._control, (messages.OP_END, number))
 
     def _listen(self) -> None:
-        """Take reports of ends while there is anything that may end."""
+        """Receive reports of ends, as long as there is a child."""
         while True:
             report, _ = messages.receive(self._events)
             if report is None:
@@ -303,7 +303,7 @@ class Supervisor:
             self._thread = None
         for child in children.values():
             if child.pidfd >= 0:
-                _wait_readable(child.pidfd, 1.0)  # the kernel is at it; say so only when it is true
+                _wait_readable(child.pidfd, 1.0)  # the kernel is killing it; report the end only after the end
             child.finish(ChildExit(signal=int(signal.SIGKILL)))
 
 
@@ -311,19 +311,19 @@ def _socket_pair(undo: ExitStack, passed: ExitStack) -> tuple[socket.socket, soc
     ours, theirs = socket_pair(socket.SOCK_SEQPACKET)
     undo.callback(ours.close)
     passed.callback(theirs.close)
-    for end in (ours, theirs):  # one packet holds arguments and environment of a spawn
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, messages.WIRE_LIMIT)
+    for end in (ours, theirs):  # one packet holds all arguments and the environment of a spawn
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, messages.MESSAGE_LIMIT)
     return ours, theirs
 
 
 def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> int:
     if not sys.executable:
-        raise HostError("this Python does not know its own path", hint="run pytest by a Python on disk")
+        raise HostError("this Python does not know its own path", hint="run pytest with a Python that is a file")
     here = Path(__file__).parent
     code = _BOOTSTRAP.format(directories=[str(here.parents[1]), str(here.parent), str(here)])
     argv = [sys.executable, "-I", "-S", "-c", code, str(run_dir)]
     argv.append("auto" if namespaces else "subreaper")
-    lifted = messages.lift(given)
+    lifted = messages.duplicate_above(given)
     try:
         return os.posix_spawn(
             sys.executable,
@@ -343,7 +343,7 @@ def _exec_guard(run_dir: Path, given: Mapping[int, int], namespaces: bool) -> in
 
 
 def _reap(guard: int) -> None:
-    """End a guard that nobody will watch."""
+    """Kill a guard whose supervisor was not made."""
     with suppress(ProcessLookupError, ChildProcessError):
         os.kill(guard, signal.SIGKILL)
         os.waitpid(guard, 0)
@@ -365,7 +365,7 @@ def _refusal(name: str, code: int, what: str) -> HostError:
 
 
 def _visible_pid(pidfd: int) -> int:
-    """Return the id that `ps` knows it by: the `Pid:` line of a pidfd's fdinfo (proc_pid_fdinfo(5))."""
+    """Return the process id that `ps` shows: the `Pid:` line of a pidfd's fdinfo (proc_pid_fdinfo(5))."""
     with suppress(OSError, ValueError):
         for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
             if line.startswith("Pid:"):

@@ -1,35 +1,28 @@
-"""Network namespaces for the VMs of this process, made by a program of their own when the first is asked for."""
+"""Network namespaces for the VMs of this process. The netns server, a helper program, makes them."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-from pytest_fcvm.engine.post_mortem import read_tail
-from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.own import os
 from pytest_fcvm.host.sockets import Socket
-from pytest_fcvm.host.supervisor.protocol import Child, Spawner, start_program
+from pytest_fcvm.host.supervisor.protocol import Spawner
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
-from pytest_fcvm.network.netns import server as router
-from pytest_fcvm.network.netns.egress import SLIRP_RESOLVER, find_resolver, resolve_allowed, start_slirp
-from pytest_fcvm.network.netns.server import GUEST
+from pytest_fcvm.network.addresses import GUEST_ADDRESS, SLIRP_RESOLVER
+from pytest_fcvm.network.helper import Helper
+from pytest_fcvm.network.netns.egress import find_resolver, resolve_allowed, start_slirp
 
-__all__ = ["Namespaces"]
+__all__ = ["Namespaces", "refusal"]
 
-_ANSWER_S = 30.0
 _CONNECT_S = 60.0
-_DESCRIPTORS = 8
-_HINT = "use --fcvm-network user or relay, which take no rights; `fcvm doctor` says what works"
+_HINT = "use --fcvm-network user or relay, which require no privileges; `fcvm doctor` says what works"
 _USER_NAMESPACES = (
     "sysctl kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu) or kernel.unprivileged_userns_clone=1 (Debian), or "
     "be root"
@@ -45,30 +38,28 @@ _CAUSES = {
 
 
 class Namespaces:
-    """Makes network namespaces for VMs. They are gone when this process is. Every method may be called by any thread.
+    """Make network namespaces for VMs. The first one starts the netns server, which ends with this process.
 
-    As an ordinary user it takes a user namespace, in which everything is done.
+    Every method may be called from any thread. Without root, the namespaces belong to a user namespace.
     """
 
     def __init__(self, spawner: Spawner) -> None:
         self._spawner = spawner
         self._lock = threading.Lock()
-        self._child: Child | None = None
-        self._control: socket.socket | None = None
+        self._server: Helper | None = None
         self._user: int | None = None
         self._owned = ExitStack()
-        self._requests = itertools.count(1)
-        self._log = Path()
 
     def open(self, network: NetworkSpec, *, joined: bool) -> Namespace:
-        """Make a namespace with the cards of one VM, which it opens by name where it is to be `joined`.
+        """Make a namespace with the NICs of one VM. With `joined` the VMM runs in it and opens its NICs by name.
 
-        Raise HostError, with what to do, where none can be had.
+        Raise HostError, with what to do, where none can be made.
         """
+        server = self._started()
         owned = ExitStack()
         close = _once(owned.close)
         try:
-            reply, descriptors = self._ask({"op": "open", "joined": joined, "egress": network.egress}, owned)
+            number, descriptors = server.ask_for(owned, "open", joined=joined, egress=network.egress)
             user = None if self._user is None else os.dup(self._user)
             if user is not None:
                 owned.callback(os.close, user)
@@ -76,118 +67,83 @@ class Namespaces:
                 net=descriptors[0],
                 user=user,
                 tap=None if joined else descriptors[1],
-                wires=tuple(descriptors[1:]) if joined else (),
-                connect=partial(self._connect, reply["number"]),
+                packet_sockets=tuple(descriptors[1:]) if joined else (),
+                connect=partial(_connect, server, number),
                 close=close,
             )
             if network.egress:
-                self._open_egress(reply["number"], network, namespace, owned)
+                self._open_egress(server, number, network, namespace, owned)
         except BaseException:
             close()
             raise
         return namespace
 
     def close(self) -> None:
-        """End the program; namespaces of VMs that still run go with them. Idempotent."""
+        """End the netns server. A namespace lasts until its VM ends. Idempotent."""
         with self._lock:
-            self._child, self._control, self._user = None, None, None
+            self._server, self._user = None, None
             self._owned.close()
 
-    def _connect(self, number: int, port: int, kind: int) -> socket.socket:
-        with ExitStack() as undo:
-            _, (descriptor,) = self._ask({"op": "socket", "number": number, "kind": kind}, undo)
-            connection = Socket(fileno=os.dup(descriptor))
-            try:
-                connection.settimeout(_CONNECT_S)
-                connection.connect((GUEST, port))
-                connection.settimeout(None)
-            except BaseException:
-                connection.close()
-                raise
-        return connection
+    def _started(self) -> Helper:
+        with self._lock:
+            self._server = self._server or self._start()
+            return self._server
 
-    def _open_egress(self, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack) -> None:
-        """Let a namespace reach outside; `owned` ends what has to run for it."""
+    def _start(self) -> Helper:
+        with ExitStack() as owned:
+            server = Helper(
+                self._spawner,
+                "netns.server",
+                *sys.path,
+                name="netns",
+                title="the netns server",
+                refusal=refusal,
+                undo=lambda number: server.send("close", number=number),
+            )
+            owned.callback(server.close)
+            _, descriptors = server.ask_for(owned, "start")
+            self._user = next(iter(descriptors), None)
+            self._owned = owned.pop_all()
+        return server
+
+    def _open_egress(
+        self, server: Helper, number: int, network: NetworkSpec, namespace: Namespace, owned: ExitStack
+    ) -> None:
+        """Give a namespace egress. `owned` ends what has to run for it."""
         if network.mode is NetworkMode.BRIDGE:
             if namespace.user is not None:
-                raise HostError("the network bridge takes root", hint="use --fcvm-network rootless,egress")
-            self._ask({"op": "uplink", "number": number}, owned)
+                raise HostError("the network bridge requires root", hint="use --fcvm-network rootless,egress")
+            server.ask("uplink", number=number)
             resolver = find_resolver()
         else:
             owned.callback(start_slirp(self._spawner, namespace).kill)
             resolver = SLIRP_RESOLVER
-        allow = resolve_allowed(network.allow)
-        self._ask({"op": "filter", "number": number, "resolver": resolver, "allow": allow}, owned)
+        server.ask("filter", number=number, resolver=resolver, allow=resolve_allowed(network.allow))
 
-    def _forget(self, number: int) -> None:
-        """Let the program close a namespace. Nobody waits for it: those who hear of a VM's end call this."""
-        control = self._control
-        if control:
-            with suppress(OSError):
-                control.send(json.dumps({"op": "close", "number": number}).encode())
 
-    def _ask(self, request: Mapping[str, Any], owned: ExitStack) -> tuple[Any, list[int]]:
-        """Return the answer and its descriptors; they and what was made belong to `owned`."""
-        with self._lock:
-            control, number = self._control or self._start(), next(self._requests)
-            try:
-                control.send(json.dumps({**request, "id": number}).encode())
-            except OSError:
-                raise self._died() from None
-            return self._hear(control, number, owned)
-
-    def _start(self) -> socket.socket:
-        with ExitStack() as owned:
-            program = start_program(self._spawner, "namespaces", Path(router.__file__), *sys.path)
-            owned.callback(program.close)
-            self._log = program.log
-            program.control.settimeout(_ANSWER_S)
-            _, descriptors = self._hear(program.control, 0, owned)
-            self._child, self._control, self._user = program.child, program.control, next(iter(descriptors), None)
-            self._owned = owned.pop_all()
-        return program.control
-
-    def _hear(self, control: socket.socket, number: int, owned: ExitStack) -> tuple[Any, list[int]]:
-        while True:
-            with ExitStack() as received:
-                said, descriptors, is_whole = self._receive(control, received)
-                if said["id"] == number:  # else it is the answer to a call that was interrupted
-                    _check(said, is_whole=is_whole)
-                    owned.push(received.pop_all())
-                    return said, descriptors
-
-    def _receive(self, control: socket.socket, owned: ExitStack) -> tuple[Any, list[int], bool]:
+def _connect(server: Helper, number: int, port: int, kind: int) -> socket.socket:
+    with ExitStack() as owned:
+        _, (descriptor,) = server.ask_for(owned, "socket", number=number, kind=kind)
+        connection = Socket(fileno=os.dup(descriptor))
         try:
-            data, descriptors, flags, _ = socket.recv_fds(control, 65536, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-        except OSError:
-            data, descriptors, flags = b"", [], 0
-        for descriptor in descriptors:
-            owned.callback(os.close, descriptor)
-        if not data:
-            raise self._died()
-        said = json.loads(data)
-        if "number" in said:
-            owned.callback(self._forget, said["number"])
-        return said, descriptors, not flags & socket.MSG_CTRUNC
-
-    def _died(self) -> EngineError:
-        if self._child:
-            self._child.kill()  # an answer that came later would be taken for another's
-        return EngineError("the program of the network namespaces has ended", evidence={"log": read_tail(self._log)})
+            connection.settimeout(_CONNECT_S)
+            connection.connect((GUEST_ADDRESS, port))
+            connection.settimeout(None)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
 
 
-def _check(said: Mapping[str, Any], *, is_whole: bool) -> None:
-    """Raise HostError for what could not be done, or for descriptors that found no room here."""
-    if not is_whole:
-        raise HostError("no file descriptor is left for a network namespace", hint="raise ulimit -n")
-    if said["error"]:
-        cause = next((hint for what, hint in _CAUSES.items() if said["error"].startswith(what)), "")
-        hint = f"{cause}; or {_HINT}" if cause else _HINT
-        raise HostError(f"no network namespace can be had: {said['error']}", hint=hint)
+def refusal(error: str) -> HostError:
+    """Return the error for a request that the netns server could not do, with what to do."""
+    cause = next((hint for what, hint in _CAUSES.items() if error.startswith(what)), "")
+    hint = f"{cause}; or {_HINT}" if cause else _HINT
+    return HostError(f"no network namespace is available: {error}", hint=hint)
 
 
 def _once(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that does something the first time it is called, by whichever thread."""
+    """Return a function that calls another at its first call, in whichever thread."""
     lock, there = threading.Lock(), [function]
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""The way out of network namespaces: slirp4netns for one without rights, resolvers, and what names stand for."""
+"""Egress of network namespaces: slirp4netns without privileges, the host's resolver, and the addresses of `allow`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.errors import HostError, UsageProblem
+from pytest_fcvm.host.files import read_tail
 from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.process import find_tool
 from pytest_fcvm.host.sockets import socket_pair
 from pytest_fcvm.host.supervisor.protocol import Child, Spawner
 from pytest_fcvm.model.net import Namespace
+from pytest_fcvm.network.addresses import SLIRP_NET
 from pytest_fcvm.network.netns.firewall import UPLINK
 
-__all__ = ["SLIRP_RESOLVER", "find_resolver", "resolve_allowed", "start_slirp"]
+__all__ = ["find_resolver", "resolve_allowed", "start_slirp"]
 
-SLIRP_RESOLVER = "10.210.0.3"
-_SLIRP_NET = "10.210.0.0/24"
 _READY_S = 20.0
 _READY_FD, _USER_FD, _NET_FD = 3, 4, 5
 _RESOLVERS = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
 
 
 def start_slirp(spawner: Spawner, namespace: Namespace) -> Child:
-    """Start slirp4netns, which leads a namespace outside as an ordinary program would, and wait until it does.
+    """Start slirp4netns, which gives a namespace egress without privileges, and wait until it is ready.
 
     Raise HostError when it is not installed or does not start.
     """
-    argv = [_find("slirp4netns", "slirp4netns"), "--configure", "--disable-host-loopback", f"--cidr={_SLIRP_NET}"]
+    argv = [_find("slirp4netns", "slirp4netns"), "--configure", "--disable-host-loopback", f"--cidr={SLIRP_NET}"]
     argv += [f"--ready-fd={_READY_FD}", "--netns-type=path", f"/proc/self/fd/{_NET_FD}", UPLINK]
     passed = {_NET_FD: namespace.net}
-    if namespace.user is not None:  # its rights over the namespace come from there; its sockets are the host's
+    if namespace.user is not None:  # it gets its privileges there; its sockets stay in the host's network
         enter = [_find("nsenter", "util-linux"), "--preserve-credentials", f"--user=/proc/self/fd/{_USER_FD}", "--"]
         argv, passed[_USER_FD] = [*enter, *argv], namespace.user
     with translating_emfile("slirp4netns"), ExitStack() as undo:
@@ -56,8 +55,8 @@ def start_slirp(spawner: Spawner, namespace: Namespace) -> Child:
                 )
             undo.callback(child.kill)
             if not _is_ready(ready):
-                said = {"slirp4netns": read_tail(log)}
-                raise HostError("slirp4netns did not start", hint="see what it printed", evidence=said)
+                evidence = {"slirp4netns": read_tail(log)}
+                raise HostError("slirp4netns did not start", hint="see what it printed", evidence=evidence)
         undo.pop_all()
     return child
 
@@ -73,14 +72,14 @@ def _find(name: str, package: str) -> str:
     tool = find_tool(name)
     if tool is None:
         raise HostError(
-            f"{name} is not installed, without which the network rootless has no way out",
+            f"{name} is not installed: the network rootless has no egress without it",
             hint=f"apt-get install {package}, or --fcvm-network user,egress",
         )
     return str(tool)
 
 
 def find_resolver() -> str:
-    """Return the IPv4 address of the host's resolver that is not on the host itself, "" where there is none."""
+    """Return the IPv4 address of the host's first resolver that is not a loopback address, "" if it has none."""
     for path in _RESOLVERS:
         with suppress(OSError, ValueError):
             for line in path.read_text().splitlines():
@@ -91,7 +90,7 @@ def find_resolver() -> str:
 
 
 def resolve_allowed(targets: Iterable[str]) -> list[str]:
-    """Return networks and addresses as they are, and of names the addresses that they have now.
+    """Return networks and addresses as they are, and names as the IPv4 addresses that they have now.
 
     Raise UsageProblem for a name that has none.
     """
@@ -105,7 +104,7 @@ def resolve_allowed(targets: Iterable[str]) -> list[str]:
         except OSError as error:
             raise UsageProblem(
                 f"allow={target}: the name has no IPv4 address here ({error.strerror})",
-                hint="name a host, an address, or a network like 10.0.0.0/8",
+                hint="give a host name, an address, or a network like 10.0.0.0/8",
             ) from error
         allowed += sorted({str(address[4][0]) for address in found})
     return allowed

@@ -1,6 +1,6 @@
-"""What namespaces of VMs may reach: rules of nftables, and the pairs of cards that lead to the host's networks.
+"""What the namespaces of VMs may reach: nftables rules, and veth pairs to the host's networks.
 
-Part of the program in `router.py`. Rules go through libnftables (libnftables(3)), which comes with `nft`.
+Part of the netns server. It loads rules through libnftables (libnftables(3)), which comes with `nft`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from pytest_fcvm.network.addresses import BRIDGE_HOST, BRIDGE_NET, DNS
+
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
 
@@ -19,12 +21,10 @@ __all__ = ["UPLINK", "Bridge", "Firewall", "rules_inside"]
 
 UPLINK = "up0"
 _LIBRARY = "libnftables.so.1"
-_HOST = "169.254.211.1"  # the host's end of every pair
-_NET = "10.211"  # the other ends, by the number of the host's card
 
 
 class Firewall:
-    """The rules of the namespace that this thread is in now. Tables with an owner last as long as this object."""
+    """The rules of the namespace that this thread is in. Tables with an owner last as long as this object."""
 
     def __init__(self) -> None:
         try:
@@ -37,23 +37,23 @@ class Firewall:
         library.nft_ctx_buffer_error(self._context)
 
     def load(self, rules: str) -> None:
-        """Add rules, as nft(8) takes them. Raise OSError with its words."""
+        """Add rules, as nft(8) takes them. Raise OSError with the library's message."""
         if self._library.nft_run_cmd_from_buffer(self._context, rules.encode()):
-            said = self._library.nft_ctx_get_error_buffer(self._context).decode("utf-8", "replace").strip()
-            raise OSError(1, said.splitlines()[0] if said else "refused", "nftables")
+            text = self._library.nft_ctx_get_error_buffer(self._context).decode("utf-8", "replace").strip()
+            raise OSError(1, text.splitlines()[0] if text else "refused", "nftables")
 
     def close(self) -> None:
-        """Give the library's memory back; no other method is called then."""
+        """Free the library's memory. Call no other method afterwards."""
         self._library.nft_ctx_free(self._context)
 
 
-def rules_inside(card: str, dns: str, resolver: str, allow: Sequence[str]) -> str:
-    """Return the rules of a VM's namespace: where its names are resolved, and what its guest may connect to.
+def rules_inside(nic: str, resolver: str, allow: Sequence[str]) -> str:
+    """Return the rules of a VM's namespace: which resolver its guest asks, and where its guest may connect to.
 
-    `resolver` is where `dns` leads, `allow` are addresses and networks; without any, all are allowed.
+    `nic` is the guest's, `resolver` answers for DNS ("" for none), `allow` are addresses and networks, all when empty.
     """
     allowed = f"ip daddr != {{ {', '.join(allow)} }}" if allow else "ct state invalid"
-    to_resolver = f'iifname "{card}" ip daddr {dns} meta l4proto {{ tcp, udp }} th dport 53 dnat to {resolver}'
+    to_resolver = f'iifname "{nic}" ip daddr {DNS} meta l4proto {{ tcp, udp }} th dport 53 dnat to {resolver}'
     return f"""
     table ip fcvm {{
         chain names {{
@@ -66,17 +66,17 @@ def rules_inside(card: str, dns: str, resolver: str, allow: Sequence[str]) -> st
         }}
         chain forward {{
             type filter hook forward priority filter
-            iifname "{card}" ct status dnat accept
-            iifname "{card}" ct state new {allowed} reject with icmp type admin-prohibited
+            iifname "{nic}" ct status dnat accept
+            iifname "{nic}" ct state new {allowed} reject with icmp type admin-prohibited
         }}
     }}
     """
 
 
 class Bridge:
-    """The host's side of the namespaces that lead to its networks: a pair of cards for each, and rules of its own.
+    """The host's side of the namespaces that reach its networks: a veth pair for each, and rules.
 
-    There is no device that would be left behind: a pair goes with its namespace, the rules with this process.
+    It leaves nothing behind: the kernel removes a veth pair with its namespace, and the rules with this process.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Bridge:
                 }}
                 chain apart {{
                     type filter hook forward priority filter
-                    ip saddr @clones ip daddr {_NET}.0.0/16 reject with icmp type admin-prohibited
+                    ip saddr @clones ip daddr {BRIDGE_NET}.0.0/16 reject with icmp type admin-prohibited
                 }}
                 chain host {{
                     type filter hook input priority filter
@@ -112,34 +112,31 @@ class Bridge:
         )
 
     def join(self, namespace: int, inside: AbstractContextManager[object]) -> None:
-        """Lead a namespace, of which this is a descriptor, to the host's networks; `inside` is being in it.
-
-        Raise OSError.
-        """
+        """Connect a namespace, given by its descriptor, to the host's networks. `inside` enters it. Raise OSError."""
         from pyroute2.netlink.exceptions import NetlinkError
 
         name = f"fcvm{secrets.token_hex(5)}"
         try:
             self._route.link("add", ifname=name, kind="veth", peer={"ifname": UPLINK, "net_ns_fd": namespace})
             index = self._route.link_lookup(ifname=name)[0]
-            address = f"{_NET}.{index >> 8 & 255}.{index & 255}"
-            self._route.addr("add", index=index, address=_HOST, prefixlen=32)
+            address = f"{BRIDGE_NET}.{index >> 8 & 255}.{index & 255}"
+            self._route.addr("add", index=index, address=BRIDGE_HOST, prefixlen=32)
             self._route.link("set", index=index, state="up")
             self._route.route("add", dst=f"{address}/32", oif=index)
             self._firewall.load(f"add element ip {self._table} clones {{ {address} }}")
             with inside:
-                _open_egress(address)
+                _configure_uplink(address)
         except NetlinkError as error:
             raise OSError(error.code, os.strerror(error.code), "bridge") from None
 
 
-def _open_egress(address: str) -> None:
-    """Give the other end of a pair its address and the way out."""
+def _configure_uplink(address: str) -> None:
+    """Give the namespace's end of a veth pair its address, and route all other networks through it."""
     from pyroute2 import IPRoute
 
     with IPRoute() as route:
         index = route.link_lookup(ifname=UPLINK)[0]
         route.addr("add", index=index, address=address, prefixlen=32)
         route.link("set", index=index, state="up")
-        route.route("add", dst=f"{_HOST}/32", oif=index, scope="link")
-        route.route("add", dst="default", gateway=_HOST, oif=index)
+        route.route("add", dst=f"{BRIDGE_HOST}/32", oif=index, scope="link")
+        route.route("add", dst="default", gateway=BRIDGE_HOST, oif=index)

@@ -1,42 +1,37 @@
-"""Network namespaces for VMs, each with the other ends of one VM's cards. A program of its own, one per process.
+"""The netns server: it makes network namespaces for the VMs of one process. A program of its own, see `requests.py`.
 
-It is run by path, with the paths of Python's modules as arguments, which it has no other use for than a way out. It
-ends with its control socket (descriptor 3, of sequenced packets); a namespace lasts as long as it, or a VM, or a socket
-that was made in it. It is root in a user namespace of its own where it may not make network namespaces without. A
-request is a JSON object with `op`; its reply, which `close` alone has not, is one with `error` ("" when it worked), and
-descriptors. The first packet is its own: whether there is a user namespace, with that namespace's descriptor.
+It runs in a bare Python, see `program.py`. Its arguments are directories of Python modules, in which it finds pyroute2.
+A namespace lasts as long as this program, a VM in it, or a socket made in it. Where this program may not make network
+namespaces, it makes a user namespace first and is root in there.
 
-The first card is a network of the guest and this namespace, which has the gateway's address and routes; without a way
-out it answers that nothing can be reached. The others are private networks, whose frames come and go through packet
-sockets (packet(7)). The structures are those of netdevice(7), rtnetlink's forerunner route(8) and linux/if_tun.h.
+The first NIC connects the guest and its namespace, which has the addresses of the gateway and of DNS. Without egress
+the namespace answers that no other network is reachable. The other NICs are for private networks: packet sockets
+(packet(7)) carry their frames. The structures are those of netdevice(7), route(8) and linux/if_tun.h.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from pytest_fcvm.network.addresses import DNS, GATEWAY, NICS
+from pytest_fcvm.network.requests import CONTROL_FD, serve_request
 
 if TYPE_CHECKING:
     from pytest_fcvm.network.netns.firewall import Bridge
+    from pytest_fcvm.network.requests import Operation
 
-__all__ = ["CONTROL_FD", "GUEST", "NICS", "main"]
+__all__ = ["main"]
 
-CONTROL_FD = 3
-NICS = ("eth0", "eth1", "eth2")
-GATEWAY, GUEST, DNS = "10.0.2.2", "10.0.2.15", "10.0.2.3"
 
-_REQUEST_BYTES = 65536
 _BUFFER_BYTES = 4 << 20
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -50,76 +45,96 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class _Namespaces:
-    """The namespaces that are open, by number. `home` is where this program is meanwhile."""
+    """The open namespaces by number."""
 
     def __init__(self) -> None:
-        self.home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._home = -1  # the namespace in which this program waits for requests
         self._open: dict[int, int] = {}
         self._last = 0
         self._bridge: Bridge | None = None
 
-    def open(self, *, joined: bool, egress: bool) -> tuple[dict[str, Any], list[int]]:
-        """Make one. With `joined` its VMM opens all cards by name, else it gets the first by descriptor."""
+    def start(self) -> tuple[None, list[int]]:
+        """Get the privilege to make namespaces. Return the descriptor of the new user namespace, if there is one."""
+        user = _become_root()
+        self._home = _open_own("net")
+        return None, [] if user is None else [user]
+
+    def open(self, *, joined: bool, egress: bool) -> tuple[int, list[int]]:
+        """Make a namespace, and return its number and descriptors: the namespace, then the NICs.
+
+        With `joined` the VMM opens all NICs by name, and the descriptors are the packet sockets of the private ones.
+        Without it, the VMM has one NIC and gets its tap.
+        """
         _call("unshare", _CLONE_NEWNET)
-        self._last += 1  # before anything fails: what is closed then is this one
-        sent: list[int] = []
+        self._last += 1  # before anything can fail, so that the right number is closed
+        opened: list[int] = []
         try:
-            net = self._open[self._last] = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            self._open[self._last] = net = _open_own("net")
+            opened.append(os.dup(net))
             _bring_up("lo")
-            first = _make_tap(NICS[0], persistent=joined)
-            sent = [net] if first is None else [net, first]
+            tap = _make_tap(NICS[0], persistent=joined)
+            opened += [] if tap is None else [tap]
             _bring_up(NICS[0], GATEWAY)
             _write("/proc/sys/net/ipv4/ip_forward", "1")
             if egress:
                 _bring_up(f"{NICS[0]}:1", DNS)
             else:
-                _refuse_outside()
-            if joined:
-                for card in NICS[1:]:
-                    _make_tap(card, persistent=True)
-                    _bring_up(card)
-                    sent.append(_open_wire(card))
+                _reject_other_networks()
+            for nic in NICS[1:] if joined else ():
+                _make_tap(nic, persistent=True)
+                _bring_up(nic)
+                opened.append(_open_packet_socket(nic))
         except BaseException:
-            for descriptor in sent[1:]:
+            for descriptor in opened:
                 os.close(descriptor)
             self.close(self._last)
             raise
         finally:
-            self._enter(self.home)
-        return {"number": self._last}, sent
+            _enter(self._home)
+        return self._last, opened
 
     def uplink(self, number: int) -> None:
-        """Lead a namespace to the host's other networks, through a pair of cards that goes with it."""
+        """Connect a namespace to the host's networks through a veth pair, which the kernel removes with it."""
         from pytest_fcvm.network.netns.firewall import Bridge
 
         if self._bridge is None:
             self._bridge = Bridge()
-        self._bridge.join(self._open[number], self.inside(number))
+        self._bridge.join(self._open[number], self._inside(number))
 
-    def socket(self, number: int, *, kind: int) -> int:
-        """Make a socket, which is not connected, in a namespace."""
-        with self.inside(number):
-            return socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC).detach()
+    def filter(self, number: int, resolver: str, allow: Sequence[str]) -> None:
+        """Load a namespace's firewall rules, as `rules_inside` takes them."""
+        from pytest_fcvm.network.netns.firewall import Firewall, rules_inside
+
+        with self._inside(number), closing(Firewall()) as firewall:
+            firewall.load(rules_inside(NICS[0], resolver, allow))
+
+    def socket(self, number: int, kind: int) -> tuple[None, list[int]]:
+        """Make an unconnected socket in a namespace."""
+        with self._inside(number):
+            return None, [socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC).detach()]
 
     def close(self, number: int) -> None:
-        """Forget a namespace; it goes when nobody is in it."""
+        """Forget a namespace. The kernel removes it when nothing uses it."""
         with suppress(KeyError):
             os.close(self._open.pop(number))
 
     @contextmanager
-    def inside(self, number: int) -> Iterator[None]:
-        """Be in a namespace."""
-        if number not in self._open:  # its VM has ended meanwhile
+    def _inside(self, number: int) -> Iterator[None]:
+        if number not in self._open:  # its VM has ended
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), "namespace")
-        self._enter(self._open[number])
+        _enter(self._open[number])
         try:
             yield
         finally:
-            self._enter(self.home)
+            _enter(self._home)
 
-    @staticmethod
-    def _enter(namespace: int) -> None:
-        _call("setns", namespace, _CLONE_NEWNET)
+
+def _open_own(kind: str) -> int:
+    return os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _enter(namespace: int) -> None:
+    _call("setns", namespace, _CLONE_NEWNET)
 
 
 def _call(name: str, *arguments: int) -> None:
@@ -129,24 +144,24 @@ def _call(name: str, *arguments: int) -> None:
 
 
 def _become_root() -> int | None:
-    """Return the descriptor of a new user namespace, None where network namespaces can be had without one."""
+    """Make a user namespace and return its descriptor; None where network namespaces do not require one."""
+    home = _open_own("net")
     try:
-        home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         _call("unshare", _CLONE_NEWNET)
-        _call("setns", home, _CLONE_NEWNET)
+        _enter(home)
     except PermissionError:
         user, group = os.geteuid(), os.getegid()
-        _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)  # there is no way back to a network of others
+        _call("unshare", _CLONE_NEWUSER | _CLONE_NEWNET)  # it cannot re-enter the old network namespace
         for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
             _write(f"/proc/self/{file}", text)
-        return os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        return _open_own("user")
     finally:
         os.close(home)
     return None
 
 
 def _make_tap(name: str, *, persistent: bool) -> int | None:
-    """Make a tap device. Return its descriptor, None when it is to be opened by name."""
+    """Make a tap device. Return its descriptor, None for a persistent one, which the VMM opens by name."""
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI))
@@ -163,7 +178,7 @@ def _make_tap(name: str, *, persistent: bool) -> int | None:
 
 
 def _bring_up(name: str, address: str | None = None) -> None:
-    """Let a card take frames, and give it an address with a prefix of 24 bits."""
+    """Set a NIC up, and give it an address with a prefix of 24 bits."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         if address:
             fcntl.ioctl(control, _SIOCSIFADDR, struct.pack("16s16s8x", name.encode(), _sockaddr(address)))
@@ -171,8 +186,8 @@ def _bring_up(name: str, address: str | None = None) -> None:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH22x", name.encode(), _IFF_UP))
 
 
-def _refuse_outside() -> None:
-    """Answer that what is outside cannot be reached, rather than nothing: who tries does not wait."""
+def _reject_other_networks() -> None:
+    """Let the kernel answer at once that other networks are unreachable, so that nobody waits for an answer."""
     anywhere = _sockaddr("0.0.0.0")  # noqa: S104 - a route's target
     entry = struct.pack("8x16s16s16sH", anywhere, anywhere, anywhere, _RTF_UP | _RTF_REJECT)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
@@ -183,13 +198,13 @@ def _sockaddr(address: str) -> bytes:
     return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))
 
 
-def _open_wire(card: str) -> int:
-    """Return a socket that carries the frames of a card."""
-    wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-    wire.bind((card, _ETH_P_ALL))
+def _open_packet_socket(nic: str) -> int:
+    """Return a socket that carries the frames of a NIC."""
+    packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
+    packets.bind((nic, _ETH_P_ALL))
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        wire.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-    return wire.detach()
+        packets.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    return packets.detach()
 
 
 def _write(path: str, text: str) -> None:
@@ -200,66 +215,18 @@ def _write(path: str, text: str) -> None:
         os.close(descriptor)
 
 
-def _apply(namespaces: _Namespaces, request: dict[str, Any]) -> tuple[dict[str, Any], list[int], list[int]]:
-    """Do what is asked. Return the reply, the descriptors that go with it, and which of them are closed then."""
-    match request["op"]:
-        case "open":
-            reply, sent = namespaces.open(joined=request["joined"], egress=request["egress"])
-            return reply, sent, sent[1:]
-        case "filter":
-            from pytest_fcvm.network.netns import firewall
-
-            with namespaces.inside(request["number"]), contextlib.closing(firewall.Firewall()) as rules:
-                rules.load(firewall.rules_inside(NICS[0], DNS, request["resolver"], request["allow"]))
-            return {}, [], []
-        case "uplink":
-            namespaces.uplink(request["number"])
-            return {}, [], []
-        case "socket":
-            made = namespaces.socket(request["number"], kind=request["kind"])
-            return {}, [made], [made]
-        case unknown:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), unknown)
-
-
-def _answer(
-    control: socket.socket, number: int, apply: Callable[[], tuple[dict[str, Any], Sequence[int], Sequence[int]]]
-) -> None:
-    sent: Sequence[int] = ()
-    closed: Sequence[int] = ()
-    try:
-        said, sent, closed = apply()
-        reply = {"error": "", **said}
-    except OSError as error:
-        reply = {"error": f"{error.filename or 'a system call'}: {error.strerror}"}
-    socket.send_fds(control, [json.dumps({**reply, "id": number}).encode()], sent)
-    for descriptor in closed:
-        os.close(descriptor)
-
-
-def main() -> None:
+def main(*paths: str) -> None:
     """Serve until the control socket ends."""
-    control = socket.socket(fileno=CONTROL_FD)
-    namespaces: list[_Namespaces] = []
-
-    def begin() -> tuple[dict[str, Any], list[int], list[int]]:
-        user = _become_root()
-        namespaces.append(_Namespaces())
-        found = [] if user is None else [user]
-        return {"user": bool(found)}, found, found
-
-    _answer(control, 0, begin)
-    while namespaces:
-        data = control.recv(_REQUEST_BYTES)
-        if not data:
-            return
-        request = json.loads(data)
-        if request["op"] == "close":  # nobody waits for it
-            namespaces[0].close(request["number"])
-        else:
-            _answer(control, request["id"], partial(_apply, namespaces[0], request))
-
-
-if __name__ == "__main__":
-    sys.path[:] = sys.argv[1:]
-    main()
+    sys.path += paths
+    namespaces = _Namespaces()
+    operations: dict[str, Operation] = {
+        "start": namespaces.start,
+        "open": namespaces.open,
+        "uplink": namespaces.uplink,
+        "filter": namespaces.filter,
+        "socket": namespaces.socket,
+        "close": namespaces.close,
+    }
+    with socket.socket(fileno=CONTROL_FD) as control:
+        while serve_request(control, operations):
+            pass

@@ -1,4 +1,4 @@
-"""A UDP port of the host whose datagrams go to a port of the guest through the agent."""
+"""A UDP port of the host whose datagrams go to a port of the guest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Address = tuple[Any, ...]  # as socket.recvfrom returns it
 
 
 class DatagramStream(Protocol):
-    """Datagrams to and from one port of the guest, as from one peer. A break is an OSError or an FcvmError."""
+    """Datagrams between one client and a port of the guest. Errors are OSError or FcvmError."""
 
     def recv(self, timeout_s: float) -> bytes | None:
         """Return the next datagram, None after the last. Raise GuestTimeout when none came."""
@@ -35,15 +35,14 @@ class DatagramStream(Protocol):
         ...
 
     def close(self) -> None:
-        """End it and wake whoever waits."""
+        """End the stream and wake a waiting `recv`."""
         ...
 
 
 class DatagramPort:
-    """One port. Every client's address has a stream of its own, which `dial` opens.
+    """One port. `dial` opens a stream for every client's address.
 
-    It ends when for `idle_s`, or at most twice as long, no datagram went either way. Raise HostError when the host port
-    is taken.
+    A stream ends after `idle_s` to twice that time without a datagram either way. Raise HostError for a taken port.
     """
 
     def __init__(
@@ -71,17 +70,17 @@ class DatagramPort:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Return where clients send to."""
+        """Return the address that clients send to."""
         return Endpoint(*self._socket.getsockname()[:2])
 
     def close(self) -> None:
-        """Take no more datagrams and end all streams; idempotent."""
+        """Take no more datagrams and end all streams. Idempotent."""
         with self._lock:
             self._over = True
             clients = list(self._clients.values())
         for client in clients:
             client.guest.close()
-        with suppress(OSError):  # it says that there is no connection, and wakes the thread in recvfrom
+        with suppress(OSError):  # the call fails without a connection, but wakes recvfrom
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _serve(self) -> None:
@@ -92,10 +91,10 @@ class DatagramPort:
                     self._deliver(data, address)
 
     def _deliver(self, data: bytes, address: _Address) -> None:
-        """Send a client's datagram on. Where the guest cannot take it, it is lost, as on any network."""
-        with suppress(OSError, RuntimeError, FcvmError):  # RuntimeError: there can be no more threads
+        """Send a client's datagram on. It is lost when the guest cannot take it, as on any network."""
+        with suppress(OSError, RuntimeError, FcvmError):  # RuntimeError: no thread is left
             client = self._clients.get(address) or self._welcome(address)
-            client.was_heard = True
+            client.has_sent = True
             client.guest.send(data)
 
     def _welcome(self, address: _Address) -> _Client:
@@ -112,7 +111,7 @@ class DatagramPort:
         return client
 
     def _answer(self, client: _Client) -> None:
-        """Bring a client the guest's datagrams, until neither has sent one for long."""
+        """Send the guest's datagrams to a client, until neither has sent one for a while."""
         with suppress(OSError, FcvmError):
             while (data := self._next_answer(client)) is not None:
                 self._socket.sendto(data, client.address)
@@ -125,23 +124,23 @@ class DatagramPort:
 
     def _next_answer(self, client: _Client) -> bytes | None:
         while True:
-            client.was_heard = False
+            client.has_sent = False
             try:
                 return client.guest.recv(self._idle_s)
             except GuestTimeout:
-                if not client.was_heard:
+                if not client.has_sent:
                     return None
 
 
 class _Client:
-    """A client's address, its stream into the guest, and whether it was heard while an answer was waited for."""
+    """A client's address, its stream into the guest, and whether it has sent since the last wait began."""
 
     def __init__(self, address: _Address, guest: DatagramStream) -> None:
-        self.address, self.guest, self.was_heard = address, guest, False
+        self.address, self.guest, self.has_sent = address, guest, False
 
 
 def listen_error(port: PublishedPort, error: OSError) -> HostError:
-    """Return the error for a host port that cannot be had."""
+    """Return the error for a host port at which nothing can listen."""
     where = f"{port.host_ip}:{port.host_port}/{port.proto}"
     return HostError(
         f"guest port {port.guest_port} cannot be published on {where}: {os.strerror(error.errno or 0)}",
@@ -150,13 +149,13 @@ def listen_error(port: PublishedPort, error: OSError) -> HostError:
 
 
 class SocketDatagrams:
-    """A connected UDP socket as such a stream."""
+    """A connected UDP socket as a DatagramStream."""
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket, self._over = connected, False
 
     def recv(self, timeout_s: float) -> bytes | None:
-        """Return the next datagram, None after `close`. Raise GuestTimeout when none came, OSError for a refusal."""
+        """Return the next datagram, None after `close`. Raise GuestTimeout when none comes, OSError for a refusal."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(timeout_s * 1000):
@@ -169,7 +168,7 @@ class SocketDatagrams:
         self._socket.send(data)
 
     def close(self) -> None:
-        """End it and wake whoever waits."""
+        """End the stream and wake a waiting `recv`."""
         self._over = True
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)

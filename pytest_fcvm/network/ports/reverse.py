@@ -1,4 +1,4 @@
-"""Ports of this host that a guest reaches: its agent listens, and each connection is made here to 127.0.0.1."""
+"""Reverse port forwarding: the agent listens in the guest, and each connection goes to 127.0.0.1 of this host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONNECT_S = 10.0
 
 
 class ReversePorts:
-    """The host's ports that one machine may use; a thread waits for the guest's next connection to each.
+    """The ports of this host that one VM may use. For each, a thread waits for the guest's next connection.
 
     `accept` returns the guest's next connection to a port, and raises when there will be none.
     """
@@ -25,7 +25,7 @@ class ReversePorts:
         self._accept, self._make_thread = accept, make_thread
         self._links = Links(make_thread)
         self._over = threading.Event()
-        self.fault = ""  # why a connection of the guest's was last refused
+        self.fault = ""  # why a connection from the guest was last refused
         try:
             for port in ports:
                 make_thread(self._serve, port, name=_THREAD).start()
@@ -34,7 +34,7 @@ class ReversePorts:
             raise
 
     def close(self) -> None:
-        """Reset all connections; idempotent. The waiting ends with the machine."""
+        """Reset all connections. The threads that wait end with the VM. Idempotent."""
         self._over.set()
         self._links.close()
 
@@ -44,7 +44,7 @@ class ReversePorts:
                 guest = self._accept(port)
             except (OSError, FcvmError) as error:
                 if not self._over.is_set():
-                    self.fault = f"host port {port} is not to be had in the guest: {error}"
+                    self.fault = f"host port {port} is unavailable in the guest: {error}"
                 return
             if self._over.is_set():
                 guest.reset()
@@ -56,7 +56,7 @@ class ReversePorts:
                 self._refuse(guest, port, error)
 
     def _refuse(self, guest: ByteStream, port: int, error: Exception) -> None:
-        self.fault = f"a connection of the guest's to host port {port} was reset: {error}"
+        self.fault = f"a connection from the guest to host port {port} was reset: {error}"
         guest.reset()
         guest.close()
 
@@ -64,7 +64,7 @@ class ReversePorts:
         try:
             server = connect(("127.0.0.1", port), timeout_s=_CONNECT_S)
         except OSError as error:
-            self.fault = f"a connection of the guest's to host port {port} was reset: {error.strerror or error}"
+            self.fault = f"a connection from the guest to host port {port} was reset: {error.strerror or error}"
             guest.reset()
             guest.close()
             return

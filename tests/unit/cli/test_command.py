@@ -35,7 +35,7 @@ def test_findings_are_shown_with_what_to_do_about_them() -> None:
         "      → apt-get install squashfs-tools",
         "  no  KVM: no /dev/kvm",
         "      → nothing has to be done",
-        "1 of the needed things do not work",
+        "1 of the needed checks failed",
     ]
     assert render([_GOOD, _OPTIONAL], as_json=False, colour=False).endswith("everything that is needed works\n")
 
@@ -90,18 +90,22 @@ def test_the_doctor_leaves_no_process_and_no_run_directory(tmp_path: Path) -> No
     assert [path for path in (tmp_path / "run/fcvm").iterdir() if path.is_dir()] == []
 
 
-def test_what_a_distributions_kernel_lacks_is_told_with_the_wheel_that_has_it(tmp_path: Path) -> None:
+def _harness(**kernel: object) -> Any:
+    return SimpleNamespace(provision=SimpleNamespace(kernel=SimpleNamespace(**kernel)))
+
+
+def test_what_a_distributions_kernel_lacks_is_reported_with_the_wheel_that_has_it(tmp_path: Path) -> None:
     (tmp_path / "tun.ko").touch()
     (tmp_path / "nf_tables.ko.xz").touch()
-    stock: Any = SimpleNamespace(kernel=SimpleNamespace(release="6.1.0-cloud", modules_dir=tmp_path))
+    stock = _harness(release="6.1.0-cloud", modules_dir=tmp_path)
     with pytest.raises(FcvmError, match=r"6\.1\.0-cloud lacks iptables, .*, VXLAN, ") as caught:
         _features(stock)
     assert "pytest-fcvm-kernel-x86-64" in caught.value.hint
-    ours: Any = SimpleNamespace(kernel=SimpleNamespace(release="6.12", modules_dir=None))
+    ours = _harness(release="6.12", modules_dir=None)
     assert _features(ours) == "everything is built in"
 
 
-def test_a_cache_that_cannot_be_used_is_told_with_the_option(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_used_is_reported_with_the_option(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     findings = {finding.what: finding for finding in examine(str(tmp_path / "file"))}
     assert not findings["cache directory"].ok
@@ -112,7 +116,7 @@ def test_a_cache_that_cannot_be_used_is_told_with_the_option(tmp_path: Path) -> 
     ("error", "code"),
     [(UsageProblem("bad", hint="good"), 2), (HostError("bad", hint="good"), 1), (FcvmError("bad"), 1)],
 )
-def test_an_error_is_told_on_standard_error_with_its_hint_and_its_exit_code(
+def test_an_error_goes_to_standard_error_with_its_hint_and_its_exit_code(
     error: FcvmError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_cache_dir: str | None) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""`fcvm snapshot` on a real store: what is listed, proven, removed, and what is left alone."""
+"""`fcvm snapshot` on a real store: what is listed, verified, removed, and what stays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pytest_fcvm.cli import main
-from pytest_fcvm.pruning import make_room
+from pytest_fcvm.pruning import free_space
 from pytest_fcvm.store import Entry, Store, canonical_digest
 
 Make = Callable[..., Entry]
@@ -85,7 +85,7 @@ def test_an_empty_cache_is_said_to_be_empty(fcvm: Callable[..., Any]) -> None:
     assert fcvm("verify") == (0, "nothing to do\n", "")
 
 
-def test_inspect_tells_everything_but_the_secret(make: Make, fcvm: Callable[..., Any]) -> None:
+def test_inspect_shows_everything_but_the_secret(make: Make, fcvm: Callable[..., Any]) -> None:
     entry = make("one", secret="c0ffee", timings={"boot_ms": 1.5}, about=_about("nginx:1"))
     _, text, _ = fcvm("inspect", entry.key[:6])
     assert f"key: {entry.key}\n" in text
@@ -103,8 +103,8 @@ def test_the_beginning_of_a_key_must_be_that_of_one(make: Make, fcvm: Callable[.
     assert fcvm("rm", "xyz")[2].startswith("fcvm: no entry of the cache begins with 'xyz'\nhint: fcvm snapshot ls")
 
 
-def test_verify_hashes_again_and_puts_aside_what_has_changed(make: Make, fcvm: Callable[..., Any]) -> None:
-    sound, broken = make("sound"), make("broken")
+def test_verify_hashes_again_and_quarantines_what_has_changed(make: Make, fcvm: Callable[..., Any]) -> None:
+    valid, broken = make("valid"), make("broken")
     memory = broken.file("memory")
     status = memory.stat()
     with memory.open("r+b") as file:
@@ -114,8 +114,8 @@ def test_verify_hashes_again_and_puts_aside_what_has_changed(make: Make, fcvm: C
     code, outcomes, _ = fcvm("verify", "--json")
     assert code == 1
     said = {outcome["key"]: outcome["what"] for outcome in outcomes}
-    assert said == {sound.key: "sound", broken.key: "put aside, will be built anew: memory has changed"}
-    assert fcvm("verify", sound.key[:8])[0] == 0
+    assert said == {valid.key: "valid", broken.key: "quarantined, will be rebuilt: memory has changed"}
+    assert fcvm("verify", valid.key[:8])[0] == 0
     assert not broken.path.exists()
 
 
@@ -136,7 +136,7 @@ def test_what_a_run_uses_is_neither_removed_nor_replaced(make: Make, fcvm: Calla
         assert (code, "kept: a run uses it" in text) == (1, True)
         assert fcvm("prune", "--keep", "0") == (0, "nothing to do\n", "")
         assert fcvm("ls", "--json")[1][0]["in_use"] is True
-        with pytest.raises(Exception, match="cannot be replaced: another run uses it"):
+        with pytest.raises(Exception, match=r"cannot replace cache entry .*: another run uses it"):
             make("used")
         assert entry.file("memory").exists()
         holder.stdin.close()
@@ -168,12 +168,12 @@ def test_room_is_made_only_where_there_is_too_little(make: Make, cache: Path) ->
     unneeded = make("pulled just now", kind="images", digest="y", image="c").path
     new, old = make("new", about=_about("a")).path, make("old", days=3, about=_about("b", rootfs)).path
     store = Store(cache)
-    assert make_room(store, 100) == 0
+    assert free_space(store, 100) == 0
     assert unneeded.exists()  # somebody may be about to use it
     with Entry(path=old, key=old.name, facts={}).in_use():
-        assert make_room(store, 1) >= 1 << 20  # the old one stays, and the newest makes room for it
+        assert free_space(store, 1) >= 1 << 20  # the old one stays, and the newest makes room for it
     assert (new.exists(), old.exists()) == (False, True)
-    assert make_room(store, 1) >= 2 << 20
+    assert free_space(store, 1) >= 2 << 20
     assert not old.exists()
     assert not (cache / "images" / rootfs).exists()
 

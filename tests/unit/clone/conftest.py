@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.clone import Clone, RunningVm, WorkloadLog
-from pytest_fcvm.clone.clone import ExecDefaults
+from pytest_fcvm.clone import Clone, RunningVm, Snapshot, WorkloadLog
+from pytest_fcvm.clone.commands import ExecDefaults
 from pytest_fcvm.engine.protocol import RestorePlan, SnapshotFiles, VmShape
 from pytest_fcvm.guest.agent import start_session
 from pytest_fcvm.guest.frames import PROTOCOL_BOOT_SECRET
@@ -28,6 +28,12 @@ from fakes.agent import FakeAgent
 from fakes.vm import FakeEngine, Service
 
 _OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-client-path")
+
+
+def _no_snapshot(_running: RunningVm, _name: str) -> Snapshot:
+    raise AssertionError("no test here takes a snapshot")
+
+
 _FILES = SnapshotFiles(memory=Path("/memory"), state=Path("/state"), rootfs=Path("/rootfs"))
 
 
@@ -73,22 +79,24 @@ def make_clone(stack: ExitStack, engine: FakeEngine, root: Path, tmp_path: Path)
     before = tmp_path / "base.log"
     before.write_bytes(b"printed by the base\n")
 
-    def start(may_end_with: int | None, ports: tuple[PublishedPort, ...]) -> RunningVm:
-        vm = engine.restore(RestorePlan(name="web", shape=VmShape(mem_mib=64, cpus=1), files=_FILES))
+    def start(expected_exit_code: int | None, ports: tuple[PublishedPort, ...]) -> RunningVm:
+        vm = engine.prepare(RestorePlan(name="web", shape=VmShape(mem_mib=64, cpus=1), files=_FILES))
+        vm.start()
         log = WorkloadLog(vm.console_path.with_name("workload.log"), before=before)
         agent = start_session(vm.channel(), PROTOCOL_BOOT_SECRET, log_sink=log.append, timeout_s=10, explain=vm.explain)
-        running = RunningVm(vm, agent, log, Timeline(monotonic()), may_end_with=may_end_with)
+        running = RunningVm(vm, agent, log, Timeline(monotonic()), expected_exit_code=expected_exit_code)
         open_ports(running, ports)
         return running
 
-    def make(*, may_end_with: int | None = None, **fields: object) -> Clone:
+    def make(*, expected_exit_code: int | None = None, **fields: object) -> Clone:
         defaults = ExecDefaults(env={"PATH": "/bin", "LEVEL": "image"}, cwd="/srv", user="www")
         clone = Clone(
             name="web",
             spec=VmSpec().merged(fields),
             engine="fake",
             defaults=defaults,
-            start=partial(start, may_end_with),
+            start=partial(start, expected_exit_code),
+            take_snapshot=_no_snapshot,
         )
         stack.callback(clone.close)
         return clone

@@ -1,4 +1,4 @@
-"""Tar streams to and from a guest. What comes from a guest is hostile until it has proven otherwise."""
+"""Tar streams to and from a guest. A stream from a guest may be hostile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Make = Callable[[tarfile.TarFile], None]
 
 
 def _stream(*members: tuple[str, bytes | str | None]) -> io.BytesIO:
-    """Make an archive: bytes are files, text is the target of a link (`=` in front: a hard one), None is a directory."""
+    """Make an archive: bytes are files, text is the target of a link (`=` in front: a hard one), None a directory."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, content in members:
@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> Path:
     return place
 
 
-def test_a_folder_is_sent_whole_and_as_root(tmp_path: Path) -> None:
+def test_a_directory_is_sent_whole_and_as_root(tmp_path: Path) -> None:
     source = tmp_path / "conf"
     (source / "sub").mkdir(parents=True)
     (source / "sub/script").write_text("#!")
@@ -83,7 +83,7 @@ def test_text_is_sent_with_its_mode() -> None:
     assert (member.name, member.mode, content.read().decode()) == ("f", 0o600, "grün")
 
 
-def test_a_folder_comes_out_under_the_name_it_is_given(place: Path) -> None:
+def test_a_directory_comes_out_under_the_given_name(place: Path) -> None:
     unpack_as(
         _stream(
             ("./", None), ("./a", b"1"), ("./sub", None), ("./sub/b", b"2"), ("./hard", "=./a"), ("./soft", "sub/b")
@@ -228,7 +228,7 @@ def test_directories_above_are_made(place: Path) -> None:
     assert ((place / "a/b").read_bytes(), (place / "c/d/f").read_bytes()) == (b"1", b"1")
 
 
-def test_what_cannot_be_written_is_told_as_the_hosts(place: Path) -> None:
+def test_a_file_that_cannot_be_written_is_a_host_error(place: Path) -> None:
     (place / "out/f").mkdir(parents=True)
     with pytest.raises(HostError, match="f cannot be written: Is a directory"):
         unpack_as(_stream(("./", None), ("./f", b"1")), place / "out")
@@ -259,7 +259,7 @@ def test_a_link_is_sent_as_what_it_leads_to_and_links_below_it_as_links(tmp_path
     (member,) = _packed(lambda send: pack_path(tmp_path / "to_f", "f", send))
     assert (member.isreg(), member.size) == (True, 1)
     (tmp_path / "dangling").symlink_to("gone")
-    with pytest.raises(UsageProblem, match="dangling is a link that leads nowhere"):
+    with pytest.raises(UsageProblem, match="dangling is a link without a target"):
         pack_path(tmp_path / "dangling", "x", print)
 
 

@@ -1,4 +1,4 @@
-"""What a test can do with a clone, and what it is told when the clone cannot."""
+"""What a test can do with a clone, and the errors where it cannot."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_http_client_says_that_nothing_listens_and_keeps_the_error_of_httpx(
 ) -> None:
     service._answer = None  # resets connections, as slirp does for a closed port
     guest.listening[80] = 0
-    reason = "nothing listens on port 80, or on a loopback address alone"
+    reason = "nothing listens on port 80, or only on a loopback address"
     with pytest.raises(httpx.NetworkError, match=f"^{reason}: .*reset by peer"):
         clone.http(80).get("/")
     guest.listening[80] = 1
@@ -124,7 +124,7 @@ def test_a_list_is_run_as_it_is_with_what_the_image_and_the_spec_say(clone: Clon
     assert (fields.text(FieldTag.CWD), fields.text(FieldTag.USER)) == ("/srv", "www")
 
 
-def test_a_call_may_have_its_own_environment_folder_and_user(clone: Clone, guest: FakeAgent) -> None:
+def test_a_call_may_have_its_own_environment_directory_and_user(clone: Clone, guest: FakeAgent) -> None:
     clone.exec(["env"], env={"LEVEL": "call"}, cwd="/tmp", user="")
     fields = _last_exec(guest)
     assert fields.texts(FieldTag.ENV) == ["PATH=/bin", "LEVEL=call"]
@@ -229,7 +229,7 @@ def test_a_command_is_tried_until_it_succeeds(clone: Clone, guest: FakeAgent) ->
     assert len(tries) == 3
 
 
-def test_a_command_that_never_succeeds_is_told_with_its_last_output(clone: Clone) -> None:
+def test_a_command_that_never_succeeds_is_reported_with_its_last_output(clone: Clone) -> None:
     with pytest.raises(GuestTimeout) as caught:
         clone.wait_until_succeeds(["fail", "1"], timeout=0.1)
     assert caught.value.message == "fail 1 did not succeed within 0.1 s: it went wrong\n"
@@ -252,7 +252,7 @@ def test_what_is_no_command_is_a_usage_problem(command: Any, clone: Clone) -> No
 # Files
 
 
-def test_files_and_folders_are_copied_both_ways(clone: Clone, root: Path, tmp_path: Path) -> None:
+def test_files_and_directories_are_copied_both_ways(clone: Clone, root: Path, tmp_path: Path) -> None:
     (root / "etc").mkdir()
     source = tmp_path / "conf"
     source.mkdir()
@@ -278,16 +278,16 @@ def test_a_file_goes_into_a_directory_and_a_directory_merges(clone: Clone, root:
     assert (tmp_path / "made/new").read_text() == "new"
 
 
-@pytest.mark.parametrize(("owner", "told"), [("0:0", ""), (None, ""), ("app", "app"), ("5:staff", "5:staff")])
-def test_the_agent_is_told_who_is_to_own_what_is_copied(
-    owner: str | None, told: str, clone: Clone, root: Path, guest: FakeAgent, tmp_path: Path
+@pytest.mark.parametrize(("owner", "sent"), [("0:0", ""), (None, ""), ("app", "app"), ("5:staff", "5:staff")])
+def test_the_agent_gets_the_owner_of_copied_files(
+    owner: str | None, sent: str, clone: Clone, root: Path, guest: FakeAgent, tmp_path: Path
 ) -> None:
     (tmp_path / "f").write_text("")
     clone.copy_in(tmp_path / "f", "/", owner=owner)
-    assert guest.executed[-1][1].text(FieldTag.USER) == told
+    assert guest.executed[-1][1].text(FieldTag.USER) == sent
 
 
-def test_the_folder_one_is_in_is_copied_by_its_name(
+def test_the_current_directory_is_copied_by_its_name(
     clone: Clone, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "here").mkdir()
@@ -321,7 +321,7 @@ def test_the_log_is_what_the_base_and_then_the_clone_printed(clone: Clone, guest
     assert clone.wait_for_log("by the base", timeout=0)[0] == "by the base"
 
 
-def test_a_line_that_does_not_come_is_told_at_the_deadline(clone: Clone) -> None:
+def test_a_missing_line_is_reported_at_the_deadline(clone: Clone) -> None:
     with pytest.raises(GuestTimeout, match=r"no line matched 'never' within 0.1 s") as caught:
         clone.wait_for_log("never", timeout=0.1)
     assert caught.value.evidence["workload log"] == "printed by the base"
@@ -338,7 +338,7 @@ def test_a_regular_expression_of_the_log_matches_lines(clone: Clone) -> None:
     assert isinstance(clone.wait_for_log("^printed", timeout=0), re.Match)
 
 
-def test_a_detached_command_is_told_to_the_agent(clone: Clone, guest: FakeAgent) -> None:
+def test_a_detached_command_is_started_as_such(clone: Clone, guest: FakeAgent) -> None:
     with clone.popen(["sleep"], detach=True):
         pass
     assert guest.executed[-1][1].number(FieldTag.FLAGS) == 1

@@ -1,4 +1,4 @@
-"""How a clone ends, by itself and by others, and what is told to whoever still needs it."""
+"""How a clone ends, by itself and by others, and which errors its callers get."""
 
 from __future__ import annotations
 
@@ -47,16 +47,14 @@ def _failure_of(call: Callable[[], object], meanwhile: Callable[[], None]) -> Ba
 
 
 @pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log", "pause_for_exit"])
-def test_whatever_waits_is_told_at_once_when_the_vm_dies(name: str, clone: Clone, engine: FakeEngine) -> None:
+def test_every_wait_fails_at_once_when_the_vm_dies(name: str, clone: Clone, engine: FakeEngine) -> None:
     error = _failure_of(_blocked_calls(clone)[name], lambda: engine.vms[0].die(11))
     assert isinstance(error, EngineError)
     assert error.message == "VM web ended: signal 11"
 
 
 @pytest.mark.parametrize("name", ["wait_until_succeeds", "wait_for_log", "pause_for_exit"])
-def test_whatever_waits_for_the_workload_is_told_at_once_when_that_ends(
-    name: str, clone: Clone, guest: FakeAgent
-) -> None:
+def test_every_wait_for_the_workload_fails_at_once_when_it_ends(name: str, clone: Clone, guest: FakeAgent) -> None:
     guest.log(b"cannot bind\n")
     clone.wait_for_log("cannot bind", timeout=20)
     error = _failure_of(_blocked_calls(clone)[name], lambda: guest.exit_workload(code=3))
@@ -66,7 +64,7 @@ def test_whatever_waits_for_the_workload_is_told_at_once_when_that_ends(
 
 
 @pytest.mark.parametrize("name", ["exec", "wait_until_succeeds", "wait_for_log"])
-def test_whatever_waits_is_told_at_once_when_another_thread_kills_the_clone(name: str, clone: Clone) -> None:
+def test_every_wait_fails_at_once_when_another_thread_kills_the_clone(name: str, clone: Clone) -> None:
     error = _failure_of(_blocked_calls(clone)[name], clone.kill)
     assert isinstance(error, FcvmError)
     assert error.message in ("VM web was killed", "web is closed")
@@ -127,9 +125,9 @@ def test_a_paused_clone_refuses_calls_until_it_is_resumed_with_the_time_of_day(
     clone.resume()
     assert clone.succeed(["echo", "again"]) == "again\n"
     assert engine.vms[0].calls == ["start", "pause", "resume"]
-    asked, told = [fields for kind, fields in guest.executed if kind is StreamKind.PERSONALISE]
-    assert (asked.keys(), told.keys()) == ({FieldTag.FLAGS}, {FieldTag.REALTIME_NS})
-    assert told.number(FieldTag.REALTIME_NS) > 0
+    asked, sent = [fields for kind, fields in guest.executed if kind is StreamKind.PERSONALISE]
+    assert (asked.keys(), sent.keys()) == ({FieldTag.FLAGS}, {FieldTag.REALTIME_NS})
+    assert sent.number(FieldTag.REALTIME_NS) > 0
 
 
 def test_a_reset_clone_is_a_fresh_vm_behind_the_same_ports(
@@ -152,17 +150,15 @@ def test_a_clone_is_a_context_manager(make_clone: Callable[..., Clone], engine: 
     assert engine.vms[0].exit is not None
 
 
-def test_what_a_machine_was_given_to_close_is_closed_in_reverse_though_one_fails(
-    clone: Clone, engine: FakeEngine
-) -> None:
+def test_cleanups_run_in_reverse_even_when_one_fails(clone: Clone, engine: FakeEngine) -> None:
     order: list[str] = []
 
     def fail() -> None:
         order.append("second")
         raise OSError("it is stuck")
 
-    clone._running.add_cleanup([lambda: order.append("first"), fail])
-    clone._running.add_cleanup(
+    clone.running.add_cleanup([lambda: order.append("first"), fail])
+    clone.running.add_cleanup(
         [lambda: order.append(f"third, the VM {'lives' if engine.vms[0].exit is None else 'died'}")]
     )
     with pytest.raises(OSError, match="it is stuck"):
@@ -176,7 +172,7 @@ def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
     engine.vms[0].vmm_log_path.write_text("qemu: \x1b[31mbad\n")
     guest.log(b"listening\n")
     clone.wait_for_log("listening", timeout=20)
-    clone._running.timeline.mark("agent", clone._running.timeline.start + 0.05)
+    clone.running.timeline.mark("agent", clone.running.timeline.start + 0.05)
     evidence = clone.evidence()
     assert evidence == {
         "workload log": "printed by the base\nlistening",
@@ -192,7 +188,7 @@ def test_evidence_is_what_a_person_wants_to_see_and_nothing_empty(
 def test_a_workload_that_ends_as_it_may_fails_nobody(
     how: dict[str, int], code: int, make_clone: Callable[..., Clone], engine: FakeEngine
 ) -> None:
-    clone, guest = make_clone(may_end_with=code), engine.vms[-1].agent
+    clone, guest = make_clone(expected_exit_code=code), engine.vms[-1].agent
     assert clone.exit_status is None
     guest.log(b"migrated\n")
     guest.exit_workload(**how)
@@ -210,7 +206,7 @@ def test_a_workload_that_ends_as_it_may_fails_nobody(
 
 
 def test_another_end_than_the_expected_one_names_both(make_clone: Callable[..., Clone], engine: FakeEngine) -> None:
-    clone = make_clone(may_end_with=0)
+    clone = make_clone(expected_exit_code=0)
     engine.vms[-1].agent.exit_workload(code=3)
     with pytest.raises(WorkloadExited, match="the workload ended with exit code 3, not with 0"):
         clone.pause_for_exit(20)
@@ -240,7 +236,7 @@ def test_a_wait_for_a_workload_that_goes_on_ends_with_what_it_printed(clone: Clo
     assert caught.value.evidence["workload log"].endswith("still at it")
 
 
-def test_a_workload_that_ends_with_0_and_was_not_to_is_told_of_one_shot_images(clone: Clone, guest: FakeAgent) -> None:
+def test_the_error_for_an_exit_with_0_mentions_one_shot_images(clone: Clone, guest: FakeAgent) -> None:
     guest.exit_workload(code=0)
     with pytest.raises(WorkloadExited, match="ended with exit code 0") as caught:
         clone.pause_for_exit(20)

@@ -135,7 +135,7 @@ def test_nothing_found_is_none_at_the_deadline(log: WorkloadLog) -> None:
     assert _search(log, "never", 0.05) is None
 
 
-def test_a_search_gives_up_when_told_and_sees_what_came_last(log: WorkloadLog) -> None:
+def test_a_search_gives_up_on_request_and_sees_the_last_output(log: WorkloadLog) -> None:
     over = threading.Event()
     results: list[re.Match[str] | None] = []
     thread = threading.Thread(

@@ -1,4 +1,4 @@
-"""Fakes that speak the real protocols: QEMU's monitor on a socket pair, and QEMU's command line as a program."""
+"""Fakes that speak the real protocols: QEMU's monitor on a socket pair, and a program with QEMU's command line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Ended:
 
 
 class FakeChild:
-    """A process that ends when it is told to."""
+    """A process that only ends by `finish` and `kill`."""
 
     pid = 4711
 
@@ -142,17 +142,17 @@ class FakeChild:
 
 
 class FakeSpawner:
-    """Starts no QEMU but a fake monitor on the descriptor that QEMU would have it on; keeps what it was given."""
+    """Starts a fake monitor in place of QEMU, on the descriptor of QEMU's monitor. Keeps what `spawn` got."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.argv: Sequence[str] = ()
-        self.passed: dict[int, bytes] = {}
+        self.passed: dict[int, bytes] = {}  # by descriptor number in the VMM: the content of the file
         self.child = FakeChild()
         self.answers: dict[str, Answer] = {}
         self.refusal: HostError | None = None
         self.qmp: FakeQmp | None = None
-        self.console: bytes | None = b""  # what the guest prints before it ends; None: it prints nothing and lives on
+        self.console: bytes | None = b""  # what the guest prints before it ends; None: it prints nothing and runs on
         self.log = ""
 
     def make_dir(self, name: str) -> Path:
@@ -200,7 +200,7 @@ def spawner(tmp_path: Path) -> Iterator[FakeSpawner]:
 
 @pytest.fixture
 def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
-    """Make programs that answer QEMU's questions about itself, and count how often they were run."""
+    """Make programs that answer the probe's questions to QEMU, and log how often they were run."""
 
     def make(
         version: str = "7.2.22",

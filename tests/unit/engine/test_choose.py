@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pytest_fcvm.engine.choose import Choice, EngineContext, choose_engine
+from pytest_fcvm.engine.choose import Choice, EngineContext, EngineKind, choose_engine
 from pytest_fcvm.engine.protocol import Accelerator, EngineReport, GuestFiles, VmShape
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.errors import HostError, UsageProblem
@@ -15,8 +15,8 @@ SMOKE = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=No
 KVM, TCG = Accelerator.KVM, Accelerator.TCG
 
 
-class StandIn:
-    """An engine of which only the verdict matters."""
+class FakeEngine:
+    """An engine that only has a probe."""
 
     def __init__(self, name: str, works_with: Accelerator | None, probed: list[str]) -> None:
         self.name, self._works_with, self._probed = name, works_with, probed
@@ -30,32 +30,32 @@ class StandIn:
 
 
 class Bench:
-    """Engines to choose from, by what they work with; `probed` says which were asked."""
+    """Engines to choose from, by the accelerator that they work with. `probed` has the names of the probed ones."""
 
     def __init__(self, **engines: Accelerator | None) -> None:
         self.probed: list[str] = []
         self.contexts: list[EngineContext] = []
-        self.engines = {name: self._factory(name, works) for name, works in engines.items()}
+        self.engines = {name: self._kind(name, works) for name, works in engines.items()}
 
-    def _factory(self, name: str, works: Accelerator | None) -> Callable[[EngineContext], Any]:
+    def _kind(self, name: str, works: Accelerator | None) -> EngineKind:
         def make(context: EngineContext) -> Any:
             self.contexts.append(context)
-            return StandIn(name, works, self.probed)
+            return FakeEngine(name, works, self.probed)
 
-        return make
+        return EngineKind(make=make, has_jailer=name == "firecracker")
 
     def choose(self, wanted: str = "auto", *, jailed: bool = False, **options: bool) -> Any:
         context = EngineContext(spawner=None, cache_dir=Path("cache"), jailed=jailed)  # type: ignore[arg-type]
         return choose_engine(wanted, context, SMOKE, engines=self.engines, **options)
 
 
-def test_the_first_engine_with_kvm_is_taken_and_no_further_one_is_probed() -> None:
+def test_the_first_engine_with_kvm_is_chosen_and_no_further_one_is_probed() -> None:
     bench = Bench(firecracker=KVM, qemu=KVM)
     assert bench.choose().engine.name == "firecracker"
     assert bench.probed == ["firecracker"]
 
 
-def test_kvm_goes_before_the_order_of_engines() -> None:
+def test_kvm_counts_more_than_the_order_of_engines() -> None:
     choice = Bench(first=TCG, second=KVM).choose()
     assert choice.engine.name == "second"
     assert [report.engine for report in choice.rejected] == ["first"]
@@ -67,10 +67,10 @@ def test_an_engine_that_only_emulates_is_better_than_none_and_says_why() -> None
     assert choice.rejected[0].reason == "not there"
 
 
-def test_the_summary_says_reasons_in_short() -> None:
-    report = EngineReport(engine="qemu", usable=True, accelerator=TCG, reason="/dev/kvm is deaf: SIGABRT: MSR")
+def test_the_summary_shortens_reasons() -> None:
+    report = EngineReport(engine="qemu", usable=True, accelerator=TCG, reason="/dev/kvm fails: SIGABRT: MSR")
     choice = Choice(engine=None, report=report)  # type: ignore[arg-type]
-    assert str(choice) == "qemu/tcg (/dev/kvm is deaf)"
+    assert str(choice) == "qemu/tcg (/dev/kvm fails)"
 
 
 def test_a_named_engine_is_the_only_one_probed() -> None:
@@ -79,7 +79,7 @@ def test_a_named_engine_is_the_only_one_probed() -> None:
     assert bench.probed == ["qemu"]
 
 
-def test_who_wants_a_jail_gets_the_engine_that_has_one_or_none() -> None:
+def test_with_jailed_only_an_engine_with_a_jailer_is_probed() -> None:
     bench = Bench(firecracker=KVM, qemu=KVM)
     assert bench.choose(jailed=True).engine.name == "firecracker"
     bench = Bench(firecracker=None, qemu=KVM)
@@ -91,7 +91,7 @@ def test_who_wants_a_jail_gets_the_engine_that_has_one_or_none() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "accelerator"), [("qemu/tcg", TCG), ("auto/kvm", KVM), ("qemu/auto", None)])
-def test_an_accelerator_behind_the_name_is_handed_to_the_engine(wanted: str, accelerator: Accelerator | None) -> None:
+def test_an_accelerator_behind_the_name_is_passed_to_the_engine(wanted: str, accelerator: Accelerator | None) -> None:
     bench = Bench(qemu=TCG)
     bench.choose(wanted)
     assert bench.contexts[0].accelerator is accelerator
@@ -106,7 +106,7 @@ def test_an_unknown_name_is_a_usage_problem_that_lists_the_known_ones(wanted: st
     assert "auto|" in caught.value.hint
 
 
-def test_without_any_engine_every_reason_is_told() -> None:
+def test_without_any_engine_every_reason_is_reported() -> None:
     with pytest.raises(HostError) as caught:
         Bench(firecracker=None, qemu=None).choose()
     assert caught.value.message == "no engine works here: firecracker: not there; qemu: not there"
@@ -120,16 +120,16 @@ def test_a_required_kvm_is_not_replaced_by_emulation() -> None:
     assert Bench(qemu=KVM).choose(require_kvm=True).report.accelerator is KVM
 
 
-@pytest.mark.parametrize("wish", [{"balloon": True}, {"metadata": True}])
-def test_qemu_says_what_its_machines_do_not_have(tmp_path: Path, wish: dict[str, bool]) -> None:
+@pytest.mark.parametrize("fields", [{"balloon": True}, {"metadata": True}])
+def test_qemu_refuses_a_balloon_and_metadata(tmp_path: Path, fields: dict[str, bool]) -> None:
     engine = QemuEngine(None, tmp_path)  # type: ignore[arg-type]
     engine.check(VmShape(mem_mib=64, cpus=1))
     with pytest.raises(UsageProblem, match=r"the engine qemu (has no balloon|serves no metadata)") as caught:
-        engine.check(VmShape(mem_mib=64, cpus=1, **wish))
+        engine.check(VmShape(mem_mib=64, cpus=1, **fields))
     assert "--fcvm-engine firecracker" in caught.value.hint
 
 
-def refused(tmp_path: Path, binary: Path, accelerator: Accelerator | None = TCG) -> EngineReport:
+def probe_unusable(tmp_path: Path, binary: Path, accelerator: Accelerator | None = TCG) -> EngineReport:
     engine = QemuEngine(None, tmp_path, binary=binary, accelerator=accelerator)  # type: ignore[arg-type]
     report = engine.probe(SMOKE)
     assert not report.usable
@@ -137,27 +137,27 @@ def refused(tmp_path: Path, binary: Path, accelerator: Accelerator | None = TCG)
 
 
 def test_a_qemu_that_is_too_old_is_not_usable_and_says_what_is(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
-    report = refused(tmp_path, fake_qemu(version="6.2.0"))
+    report = probe_unusable(tmp_path, fake_qemu(version="6.2.0"))
     assert "is QEMU 6.2.0; 7.2 or newer is needed" in report.reason
     assert "Debian 12" in report.hint
 
 
 def test_a_qemu_without_microvm_is_not_usable(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
-    assert "no microvm machine" in refused(tmp_path, fake_qemu(vms="q35")).reason
+    assert "no microvm machine" in probe_unusable(tmp_path, fake_qemu(vms="q35")).reason
 
 
 def test_a_qemu_without_emulation_is_not_usable_for_it(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
-    assert "built without emulation" in refused(tmp_path, fake_qemu(accelerators="kvm")).reason
+    assert "built without emulation" in probe_unusable(tmp_path, fake_qemu(accelerators="kvm")).reason
 
 
-def test_a_qemu_without_kvm_cannot_be_told_to_use_it(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
-    report = refused(tmp_path, fake_qemu(accelerators="tcg"), KVM)
+def test_a_qemu_without_kvm_refuses_the_accelerator_kvm(tmp_path: Path, fake_qemu: Callable[..., Path]) -> None:
+    report = probe_unusable(tmp_path, fake_qemu(accelerators="tcg"), KVM)
     assert report.reason.startswith("KVM does not work here: ")
     assert "built without KVM" in report.reason
 
 
 def test_a_missing_binary_is_not_usable(tmp_path: Path) -> None:
-    assert "could not be started" in refused(tmp_path, tmp_path / "nothing").reason
+    assert "could not be started" in probe_unusable(tmp_path, tmp_path / "nothing").reason
 
 
 @pytest.mark.parametrize("version", ["7.2.22", "10.0.13", "11.1.3", "12.0.0"])

@@ -62,7 +62,7 @@ GOLDEN_BASE = """
 """
 
 
-def test_a_bases_command_line_is_this() -> None:
+def test_a_bases_command_line_is_the_golden_one() -> None:
     argv = base_command(TCG, SHAPE, FILES, MEMORY)
     boot_arguments = argv.pop(argv.index("-append") + 1)
     assert argv == GOLDEN_BASE.split()
@@ -76,7 +76,7 @@ def test_a_bases_command_line_is_this() -> None:
 
 @pytest.mark.parametrize("platform", [TCG, KVM, replace(TCG, version=QemuVersion(11, 1, 3))])
 @pytest.mark.parametrize("egress", [False, True])
-def test_a_clone_has_the_machine_and_the_devices_of_its_base_in_the_same_order(
+def test_a_clone_has_the_machine_type_and_the_devices_of_its_base_in_the_same_order(
     platform: Platform, egress: bool
 ) -> None:
     shape = replace(SHAPE, egress=egress)
@@ -101,12 +101,12 @@ def test_a_clone_reads_no_kernel_and_waits_for_its_state() -> None:
         (QemuVersion(11, 1, 3), "share=off,readonly=on,rom=off"),
     ],
 )
-def test_a_clone_maps_its_memory_privately_in_the_way_its_version_knows(version: QemuVersion, access: str) -> None:
+def test_a_clone_maps_its_memory_privately_by_the_options_of_its_version(version: QemuVersion, access: str) -> None:
     memory, _ = clone(replace(TCG, version=version))["-object"]
     assert memory == f"memory-backend-file,id=mem,size=256M,{access},mem-path=/s/memory"
 
 
-def test_kvm_takes_the_hosts_processor_and_needs_no_word_about_the_tsc() -> None:
+def test_kvm_uses_the_hosts_cpu_and_no_tsc_rate() -> None:
     of_base = base(KVM)
     assert (of_base["-accel"], of_base["-cpu"]) == (["kvm"], ["host"])
     assert "tsc_early_khz" not in of_base["-append"][0]
@@ -128,14 +128,14 @@ def test_a_smoke_boot_has_the_same_devices_without_a_rootfs() -> None:
     assert without["-blockdev"][0] == "node-name=rootfs,driver=null-co,size=4096,read-zeroes=on,read-only=on"
 
 
-def test_a_comma_in_a_path_is_not_the_end_of_it() -> None:
+def test_a_comma_in_a_path_is_doubled() -> None:
     files = replace(FILES, rootfs=Path("/a,b/root"))
     argv = options(base_command(TCG, SHAPE, files, Path("/c,d/memory")))
     assert argv["-object"][0].endswith("mem-path=/c,,d/memory")
     assert "filename=/a,,b/root," in argv["-blockdev"][0]
 
 
-def test_the_key_knows_shape_and_clock_rate_and_no_path_of_this_host() -> None:
+def test_the_key_has_the_shape_and_the_tsc_rate_and_no_path_of_this_host() -> None:
     key = key_arguments(TCG, SHAPE)
     assert not any("/" in word and "usr" in word for word in key)
     assert key != key_arguments(TCG, replace(SHAPE, mem_mib=512))

@@ -1,4 +1,4 @@
-"""Images of scratch disks: made sparse, copied with their holes, gone with their owner."""
+"""Images of scratch disks: sparse, copied with their holes, freed with their owner."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_image_is_sparse_private_and_a_sound_file_system(tmp_path: Path) -> None:
+def test_an_image_is_sparse_private_and_a_valid_file_system(tmp_path: Path) -> None:
     path = tmp_path / "disk"
     make_image(path, 2048)
     assert (path.stat().st_size, path.stat().st_mode & 0o777) == (2 << 30, 0o600)
@@ -42,7 +42,7 @@ def test_an_image_is_sparse_private_and_a_sound_file_system(tmp_path: Path) -> N
     assert checked.returncode == 0, checked.stdout
 
 
-def test_an_image_is_never_made_over_another_file(image: Path) -> None:
+def test_an_image_never_replaces_a_file(image: Path) -> None:
     with pytest.raises(HostError, match="File exists"):
         make_image(image, 64)
 
@@ -56,11 +56,11 @@ def test_a_copy_is_equal_has_holes_and_no_name(image: Path, tmp_path: Path) -> N
     assert _allocated(saved) <= 1 << 20
     disk.close()
     disk.close()
-    with pytest.raises(GuestError, match="given back"):
+    with pytest.raises(GuestError, match="freed with its clone"):
         disk.save(saved)
 
 
-def test_what_is_written_to_a_copy_is_not_in_the_image(image: Path, tmp_path: Path) -> None:
+def test_a_write_to_a_copy_does_not_change_the_image(image: Path, tmp_path: Path) -> None:
     disk = Disk.copy_of(image)
     os.pwrite(disk.descriptor, b"HELLO", 0)
     disk.save(tmp_path / "saved")
@@ -68,7 +68,7 @@ def test_what_is_written_to_a_copy_is_not_in_the_image(image: Path, tmp_path: Pa
     disk.close()
 
 
-def test_a_copy_that_nobody_holds_is_given_back(image: Path) -> None:
+def test_a_copy_without_an_owner_is_freed(image: Path) -> None:
     before = _open_files()
     disk = Disk.copy_of(image)
     assert _open_files() == before + 1
@@ -77,7 +77,7 @@ def test_a_copy_that_nobody_holds_is_given_back(image: Path) -> None:
     assert _open_files() == before
 
 
-def test_a_missing_image_is_told_with_what_to_do(tmp_path: Path) -> None:
+def test_a_missing_image_is_reported_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="No such file") as caught:
         Disk.copy_of(tmp_path / "missing")
     assert "--fcvm-cache-dir" in caught.value.hint

@@ -1,4 +1,4 @@
-"""The Firecracker engine against a program that speaks Firecracker's API and ends as it does."""
+"""The Firecracker engine with a fake program, which speaks Firecracker's API and ends as Firecracker does."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ import pytest
 
 from pytest_fcvm.engine.firecracker import api
 from pytest_fcvm.engine.firecracker import engine as engine_module
+from pytest_fcvm.engine.firecracker.api import Api
 from pytest_fcvm.engine.firecracker.engine import FirecrackerEngine
+from pytest_fcvm.engine.firecracker.jail import JailDir
 from pytest_fcvm.engine.firecracker.metrics import read_latencies
-from pytest_fcvm.engine.firecracker.requests import boot_calls
+from pytest_fcvm.engine.firecracker.requests import API_SOCKET, boot_calls
+from pytest_fcvm.engine.firecracker.version import FirecrackerVersion
 from pytest_fcvm.engine.firecracker.vm import FirecrackerVm
+from pytest_fcvm.engine.firecracker.vm_dir import VmDir
 from pytest_fcvm.engine.protocol import (
     Accelerator,
     BootPlan,
@@ -31,6 +35,7 @@ from pytest_fcvm.engine.protocol import (
     SnapshotFiles,
     VmShape,
 )
+from pytest_fcvm.engine.vm import start_or_discard
 from pytest_fcvm.errors import EngineError, FcvmError, HostError, UsageProblem
 from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
@@ -44,11 +49,12 @@ FAKE, FAKE_JAILER = TESTS / "fakes" / "firecracker.py", TESTS / "fakes" / "jaile
 SHAPE = VmShape(mem_mib=8, cpus=1, network=NetworkMode.RELAY)
 ELF = b"\x7fELF and a kernel behind it"
 WAIT_S = 20.0
+NEWEST = FirecrackerVersion(1, 16, 1)
 
 
 @pytest.fixture(autouse=True)
 def _kvm_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this host has: the program in the place of Firecracker needs none."""
+    """Let the engine find KVM on every host: the fake program needs none."""
     monkeypatch.setattr(engine_module, "explain_missing_device", lambda: ("", ""))
 
 
@@ -59,7 +65,7 @@ def supervisor() -> Iterator[Supervisor]:
 
 
 class Bench:
-    """Engines of some version, `jailed` or not, and what their VMs are made of."""
+    """Engines of any version, `jailed` or not, and the files of their VMs."""
 
     def __init__(self, directory: Path, supervisor: Supervisor, *, jailed: bool) -> None:
         self.directory, self.supervisor, self.jailed = directory, supervisor, jailed
@@ -98,7 +104,7 @@ class Bench:
 
     def boot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> FirecrackerVm:
         plan = BootPlan(name="base", shape=SHAPE, files=self.guest, memory=self.directory / "memory", disk=disk)
-        return _living(engine.boot(plan), stack)
+        return _ending(engine.boot(plan), stack)
 
     def snapshot(self, engine: FirecrackerEngine, stack: ExitStack, disk: Path | None = None) -> SnapshotFiles:
         base = self.boot(engine, stack, disk)
@@ -124,10 +130,15 @@ class Bench:
         )
 
     def restore(self, engine: FirecrackerEngine, files: SnapshotFiles, stack: ExitStack) -> FirecrackerVm:
-        return _living(engine.restore(RestorePlan(name="clone", shape=SHAPE, files=files)), stack)
+        return _restore(engine, RestorePlan(name="clone", shape=SHAPE, files=files), stack)
 
 
-def _living(vm: FirecrackerVm, stack: ExitStack) -> FirecrackerVm:
+def _restore(engine: FirecrackerEngine, plan: RestorePlan, stack: ExitStack) -> FirecrackerVm:
+    return _ending(start_or_discard(engine.prepare(plan)), stack)
+
+
+def _ending(vm: FirecrackerVm, stack: ExitStack) -> FirecrackerVm:
+    """Return the VM, and kill it at the end of the test."""
     stack.callback(lambda: (vm.kill(), vm.wait(WAIT_S)))
     return vm
 
@@ -139,7 +150,7 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path, supervisor: Supervisor
 
 def _bench(directory: Path, supervisor: Supervisor, *, jailed: bool) -> Bench:
     if jailed and os.geteuid() != 0:
-        pytest.skip("the jailer takes root")
+        pytest.skip("the jailer requires root")
     return Bench(directory, supervisor, jailed=jailed)
 
 
@@ -150,7 +161,7 @@ def stack() -> Iterator[ExitStack]:
 
 
 def talk(vm: FirecrackerVm, line: str) -> str:
-    """Say a line to the guest and return its answer, "" when it ended."""
+    """Send a line to the guest and return its answer, "" when the guest ended."""
     with vm.channel() as channel:
         channel.settimeout(WAIT_S)
         channel.sendall(line.encode() + b"\n")
@@ -160,19 +171,19 @@ def talk(vm: FirecrackerVm, line: str) -> str:
 # -- metrics
 
 
-def test_it_tells_what_firecracker_says_of_its_own_work(bench: Bench, stack: ExitStack) -> None:
+def test_firecrackers_own_latencies_are_read(bench: Bench, stack: ExitStack) -> None:
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
     assert clone.latencies() == {"load_snapshot": 1.25}
-    clone.pause()  # by SIGSTOP: it would not answer
+    clone.pause()  # by SIGSTOP: Firecracker would not answer
     assert clone.latencies() == {"load_snapshot": 1.25}
     clone.kill()
     clone.wait(WAIT_S)
-    assert clone.latencies() in ({"load_snapshot": 1.25}, {})  # its directory goes with it
+    assert clone.latencies() in ({"load_snapshot": 1.25}, {})  # its directory is removed at about this time
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"latencies_us": 3}', '{"latencies_us": {"a": "b"}}'])
-def test_metrics_that_are_not_whole_say_nothing(tmp_path: Path, text: str) -> None:
+def test_incomplete_metrics_have_no_latencies(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics").write_text(text)
     assert read_latencies(tmp_path / "metrics") == {}
 
@@ -180,7 +191,7 @@ def test_metrics_that_are_not_whole_say_nothing(tmp_path: Path, text: str) -> No
 # -- network namespaces
 
 
-def test_its_vms_run_in_their_namespaces_and_open_the_cards_there(
+def test_vms_run_in_their_namespaces_and_open_their_nics_there(
     bench: Bench, supervisor: Supervisor, stack: ExitStack
 ) -> None:
     namespaces = Namespaces(supervisor)
@@ -197,17 +208,17 @@ def test_its_vms_run_in_their_namespaces_and_open_the_cards_there(
         memory=bench.directory / "memory", state=bench.directory / "state", rootfs=bench.directory / "rootfs"
     )
     plan = BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory, namespace=first)
-    base = _living(engine.boot(plan), stack)
+    base = _ending(engine.boot(plan), stack)
     assert _namespace_of(base) == os.fstat(first.net).st_ino
-    with pytest.raises(HostError, match="Device or resource busy") as caught:  # the cards are the base's
+    with pytest.raises(HostError, match="Device or resource busy") as caught:  # the base has the NICs
         engine.boot(replace(plan, name="other"))
     assert caught.value.hint == "two VMs asked for one tap device"
     base.snapshot(files.state)
     base.kill()
-    clone = _living(engine.restore(RestorePlan(name="clone", shape=shape, files=files, namespace=second)), stack)
+    clone = _restore(engine, RestorePlan(name="clone", shape=shape, files=files, namespace=second), stack)
     assert _namespace_of(clone) == os.fstat(second.net).st_ino
     assert talk(clone, "ping 1") == "pong 1"
-    assert engine.private_networks(NetworkMode.ROOTLESS) == len(second.wires) == 2
+    assert engine.private_networks(NetworkMode.ROOTLESS) == len(second.packet_sockets) == 2
     assert engine.private_networks(NetworkMode.RELAY) == 0
 
 
@@ -218,11 +229,11 @@ def _namespace_of(vm: FirecrackerVm) -> int:
 # -- probing
 
 
-def test_it_works_where_a_kernel_boots_and_that_is_remembered(bench: Bench) -> None:
+def test_the_engine_is_usable_where_a_kernel_boots_and_the_verdict_is_cached(bench: Bench) -> None:
     report = bench.probe(bench.engine())
     assert (report.usable, report.accelerator, report.version) == (True, Accelerator.KVM, "1.16.1")
     assert {"digest of firecracker", "version", "cpu", "microcode", "host kernel"} == set(report.identity)
-    bench.kernel.write_bytes(b"no kvm")  # would be found out if it were asked again
+    bench.kernel.write_bytes(b"no kvm")  # a second boot would fail
     assert bench.probe(bench.engine()).usable
 
 
@@ -231,13 +242,11 @@ def test_it_works_where_a_kernel_boots_and_that_is_remembered(bench: Bench) -> N
     [
         ("1.13.1", "lose vsock connections"),
         ("1.14.3", "lose vsock connections"),
-        ("1.15.0", "jump in monotonic time"),
-        ("1.16.0", "may be deaf"),
+        ("1.15.0", "monotonic time of its clones may jump"),
+        ("1.16.0", "vsock may hang"),
     ],
 )
-def test_a_version_that_is_known_to_be_broken_is_refused_with_the_reason(
-    bench: Bench, version: str, reason: str
-) -> None:
+def test_a_broken_version_is_refused_with_the_reason(bench: Bench, version: str, reason: str) -> None:
     report = bench.probe(bench.engine(version))
     assert not report.usable
     assert f"Firecracker {version} is not used: " in report.reason
@@ -246,11 +255,11 @@ def test_a_version_that_is_known_to_be_broken_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("version", ["1.14.4", "1.15.1", "1.16.1", "1.17.0"])
-def test_other_versions_are_taken(bench: Bench, version: str) -> None:
+def test_other_versions_are_accepted(bench: Bench, version: str) -> None:
     assert bench.probe(bench.engine(version)).version == version
 
 
-def test_a_host_on_which_no_kernel_boots_is_told_in_firecrackers_words(bench: Bench) -> None:
+def test_where_no_kernel_boots_the_report_has_firecrackers_message(bench: Bench) -> None:
     bench.kernel.write_bytes(b"no kvm")
     report = bench.probe(bench.engine())
     assert report.reason.startswith("/dev/kvm cannot boot a kernel: Firecracker refused PUT /actions: ")
@@ -258,7 +267,7 @@ def test_a_host_on_which_no_kernel_boots_is_told_in_firecrackers_words(bench: Be
     assert ("leave out --fcvm-jailer" if bench.jailed else "--fcvm-engine qemu") in report.hint
 
 
-def test_what_fails_before_the_boot_is_not_remembered_as_a_fault_of_kvm(bench: Bench) -> None:
+def test_a_failure_before_the_boot_is_not_cached_as_a_fault_of_kvm(bench: Bench) -> None:
     def fail() -> Path:
         raise HostError("lz4 is not installed", hint="apt-get install lz4")
 
@@ -272,7 +281,7 @@ def test_emulation_is_refused(bench: Bench) -> None:
     assert (report.usable, report.reason) == (False, "Firecracker does not emulate")
 
 
-def test_a_program_that_is_not_firecracker_is_told(bench: Bench, tmp_path: Path) -> None:
+def test_a_program_that_is_not_firecracker_is_reported(bench: Bench, tmp_path: Path) -> None:
     program = tmp_path / "other"
     program.write_text("#!/bin/sh\necho something else 1.2.3\n")
     program.chmod(0o755)
@@ -288,32 +297,33 @@ def test_without_a_probe_nothing_starts(bench: Bench, stack: ExitStack) -> None:
 # -- a balloon, and metadata
 
 
-def test_a_balloon_and_metadata_are_what_a_shape_asks_for(bench: Bench, stack: ExitStack) -> None:
+def test_a_clone_has_the_balloon_and_the_metadata_of_its_plan(bench: Bench, stack: ExitStack) -> None:
     engine, shape = bench.probed(), replace(SHAPE, balloon=True)
     files = SnapshotFiles(
         memory=bench.directory / "memory", state=bench.directory / "state", rootfs=bench.directory / "rootfs"
     )
-    base = _living(engine.boot(BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory)), stack)
+    base = _ending(engine.boot(BootPlan(name="base", shape=shape, files=bench.guest, memory=files.memory)), stack)
     base.snapshot(files.state)
     base.kill()
-    clone = _living(engine.restore(RestorePlan(name="clone", shape=shape, files=files, metadata={"a": "b"})), stack)
+    clone = _restore(engine, RestorePlan(name="clone", shape=shape, files=files, metadata={"a": "b"}), stack)
     assert clone.balloon_mib() == 0
     clone.set_balloon(3)
     assert clone.balloon_mib() == 3
-    assert clone._api.send(api.MMDS_READ) == {"a": "b"}
-    clone.set_metadata({"c": "d"})
-    assert clone._api.send(api.MMDS_READ) == {"c": "d"}
+    with Api(clone.console_path.with_name(API_SOCKET), NEWEST) as client:
+        assert client.send(api.MMDS_READ) == {"a": "b"}
+        clone.set_metadata({"c": "d"})
+        assert client.send(api.MMDS_READ) == {"c": "d"}
     assert engine.base_arguments(shape) != engine.base_arguments(SHAPE)
 
 
-def test_metadata_takes_a_card_which_the_relay_has_not(bench: Bench) -> None:
+def test_metadata_needs_a_nic_which_the_network_relay_lacks(bench: Bench) -> None:
     engine = bench.engine()
     engine.check(replace(SHAPE, metadata=True, network=NetworkMode.ROOTLESS, balloon=True))
-    with pytest.raises(UsageProblem, match="metadata is served by a network card, and the network relay has none"):
+    with pytest.raises(UsageProblem, match=r"metadata needs a NIC, and a VM .* has none on the network relay"):
         engine.check(replace(SHAPE, metadata=True))
 
 
-def test_the_card_that_is_the_guests_own_serves_metadata_from_the_boot_on() -> None:
+def test_the_guests_first_nic_serves_metadata_from_the_boot_on() -> None:
     shape = replace(SHAPE, metadata=True, network=NetworkMode.ROOTLESS)
     calls = [(str(call), body) for call, body in boot_calls(shape, {"a": "b"})]
     names = [name for name, _ in calls]
@@ -330,7 +340,7 @@ def jailed(tmp_path: Path, supervisor: Supervisor) -> Bench:
     return _bench(tmp_path, supervisor, jailed=True)
 
 
-def test_each_vm_in_a_jail_has_a_user_of_its_own_and_what_it_reads_is_not_its(jailed: Bench, stack: ExitStack) -> None:
+def test_each_jailed_vm_has_its_own_user_which_does_not_own_the_input_files(jailed: Bench, stack: ExitStack) -> None:
     engine = jailed.probed()
     files = jailed.snapshot(engine, stack)
     first, second = (jailed.restore(engine, files, stack) for _ in range(2))
@@ -346,13 +356,13 @@ def test_each_vm_in_a_jail_has_a_user_of_its_own_and_what_it_reads_is_not_its(ja
     assert str(first.console_path.parent) not in Path("/proc/self/mountinfo").read_text()
 
 
-def test_what_a_jailed_base_has_written_is_brought_to_another_file_system(jailed: Bench, stack: ExitStack) -> None:
+def test_the_output_of_a_jailed_base_is_moved_to_another_file_system(jailed: Bench, stack: ExitStack) -> None:
     if Path("/dev/shm").stat().st_dev == jailed.supervisor.make_dir("x").stat().st_dev:
         pytest.skip("run directories are on the file system of /dev/shm")
     engine = jailed.probed()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         memory, state = Path(directory) / "memory", Path(directory) / "state"
-        base = _living(engine.boot(BootPlan(name="base", shape=SHAPE, files=jailed.guest, memory=memory)), stack)
+        base = _ending(engine.boot(BootPlan(name="base", shape=SHAPE, files=jailed.guest, memory=memory)), stack)
         base.snapshot(state)
         assert {path.name for path in Path(directory).iterdir()} == {"memory", "state"}
         assert (memory.stat().st_size, memory.stat().st_blocks) == (SHAPE.mem_mib << 20, 0)
@@ -360,7 +370,7 @@ def test_what_a_jailed_base_has_written_is_brought_to_another_file_system(jailed
         assert talk(jailed.restore(engine, files, stack), "ping 1") == "pong 1"
 
 
-def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jailed: Bench, stack: ExitStack) -> None:
+def test_links_that_a_jailed_firecracker_puts_into_its_jail_are_not_followed(jailed: Bench, stack: ExitStack) -> None:
     engine = jailed.probed()
     clone = jailed.restore(engine, jailed.snapshot(engine, stack), stack)
     secret, jail_dir = jailed.directory / "secret", clone.console_path.parent
@@ -368,7 +378,7 @@ def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jai
     for name in ("console.log", "metrics.json"):
         (jail_dir / name).unlink(missing_ok=True)
         (jail_dir / name).symlink_to(secret)
-    clone.pause()  # its metrics are not asked for
+    clone.pause()  # so that no metrics are flushed
     assert clone.latencies() == {}
     clone.resume()
     os.kill(clone.pid, signal.SIGKILL)
@@ -379,21 +389,21 @@ def test_links_that_a_jailed_firecracker_puts_into_its_cell_are_not_followed(jai
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("command", "words"),
     [
         ("exit 3", "failed with exit code 3"),
         ("echo Jailer v1.14.4", "is not the jailer of Firecracker 1.16.1: 'Jailer v1.14.4'"),
     ],
 )
-def test_a_jailer_that_does_not_fit_is_told(jailed: Bench, said: str, words: str) -> None:
+def test_a_jailer_of_another_version_is_reported(jailed: Bench, command: str, words: str) -> None:
     engine = jailed.engine()
-    (jailed.directory / "jailer").write_text(f"#!/bin/sh\n{said}\n")
+    (jailed.directory / "jailer").write_text(f"#!/bin/sh\n{command}\n")
     report = jailed.probe(engine)
     assert not report.usable
     assert words in report.reason
 
 
-def test_without_a_jailer_it_is_said_where_one_is_to_be_had(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_jailer_the_hint_says_how_to_install_one(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = jailed.engine()
     (jailed.directory / "jailer").unlink()
     monkeypatch.setattr("pytest_fcvm.engine.firecracker.jail.find_tool", lambda _: None)
@@ -402,13 +412,14 @@ def test_without_a_jailer_it_is_said_where_one_is_to_be_had(jailed: Bench, monke
     assert "fcvm setup firecracker" in report.hint
 
 
-def test_who_is_not_root_has_no_jailer(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_other_than_root_cannot_use_the_jailer(jailed: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own.os, "geteuid", lambda: 1000)
     report = jailed.probe(jailed.engine())
-    assert (report.reason, report.hint) == ("the jailer takes root", "run pytest as root, or leave out --fcvm-jailer")
+    assert report.reason == "the jailer requires root"
+    assert report.hint == "run pytest as root, or leave out --fcvm-jailer"
 
 
-def test_a_jail_that_cannot_be_made_is_told_in_the_jailers_words(jailed: Bench, stack: ExitStack) -> None:
+def test_a_jail_that_cannot_be_made_is_reported_with_the_jailers_message(jailed: Bench, stack: ExitStack) -> None:
     engine = jailed.probed()
     (jailed.directory / "jailer").write_text(
         "#!/bin/sh\necho 'Failed to exec into Firecracker: No such file or directory (os error 2)' >&2\n"
@@ -437,7 +448,7 @@ def test_a_jail_that_cannot_be_made_is_no_fault_of_kvm(jailed: Bench) -> None:
     assert jailed.probe(engine).usable
 
 
-# -- lives
+# -- running VMs
 
 
 def test_a_base_answers_and_its_snapshot_is_private_and_full_of_holes(bench: Bench, stack: ExitStack) -> None:
@@ -462,33 +473,33 @@ def test_clones_answer_each_in_a_directory_of_its_own(bench: Bench, stack: ExitS
     assert [clone.console_path.read_text() for clone in clones] == ["", "", ""]
 
 
-def test_a_clone_made_ahead_comes_to_life_when_it_is_started(bench: Bench, stack: ExitStack) -> None:
+def test_a_prepared_clone_runs_when_it_is_started(bench: Bench, stack: ExitStack) -> None:
     engine = bench.probed()
     files = bench.snapshot(engine, stack)
-    clone = _living(engine.prepare(RestorePlan(name="spare", shape=SHAPE, files=files)), stack)
+    clone = _ending(engine.prepare(RestorePlan(name="standby", shape=SHAPE, files=files)), stack)
     clone.start()
     clone.start()
     assert talk(clone, "ping 1") == "pong 1"
 
 
-def test_a_clone_made_ahead_takes_what_it_can_before_its_start(bench: Bench, stack: ExitStack) -> None:
+def test_a_prepared_clone_can_be_configured_before_its_start(bench: Bench, stack: ExitStack) -> None:
     engine = bench.probed()
     files = bench.snapshot(engine, stack)
-    clone = _living(engine.prepare(RestorePlan(name="spare", shape=SHAPE, files=files)), stack)
+    clone = _ending(engine.prepare(RestorePlan(name="standby", shape=SHAPE, files=files)), stack)
     assert not clone.console_path.exists()
-    clone.get_ready()
+    clone.preconfigure()
     assert clone.console_path.exists()
     clone.start()
-    clone.get_ready()
+    clone.preconfigure()
     assert talk(clone, "ping 1") == "pong 1"
 
 
 @pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
-def test_a_clone_that_was_paused_hears_again(bench: Bench, stack: ExitStack, version: str) -> None:
+def test_a_clone_answers_after_pause_and_resume(bench: Bench, stack: ExitStack, version: str) -> None:
     engine = bench.probed(version)
     clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
     clone.pause()
-    if version == "1.16.1":  # a bare pause and resume would leave it deaf
+    if version == "1.16.1":  # whose vsock hangs after a bare pause and resume
         state = lambda: Path(f"/proc/{clone.pid}/stat").read_text().rsplit(") ")[1][0]  # noqa: E731
         assert wait_until(lambda: state() == "T", Deadline(WAIT_S))
     clone.resume()
@@ -506,7 +517,7 @@ def test_a_killed_clone_leaves_nothing(bench: Bench, stack: ExitStack) -> None:
     assert not Path(f"/proc/{clone.pid}").exists()
 
 
-def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
+def test_each_clone_has_a_private_disk(bench: Bench, stack: ExitStack) -> None:
     disk = bench.directory / "disk"
     disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
     engine = bench.probed()
@@ -523,7 +534,7 @@ def test_the_disk_of_a_clone_is_its_own(bench: Bench, stack: ExitStack) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.16.1", "1.16.2"])
-def test_a_running_clone_is_copied_and_goes_on(bench: Bench, stack: ExitStack, version: str) -> None:
+def test_a_running_clone_is_copied_and_runs_on(bench: Bench, stack: ExitStack, version: str) -> None:
     disk = bench.directory / "disk"
     disk.write_bytes(b"as in the snapshot".ljust(4096, b"\0"))
     engine = bench.probed(version)
@@ -537,12 +548,12 @@ def test_a_running_clone_is_copied_and_goes_on(bench: Bench, stack: ExitStack, v
     assert copy.disk.read_bytes().startswith(b"changed")
     for path in (copy.memory, copy.state, copy.disk):
         assert path.stat().st_mode & 0o777 == 0o600
-    fork = _living(engine.restore(RestorePlan(name="fork", shape=SHAPE, files=copy)), stack)
+    fork = _restore(engine, RestorePlan(name="fork", shape=SHAPE, files=copy), stack)
     assert talk(fork, "ping 2") == "pong 2"
 
 
 @pytest.mark.parametrize("has_swap", [False, True])
-def test_a_copy_begins_as_what_the_clone_began_as_unless_pages_may_be_on_swap(
+def test_a_copy_starts_from_the_clones_origin_unless_pages_may_be_on_swap(
     bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, has_swap: bool
 ) -> None:
     engine = bench.probed()
@@ -553,14 +564,14 @@ def test_a_copy_begins_as_what_the_clone_began_as_unless_pages_may_be_on_swap(
     monkeypatch.setattr("pytest_fcvm.engine.firecracker.vm._has_swap", lambda: has_swap)
     copy = bench.copy()
     clone.save(copy)
-    assert copy.memory.read_bytes().startswith(b"\0" if has_swap else b"the base's")  # the stand-in changes no page
+    assert copy.memory.read_bytes().startswith(b"\0" if has_swap else b"the base's")  # the fake changes no page
     assert copy.memory.stat().st_size == files.memory.stat().st_size
     base = bench.boot(engine, stack)
     with pytest.raises(EngineError, match="is a base"):
         base.save(copy)
 
 
-def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
+def test_a_copy_without_room_leaves_no_file_and_the_clone_answers(
     bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = bench.probed()
@@ -573,7 +584,7 @@ def test_a_copy_without_room_leaves_no_file_and_a_clone_that_hears(
     assert talk(clone, "ping 1") == "pong 1"
 
 
-def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
+def test_a_copy_that_cannot_be_collected_leaves_no_file(
     bench: Bench, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = bench.directory / "disk"
@@ -584,7 +595,7 @@ def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
     def refuse(*_: object) -> None:
         raise HostError("no room")
 
-    monkeypatch.setattr(type(clone._vm_dir), "deliver", refuse)
+    monkeypatch.setattr(JailDir if bench.jailed else VmDir, "collect", refuse)
     copy = bench.copy()
     with pytest.raises(HostError, match="no room"):
         clone.save(copy)
@@ -595,7 +606,7 @@ def test_a_copy_that_cannot_be_brought_to_its_place_leaves_no_file(
 # -- refusals
 
 
-def test_a_clone_is_no_base_and_a_paused_base_is_not_taken(bench: Bench, stack: ExitStack) -> None:
+def test_a_clone_and_a_paused_base_cannot_be_snapshotted_as_a_base(bench: Bench, stack: ExitStack) -> None:
     engine = bench.probed()
     clone = bench.restore(engine, bench.snapshot(engine, stack), stack)
     with pytest.raises(EngineError, match="is a clone"):
@@ -606,7 +617,7 @@ def test_a_clone_is_no_base_and_a_paused_base_is_not_taken(bench: Bench, stack: 
         base.snapshot(bench.directory / "other")
 
 
-def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_living_base(bench: Bench, stack: ExitStack) -> None:
+def test_a_snapshot_that_cannot_be_written_leaves_no_file_and_a_running_base(bench: Bench, stack: ExitStack) -> None:
     base = bench.boot(bench.probed(), stack)
     words = "state cannot be made" if bench.jailed else "Cannot perform open on the snapshot backing file"
     with pytest.raises(FcvmError, match=words):
@@ -623,34 +634,34 @@ def _lengthen(files: SnapshotFiles) -> None:
     os.truncate(files.memory, (SHAPE.mem_mib << 20) + 4096)
 
 
-def _spoil(files: SnapshotFiles) -> None:
+def _damage(files: SnapshotFiles) -> None:
     files.state.write_bytes(b"\0\0")
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("change", "words"),
     [
         (_shorten, "has 4096 bytes and not 8388608"),
         (_lengthen, "has 8392704 bytes and not 8388608"),
-        (_spoil, "bitcode error"),
+        (_damage, "bitcode error"),
         (lambda files: files.state.unlink(), "Failed to open snapshot file: No such|state cannot be read: No such"),
         (lambda files: files.memory.unlink(), "cannot be read: No such file or directory"),
         (lambda files: files.rootfs.unlink(), "the backing file: No such|rootfs cannot be read: No such"),
     ],
 )
-def test_a_snapshot_that_was_harmed_is_refused_with_the_way_out(
-    bench: Bench, stack: ExitStack, harm: Callable[[SnapshotFiles], None], words: str
+def test_a_damaged_snapshot_is_refused_and_the_hint_is_to_rebuild_it(
+    bench: Bench, stack: ExitStack, change: Callable[[SnapshotFiles], None], words: str
 ) -> None:
     engine = bench.probed()
     files = bench.snapshot(engine, stack)
-    harm(files)
+    change(files)
     with pytest.raises(EngineError, match=words) as caught:
         bench.restore(engine, files, stack)
     assert caught.value.hint == "build the snapshot again: --fcvm-rebuild"
 
 
 @pytest.mark.parametrize(("size", "words"), [(100, "Invalid Elf magic number"), (6, "Unable to read elf header")])
-def test_a_kernel_that_is_none_is_told_with_the_option_that_names_one(
+def test_for_a_file_that_is_no_kernel_the_hint_names_the_option(
     bench: Bench, stack: ExitStack, size: int, words: str
 ) -> None:
     engine = bench.probed()
@@ -672,7 +683,7 @@ def test_a_kernel_that_is_none_is_told_with_the_option_that_names_one(
         ("exit 1", "Firecracker exited with 1"),
     ],
 )
-def test_the_end_of_a_guest_is_told_apart(bench: Bench, stack: ExitStack, words: str, message: str) -> None:
+def test_each_way_to_end_has_its_message(bench: Bench, stack: ExitStack, words: str, message: str) -> None:
     base = bench.boot(bench.probed(), stack)
     ends: list[object] = []
     base.on_exit(ends.append)

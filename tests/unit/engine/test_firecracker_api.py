@@ -1,6 +1,6 @@
-"""What we send is what the OpenAPI files that Firecracker publishes say (src/firecracker/swagger of each release).
+"""Our calls agree with the OpenAPI files of Firecracker's releases (src/firecracker/swagger).
 
-Name a directory with files firecracker-VERSION.openapi.yaml in FCVM_TEST_OPENAPI.
+FCVM_TEST_OPENAPI names a directory with files firecracker-VERSION.openapi.yaml.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEW = FirecrackerVersion(1, 16, 1)
 
 @pytest.fixture(params=_FILES or [None], ids=lambda path: path.name if path else "none")
 def published(request: pytest.FixtureRequest) -> tuple[FirecrackerVersion, dict[str, Any]]:
-    """A version and what it publishes."""
+    """A version and its OpenAPI description."""
     if request.param is None:
         pytest.skip("FCVM_TEST_OPENAPI names no directory with Firecracker's OpenAPI files")
     yaml = pytest.importorskip("yaml")
@@ -57,7 +57,7 @@ def _matches(pattern: str, path: str) -> bool:
     return re.fullmatch(re.sub(r"{\w+}", "[^/]+", pattern), path) is not None
 
 
-def test_every_call_that_is_published_is_in_the_table_and_no_other(
+def test_the_table_has_exactly_the_published_calls(
     published: tuple[FirecrackerVersion, dict[str, Any]],
 ) -> None:
     version, description = published
@@ -65,7 +65,9 @@ def test_every_call_that_is_published_is_in_the_table_and_no_other(
     assert {(call.method, call.path) for call in CALLS if call.since <= version} == theirs
 
 
-def test_fields_come_with_the_version_that_has_them(published: tuple[FirecrackerVersion, dict[str, Any]]) -> None:
+def test_the_table_has_the_first_version_of_newer_fields(
+    published: tuple[FirecrackerVersion, dict[str, Any]],
+) -> None:
     version, description = published
     for call in CALLS:
         if call.since <= version:
@@ -73,7 +75,7 @@ def test_fields_come_with_the_version_that_has_them(published: tuple[Firecracker
                 assert (name in _schema(description, call)["properties"]) == (since <= version), f"{name} of {call}"
 
 
-def test_what_boots_and_loads_a_machine_has_only_fields_that_are_published_and_all_that_are_required(
+def test_the_calls_for_a_vm_have_all_required_fields_and_no_unpublished_ones(
     published: tuple[FirecrackerVersion, dict[str, Any]],
 ) -> None:
     _, description = published
@@ -108,7 +110,7 @@ def test_a_call_is_one_request_with_its_body() -> None:
 
 def test_an_answer_is_returned() -> None:
     with _answering(httpx.Response(200, json={"firecracker_version": "1.16.1"})) as client:
-        assert client.ask_version() == NEW
+        assert client.send(api.VERSION) == {"firecracker_version": "1.16.1"}
 
 
 @pytest.mark.parametrize(
@@ -124,13 +126,11 @@ def test_an_answer_is_returned() -> None:
         (400, "Cannot dump memory: No space left on device (os error 28)", HostError, "--fcvm-cache-dir"),
         (400, "CRC64 validation failed", EngineError, "--fcvm-rebuild"),
         (400, "The number of vCPUs must be greater than 0", EngineError, "--fcvm-cpus"),
-        (400, "something that nobody has met yet", EngineError, ""),
+        (400, "an unknown message", EngineError, ""),
         (503, "Too many open connections", EngineError, "close other clients"),
     ],
 )
-def test_a_refusal_is_an_error_of_whoever_can_act_with_what_to_do(
-    status: int, fault: str, error: type[Exception], hint: str
-) -> None:
+def test_a_refusal_has_an_error_class_and_a_hint(status: int, fault: str, error: type[Exception], hint: str) -> None:
     with (
         _answering(httpx.Response(status, json={"fault_message": fault})) as client,
         pytest.raises(error) as caught,
@@ -140,17 +140,17 @@ def test_a_refusal_is_an_error_of_whoever_can_act_with_what_to_do(
     assert "PUT /actions" in str(caught.value)
 
 
-def test_a_refusal_that_is_no_json_is_told_as_it_is() -> None:
+def test_a_refusal_without_json_is_reported_unchanged() -> None:
     with _answering(httpx.Response(500, text="oops")) as client, pytest.raises(EngineError, match="oops"):
         client.send(api.VERSION)
 
 
-def test_nobody_answers() -> None:
+def test_a_call_without_an_answer_is_reported() -> None:
     with _answering(httpx.ConnectError("refused")) as client, pytest.raises(NoAnswer, match="GET /version: refused"):
         client.send(api.VERSION)
 
 
-def test_after_the_end_nobody_answers_either() -> None:
+def test_a_call_after_the_end_is_reported() -> None:
     client = _answering(httpx.Response(204))
     client.close()
     with pytest.raises(NoAnswer, match="has ended before GET /version"):
@@ -164,9 +164,9 @@ def test_after_the_end_nobody_answers_either() -> None:
         (api.SNAPSHOT_LOAD, {"vsock_override": {}}, "no 'vsock_override' of PUT /snapshot/load"),
     ],
 )
-def test_what_a_version_does_not_have_is_never_sent(call: Call, body: Mapping[str, Any], what: str) -> None:
+def test_a_call_or_field_that_a_version_lacks_is_never_sent(call: Call, body: Mapping[str, Any], what: str) -> None:
     def refuse(_: httpx.Request) -> httpx.Response:
-        raise AssertionError("it was sent")
+        raise AssertionError("the call was sent")
 
     old = FirecrackerVersion(1, 15, 1)
     with (

@@ -16,7 +16,7 @@ def asked(tmp_path: Path) -> int:
     return len((tmp_path / "asked").read_text().splitlines())
 
 
-def test_an_installation_is_known_by_what_it_says_and_by_its_files(fake_qemu: MakeQemu, tmp_path: Path) -> None:
+def test_an_installation_is_read_from_its_output_and_its_files(fake_qemu: MakeQemu, tmp_path: Path) -> None:
     found = inspect(fake_qemu(accelerators="tcg"), tmp_path / "qemu.json")
     assert found.version == (7, 2, 22)
     assert found.accelerators == {Accelerator.TCG}
@@ -25,7 +25,7 @@ def test_an_installation_is_known_by_what_it_says_and_by_its_files(fake_qemu: Ma
     assert found.digest == found.digests["qemu-system-x86_64"]
 
 
-def test_a_known_installation_is_not_run_again(fake_qemu: MakeQemu, tmp_path: Path) -> None:
+def test_a_known_installation_is_not_run_a_second_time(fake_qemu: MakeQemu, tmp_path: Path) -> None:
     binary, record = fake_qemu(), tmp_path / "qemu.json"
     first = inspect(binary, record)
     runs = asked(tmp_path)
@@ -42,17 +42,17 @@ def test_another_firmware_is_noticed_although_the_binary_is_the_same(fake_qemu: 
     assert second.digest == first.digest
 
 
-def test_a_new_binary_under_the_same_name_is_asked_again(fake_qemu: MakeQemu, tmp_path: Path) -> None:
+def test_a_new_binary_under_the_same_name_is_inspected_again(fake_qemu: MakeQemu, tmp_path: Path) -> None:
     record = tmp_path / "qemu.json"
     inspect(fake_qemu(), record)
     assert inspect(fake_qemu(version="10.0.13"), record).version == (10, 0, 13)
 
 
-def test_a_qemu_without_the_machine_is_told_apart(fake_qemu: MakeQemu, tmp_path: Path) -> None:
+def test_a_qemu_without_microvm_is_recognised(fake_qemu: MakeQemu, tmp_path: Path) -> None:
     assert not inspect(fake_qemu(vms="q35 pc"), tmp_path / "qemu.json").has_microvm
 
 
-def test_another_program_is_not_taken_for_qemu(tmp_path: Path) -> None:
+def test_another_program_is_not_accepted_as_qemu(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="does not say that it is QEMU"):
         inspect(Path("/bin/true"), tmp_path / "qemu.json")
 

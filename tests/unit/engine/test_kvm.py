@@ -17,7 +17,7 @@ MSR = "QEMU was killed by SIGABRT: error: failed to set MSR 0x10a to 0x0"
 
 
 class Verdict:
-    """A smoke boot that answers what it is told to, and counts."""
+    """A smoke boot with a fixed answer. It counts its runs."""
 
     def __init__(self, answer: str | Exception) -> None:
         self.answer, self.runs = answer, 0
@@ -47,7 +47,7 @@ def test_the_verdict_of_a_smoke_boot_is_remembered(ask: Callable[..., str], reas
     assert verdict.runs == 1
 
 
-def test_another_vmm_kernel_or_boot_of_the_host_is_proven_anew(ask: Callable[..., str], tmp_path: Path) -> None:
+def test_another_vmm_kernel_or_boot_of_the_host_is_probed_again(ask: Callable[..., str], tmp_path: Path) -> None:
     ask(Verdict(MSR))
     assert ask(Verdict(""), vmm="another digest") == ""
     (tmp_path / "vmlinuz").write_bytes(b"another kernel")
@@ -58,7 +58,7 @@ def test_another_vmm_kernel_or_boot_of_the_host_is_proven_anew(ask: Callable[...
     assert ask(Verdict("fourth"), vmm="another digest") == "fourth"
 
 
-def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Callable[..., str], tmp_path: Path) -> None:
+def test_the_verdict_of_a_boot_that_timed_out_lasts_ten_minutes(ask: Callable[..., str], tmp_path: Path) -> None:
     slow = Verdict(SmokeTimeout("no sign of the agent within 10 s"))
     assert ask(slow) == ask(slow) == "no sign of the agent within 10 s"
     assert slow.runs == 1
@@ -74,18 +74,20 @@ def test_a_boot_that_ran_out_of_time_is_believed_for_ten_minutes_only(ask: Calla
     [
         ("fpu vmx", "kvm_intel", "there is no /dev/kvm in this container", "--device /dev/kvm"),
         ("fpu svm", "", "there is no /dev/kvm: its module is not loaded", "sudo modprobe kvm-amd"),
-        ("fpu hypervisor", "", "may not have virtual machines of its own", "nested=1"),
+        ("fpu hypervisor", "", "may not run virtual machines", "nested=1"),
         ("fpu", "", "the CPU does not offer it", "firmware"),
     ],
 )
-def test_a_host_without_the_device_is_told_why(tmp_path: Path, flags: str, module: str, reason: str, hint: str) -> None:
+def test_the_reason_for_a_missing_device_is_reported(
+    tmp_path: Path, flags: str, module: str, reason: str, hint: str
+) -> None:
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/cpuinfo").write_text(f"CPU\t: 0\nmodel name\t: some\nflags\t\t: {flags}\n")
     if module:
         (tmp_path / "sys/module" / module).mkdir(parents=True)
-    told = explain_missing_device(tmp_path)
-    assert reason in told[0]
-    assert hint in told[1]
+    explained = explain_missing_device(tmp_path)
+    assert reason in explained[0]
+    assert hint in explained[1]
 
 
 def test_a_device_that_may_be_opened_is_no_reason(tmp_path: Path) -> None:
@@ -117,14 +119,14 @@ INSTALLATION = Installation(
 SMOKE = GuestFiles(kernel=Path("kernel"), initramfs=Path("initramfs"), rootfs=None)
 
 
-def test_an_agent_that_shows_itself_on_the_console_proves_kvm(spawner: Any) -> None:
+def test_kvm_works_when_the_agents_banner_is_on_the_console(spawner: Any) -> None:
     spawner.console = b"[    0.1] PCI: Fatal: No config space access function found\r\nfcvm-agent: serving, 0.1\r\n"
     assert boot_smoke(spawner, INSTALLATION, SMOKE) == ""
     assert spawner.argv[spawner.argv.index("-accel") + 1] == "kvm"
     assert not (spawner.directory / "smoke").exists()
 
 
-def test_a_vmm_that_dies_before_is_quoted(spawner: Any) -> None:
+def test_a_vmm_that_dies_before_the_banner_is_quoted(spawner: Any) -> None:
     spawner.console = b"[    0.1] half a boot"
     spawner.log = "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x0\n"
     assert boot_smoke(spawner, INSTALLATION, SMOKE) == (

@@ -1,4 +1,4 @@
-"""Copying what a process has changed in a private mapping of a file."""
+"""Copy the pages that a process has changed in a private mapping of a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def process(base: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has the file in its memory, changed."""
+    """A process that has mapped the file and changed some pages."""
     child = subprocess.Popen(
         [sys.executable, "-c", "import ast, os\n" + CHILD.lstrip(), base, repr(WRITES)],
         stdin=subprocess.PIPE,
@@ -71,7 +71,9 @@ def test_the_copy_is_what_the_process_sees(process: subprocess.Popen[bytes], bas
     assert copy.stat().st_blocks * 512 < 64 * PAGE  # holes are holes
 
 
-def test_the_file_is_known_after_it_was_renamed(process: subprocess.Popen[bytes], base: Path, tmp_path: Path) -> None:
+def test_the_mapping_is_found_after_the_file_was_renamed(
+    process: subprocess.Popen[bytes], base: Path, tmp_path: Path
+) -> None:
     renamed = base.rename(tmp_path / "renamed, with a space")
     copy = tmp_path / "copy"
     copy_file(renamed, copy)
@@ -79,13 +81,13 @@ def test_the_file_is_known_after_it_was_renamed(process: subprocess.Popen[bytes]
     assert copy.read_bytes()[7 * PAGE :].startswith(b"alone")
 
 
-def test_a_process_that_does_not_have_the_file_is_told(tmp_path: Path, base: Path) -> None:
+def test_a_process_that_does_not_map_the_file_is_reported(tmp_path: Path, base: Path) -> None:
     copy_file(base, tmp_path / "copy")
     with pytest.raises(HostError, match="does not have"):
         save_private_pages(os.getpid(), base, tmp_path / "copy")
 
 
-def test_a_process_that_has_ended_is_told(tmp_path: Path, base: Path) -> None:
+def test_a_process_that_has_ended_is_reported(tmp_path: Path, base: Path) -> None:
     child = subprocess.Popen(["true"])
     child.wait()
     copy_file(base, tmp_path / "copy")
@@ -93,12 +95,12 @@ def test_a_process_that_has_ended_is_told(tmp_path: Path, base: Path) -> None:
         save_private_pages(child.pid, base, tmp_path / "copy")
 
 
-def test_a_copy_without_room_is_told(base: Path, tmp_path: Path) -> None:
+def test_a_copy_without_room_is_reported(base: Path, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="cannot be made"):
         copy_file(base, tmp_path / "nowhere" / "copy")
 
 
-def test_memory_that_cannot_be_read_whole_is_told(
+def test_memory_that_cannot_be_read_in_full_is_reported(
     process: subprocess.Popen[bytes], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy_file(base, tmp_path / "copy")

@@ -29,7 +29,7 @@ def test_a_command_returns_what_qemu_returned_although_a_greeting_and_events_cam
     assert Monitor(qmp.client).execute("query-status") == {"status": "running"}
 
 
-def test_a_refusal_carries_the_words_of_qemu(qmp: Any) -> None:
+def test_a_refusal_has_qemus_message(qmp: Any) -> None:
     def refuse(*_: object) -> object:
         raise LookupError("Could not open 'x': No such file")
 
@@ -38,21 +38,21 @@ def test_a_refusal_carries_the_words_of_qemu(qmp: Any) -> None:
         Monitor(qmp.client).execute("migrate", {"uri": "file:x"})
 
 
-def test_commands_sent_ahead_reach_qemu_in_order_and_their_replies_are_not_taken_for_others(qmp: Any) -> None:
+def test_early_commands_reach_qemu_in_order_and_their_replies_are_not_mixed_up(qmp: Any) -> None:
     monitor = Monitor(qmp.client)
     qmp.answers["query-name"] = lambda *_: {"name": "x"}
-    monitor.send_ahead([("qmp_capabilities", {}), ("migrate-incoming", {"uri": "fd:5"})])
+    monitor.send_early([("qmp_capabilities", {}), ("migrate-incoming", {"uri": "fd:5"})])
     assert monitor.execute("query-name") == {"name": "x"}
     assert qmp.received == [("qmp_capabilities", {}), ("migrate-incoming", {"uri": "fd:5"}), ("query-name", {})]
 
 
-def test_what_was_refused_ahead_is_raised_by_the_next_call(qmp: Any) -> None:
+def test_the_refusal_of_an_early_command_is_raised_by_the_next_call(qmp: Any) -> None:
     def refuse(*_: object) -> object:
         raise LookupError("no such capability")
 
     qmp.answers["migrate-set-capabilities"] = refuse
     monitor = Monitor(qmp.client)
-    monitor.send_ahead([("qmp_capabilities", {}), ("migrate-set-capabilities", {})])
+    monitor.send_early([("qmp_capabilities", {}), ("migrate-set-capabilities", {})])
     with pytest.raises(CommandRefused, match="refused migrate-set-capabilities: no such capability"):
         monitor.wait_for_event(resumed, "resume", 5)
 
@@ -82,12 +82,12 @@ def test_a_line_in_pieces_is_one_message(qmp: Any) -> None:
     assert monitor.execute("query-a") == {"a": 1}
 
 
-@pytest.mark.parametrize("last_words", [b"", b'{"return": {"stat'])
-def test_the_end_of_qemu_ends_a_call_at_once_even_in_the_middle_of_a_reply(qmp: Any, last_words: bytes) -> None:
+@pytest.mark.parametrize("last_output", [b"", b'{"return": {"stat'])
+def test_the_end_of_qemu_ends_a_call_at_once_even_in_the_middle_of_a_reply(qmp: Any, last_output: bytes) -> None:
     monitor = Monitor(qmp.client)
 
     def die(*_: object) -> None:
-        qmp.say_raw(last_words)
+        qmp.say_raw(last_output)
         qmp.hang_up()
 
     qmp.answers["stop"] = die
@@ -110,7 +110,7 @@ def test_an_event_that_does_not_come_is_named_at_the_deadline(qmp: Any) -> None:
         Monitor(qmp.client).wait_for_event(resumed, "bring the clone to life", 0.1)
 
 
-def test_descriptors_travel_with_their_command(qmp: Any, tmp_path: Path) -> None:
+def test_descriptors_are_passed_with_their_command(qmp: Any, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("state")
     fd = os.open(tmp_path / "state", os.O_RDONLY)
     try:
@@ -136,7 +136,7 @@ def test_threads_take_turns_and_each_gets_its_own_answer(qmp: Any) -> None:
     assert got == {n: n for n in range(1, 21)}
 
 
-def test_closing_wakes_a_thread_that_waits_although_somebody_else_holds_the_far_end(qmp: Any) -> None:
+def test_closing_wakes_a_waiting_thread_although_somebody_else_holds_the_far_end(qmp: Any) -> None:
     monitor = Monitor(qmp.client)
     raised: list[BaseException] = []
     greeted = threading.Event()
@@ -158,7 +158,7 @@ def test_closing_wakes_a_thread_that_waits_although_somebody_else_holds_the_far_
         monitor.execute("stop")
 
 
-def test_what_is_not_json_is_an_engine_error(qmp: Any) -> None:
+def test_a_line_that_is_not_json_is_an_engine_error(qmp: Any) -> None:
     monitor = Monitor(qmp.client)
     qmp.answers["stop"] = lambda *_: qmp.say_raw(b"Segmentation fault\n")
     with pytest.raises(EngineError, match="not JSON: b'Segmentation fault'"):

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.engine.post_mortem import read_tail
 from pytest_fcvm.engine.protocol import VmExit
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.errors import EngineError, FcvmError
+from pytest_fcvm.host.files import read_tail
 
 PANIC = """[    4.1] sysrq: Trigger a crash
 [    4.2] Kernel panic - not syncing: sysrq triggered crash
@@ -50,7 +50,7 @@ def die(tmp_path: Path, how: VmExit | None, *, console: str = "", log: str = "")
         (None, "", "", "VM vm ended: its monitor closed"),
     ],
 )
-def test_each_way_to_die_has_its_words(
+def test_each_way_to_end_has_its_message(
     tmp_path: Path, how: VmExit | None, console: str, log: str, message: str
 ) -> None:
     error = die(tmp_path, how, console=console, log=log)
@@ -58,7 +58,7 @@ def test_each_way_to_die_has_its_words(
     assert error.message == message
 
 
-def test_a_state_that_does_not_load_says_how_to_build_it_again(tmp_path: Path) -> None:
+def test_for_a_state_that_does_not_load_the_hint_is_to_rebuild(tmp_path: Path) -> None:
     assert "--fcvm-rebuild" in die(tmp_path, VmExit(code=1), log=BAD_STATE).hint
     assert "--fcvm-rebuild" not in die(tmp_path, VmExit(code=1), log="cannot allocate memory").hint
 
@@ -70,5 +70,5 @@ def test_the_evidence_is_the_end_of_console_and_log(tmp_path: Path) -> None:
     assert error.evidence["VMM log"] == "words"
 
 
-def test_a_missing_file_has_an_empty_end(tmp_path: Path) -> None:
+def test_a_missing_file_has_an_empty_tail(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "nothing") == ""

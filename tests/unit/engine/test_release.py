@@ -1,4 +1,4 @@
-"""Firecracker's release from a server on loopback: whole, cut off, spoilt, missing."""
+"""A release of Firecracker from a server on loopback: complete, cut off, damaged, missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pytest_fcvm.engine.firecracker.release import install_release
 from pytest_fcvm.errors import HostError, UsageProblem
 
 ARCHIVE = "firecracker-v1.16.1-x86_64.tgz"
-PADDING = os.urandom(300_000)  # so that half of an archive is something
+PADDING = os.urandom(300_000)  # so that an archive is long enough to be cut
 
 
 def _program(version: str = "1.16.1") -> bytes:
@@ -37,7 +37,7 @@ def _release(**programs: bytes) -> bytes:
 
 
 class Mirror:
-    """A server of releases. `cut` ends the next answer after so many bytes, `ranges` says whether parts can be had."""
+    """A server of releases. `cut` ends the next answer after that many bytes; `ranges` allows partial content."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -92,7 +92,7 @@ def mirror() -> Iterator[Mirror]:
 
 @pytest.fixture
 def install(mirror: Mirror, tmp_path: Path) -> Callable[..., Path]:
-    """Install from the mirror; `install.said` is what was told."""
+    """Install from the mirror; `install.said` has the lines of progress."""
 
     def install(version: str = "1.16.1") -> Path:
         return install_release(version, tmp_path, said.append, mirror.url)
@@ -106,7 +106,7 @@ def _left(directory: Path) -> set[str]:
     return {path.name for path in (directory / "tools").iterdir()}
 
 
-def test_a_release_is_fetched_checked_and_found_by_the_engine(
+def test_a_release_is_downloaded_verified_and_found_by_the_engine(
     install: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = install()
@@ -118,39 +118,37 @@ def test_a_release_is_fetched_checked_and_found_by_the_engine(
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_download_that_was_cut_off_goes_on(
+def test_a_download_that_was_cut_off_is_resumed(
     install: Callable[..., Path], mirror: Mirror, tmp_path: Path, ranges: bool
 ) -> None:
     mirror.cut, mirror.ranges = 100_000, ranges
     with pytest.raises(HostError, match="peer closed connection") as caught:
         install()
-    assert "what has come is kept" in caught.value.hint
+    assert "the downloaded part is kept" in caught.value.hint
     assert _left(tmp_path) == {f"{ARCHIVE}.part"}
     assert install().read_bytes() == _program()
     assert mirror.asked[-1] == (ARCHIVE, "bytes=100000-")
 
 
-def test_a_download_that_was_whole_is_not_fetched_again(
-    install: Callable[..., Path], mirror: Mirror, tmp_path: Path
-) -> None:
+def test_a_complete_download_is_not_repeated(install: Callable[..., Path], mirror: Mirror, tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / f"{ARCHIVE}.part").write_bytes(mirror.files[ARCHIVE])
     assert install().read_bytes() == _program()
 
 
-def test_a_spoilt_archive_is_thrown_away_and_the_program_of_before_stays(
+def test_a_damaged_archive_is_removed_and_the_installed_program_stays(
     install: Callable[..., Path], mirror: Mirror, tmp_path: Path
 ) -> None:
     before = install().read_bytes()
     mirror.files[ARCHIVE] = mirror.files[ARCHIVE][:-1] + b"?"
     with pytest.raises(HostError, match="has the SHA-256") as caught:
         install()
-    assert caught.value.hint == "try again; then see --base-url"
+    assert caught.value.hint.startswith("try again, or name a mirror of the releases with --base-url")
     assert (tmp_path / "tools" / "firecracker").read_bytes() == before
     assert _left(tmp_path) == {"firecracker", "jailer"}
 
 
-def test_a_release_that_is_not_there_is_named(install: Callable[..., Path], mirror: Mirror) -> None:
+def test_a_missing_release_is_named(install: Callable[..., Path], mirror: Mirror) -> None:
     mirror.files.clear()
     with pytest.raises(HostError, match=rf"there is no http://.*{ARCHIVE}\.sha256\.txt") as caught:
         install()
@@ -162,11 +160,11 @@ def test_a_release_that_is_not_there_is_named(install: Callable[..., Path], mirr
     [
         (b"no archive at all", "is not a release of Firecracker"),
         (_release(firecracker=_program()), "is not a release of Firecracker"),
-        (_release(firecracker=_program("1.15.1"), jailer=b""), "says that it is 'Firecracker v1.15.1'"),
-        (_release(firecracker=b"#!/bin/sh\nexit 7\n", jailer=b""), "does not run here"),
+        (_release(firecracker=_program("1.15.1"), jailer=b""), "reports 'Firecracker v1.15.1'"),
+        (_release(firecracker=b"#!/bin/sh\nexit 7\n", jailer=b""), "does not run on this host"),
     ],
 )
-def test_what_is_no_working_release_is_not_installed(
+def test_a_release_that_does_not_work_is_not_installed(
     install: Callable[..., Path], mirror: Mirror, tmp_path: Path, data: bytes, words: str
 ) -> None:
     mirror.publish(data)
@@ -176,13 +174,13 @@ def test_what_is_no_working_release_is_not_installed(
     assert not list((tmp_path / "tools").glob("*.new"))
 
 
-def test_a_digest_that_is_none_is_told(install: Callable[..., Path], mirror: Mirror) -> None:
+def test_a_file_without_a_digest_is_reported(install: Callable[..., Path], mirror: Mirror) -> None:
     mirror.publish(b"", digest="<html>")
     with pytest.raises(HostError, match="is not a SHA-256"):
         install()
 
 
-def test_versions_that_are_none_or_broken_are_not_asked_for(install: Callable[..., Path], mirror: Mirror) -> None:
+def test_invalid_and_broken_versions_are_not_requested(install: Callable[..., Path], mirror: Mirror) -> None:
     with pytest.raises(UsageProblem, match="'newest' is not a version"):
         install("newest")
     with pytest.raises(HostError, match=r"Firecracker 1\.16\.0 is not used"):

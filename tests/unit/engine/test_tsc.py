@@ -26,7 +26,7 @@ def forget_boot(record: Path) -> None:
     record.write_text(json.dumps(entries))
 
 
-def test_the_processor_is_known_by_model_and_microcode() -> None:
+def test_a_cpu_is_identified_by_model_and_microcode() -> None:
     assert (cpu.model, cpu.microcode, cpu.mhz) == ("AMD EPYC 7R32", "0x830107c", 2799.998)
 
 
@@ -45,7 +45,7 @@ def test_the_counter_is_measured_once_per_boot(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("later", "kept"), [(2_800_001, 2_800_000), (2_797_300, 2_800_000), (2_803_000, 2_803_000), (2_600_000, 2_600_000)]
 )
-def test_jitter_between_boots_keeps_the_number_and_another_rate_replaces_it(
+def test_jitter_between_boots_keeps_the_rate_and_another_rate_replaces_it(
     tmp_path: Path, later: int, kept: int
 ) -> None:
     record = tmp_path / "tsc.json"
@@ -55,27 +55,27 @@ def test_jitter_between_boots_keeps_the_number_and_another_rate_replaces_it(
     assert stable_tsc_khz(record, cpu, lambda: 1) == kept
 
 
-def test_each_processor_has_a_number_of_its_own(tmp_path: Path) -> None:
+def test_each_cpu_has_its_own_rate(tmp_path: Path) -> None:
     record = tmp_path / "tsc.json"
     other = CpuIdentity(CPUINFO.replace("0x830107c", "0x8301099"))
     assert stable_tsc_khz(record, cpu, lambda: 2_800_000) == 2_800_000
     assert stable_tsc_khz(record, other, lambda: 2_800_100) == 2_800_100
 
 
-def test_a_host_that_forbids_own_code_is_asked_for_its_nominal_rate(tmp_path: Path) -> None:
+def test_without_executable_memory_the_nominal_rate_is_used(tmp_path: Path) -> None:
     assert stable_tsc_khz(tmp_path / "tsc.json", cpu, lambda: 0) == 2_799_998
 
 
-def test_a_rate_that_nobody_knows_is_a_host_error(tmp_path: Path) -> None:
+def test_an_unknown_rate_is_a_host_error(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="time stamp counter is unknown"):
         stable_tsc_khz(tmp_path / "tsc.json", CpuIdentity(""), lambda: 0)
 
 
-def test_a_broken_record_is_measured_anew(tmp_path: Path) -> None:
+def test_after_a_broken_record_the_rate_is_measured_again(tmp_path: Path) -> None:
     record = tmp_path / "tsc.json"
     record.write_text('{"AMD')
     assert stable_tsc_khz(record, cpu, lambda: 5) == 5
 
 
-def test_this_hosts_processor_can_be_read() -> None:
+def test_this_hosts_cpu_can_be_read() -> None:
     assert read_cpu().model != "unknown"

@@ -35,7 +35,7 @@ def test_another_program_has_no_version() -> None:
         ((11, 1, 3), True, True),
     ],
 )
-def test_what_versions_can_do_is_told_apart(version: tuple[int, int, int], by_path: bool, read_only: bool) -> None:
+def test_each_version_has_its_abilities(version: tuple[int, int, int], by_path: bool, read_only: bool) -> None:
     found = QemuVersion(*version)
     assert found.takes_state_by_path is by_path
     assert found.opens_private_memory_read_only is read_only

@@ -19,7 +19,9 @@ from pytest_fcvm.engine.protocol import (
 )
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.monitor import CommandRefused
+from pytest_fcvm.engine.vm import start_or_discard
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.clock import Deadline, wait_until
 
 SHAPE = VmShape(mem_mib=64, cpus=1)
 IGNORE_SHARED = {"capability": "x-ignore-shared", "state": True}
@@ -56,9 +58,8 @@ def boot_plan(tmp_path: Path) -> BootPlan:
 def test_an_old_qemu_gets_a_clones_state_by_descriptor(
     make_engine: MakeEngine, spawner: Any, files: SnapshotFiles, version: str
 ) -> None:
-    spawner.answers["migrate-incoming"] = lambda *_: spawner.qmp.event("RESUME") or {}
-    vm = make_engine(version).restore(RestorePlan(name="clone", shape=SHAPE, files=files))
-    vm.wait_until_running(5)
+    start_or_discard(make_engine(version).prepare(RestorePlan(name="clone", shape=SHAPE, files=files)))
+    assert wait_until(lambda: len(spawner.qmp.received) == 3, Deadline(5))
     assert spawner.qmp.received == [
         ("qmp_capabilities", {}),
         ("migrate-set-capabilities", {"capabilities": [IGNORE_SHARED]}),
@@ -71,15 +72,14 @@ def test_an_old_qemu_gets_a_clones_state_by_descriptor(
 def test_a_newer_qemu_opens_a_clones_state_itself(
     make_engine: MakeEngine, spawner: Any, files: SnapshotFiles, version: str
 ) -> None:
-    spawner.answers["migrate-incoming"] = lambda *_: spawner.qmp.event("RESUME") or {}
-    vm = make_engine(version).restore(RestorePlan(name="clone", shape=SHAPE, files=files))
-    vm.wait_until_running(5)
+    start_or_discard(make_engine(version).prepare(RestorePlan(name="clone", shape=SHAPE, files=files)))
+    assert wait_until(lambda: len(spawner.qmp.received) == 3, Deadline(5))
     assert spawner.qmp.received[-1] == ("migrate-incoming", {"uri": f"file:{files.state}"})
     assert spawner.passed == {}
 
 
-def save_with(spawner: Any, status: str, **query: object) -> None:
-    """Make the fake VM answer `migrate` with the events of a migration that ends like this."""
+def end_migration_with(spawner: Any, status: str, **query: object) -> None:
+    """Make the fake VM answer `migrate` with the events of a migration that ends with `status`."""
 
     def migrate(*_: object) -> object:
         for word in ("setup", "active", status):
@@ -94,10 +94,10 @@ def save_with(spawner: Any, status: str, **query: object) -> None:
     ("version", "commands"),
     [("7.2.22", [("getfd", {"fdname": "state"}), ("migrate", {"uri": "fd:state"})]), ("11.1.3", [])],
 )
-def test_a_base_is_saved_in_the_way_its_version_knows(
+def test_a_base_is_saved_by_the_commands_that_its_version_has(
     make_engine: MakeEngine, spawner: Any, tmp_path: Path, version: str, commands: list[object]
 ) -> None:
-    save_with(spawner, "completed")
+    end_migration_with(spawner, "completed")
     vm = make_engine(version).boot(boot_plan(tmp_path))
     vm.snapshot(tmp_path / "saved")
     first, capabilities, *others = spawner.qmp.received
@@ -109,10 +109,10 @@ def test_a_base_is_saved_in_the_way_its_version_knows(
         os.close(fd)
 
 
-def test_a_state_that_qemu_cannot_save_is_told_in_its_words_and_leaves_no_file(
+def test_a_state_that_qemu_cannot_save_is_reported_with_its_message_and_leaves_no_file(
     make_engine: MakeEngine, spawner: Any, tmp_path: Path
 ) -> None:
-    save_with(spawner, "failed", **{"error-desc": "Unable to write to file: No space left on device"})
+    end_migration_with(spawner, "failed", **{"error-desc": "Unable to write to file: No space left on device"})
     vm = make_engine("10.0.13").boot(boot_plan(tmp_path))
     with pytest.raises(EngineError, match=r"could not save the state of VM base: .*No space left on device"):
         vm.snapshot(tmp_path / "saved")
@@ -125,11 +125,11 @@ def test_a_refused_migration_carries_console_and_log(make_engine: MakeEngine, sp
 
     spawner.answers["migrate"] = refuse
     vm = make_engine("10.0.13").boot(boot_plan(tmp_path))
-    vm.console_path.write_text("last words of the guest")
-    vm.vmm_log_path.write_text("last words of QEMU")
+    vm.console_path.write_text("output of the guest")
+    vm.vmm_log_path.write_text("output of QEMU")
     with pytest.raises(CommandRefused, match="migration to a file is not supported") as caught:
         vm.snapshot(tmp_path / "saved")
-    assert caught.value.evidence == {"console": "last words of the guest", "VMM log": "last words of QEMU"}
+    assert caught.value.evidence == {"console": "output of the guest", "VMM log": "output of QEMU"}
     assert not (tmp_path / "saved").exists()
 
 
@@ -161,7 +161,7 @@ def test_a_spawn_that_fails_leaves_no_descriptor_and_no_memory(
 def test_a_vm_that_died_by_itself_was_not_killed_by_us(
     make_engine: MakeEngine, spawner: Any, files: SnapshotFiles
 ) -> None:
-    vm = make_engine("7.2.22").restore(RestorePlan(name="clone", shape=SHAPE, files=files))
+    vm = make_engine("7.2.22").prepare(RestorePlan(name="clone", shape=SHAPE, files=files))
     spawner.child.finish(SimpleNamespace(code=1, signal=None))
     vm.kill()
     assert vm.wait(1) == VmExit(code=1)

@@ -18,7 +18,7 @@ def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: None)
 
 
-def test_monotonic_goes_on_while_time_stands_still() -> None:
+def test_monotonic_advances_while_time_is_frozen() -> None:
     before = monotonic()
     threading.Event().wait(0.01)
     assert 0.009 < monotonic() - before < 10
@@ -41,7 +41,7 @@ def test_no_deadline_never_passes() -> None:
     assert str(deadline) == "no deadline"
 
 
-def test_wait_on_returns_what_it_waited_for_or_a_false_value_at_the_deadline() -> None:
+def test_wait_on_returns_the_value_or_a_false_one_at_the_deadline() -> None:
     condition, value = threading.Condition(), list[int]()
 
     def produce() -> None:
@@ -58,7 +58,7 @@ def test_wait_on_returns_what_it_waited_for_or_a_false_value_at_the_deadline() -
     thread.join()
 
 
-def test_wait_on_survives_a_timeout_longer_than_a_lock_can_wait() -> None:
+def test_wait_on_accepts_a_timeout_longer_than_that_of_a_lock() -> None:
     condition = threading.Condition()
     answers = iter([0, 0, 1])
     stop = threading.Event()
@@ -76,12 +76,12 @@ def test_wait_on_survives_a_timeout_longer_than_a_lock_can_wait() -> None:
     thread.join()
 
 
-def test_wait_until_asks_again_until_it_is_true() -> None:
+def test_wait_until_polls_until_the_predicate_is_true() -> None:
     answers = iter([None, "", "yes"])
     assert wait_until(lambda: next(answers), Deadline(10), interval_s=0.001) == "yes"
 
 
-def test_wait_until_asks_at_least_once_and_once_more_at_the_deadline() -> None:
+def test_wait_until_polls_at_least_once_and_once_more_at_the_deadline() -> None:
     asked: list[int] = []
     assert wait_until(lambda: asked.append(1), Deadline(0)) is None
     assert len(asked) == 1
@@ -91,7 +91,7 @@ def test_wait_until_asks_at_least_once_and_once_more_at_the_deadline() -> None:
     assert len(asked) >= 4
 
 
-def test_wait_until_asks_at_once_when_it_is_woken() -> None:
+def test_wait_until_polls_at_once_when_wake_is_set() -> None:
     wake, asked = threading.Event(), threading.Event()
 
     def predicate() -> bool:

@@ -23,19 +23,21 @@ _NOT_FILES = [_link, os.mkfifo, Path.mkdir, lambda _path: None]
 
 
 @pytest.mark.parametrize("make", _NOT_FILES)
-def test_what_is_no_regular_file_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_only_a_regular_file_is_read(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "file")
     with pytest.raises(OSError, match=r"not a regular file|symbolic links|No such file"):
         read_regular(tmp_path / "file")
 
 
-def test_a_regular_file_is_read_whole(tmp_path: Path) -> None:
+def test_a_regular_file_is_read_in_full(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x" * 100_000)
     assert read_regular(tmp_path / "file") == b"x" * 100_000
 
 
 @pytest.mark.parametrize("make", _NOT_FILES)
-def test_what_is_no_regular_file_is_not_moved_and_changes_nothing(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_only_a_regular_file_is_moved_and_a_failure_changes_nothing(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
     make(tmp_path / "file")
     with pytest.raises(HostError, match="dest cannot be made"):
         move_file(tmp_path / "file", tmp_path / "dest")
@@ -44,7 +46,7 @@ def test_what_is_no_regular_file_is_not_moved_and_changes_nothing(make: Callable
         assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o644
 
 
-def test_a_file_that_is_moved_is_private_and_ours(tmp_path: Path) -> None:
+def test_a_moved_file_is_private_and_our_own(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("moved")
     (tmp_path / "file").chmod(0o666)
     move_file(tmp_path / "file", tmp_path / "dest")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.limits import lacks_process, translating_emfile
+from pytest_fcvm.host.limits import lacks_processes, translating_emfile
 from pytest_fcvm.host.threads import ServiceThread
 
 
@@ -33,7 +33,7 @@ def _error_of(number: int, filename: str | None = None) -> OSError:
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_an_error_of_the_host_is_told_with_what_to_do(error: Exception, cause: str, hint: str) -> None:
+def test_an_oserror_is_reported_with_a_hint(error: Exception, cause: str, hint: str) -> None:
     with pytest.raises(HostError) as caught, translating_emfile("a clone"):
         raise error
     assert cause in caught.value.message
@@ -41,7 +41,7 @@ def test_an_error_of_the_host_is_told_with_what_to_do(error: Exception, cause: s
     assert "memory" not in str(caught.value).lower()
 
 
-def test_another_runtime_error_is_not_taken_for_want_of_threads() -> None:
+def test_another_runtime_error_is_not_reported_as_a_lack_of_threads() -> None:
     with pytest.raises(RuntimeError, match="a bug"), translating_emfile("a clone"):
         raise RuntimeError("a bug")
 
@@ -55,12 +55,12 @@ def test_another_runtime_error_is_not_taken_for_want_of_threads() -> None:
         "sh: 1: Cannot fork",
     ],
 )
-def test_want_of_processes_is_heard_in_what_programs_say(said: str) -> None:
-    assert lacks_process(f"something else\n{said}\n")
-    assert not lacks_process("qemu: cannot set up guest memory: Cannot allocate memory")
+def test_a_lack_of_processes_is_recognised_in_the_output_of_programs(said: str) -> None:
+    assert lacks_processes(f"something else\n{said}\n")
+    assert not lacks_processes("qemu: cannot set up guest memory: Cannot allocate memory")
 
 
-def test_a_thread_that_could_not_start_is_not_waited_for() -> None:
+def test_a_thread_that_could_not_start_is_not_joined() -> None:
     ServiceThread(lambda: None, name="never").join(5)
 
 
@@ -89,7 +89,7 @@ def read_only(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str
     return run
 
 
-def test_a_cache_that_can_only_be_read_serves_what_it_has(
+def test_a_read_only_cache_serves_its_entries(
     tmp_path: Path, read_only: Callable[[str], subprocess.CompletedProcess[str]]
 ) -> None:
     from pytest_fcvm.host.records import open_record
@@ -108,20 +108,20 @@ from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.supervisor.janitor import sweep_temporary
 from pytest_fcvm.store import Store
 store = Store(Path(root))
-shelf = store.collection("images")
-sweep_temporary(shelf.path)
+collection = store.collection("images")
+sweep_temporary(collection.path)
 for key in ("there", "never-locked"):
-    with shelf.locked(key, "me", print) as phase:
+    with collection.locked(key, "me", print) as phase:
         phase("building")
-with shelf.find("there").in_use():
-    print(shelf.find("there").facts)
+with collection.find("there").in_use():
+    print(collection.find("there").facts)
 with open_record(Path(root, "engine", "qemu.json")) as record:
     print(record)
     record["new"] = 2
-with shelf.scratch(Path({str(standby)!r})) as directory:
+with collection.scratch(Path({str(standby)!r})) as directory:
     (directory / "file").touch()
     print(directory.parent)
-for what in (lambda: shelf.build("new", lambda directory: {{}}), lambda: store.collection("kernels")):
+for what in (lambda: collection.build("new", lambda directory: {{}}), lambda: store.collection("kernels")):
     try:
         what()
     except HostError as error:
@@ -131,11 +131,11 @@ for what in (lambda: shelf.build("new", lambda directory: {{}}), lambda: store.c
     lines = done.stdout.splitlines()
     assert lines[:3] == ["{'is': 'known'}", "{'known': 1}", str(standby)]
     assert [line for line in lines if "the cache lacks what this run needs" in line][1:]
-    assert "hint: make it writable, or name another --fcvm-cache-dir" in lines
+    assert "hint: make the cache writable, or name another --fcvm-cache-dir" in lines
     assert not list(standby.iterdir())
 
 
-def test_a_working_directory_that_is_gone_is_no_error(tmp_path: Path) -> None:
+def test_a_removed_working_directory_is_no_error(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path

@@ -13,7 +13,7 @@ from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import libc
 from pytest_fcvm.host.mounts import open_mounts
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="to mount takes root")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting requires root")
 
 
 def _inside(mounts: int, *argv: str | Path) -> str:
@@ -21,7 +21,7 @@ def _inside(mounts: int, *argv: str | Path) -> str:
     return subprocess.run(command, pass_fds=[mounts], capture_output=True, text=True, check=True).stdout
 
 
-def test_files_are_at_other_places_for_who_enters_and_for_nobody_else(tmp_path: Path) -> None:
+def test_files_are_mounted_only_in_the_namespace(tmp_path: Path) -> None:
     (tmp_path / "given").write_text("given")
     (tmp_path / "place").touch()
     (tmp_path / "root").mkdir()
@@ -48,7 +48,7 @@ def no_devices(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_devices_work_there_where_the_file_system_forbids_them(no_devices: Path, tmp_path: Path) -> None:
+def test_devices_work_although_the_file_system_is_mounted_nodev(no_devices: Path, tmp_path: Path) -> None:
     os.mknod(no_devices / "null", 0o20600, os.makedev(1, 3))
     with pytest.raises(PermissionError):
         (no_devices / "null").read_bytes()
@@ -60,14 +60,14 @@ def test_devices_work_there_where_the_file_system_forbids_them(no_devices: Path,
         os.close(mounts)
 
 
-def test_what_is_not_there_is_told_and_leaves_no_descriptor(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_and_leaves_no_descriptor(tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))  # noqa: PTH208  numbers
     with pytest.raises(HostError, match="files cannot be mounted: No such file or directory"):
         open_mounts([(tmp_path / "gone", tmp_path)])
     assert set(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
 
 
-def test_who_may_not_mount_is_told_what_it_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_privilege_to_mount_the_hint_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_flags: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 

@@ -20,11 +20,11 @@ def _fake(*_: object, **__: object) -> object:
     raise AssertionError("a fake was called")
 
 
-def test_an_environment_is_that_of_the_innermost_session(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_that_of_the_innermost_session(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHOSE", "outer")
-    leave_outer = own.take_environment()
+    leave_outer = own.capture_environment()
     monkeypatch.setenv("WHOSE", "inner")
-    leave_inner = own.take_environment()
+    leave_inner = own.capture_environment()
     monkeypatch.delenv("WHOSE")
     assert own.environment()["WHOSE"] == "inner"
     leave_inner()
@@ -33,7 +33,9 @@ def test_an_environment_is_that_of_the_innermost_session(monkeypatch: pytest.Mon
     assert "WHOSE" not in own.environment()
 
 
-def test_tools_and_folders_are_found_where_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tools_and_directories_are_found_although_a_test_changed_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     tool = tmp_path / "fcvm-tool"
     tool.write_text("#!/bin/sh\necho $WHOSE\n")
     tool.chmod(0o700)
@@ -41,7 +43,7 @@ def test_tools_and_folders_are_found_where_they_were(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WHOSE", "ours")
     monkeypatch.setenv("HOME", str(tmp_path))
     before = run_root()
-    leave = own.take_environment()
+    leave = own.capture_environment()
     for name in list(os.environ):
         monkeypatch.delenv(name)
     try:
@@ -53,7 +55,7 @@ def test_tools_and_folders_are_found_where_they_were(monkeypatch: pytest.MonkeyP
         leave()
 
 
-def test_a_program_runs_whatever_a_test_has_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_runs_although_a_test_replaced_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", _fake)
     monkeypatch.setattr(subprocess, "run", _fake)
     monkeypatch.setattr(shutil, "which", _fake)
@@ -62,7 +64,7 @@ def test_a_program_runs_whatever_a_test_has_replaced(monkeypatch: pytest.MonkeyP
     assert run_tool([shell, "-c", "echo here"], timeout_s=30) == "here\n"
 
 
-def test_sockets_are_made_whatever_a_test_has_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_are_made_although_a_test_replaced_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", _fake)
     monkeypatch.setattr(socket, "socket", _fake)
     one, other = socket_pair()

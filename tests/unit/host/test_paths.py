@@ -33,14 +33,14 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def test_the_cache_is_made_private_under_the_xdg_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_private_and_in_the_xdg_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cache_root(None) == tmp_path / "cache" / "pytest-fcvm"
     assert (tmp_path / "cache" / "pytest-fcvm").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("given", ["", "relative/directory"])
-def test_without_an_absolute_xdg_folder_the_cache_is_under_home(
+def test_without_an_absolute_xdg_directory_the_cache_is_below_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", given)
@@ -48,7 +48,7 @@ def test_without_an_absolute_xdg_folder_the_cache_is_under_home(
     assert cache_root(None) == tmp_path / ".cache" / "pytest-fcvm"
 
 
-def test_an_empty_cache_folder_is_made_private_and_a_full_one_is_refused(tmp_path: Path) -> None:
+def test_an_empty_cache_directory_is_made_private_and_a_full_one_is_refused(tmp_path: Path) -> None:
     empty, full = tmp_path / "empty", tmp_path / "full"
     for directory in (empty, full):
         directory.mkdir()
@@ -86,7 +86,7 @@ def test_a_cache_on_a_network_file_system_is_refused(tmp_path: Path, kind: str) 
     assert "--fcvm-cache-dir" in caught.value.hint
 
 
-def test_the_file_system_is_read_from_the_kernels_own_table() -> None:
+def test_the_file_system_is_read_from_the_kernels_mount_table() -> None:
     assert file_system_of(Path("/proc")) == "proc"
     assert file_system_of(Path("/dev/shm")) == "tmpfs"
 
@@ -98,13 +98,13 @@ def test_a_cache_that_cannot_be_made_is_a_host_error_with_the_option(tmp_path: P
     assert "--fcvm-cache-dir" in caught.value.hint
 
 
-def test_run_directories_are_under_the_runtime_folder_when_it_is_fit(runtime_dir: Path) -> None:
+def test_run_directories_are_in_the_runtime_directory_if_it_is_usable(runtime_dir: Path) -> None:
     assert run_root() == runtime_dir / "fcvm"
     assert (runtime_dir / "fcvm").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("bad", ["missing", "too long", "relative", "symlink", "open"])
-def test_an_unfit_runtime_folder_gives_way_to_tmp(
+def test_tmp_replaces_an_unusable_runtime_directory(
     runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bad: str
 ) -> None:
     made = runtime_dir / ("x" * 40)
@@ -126,7 +126,7 @@ def test_an_unfit_runtime_folder_gives_way_to_tmp(
 
 
 @pytest.mark.parametrize("attack", ["symlink", "file", "open to all", "of another user"])
-def test_something_in_the_place_of_the_run_root_is_refused(
+def test_a_run_root_that_is_not_a_private_directory_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attack: str
 ) -> None:
     if attack == "of another user" and os.geteuid() != 0:
@@ -155,7 +155,7 @@ def _put_in_place(place: Path, attack: str, elsewhere: Path) -> None:
             os.chown(place, 12345, 12345)
 
 
-def test_a_run_directory_is_private_locked_and_gone_at_the_end(run_root: Path) -> None:
+def test_a_run_directory_is_private_and_locked_and_removed_at_the_end(run_root: Path) -> None:
     with RunDir(run_root) as run:
         assert run.path.parent == run_root
         assert is_run_id(run.path.name)
@@ -168,17 +168,17 @@ def test_a_run_directory_is_private_locked_and_gone_at_the_end(run_root: Path) -
     run.__exit__(None, None, None)
 
 
-def test_a_run_directory_that_the_guard_has_removed_ends_quietly(run_root: Path) -> None:
+def test_a_run_directory_that_the_guard_has_removed_is_no_error(run_root: Path) -> None:
     with RunDir(run_root) as run:
         shutil.rmtree(run.path)
 
 
-def test_a_run_root_that_is_gone_is_a_host_error(run_root: Path) -> None:
+def test_a_removed_run_root_is_a_host_error(run_root: Path) -> None:
     with pytest.raises(HostError, match="is gone"):
         RunDir(run_root / "none").__enter__()
 
 
-def test_the_longest_path_we_make_fits_a_unix_socket(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_longest_path_fits_a_unix_socket(runtime_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     longest = runtime_dir / ("x" * (45 - len(str(runtime_dir)) - len("/fcvm") - 1))
     longest.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(longest))

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pytest_fcvm.host.process import ends_with_us, run_tool
+from pytest_fcvm.host.process import killed_with_us, run_tool
 
 # Its child goes on when its parent is dead, as one does that is slow to begin.
 _LATE = """
 import os, sys, time
-from pytest_fcvm.host.process import ends_with_us
-command, parent = [*map(str, ends_with_us()), *sys.argv[1:]], os.getpid()
+from pytest_fcvm.host.process import killed_with_us
+command, parent = [*map(str, killed_with_us()), *sys.argv[1:]], os.getpid()
 if os.fork():
     os._exit(0)
 while os.getppid() == parent:
@@ -31,12 +31,12 @@ def _needs_setpriv() -> None:
         pytest.skip("setpriv (util-linux) is not installed")
 
 
-def test_a_program_runs_and_its_words_and_exit_code_are_its_own() -> None:
-    assert run_tool([*ends_with_us(), "echo", "a b", "$HOME"], timeout_s=20) == "a b $HOME\n"
-    assert subprocess.run([*ends_with_us(), "sh", "-c", "exit 9"], check=False).returncode == 9
+def test_a_program_keeps_its_arguments_and_its_exit_code() -> None:
+    assert run_tool([*killed_with_us(), "echo", "a b", "$HOME"], timeout_s=20) == "a b $HOME\n"
+    assert subprocess.run([*killed_with_us(), "sh", "-c", "exit 9"], check=False).returncode == 9
 
 
-def test_a_program_whose_process_died_before_it_began_does_not_begin(tmp_path: Path) -> None:
+def test_a_program_does_not_start_after_its_parent_died(tmp_path: Path) -> None:
     sign = tmp_path / "sign"
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as ended:

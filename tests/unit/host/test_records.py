@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.errors import HostError
-from pytest_fcvm.host.records import Digests, open_record, stamp
+from pytest_fcvm.host.files import stamp_of
+from pytest_fcvm.host.records import Digests, open_record
 
 COUNT_UP = """
 import sys
@@ -20,7 +21,7 @@ for _ in range(50):
 """
 
 
-def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "new directory" / "record.json"
     writers = [subprocess.Popen([sys.executable, "-c", COUNT_UP, str(path)]) for _ in range(4)]
     assert [writer.wait(60) for writer in writers] == [0] * 4
@@ -32,10 +33,10 @@ def test_a_record_that_was_only_read_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     with open_record(path) as record:
         record["a"] = 1
-    before = stamp(path)
+    before = stamp_of(path)
     with open_record(path) as record:
         assert record["a"] == 1
-    assert stamp(path) == before
+    assert stamp_of(path) == before
 
 
 def test_a_failure_inside_leaves_the_record_as_it_was(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_failure_inside_leaves_the_record_as_it_was(tmp_path: Path) -> None:
         assert record == {}
 
 
-def test_a_folder_that_cannot_be_made_is_a_host_error(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_made_is_a_host_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(HostError, match="cannot be made"), open_record(tmp_path / "file" / "record.json"):
         pass

@@ -8,7 +8,7 @@ import threading
 from pytest_fcvm.host.threads import ServiceThread
 
 
-def test_a_service_thread_blocks_every_signal_and_its_maker_none_more() -> None:
+def test_a_service_thread_blocks_all_signals_and_its_creator_keeps_its_mask() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     masks: list[set[int]] = []
     thread = ServiceThread(lambda kept: kept.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])), masks, name="ours")
@@ -19,7 +19,7 @@ def test_a_service_thread_blocks_every_signal_and_its_maker_none_more() -> None:
     assert (thread.name, thread.daemon) == ("ours", True)
 
 
-def test_no_other_kind_of_thread_is_started_in_the_package() -> None:
+def test_the_package_starts_no_other_kind_of_thread() -> None:
     import pathlib
 
     import pytest_fcvm

@@ -1,4 +1,4 @@
-"""Layers flattened and read back."""
+"""Flatten layers and read the result."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Flat:
 
     @property
     def names(self) -> list[str]:
-        """Every name in its order."""
+        """All names, in order."""
         return [member.name for member in self.members]
 
     @property
     def files(self) -> list[str]:
-        """The names of all that is not a directory."""
+        """The names of all members but directories."""
         return [member.name for member in self.members if not member.isdir()]
 
     def member(self, name: str) -> tarfile.TarInfo:
-        """Return the one member of that name."""
+        """Return the only member with this name."""
         (found,) = [member for member in self.members if member.name == name]
         return found
 
     def read(self, name: str) -> bytes:
-        """Return the content of a file, hard links followed."""
+        """Return the content of a file. Follow hard links."""
         file = self._archive.extractfile(self.member(name))
         assert file is not None, f"{name} is not a file"
         return file.read()
@@ -49,7 +49,7 @@ class Flat:
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Callable[..., Flat]:
-    """Flatten layers given as bytes, lowest first."""
+    """Flatten layers, given as bytes, the lowest first."""
 
     def flatten_layers(*layers: bytes, whiteouts: bool = True, limits: Limits | None = None) -> Flat:
         blobs = []

@@ -1,4 +1,4 @@
-"""Layers as they lie on disk: compressions, digests, damage, sparse files."""
+"""Layers on disk: compressions, digests, damage, sparse files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def spooled(tmp_path, data, **known):
         pytest.param(lzma.compress(TAR), id="xz"),
     ],
 )
-def test_a_layer_is_unpacked_whatever_compressed_it(tmp_path, data):
+def test_a_layer_of_every_compression_is_unpacked(tmp_path, data):
     assert spooled(tmp_path, data, digest=sha256(data)) == TAR
 
 
 @needs_zstd
 @pytest.mark.parametrize("skippable", [b"", b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"])
-def test_a_zstd_layer_is_unpacked_also_behind_a_skippable_frame(tmp_path, skippable):
+def test_a_zstd_layer_with_a_skippable_frame_is_unpacked(tmp_path, skippable):
     assert spooled(tmp_path, skippable + compressed(TAR, "zstd")) == TAR
 
 
@@ -85,12 +85,12 @@ def flipped(data):
 
 @pytest.mark.parametrize("how", ["gzip", pytest.param("zstd", marks=needs_zstd)])
 @pytest.mark.parametrize("damage", [cut, flipped])
-def test_damaged_compression_is_an_error_of_the_image(tmp_path, how, damage):
+def test_damaged_compression_is_an_image_error(tmp_path, how, damage):
     with pytest.raises(ImageError, match="damaged"):
         spooled(tmp_path, damage(compressed(TAR, how)), diff_id="")
 
 
-def test_trailing_garbage_behind_gzip_is_an_error(tmp_path):
+def test_trailing_garbage_after_gzip_is_an_error(tmp_path):
     with pytest.raises(ImageError, match="damaged"):
         spooled(tmp_path, gzip.compress(TAR) + b"garbage")
 
@@ -111,11 +111,11 @@ def test_a_bomb_in_zstd_stops_at_the_limit_and_leaves_no_process(tmp_path):
     with pytest.raises(ImageError, match="unpacks to more than 8 MiB") as caught:
         spool_layer(LayerBlob(path=path), tmp_path, max_bytes=8 << 20)
     assert children.read_text() == before
-    assert caught.value  # alive, and with it the frames of its traceback
+    assert caught.value  # keeps the frames of its traceback alive
 
 
 @needs_zstd
-def test_without_zstd_the_package_is_named(tmp_path, monkeypatch):
+def test_without_zstd_the_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError) as caught:
         spooled(tmp_path, compressed(TAR, "zstd"))
@@ -130,7 +130,7 @@ def test_the_decompressed_copy_has_no_name(tmp_path):
 
 
 def header_at(data, name):
-    """Return where the header of a member starts."""
+    """Return the offset of a member's header."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         return archive.getmember(name).offset
 
@@ -140,7 +140,7 @@ def damaged(data, offset, new):
 
 
 def with_checksum(data, offset, position, new):
-    """Change a header and make its checksum fit again."""
+    """Change a header and update its checksum."""
     head = bytearray(data[offset : offset + 512])
     head[position : position + len(new)] = new
     head[148:156] = b" " * 8
@@ -149,7 +149,7 @@ def with_checksum(data, offset, position, new):
 
 
 def long_name(length):
-    """Return a GNU header with a long name for the member behind it."""
+    """Return a GNU header with a long name for the next member."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, length
     return info.tobuf(tarfile.GNU_FORMAT) + b"n" * length + bytes(-length % 512)
@@ -163,19 +163,19 @@ def long_name(length):
         pytest.param(TAR[: header_at(TAR, "d/199") + 600], "ends early", id="content-cut"),
         pytest.param(TAR[: header_at(TAR, "d/199") + 100], "broken archive|damaged", id="header-cut"),
         pytest.param(with_checksum(TAR, 0, 156, b"Z"), "unknown type", id="type"),
-        pytest.param(with_checksum(TAR, header_at(TAR, "d/7"), 124, b"\xff" * 12), "not sound", id="negative-size"),
+        pytest.param(with_checksum(TAR, header_at(TAR, "d/7"), 124, b"\xff" * 12), "is invalid", id="negative-size"),
         pytest.param(with_checksum(TAR, header_at(TAR, "d/7"), 108, b"\xff" * 8), "out of range", id="negative-uid"),
         pytest.param(
-            with_checksum(TAR, header_at(TAR, "d/7"), 124, b"\x80" + b"\x7f" * 11), "not sound", id="enormous-size"
+            with_checksum(TAR, header_at(TAR, "d/7"), 124, b"\x80" + b"\x7f" * 11), "is invalid", id="enormous-size"
         ),
         pytest.param(
             with_checksum(with_checksum(TAR, 0, 156, b"x"), 0, 124, b"77777777777\0"), "too large", id="pax-bomb"
         ),
-        pytest.param(long_name(1000) * 9000 + TAR, "not sound", id="a-chain-of-headers"),
+        pytest.param(long_name(1000) * 9000 + TAR, "is invalid", id="a-chain-of-headers"),
         pytest.param(long_name(3 << 20) * 3 + TAR, "too large", id="large-headers-of-one-member"),
     ],
 )
-def test_a_broken_archive_is_an_error_of_the_image(flat, broken, match):
+def test_a_broken_archive_is_an_image_error(flat, broken, match):
     with pytest.raises(ImageError, match=match):
         flat(broken)
 
@@ -187,7 +187,7 @@ def test_a_broken_layer_is_quoted_without_control_characters(flat):
 
 
 def gnu_sparse(tmp_path, *options):
-    """Return a tar that GNU tar made of a sparse file, and the file's content."""
+    """Return a tar of a sparse file, made by GNU tar, and the file's content."""
     content = bytes(1 << 20) + b"A" * 5000 + bytes(3 << 20) + b"B" * 10 + bytes(1 << 20)
     directory = tmp_path / "sparse"
     directory.mkdir()
@@ -221,14 +221,14 @@ def test_sparse_files_of_every_format_are_read(flat, tmp_path, options):
 @pytest.mark.parametrize("table", ["0,10,5,10", "90,20", "-5,10", "0,-10"])
 def test_a_sparse_map_that_overlaps_or_leaves_the_file_is_refused(flat, table):
     sparse = {"GNU.sparse.size": "100", "GNU.sparse.numblocks": "2", "GNU.sparse.map": table}
-    with pytest.raises(ImageError, match="not sound"):
+    with pytest.raises(ImageError, match="is invalid"):
         flat(tar_of(entry("a", bytes(20), pax_headers=sparse)))
 
 
-def test_an_archive_never_makes_us_seek_backwards(tmp_path):
-    """No header is known that passes the other checks and still does this; tarfile's would then read in a circle."""
+def test_an_archive_cannot_make_the_reader_seek_backwards(tmp_path):
+    """No known header passes the other checks and seeks backwards; if one did, tarfile would loop."""
     with (tmp_path / "file").open("wb+") as file:
-        guarded = members._Guarded(file)
+        guarded = members.GuardedFile(file)
         guarded.seek(512)
         with pytest.raises(tarfile.ReadError, match="points backwards"):
             guarded.seek(0)
@@ -240,7 +240,7 @@ def test_the_size_of_a_sparse_file_counts_for_the_limit(flat, tmp_path):
         flat(archive, limits=Limits(unpacked_bytes=1 << 20))
 
 
-def test_a_layer_that_is_not_sound_leaves_no_file(tmp_path):
+def test_an_invalid_layer_leaves_no_file(tmp_path):
     directory = tmp_path / "spool"
     directory.mkdir()
     path = tmp_path / "blob"

@@ -1,4 +1,4 @@
-"""What images say about running them."""
+"""The run settings of images."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ READ = ImageConfig(
 )
 
 
-def test_a_docker_configuration_is_read_whole():
+def test_all_fields_of_a_docker_configuration_are_read():
     assert ImageConfig.from_image(DOCKER) == READ
 
 
@@ -56,7 +56,7 @@ def test_a_configuration_survives_json():
 
 
 @pytest.mark.parametrize("document", [{}, {"config": None}, {"config": {}}, {"config": {"Env": None, "Cmd": None}}])
-def test_a_configuration_may_say_nothing(document):
+def test_a_configuration_may_be_empty(document):
     assert ImageConfig.from_image(document) == ImageConfig()
 
 
@@ -73,7 +73,7 @@ def test_a_configuration_may_say_nothing(document):
         ({}, None, ()),
     ],
 )
-def test_a_command_takes_the_place_of_cmd_and_the_entrypoint_stays(config, command, argv):
+def test_a_command_replaces_cmd_and_keeps_the_entrypoint(config, command, argv):
     assert ImageConfig.from_image({"config": config}).argv(command) == argv
 
 
@@ -86,7 +86,7 @@ def test_a_command_takes_the_place_of_cmd_and_the_entrypoint_stays(config, comma
         ((), ("sh",), ("sh",)),
     ],
 )
-def test_an_entrypoint_of_ones_own_takes_the_arguments_of_the_images_along(entrypoint, command, argv):
+def test_another_entrypoint_also_removes_the_images_arguments(entrypoint, command, argv):
     config = ImageConfig(entrypoint=("/bin/false",), cmd=("-c", "/etc/service.conf"))
     assert config.argv(command, entrypoint) == argv
 
@@ -118,19 +118,19 @@ def test_a_healthcheck_has_dockers_defaults():
         "text",
     ],
 )
-def test_a_malformed_configuration_is_an_error_of_the_image(config):
+def test_a_malformed_configuration_is_an_image_error(config):
     with pytest.raises(ImageError, match="malformed") as caught:
         ImageConfig.from_image({"config": config})
     assert "\n" not in caught.value.message
 
 
 @pytest.mark.parametrize("port", ["0/tcp", "65536/tcp", "http/tcp", "90-80/tcp", "49152-65535/udp", "80/quic", ""])
-def test_what_is_no_port_to_map_is_passed_over(port):
+def test_what_is_not_a_port_to_map_is_skipped(port):
     found = ImageConfig.from_image({"config": {"ExposedPorts": {port: {}, "8080/TCP": {}}}})
     assert found.exposed_ports == ((8080, "tcp"),)
 
 
-def test_a_value_of_the_environment_is_not_repeated_in_an_error():
+def test_an_error_does_not_show_values_of_the_environment():
     with pytest.raises(ImageError) as caught:
         ImageConfig.from_image({"config": {"Env": {"PASSWORD": "open-sesame"}}})
     assert "open-sesame" not in str(caught.value)
@@ -139,6 +139,6 @@ def test_a_value_of_the_environment_is_not_repeated_in_an_error():
 @pytest.mark.parametrize(
     "change", [{"cmd": 1}, {"exposed_ports": [1]}, {"labels": {"a": "b"}}, {"env": None, "user": 5}]
 )
-def test_what_to_json_did_not_write_is_a_value_error(change):
+def test_anything_but_the_output_of_to_json_is_a_value_error(change):
     with pytest.raises(ValueError, match="not "):
         ImageConfig.from_json({**READ.to_json(), **change})

@@ -1,4 +1,4 @@
-"""Layers at random, flattened by us and by a model that is too simple to be wrong in the same way.
+"""Random layers, flattened by the code and by a model that is too simple for the same mistakes.
 
 The model keeps one flat dictionary of paths, applies each layer in two sweeps over strings, and knows neither trees nor
 offsets. Names and links are few, so that collisions are many.
@@ -22,7 +22,7 @@ class Model:
         self.paths = {}
 
     def resolve(self, path):
-        """Return the path with symbolic links among the parents followed and parents made; None where that fails."""
+        """Follow symbolic links among the parents, create parents, and return the path; None if that fails."""
         done, todo, links = "", path.split("/"), 0
         while len(todo) > 1:
             here = f"{done}/{todo.pop(0)}".lstrip("/")
@@ -51,7 +51,7 @@ def random_path(dice):
 
 
 def random_layer(dice, model, number):
-    """Return a layer's entries and change the model by them. Only what both sides define is made."""
+    """Return a layer's entries and apply them to the model. Make only what both sides define."""
     markers, additions = [], []
     for _ in range(dice.randint(0, 3)):
         path = random_path(dice)
@@ -111,7 +111,7 @@ def random_symlink(dice, model, path, real, before):
 
 
 def seen_by_model(model):
-    """Return path to what can be compared; cells stand for inodes."""
+    """Return comparable values by path. Cells represent inodes."""
     links = {}
     return {
         path: (kind, value[0], links.setdefault(id(value), path)) if kind == "file" else (kind, value)
@@ -136,7 +136,7 @@ def seen_by_us(result):
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_random_layers_become_what_the_model_says(flat, block):
+def test_random_layers_agree_with_the_model(flat, block):
     for seed in range(block * 60, (block + 1) * 60):
         dice, model = random.Random(seed), Model()
         layers = [random_layer(dice, model, number) for number in range(dice.randint(1, 5))]

@@ -1,4 +1,4 @@
-"""Memory stays bounded whatever a layer's size."""
+"""Memory stays bounded for a layer of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 LAYER_MIB = int(os.environ.get("FCVM_TEST_LAYER_MIB", "300"))
 
-# Run apart, so that the peak is that of one build and not of the tests before it.
+# Run in a process of its own, so that the peak is that of one build.
 BUILD = """
 import json, resource, sys
 from pathlib import Path
@@ -29,7 +29,7 @@ reference = parse_reference("dir:image", base=base)
 image = resolve_image(reference, images_dir=base, pull=PullPolicy.MISSING, progress=lambda text: None)
 build_rootfs(image, base / "rootfs", progress=lambda text: None)
 image.discard()
-status = Path("/proc/self/status").read_text()  # getrusage would tell the peak of the process that forked us, too
+status = Path("/proc/self/status").read_text()  # getrusage includes the peak of the parent
 own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps({"own": own >> 10, "children": children >> 10}))
@@ -37,7 +37,7 @@ print(json.dumps({"own": own >> 10, "children": children >> 10}))
 
 
 def write_image(directory: Path, mib: int) -> None:
-    """Write an image of one gzip layer: a large file of noise and as many small ones as a large image has."""
+    """Write an image of one gzip layer: a large random file, and as many small files as a large image."""
     directory.mkdir()
     noise = os.urandom(1 << 20)
     pack = zlib.compressobj(1, wbits=31)

@@ -1,4 +1,4 @@
-"""What people may call an image."""
+"""The spellings of image references."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DIGEST = "sha256:" + "a" * 64
         (f"localhost:5000/x@{DIGEST}", f"docker://localhost:5000/x@{DIGEST}", True),
     ],
 )
-def test_a_registrys_image_is_read_as_docker_reads_it(tmp_path, text, skopeo, local):
+def test_a_registrys_image_is_read_as_in_docker(tmp_path, text, skopeo, local):
     reference = parse_reference(text, base=tmp_path)
     assert (reference.text, reference.kind, reference.skopeo) == (text, ImageKind.DOCKER, skopeo)
     assert reference.is_local_registry is local
@@ -61,7 +61,7 @@ def test_a_registrys_image_is_read_as_docker_reads_it(tmp_path, text, skopeo, lo
         ("docker-daemon:x:1", ImageKind.DOCKER_DAEMON, "docker-daemon:x:1"),
     ],
 )
-def test_transports_are_skopeos_with_paths_from_the_base(tmp_path, text, kind, skopeo):
+def test_transports_are_skopeos_and_paths_start_at_the_base(tmp_path, text, kind, skopeo):
     reference = parse_reference(text, base=tmp_path)
     assert (reference.kind, reference.skopeo) == (kind, skopeo.format(tmp_path))
     assert not reference.is_local_registry
@@ -125,7 +125,7 @@ def test_a_home_directory_is_expanded(tmp_path, monkeypatch):
         "../missing.tar.gz",
     ],
 )
-def test_what_is_no_image_is_a_usage_problem_with_a_hint(tmp_path, text):
+def test_an_invalid_reference_is_a_usage_problem_with_a_hint(tmp_path, text):
     with pytest.raises(UsageProblem) as caught:
         parse_reference(text, base=tmp_path)
     assert caught.value.hint
@@ -133,14 +133,14 @@ def test_what_is_no_image_is_a_usage_problem_with_a_hint(tmp_path, text):
 
 
 @pytest.mark.parametrize("text", ["user:open-sesame@registry.example/x", "docker://user:open-sesame@127.0.0.1:5000/x"])
-def test_a_password_in_a_name_is_refused_and_not_repeated(tmp_path, text):
+def test_a_password_in_a_name_is_refused_and_not_shown(tmp_path, text):
     with pytest.raises(UsageProblem) as caught:
         parse_reference(text, base=tmp_path)
     assert "open-sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("marker", "transport"), [("oci-layout", "oci:"), ("manifest.json", "dir:")])
-def test_an_image_layout_given_as_a_directory_is_pointed_out(tmp_path, marker, transport):
+def test_an_image_layout_given_as_a_directory_is_reported(tmp_path, marker, transport):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / marker).touch()
     (tmp_path / "x" / "version").touch()
@@ -149,7 +149,7 @@ def test_an_image_layout_given_as_a_directory_is_pointed_out(tmp_path, marker, t
     assert f"{transport}./x" in caught.value.hint
 
 
-def test_the_same_repository_can_be_named_by_digest(tmp_path):
+def test_a_reference_can_be_pinned_to_a_digest(tmp_path):
     moved = parse_reference("localhost:5000/x/y:1", base=tmp_path).at_digest(DIGEST)
     assert moved.skopeo == f"docker://localhost:5000/x/y@{DIGEST}"
     assert moved.is_local_registry
@@ -165,7 +165,7 @@ _MEANT = "reg:5000/nginx:1"
 
 
 @pytest.mark.parametrize("typed", [f"{_MEANT} ", f" {_MEANT}", f"http://{_MEANT}", f"{_MEANT}\n"])
-def test_what_is_plainly_meant_is_named(typed: str) -> None:
+def test_the_hint_has_the_reference_without_its_scheme(typed: str) -> None:
     with pytest.raises(UsageProblem) as caught:
         parse_reference(typed, base=Path("/"))
     assert caught.value.hint == f"write {_MEANT}"
@@ -186,14 +186,14 @@ def test_a_repository_has_neither_tag_nor_digest(version: str) -> None:
         ("ghcr.io/Org/App@sha256:" + "0" * 64, "ghcr.io/org/app@sha256:" + "0" * 64),
     ],
 )
-def test_capitals_in_a_repository_are_told_with_the_name_as_it_should_be(text: str, meant: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageProblem, match="a repository's name is lower case") as caught:
+def test_capitals_in_a_repository_are_reported_with_the_lower_case_name(text: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="repository names are lower case") as caught:
         parse_reference(text, base=tmp_path)
     assert caught.value.hint == f"write {meant}"
     assert parse_reference(meant, base=tmp_path).skopeo
 
 
-def test_a_registry_at_an_address_of_version_6_is_known_as_local(tmp_path: Path) -> None:
+def test_a_registry_at_an_ipv6_loopback_address_is_local(tmp_path: Path) -> None:
     reference = parse_reference("[::1]:5000/nginx", base=tmp_path)
     assert (reference.skopeo, reference.registry) == ("docker://[::1]:5000/nginx:latest", "[::1]:5000")
     assert reference.is_local_registry

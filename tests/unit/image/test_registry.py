@@ -32,13 +32,13 @@ HEALTH = {"Test": ["CMD", "true"]}
 
 
 class Registry:
-    """A running registry and the means to put images there."""
+    """A running registry, and a way to push images to it."""
 
     def __init__(self, address, directory):
         self.address, self.directory, self._count = address, directory, 0
 
     def push(self, name, *layers, login="", platforms=()):
-        """Push an image, with an index over `platforms` in front of it if there are any; return its reference."""
+        """Push an image, with an index over `platforms` if there are any. Return its reference."""
         self._count += 1
         layout = self.directory / f"push{self._count}"
         image = HandmadeImage(layers=layers, config={"Cmd": ["run"], "Healthcheck": HEALTH}, oci=bool(platforms))
@@ -76,7 +76,7 @@ def resolve(tmp_path):
 
 
 def content(image):
-    """Return the layers' bytes and let go of them."""
+    """Return the bytes of the layers, and discard the layers."""
     found = [gzip.decompress(layer.path.read_bytes()) for layer in image.layers]
     image.discard()
     return found
@@ -89,7 +89,7 @@ def test_an_image_is_pulled_with_its_healthcheck(registry, resolve):
     assert content(image) == [ONE, TWO]
 
 
-def test_a_known_image_needs_no_registry_until_its_layers_are_wanted(tmp_path, resolve):
+def test_a_known_image_needs_no_registry_until_its_layers_are_used(tmp_path, resolve):
     with running_registry(tmp_path / "registry") as address:
         reference = Registry(address, tmp_path).push("thing:1", ONE)
         digest = resolve(reference).digest
@@ -130,7 +130,7 @@ def test_the_layers_of_a_known_image_are_its_own_after_the_tag_has_moved(registr
     assert content(resolve(reference)) == [ONE]
 
 
-def test_an_index_gives_this_machines_platform_and_is_known_again(registry, resolve):
+def test_an_index_gives_this_hosts_platform_and_is_found_again(registry, resolve):
     arm = HandmadeImage(layers=[TWO], architecture="arm64", oci=True)
     reference = registry.push("multi:1", ONE, platforms=[arm])
     image = resolve(reference)
@@ -141,7 +141,7 @@ def test_an_index_gives_this_machines_platform_and_is_known_again(registry, reso
     assert content(resolve(reference)) == [ONE]
 
 
-def test_a_digest_names_an_image_for_ever(registry, resolve):
+def test_a_digest_always_names_the_same_image(registry, resolve):
     reference = registry.push("thing:1", ONE)
     digest = resolve(reference).digest
     registry.push("thing:1", TWO)
@@ -163,7 +163,7 @@ def test_a_missing_image_is_an_error_with_the_registrys_reason(tmp_path, registr
 
 
 def _run_command_of(hint, *more):
-    """Run the command that a hint names, as it is printed."""
+    """Run the command in a hint as it is printed."""
     command = re.search(r"skopeo [a-z-]+(?: --\S+)* \S+", hint)[0].split()
     return subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=False)
 
@@ -180,7 +180,7 @@ def test_the_command_that_lists_tags_runs_as_it_is_printed(registry, resolve):
 
 def test_the_command_that_shows_more_runs_as_it_is_printed(registry, tmp_path):
     reference = parse_reference(registry.push("thing:1", ONE), base=tmp_path)
-    error = skopeo._image_error(ToolFailed("skopeo failed: nobody knows why"), reference, "amd64")
+    error = skopeo.image_error(ToolFailed("skopeo failed: without a reason"), reference, "amd64")
     shown = _run_command_of(error.hint)
     assert shown.returncode == 0, shown.stderr
 
@@ -195,7 +195,7 @@ def test_the_command_that_logs_in_runs_as_it_is_printed(closed, resolve, tmp_pat
     assert content(resolve(reference)) == [ONE]
 
 
-def test_never_says_how_to_get_an_unknown_image(registry, resolve):
+def test_with_never_the_hint_says_how_to_get_an_unknown_image(registry, resolve):
     reference = registry.push("thing:1", ONE)
     with pytest.raises(ImageError) as caught:
         resolve(reference, "never")
@@ -203,13 +203,13 @@ def test_never_says_how_to_get_an_unknown_image(registry, resolve):
     assert resolve.said == []
 
 
-def test_a_registry_that_is_not_there_is_an_error_that_says_so(resolve):
+def test_an_unreachable_registry_is_reported(resolve):
     with pytest.raises(ImageError, match="connection refused") as caught:
         resolve("127.0.0.1:1/thing:1")
     assert "127.0.0.1:1 cannot be reached" in caught.value.hint
 
 
-def test_a_name_that_does_not_resolve_is_an_error_that_says_so(resolve):
+def test_a_host_name_that_does_not_resolve_is_reported(resolve):
     with pytest.raises(ImageError) as caught:
         resolve("registry.invalid/thing:1")
     assert "registry.invalid cannot be reached" in caught.value.hint
@@ -217,12 +217,12 @@ def test_a_name_that_does_not_resolve_is_an_error_that_says_so(resolve):
 
 @pytest.fixture
 def closed(tmp_path):
-    """A registry that wants a password."""
+    """A registry that requires a password."""
     with running_registry(tmp_path / "registry", htpasswd=HTPASSWD) as address:
         yield Registry(address, tmp_path)
 
 
-def test_a_registry_that_wants_a_password_is_an_error_that_names_skopeo_login(closed, resolve):
+def test_a_registry_that_requires_a_password_has_a_hint_with_skopeo_login(closed, resolve):
     with pytest.raises(ImageError) as caught:
         resolve(closed.push("thing:1", ONE, login=f"{USER}:{PASSWORD}"))
     assert f"skopeo login --tls-verify=false {closed.address}" in caught.value.hint
@@ -239,9 +239,9 @@ def test_skopeos_own_auth_file_is_used_and_never_shown(tmp_path, closed, resolve
         return
     with pytest.raises(ImageError) as caught:
         resolve(reference)
-    told = f"{caught.value} {caught.value.evidence}"
-    assert password not in told
-    assert secret not in told
+    shown = f"{caught.value} {caught.value.evidence}"
+    assert password not in shown
+    assert secret not in shown
     assert "skopeo login" in caught.value.hint
 
 
@@ -260,14 +260,14 @@ def test_a_damaged_blob_in_the_registry_is_an_error_and_leaves_nothing(tmp_path,
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_a_folder_of_logins_that_is_roots_alone_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_login_directory_that_only_root_may_open_is_avoided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    assert skopeo._environment(tmp_path / "gone") is None
-    assert skopeo._environment(tmp_path) is None
+    assert skopeo.skopeo_environment(tmp_path / "gone") is None
+    assert skopeo.skopeo_environment(tmp_path) is None
     access = os.access
     monkeypatch.setattr(own.os, "access", lambda path, mode: path != tmp_path and access(path, mode))
-    changed = skopeo._environment(tmp_path)
+    changed = skopeo.skopeo_environment(tmp_path)
     assert changed is not None
     assert Path(changed["XDG_RUNTIME_DIR"]).stat().st_uid == os.getuid()
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")
-    assert skopeo._environment(tmp_path) is None
+    assert skopeo.skopeo_environment(tmp_path) is None

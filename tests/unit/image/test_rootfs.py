@@ -1,4 +1,4 @@
-"""Root filesystems built by the real mksquashfs and read back by the real unsquashfs."""
+"""Root filesystems, built by the real mksquashfs and read by the real unsquashfs."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def listing(squashfs):
 
 
 @pytest.mark.parametrize("compression", ["plain", "gzip", "zstd"])
-def test_everything_of_an_image_is_in_its_root_filesystem(tmp_path, build, compression):
+def test_a_root_filesystem_has_everything_of_its_image(tmp_path, build, compression):
     if not shutil.which(compression) and compression == "zstd":
         pytest.skip("zstd is not installed")
     HandmadeImage(layers=[LOWER, UPPER], compression=compression, oci=compression == "zstd").write_dir(
@@ -145,38 +145,36 @@ def test_another_user_builds_the_same_with_owners_devices_and_file_capabilities(
     shim.chmod(0o755)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
-    monkeypatch.chdir(tmp_path / "open")  # the directories above are closed to others, so only a relative path will do
+    monkeypatch.chdir(tmp_path / "open")  # other users may not open the parents, so use a relative path
     monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
     image = pulled(tmp_path / "images", "dir:image", tmp_path)
     build_rootfs(image, Path("nobody"), progress=lambda _text: None)
     image.discard()
     assert Path("nobody").stat().st_uid == 65534
     built = listing("nobody")
-    built[""] = as_root[
-        ""
-    ]  # mksquashfs makes the root its caller's; in a guest the overlay's upper layer is seen there
+    built[""] = as_root[""]  # the caller owns mksquashfs's root; a guest sees the overlay's upper layer instead
     assert built == as_root
     subprocess.run(["unsquashfs", "-n", "-d", tmp_path / "x", "nobody", "bin"], stdout=subprocess.DEVNULL, check=True)
     assert os.getxattr(tmp_path / "x/bin/ping", "security.capability") == CAPABILITY
 
 
-def test_the_same_image_gives_the_same_bytes_whatever_the_time(tmp_path, build, monkeypatch):
+def test_the_same_image_makes_the_same_bytes_at_any_time(tmp_path, build, monkeypatch):
     HandmadeImage(layers=[LOWER, UPPER]).write_dir(tmp_path / "image")
     first = build(name="first").read_bytes()
     os.utime(tmp_path / "out/first", (1, 1))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     clock = int(tmp_path.stat().st_ctime)
-    while int((tmp_path / "out/first").stat().st_ctime) == clock:  # until the next second, which mksquashfs would write
+    while int((tmp_path / "out/first").stat().st_ctime) == clock:  # mksquashfs would write the next second
         os.utime(tmp_path / "out/first")
     assert build(name="second").read_bytes() == first
 
 
-def test_a_tar_of_a_root_filesystem_is_taken_as_it_is(tmp_path, build):
+def test_a_tar_of_a_root_filesystem_is_not_changed(tmp_path, build):
     (tmp_path / "fs.tar").write_bytes(tar_of(directory("./"), entry("./.wh.a", b"plain"), entry("a")))
     assert {"/.wh.a", "/a"} <= set(listing(build("fs.tar")))
 
 
-def test_a_directory_becomes_a_root_filesystem_of_root(tmp_path, build):
+def test_a_directory_becomes_a_root_filesystem_owned_by_root(tmp_path, build):
     root = tmp_path / "tree"
     (root / "etc").mkdir(parents=True)
     (root / "etc/a").write_bytes(b"data")
@@ -198,7 +196,7 @@ def test_a_directory_becomes_a_root_filesystem_of_root(tmp_path, build):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-def test_in_a_directory_the_callers_files_become_roots_and_others_stay(tmp_path, build, monkeypatch):
+def test_root_owns_the_callers_files_and_other_owners_stay(tmp_path, build, monkeypatch):
     root = tmp_path / "tree"
     root.mkdir()
     for name, owner in (("mine", 1234), ("other", 77)):
@@ -211,17 +209,17 @@ def test_in_a_directory_the_callers_files_become_roots_and_others_stay(tmp_path,
     assert found["/other"][1] == "77/77"
 
 
-def test_an_unsound_layer_leaves_nothing(tmp_path, build):
+def test_an_invalid_layer_leaves_no_file(tmp_path, build):
     HandmadeImage(layers=[tar_of(entry("a", bytes(5_000_000))), tar_of(hardlink("b", "nothing"))]).write_dir(
         tmp_path / "image"
     )
-    with pytest.raises(ImageError, match="which is not there"):
+    with pytest.raises(ImageError, match="which does not exist"):
         build()
     assert list((tmp_path / "out").iterdir()) == []
     assert [path.name.split("-")[0] for path in (tmp_path / "images").iterdir()] == ["reference"]
 
 
-def test_a_layer_damaged_on_disk_is_an_error_of_the_image(tmp_path, build):
+def test_a_layer_damaged_on_disk_is_an_image_error(tmp_path, build):
     image = pulled(tmp_path / "images", f"dir:{HandmadeImage(layers=[LOWER]).write_dir(tmp_path / 'image')}", tmp_path)
     layer = image.layers[0].path
     layer.write_bytes(layer.read_bytes()[:-1] + b"\xff")
@@ -232,8 +230,8 @@ def test_a_layer_damaged_on_disk_is_an_error_of_the_image(tmp_path, build):
     assert not dest.exists()
 
 
-def test_a_full_disk_is_an_error_of_the_host_that_names_the_place(tmp_path, build, monkeypatch):
-    """The limit on a file's size stands in for the disk's; both reach mksquashfs as a failed write."""
+def test_a_full_disk_is_a_host_error_that_names_the_directory(tmp_path, build, monkeypatch):
+    """A limit on the file size replaces a full disk: mksquashfs sees a failed write in both cases."""
     noise = os.urandom(3_000_000)
     HandmadeImage(layers=[tar_of(entry("noise", noise))], compression="plain").write_dir(tmp_path / "image")
     shim = tmp_path / "bin" / "mksquashfs"
@@ -247,14 +245,14 @@ def test_a_full_disk_is_an_error_of_the_host_that_names_the_place(tmp_path, buil
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_under_the_decompressed_layers_is_an_error_of_the_host(tmp_path, build):
+def test_a_full_disk_for_the_decompressed_layers_is_a_host_error(tmp_path, build):
     HandmadeImage(layers=[tar_of(entry("zeros", bytes(30_000_000)))]).write_dir(tmp_path / "image")
     image = pulled(tmp_path / "images", "dir:image", tmp_path)
     assert image.layers
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, before[1]))
     try:
-        with pytest.raises(HostError, match="cannot be built in"):
+        with pytest.raises(HostError, match="cannot build the root filesystem in"):
             build_rootfs(image, tmp_path / "rootfs", progress=lambda _text: None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -262,7 +260,7 @@ def test_a_full_disk_under_the_decompressed_layers_is_an_error_of_the_host(tmp_p
     assert not (tmp_path / "rootfs").exists()
 
 
-def test_without_mksquashfs_the_package_is_named(tmp_path, build, monkeypatch):
+def test_without_mksquashfs_the_error_names_the_package(tmp_path, build, monkeypatch):
     (tmp_path / "fs.tar").write_bytes(tar_of(entry("a")))
     monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError) as caught:
@@ -270,7 +268,7 @@ def test_without_mksquashfs_the_package_is_named(tmp_path, build, monkeypatch):
     assert caught.value.hint == "apt-get install squashfs-tools"
 
 
-def test_a_mksquashfs_that_fails_is_quoted(tmp_path, build, monkeypatch):
+def test_the_error_of_a_failed_mksquashfs_is_quoted(tmp_path, build, monkeypatch):
     shim = tmp_path / "bin" / "mksquashfs"
     shim.parent.mkdir()
     shim.write_text("#!/bin/sh\necho nothing works today >&2\nexit 3\n")

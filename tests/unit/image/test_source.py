@@ -1,4 +1,4 @@
-"""References resolved: local images by the real skopeo, records, what changes are noticed, what is left behind."""
+"""Resolving references: local images with the real skopeo, records, detected changes, leftover files."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_known_image_is_resolved_within_milliseconds(tmp_path, resolve):
     assert min(times) < 0.005
 
 
-def test_layers_are_fetched_again_only_when_they_are_asked_for(tmp_path, resolve):
+def test_layers_are_fetched_again_only_when_they_are_used(tmp_path, resolve):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     resolve("dir:d").discard()
     image = resolve("dir:d")
@@ -119,7 +119,7 @@ def test_layers_are_fetched_again_only_when_they_are_asked_for(tmp_path, resolve
     assert left(tmp_path) == []
 
 
-def test_the_layers_folder_is_swept_when_its_process_was_killed_and_spared_while_its_lock_is_held(tmp_path, resolve):
+def test_the_layers_of_a_killed_process_are_swept_unless_their_lock_is_held(tmp_path, resolve):
     from pytest_fcvm.store import Collection, canonical_digest
 
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
@@ -137,7 +137,7 @@ def replace_image(directory, **changes):
     return HandmadeImage(**{"layers": LAYERS, **changes}).write_dir(directory)
 
 
-def test_a_changed_local_image_is_noticed(tmp_path, resolve):
+def test_a_changed_local_image_is_detected(tmp_path, resolve):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     old = resolve("dir:d")
     replace_image(tmp_path / "d", layers=LAYERS[:1])
@@ -147,7 +147,7 @@ def test_a_changed_local_image_is_noticed(tmp_path, resolve):
     assert len(new.layers) == 1
 
 
-def test_a_tar_of_a_root_filesystem_is_known_by_its_content(tmp_path, resolve):
+def test_the_digest_of_a_root_filesystem_tar_is_that_of_its_content(tmp_path, resolve):
     for name in ("a.tar", "b.tar"):
         (tmp_path / name).write_bytes(LAYERS[0])
     assert resolve("a.tar").digest == resolve("b.tar").digest == sha256(LAYERS[0])
@@ -176,7 +176,7 @@ def test_a_changed_directory_has_another_digest(tmp_path, resolve, change):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"schema": 1}', b"\xff\xfe", b"[]", b"null"])
-def test_a_damaged_record_is_as_good_as_none(tmp_path, resolve, damage):
+def test_a_damaged_record_is_ignored(tmp_path, resolve, damage):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     digest = resolve("dir:d").digest
     (record,) = (tmp_path / "images").glob("reference-*.json")
@@ -202,7 +202,7 @@ def test_the_platform_of_an_index_is_chosen_by_the_architecture(tmp_path, resolv
     assert resolve("oci:o").config.architecture == "amd64"
 
 
-def test_an_index_without_the_platform_is_an_error_that_says_so(tmp_path, resolve):
+def test_an_index_without_the_platform_is_reported(tmp_path, resolve):
     arm = HandmadeImage(layers=LAYERS, architecture="arm64", oci=True)
     arm.write_oci(tmp_path / "o", platforms=[HandmadeImage(layers=LAYERS, architecture="riscv64", oci=True)])
     with pytest.raises(ImageError) as caught:
@@ -212,14 +212,14 @@ def test_an_index_without_the_platform_is_an_error_that_says_so(tmp_path, resolv
 
 
 @pytest.mark.parametrize("platform", [{"architecture": "arm64"}, {"system": "windows"}])
-def test_an_image_of_another_platform_is_an_error_that_says_so(tmp_path, resolve, platform):
+def test_an_image_of_another_platform_is_reported(tmp_path, resolve, platform):
     HandmadeImage(layers=LAYERS, **platform).write_dir(tmp_path / "d")
-    with pytest.raises(ImageError, match="this machine's guests are linux/amd64"):
+    with pytest.raises(ImageError, match="guests on this host are linux/amd64"):
         resolve("dir:d")
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_an_archive_of_several_images_wants_a_name(tmp_path, resolve):
+def test_an_archive_of_several_images_requires_a_name(tmp_path, resolve):
     directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     for tag in ("1", "2"):
         command = ["skopeo", "copy", "--quiet", f"dir:{directory}", f"oci:{tmp_path}/o:{tag}"]
@@ -230,9 +230,9 @@ def test_an_archive_of_several_images_wants_a_name(tmp_path, resolve):
     assert resolve("oci:o:2").digest
 
 
-def test_a_reference_to_a_missing_tag_is_an_error_of_the_image(tmp_path, resolve):
+def test_a_reference_to_a_missing_tag_is_an_image_error(tmp_path, resolve):
     HandmadeImage(layers=LAYERS, oci=True).write_oci(tmp_path / "o")
-    with pytest.raises(ImageError, match="image oci:o:2 cannot be had"):
+    with pytest.raises(ImageError, match="cannot get image oci:o:2"):
         resolve("oci:o:2")
 
 
@@ -244,7 +244,7 @@ def test_a_reference_to_a_missing_tag_is_an_error_of_the_image(tmp_path, resolve
         b'{"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json"}',
     ],
 )
-def test_a_broken_manifest_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve, manifest):
+def test_a_broken_manifest_is_an_image_error_and_leaves_no_files(tmp_path, resolve, manifest):
     directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     (directory / "manifest.json").write_bytes(manifest)
     with pytest.raises(ImageError):
@@ -252,7 +252,7 @@ def test_a_broken_manifest_is_an_error_of_the_image_and_leaves_nothing(tmp_path,
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_a_damaged_blob_is_an_error_of_the_image_and_leaves_nothing(tmp_path, resolve):
+def test_a_damaged_blob_is_an_image_error_and_leaves_no_files(tmp_path, resolve):
     directory = HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     blob = max((path for path in directory.iterdir() if len(path.name) == 64), key=lambda path: path.stat().st_size)
     blob.write_bytes(b"damage")
@@ -261,7 +261,7 @@ def test_a_damaged_blob_is_an_error_of_the_image_and_leaves_nothing(tmp_path, re
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_without_skopeo_the_package_is_named(tmp_path, resolve, monkeypatch):
+def test_without_skopeo_the_error_names_the_package(tmp_path, resolve, monkeypatch):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     monkeypatch.setattr(own.shutil, "which", lambda *_args, **_kw: None)
     with pytest.raises(HostError, match="skopeo is not installed") as caught:
@@ -270,11 +270,11 @@ def test_without_skopeo_the_package_is_named(tmp_path, resolve, monkeypatch):
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_a_full_disk_while_pulling_is_an_error_of_the_host(tmp_path, resolve, monkeypatch):
+def test_a_full_disk_during_a_pull_is_a_host_error(tmp_path, resolve, monkeypatch):
     HandmadeImage(layers=[tar_of(entry("noise", os.urandom(3_000_000)))]).write_dir(tmp_path / "d")
     shim = tmp_path / "bin" / "skopeo"
     shim.parent.mkdir()
-    # skopeo's words for ENOSPC; the limit on a file's size would end it by a signal
+    # skopeo's message for ENOSPC; a limit on the file size would kill it by a signal
     shim.write_text(
         '#!/bin/sh\necho \'time="x" level=fatal msg="writing blob: write /x: no space left on device"\' >&2\nexit 1\n'
     )
@@ -286,7 +286,7 @@ def test_a_full_disk_while_pulling_is_an_error_of_the_host(tmp_path, resolve, mo
     assert left(tmp_path) == []
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_of_the_host(tmp_path, resolve):
+def test_a_read_only_cache_is_a_host_error(tmp_path, resolve):
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
     (tmp_path / "images").rmdir()
     (tmp_path / "images").write_text("a file")
@@ -294,7 +294,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_the_host(tmp_path, resolv
         resolve("dir:d")
 
 
-def test_a_record_that_cannot_be_written_is_an_error_of_the_host_and_leaves_no_piece(tmp_path, resolve):
+def test_a_record_that_cannot_be_written_is_a_host_error_and_leaves_no_partial_file(tmp_path, resolve):
     (tmp_path / "fs.tar").write_bytes(LAYERS[0])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
@@ -306,7 +306,7 @@ def test_a_record_that_cannot_be_written_is_an_error_of_the_host_and_leaves_no_p
     assert list((tmp_path / "images").iterdir()) == []
 
 
-def test_podmans_storage_is_looked_at_every_time(tmp_path, resolve):
+def test_podmans_storage_is_checked_every_time(tmp_path, resolve):
     storage = f"[vfs@{tmp_path}/storage+{tmp_path}/run]localhost/x:1"
     for layers in (LAYERS, LAYERS[:1]):
         shutil.rmtree(tmp_path / "d", ignore_errors=True)
@@ -323,19 +323,19 @@ def test_podmans_storage_is_looked_at_every_time(tmp_path, resolve):
         assert resolve.said == []
 
 
-def test_the_hint_names_what_podman_has(tmp_path, resolve, monkeypatch):
+def test_the_hint_names_the_image_in_podman(tmp_path, resolve, monkeypatch):
     shim = tmp_path / "bin" / "podman"
     shim.parent.mkdir()
     shim.write_text('#!/bin/sh\n[ "$1 $2" = "image inspect" ] && echo localhost/mine:latest\n')
     shim.chmod(0o755)
     monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr("pytest_fcvm.image.skopeo._ASK_S", 20.0)
+    monkeypatch.setattr("pytest_fcvm.image.skopeo.ASK_S", 20.0)
     with pytest.raises(ImageError) as caught:
         resolve("localhost:1/mine")
     assert "containers-storage:localhost/mine:latest" in caught.value.hint
 
 
-def test_credentials_and_tokens_in_skopeos_words_are_never_shown(tmp_path, resolve, monkeypatch):
+def test_credentials_and_tokens_in_skopeos_messages_are_never_shown(tmp_path, resolve, monkeypatch):
     shim = tmp_path / "bin" / "skopeo"
     shim.parent.mkdir()
     words = 'Get \\"https://tester:open-sesame@host/v2/?token=SECRET-1&n=2\\": unauthorized'
@@ -345,14 +345,14 @@ def test_credentials_and_tokens_in_skopeos_words_are_never_shown(tmp_path, resol
     with pytest.raises(ImageError) as caught:
         resolve("docker://registry.example/x:1")
     assert "https://host/v2/" in caught.value.message
-    told = f"{caught.value} {caught.value.evidence}"
-    assert "open-sesame" not in told
-    assert "SECRET" not in told
+    shown = f"{caught.value} {caught.value.evidence}"
+    assert "open-sesame" not in shown
+    assert "SECRET" not in shown
     assert caught.value.hint.startswith("skopeo login registry.example")
 
 
 def test_skopeo_ends_when_its_caller_is_killed(tmp_path):
-    """The shim holds a FIFO open for writing; its reader sees the end only when every holder is gone."""
+    """The shim keeps a FIFO open for writing, so the reader sees the end when all processes have ended."""
     if not shutil.which("setpriv"):
         pytest.skip("setpriv is not installed")
     HandmadeImage(layers=LAYERS).write_dir(tmp_path / "d")
@@ -378,7 +378,7 @@ def test_skopeo_ends_when_its_caller_is_killed(tmp_path):
         assert reader.read() == ""
 
 
-def test_a_gzipped_tar_of_a_root_filesystem_is_taken(tmp_path, resolve):
+def test_a_gzipped_tar_of_a_root_filesystem_is_accepted(tmp_path, resolve):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         archive.addfile(tarfile.TarInfo("a"))
@@ -389,7 +389,7 @@ def test_a_gzipped_tar_of_a_root_filesystem_is_taken(tmp_path, resolve):
 
 @pytest.mark.parametrize("transport", ["docker-archive", "oci-archive"])
 @pytest.mark.parametrize("name", ["saved.tar", "saved.tar.gz", "./saved.tar"])
-def test_an_image_given_as_a_root_filesystem_is_told_by_what_it_is(tmp_path, resolve, transport, name):
+def test_an_image_given_as_a_root_filesystem_is_reported_with_its_transport(tmp_path, resolve, transport, name):
     write_every_kind(tmp_path)
     saved = (tmp_path / {"docker-archive": "da.tar", "oci-archive": "oa.tar"}[transport]).read_bytes()
     (tmp_path / name).write_bytes(gzip.compress(saved) if name.endswith(".gz") else saved)
@@ -400,7 +400,7 @@ def test_an_image_given_as_a_root_filesystem_is_told_by_what_it_is(tmp_path, res
 
 
 @pytest.mark.parametrize("manifest", [b"[", b"{}", b'[{"a": 1}]', b"7"])
-def test_a_root_filesystem_may_have_a_manifest_of_its_own(tmp_path, resolve, manifest):
+def test_a_root_filesystem_may_contain_a_manifest_json(tmp_path, resolve, manifest):
     (tmp_path / "root.tar").write_bytes(tar_of(entry("manifest.json", manifest), entry("bin/sh", b"x")))
     assert resolve("root.tar").digest
 
@@ -439,8 +439,8 @@ def test_a_saved_layer_may_be_a_link_to_another(tmp_path, resolve, make_link, ch
     assert left(tmp_path) == []
 
 
-def test_a_saved_layer_that_is_a_link_to_nothing_is_an_error_of_the_image(tmp_path, resolve):
+def test_a_saved_layer_that_is_a_link_without_a_target_is_an_image_error(tmp_path, resolve):
     (tmp_path / "s.tar").write_bytes(saved_with_links(lambda name: symlink(name, "../gone/layer.tar")))
-    with pytest.raises(ImageError, match="cannot be had"):
+    with pytest.raises(ImageError, match="cannot get image"):
         resolve("docker-archive:s.tar")
     assert left(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Small kernels, modules and packages, laid out as the real ones are, and an apt that serves them."""
+"""Small kernels, modules and packages with the layout of real ones, and an apt that serves them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 RELEASE = "6.1.0-56-cloud-amd64"
 MARKS = (b"virtio-mmio\0", b"virtio_blk\0", b"virtio_console\0", b"squashfs\0", b"overlay\0")
-# As in Debian's kernel: what each module says it depends on.
+# The dependencies of each module, as in Debian's kernel.
 MODULES = {
     "drivers/virtio/virtio_ring": "",
     "drivers/virtio/virtio": "virtio_ring",
@@ -35,7 +35,7 @@ MODULES = {
 
 
 def pack(content: bytes, packing: str) -> bytes:
-    """Return the bytes packed as the kernel's build does."""
+    """Return the bytes compressed as by the kernel build."""
     match packing:
         case "gz":
             return gzip.compress(content, mtime=0)
@@ -68,12 +68,12 @@ def make_bzimage(path: Path, kernel: bytes, *, packing: str = "gz", release: str
 
 
 def make_vmlinux(*marks: bytes, release: str = RELEASE) -> bytes:
-    """Return what passes for an ELF kernel with some drivers built in."""
+    """Return the start of an ELF kernel with some drivers built in."""
     return b"\x7fELF" + b"".join(marks) + f"Linux version {release} (builder@host) (gcc) #1".encode() + bytes(64)
 
 
 def make_module(depends: str) -> bytes:
-    """Return what passes for a module: its .modinfo is all that is read of it."""
+    """Return a module with only the .modinfo that is read."""
     return b"\x7fELF...license=GPL\0depends=" + depends.encode() + b"\0retpoline=Y\0"
 
 
@@ -94,7 +94,7 @@ def make_tree(
 
 @dataclass
 class Apt:
-    """Commands named apt-cache and apt-get that speak as apt does, about packages that real dpkg-deb has packed."""
+    """Commands apt-cache and apt-get with the output of the real ones, for packages built by the real dpkg-deb."""
 
     commands: Path
     archive: Path
@@ -103,7 +103,7 @@ class Apt:
         """Publish a package; a meta package has no `root`."""
         root = root or self.archive.parent / f"meta-{name}"
         (root / "DEBIAN").mkdir(parents=True)
-        (root / "DEBIAN").chmod(0o755)  # dpkg-deb wants it, whatever the umask
+        (root / "DEBIAN").chmod(0o755)  # dpkg-deb requires this mode
         (root / "DEBIAN/control").write_text(
             f"Package: {name}\nVersion: 6.1.192-2\nArchitecture: amd64\nMaintainer: nobody\nDescription: test\n"
         )
@@ -114,12 +114,12 @@ class Apt:
         (self.archive / name).write_text(f"{name}\n" + "".join(f"{line}\n" for line in depends))
 
     def during_download(self, script: str) -> None:
-        """Let apt-get run a shell script before it hands out the package."""
+        """Let apt-get run a shell script before it copies the package."""
         (self.archive / "during-download").write_text(script)
 
 
 _APT_CACHE = """#!/bin/sh
-# apt-cache depends --important NAME; translated unless told otherwise
+# apt-cache depends --important NAME; translated unless LC_ALL=C
 [ "$1 $2" = "depends --important" ] || exit 2
 [ -f "{archive}/$3" ] || {{ echo "E: No packages found" >&2; exit 100; }}
 if [ "$LC_ALL" = C ]; then cat "{archive}/$3"; else sed s/Depends:/Hängt-ab-von:/ "{archive}/$3"; fi
@@ -134,7 +134,7 @@ for name; do cp "{archive}/$name"_*.deb . || exit 100; done
 
 @pytest.fixture
 def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Apt:
-    """An apt that knows no package yet, first on PATH."""
+    """An apt without packages, first on PATH."""
     if shutil.which("dpkg-deb") is None:
         pytest.skip("dpkg-deb is not installed (not a Debian)")
     apt = Apt(commands=tmp_path / "bin", archive=tmp_path / "archive")
@@ -190,5 +190,5 @@ def modules_tree() -> Callable[..., Path]:
 
 @pytest.fixture
 def packed() -> Callable[[bytes, str], bytes]:
-    """Return the function that packs as the kernel's build does."""
+    """Return the function that compresses as the kernel build does."""
     return pack

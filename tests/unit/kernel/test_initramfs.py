@@ -70,7 +70,7 @@ def build(tmp_path: Path, modules_tree: Callable[..., Path], bzimage: Callable[.
     return run
 
 
-def test_the_agent_is_init_and_finds_its_folders_and_devices(build: Build) -> None:
+def test_the_agent_is_init_and_has_its_directories_and_devices(build: Build) -> None:
     members = parse(build())
     assert members["init"].data == b"\x7fELF the agent"
     assert members["init"].mode == stat.S_IFREG | 0o755
@@ -80,13 +80,13 @@ def test_the_agent_is_init_and_finds_its_folders_and_devices(build: Build) -> No
     assert (members["dev/null"].mode, members["dev/null"].device) == (stat.S_IFCHR | 0o666, (1, 3))
 
 
-def test_a_folder_comes_before_what_is_in_it(build: Build) -> None:
+def test_a_directory_comes_before_its_content(build: Build) -> None:
     names = list(parse(build()))
     for at, name in enumerate(names):
         assert "/" not in name or name.rpartition("/")[0] in names[:at]
 
 
-def test_the_order_file_names_every_module_as_it_is_to_be_loaded(build: Build) -> None:
+def test_the_order_file_lists_every_module_in_load_order(build: Build) -> None:
     members = parse(build(packing="xz"))
     order = members["modules/order"].data.decode().splitlines()
     assert order[:3] == ["00-virtio_ring.ko", "01-virtio.ko", "02-virtio_mmio.ko"]
@@ -95,7 +95,7 @@ def test_the_order_file_names_every_module_as_it_is_to_be_loaded(build: Build) -
     assert all(members[f"modules/{name}"].data.startswith(b"\x7fELF") for name in order), "the kernel unpacks no module"
 
 
-def test_the_same_input_makes_the_same_bytes_whenever_and_wherever(build: Build, tmp_path: Path) -> None:
+def test_the_same_input_makes_the_same_bytes(build: Build, tmp_path: Path) -> None:
     first = build("one")
     umask = os.umask(0o077)
     try:
@@ -108,23 +108,23 @@ def test_the_same_input_makes_the_same_bytes_whenever_and_wherever(build: Build,
         assert (uid, gid, mtime) == (0, 0, 0)
 
 
-def test_entries_have_inodes_of_their_own(build: Build) -> None:
+def test_entries_have_distinct_inodes(build: Build) -> None:
     inodes = [member.fields[0] for member in parse(build()).values()]
     assert inodes == list(range(1, len(inodes) + 1))
 
 
-def test_a_kernel_with_all_built_in_gets_an_empty_order(build: Build, all_built_in: bytes) -> None:
+def test_a_kernel_with_all_modules_built_in_gets_an_empty_order(build: Build, all_built_in: bytes) -> None:
     assert parse(build(image=all_built_in, modules=False))["modules/order"].data == b""
 
 
-def test_a_kernel_without_the_modules_it_needs_makes_none(build: Build, vmlinux: Callable[..., bytes]) -> None:
+def test_a_kernel_without_required_modules_makes_no_initramfs(build: Build, vmlinux: Callable[..., bytes]) -> None:
     with pytest.raises(HostError, match="has no virtio_console\n"):
         build("tree", without=("virtio_console",))
     with pytest.raises(HostError, match="comes without modules"):
         build("bare", image=vmlinux(), modules=False)
 
 
-def test_a_full_disk_leaves_no_half_file(tmp_path: Path, build: Build) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, build: Build) -> None:
     build()
     dest = tmp_path / "full"
     dest.symlink_to("/dev/full")

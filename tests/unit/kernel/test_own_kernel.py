@@ -25,7 +25,7 @@ def _options(path: Path) -> list[tuple[str, str]]:
     return re.findall(r"^CONFIG_(\w+)=(.+)$", path.read_text(), re.MULTILINE)
 
 
-def test_the_fragment_names_each_option_once_and_builds_everything_in() -> None:
+def test_the_fragment_has_each_option_once_and_no_modules() -> None:
     options = _options(_FRAGMENT)
     names = [name for name, _ in options]
     assert sorted(set(names)) == sorted(names)
@@ -47,7 +47,7 @@ def wheel() -> Path:
     return directory
 
 
-def test_the_wheel_says_what_it_was_built_from(wheel: Path) -> None:
+def test_the_wheel_names_its_sources(wheel: Path) -> None:
     facts = json.loads((wheel / "source.json").read_text())
     assert facts["package"] == "linux-source-6.12"
     assert all(re.fullmatch("[0-9a-f]{64}", facts[name]) for name in ("deb_sha256", "tar_sha256"))
@@ -56,7 +56,7 @@ def test_the_wheel_says_what_it_was_built_from(wheel: Path) -> None:
     assert (wheel / "build").read_text().startswith("#!/usr/bin/env python3")
 
 
-def test_the_wheels_configuration_is_the_fragments(wheel: Path) -> None:
+def test_the_wheels_configuration_has_every_option_of_the_fragment(wheel: Path) -> None:
     built = dict(_options(wheel / "config"))
     lost = [name for name, value in _options(wheel / "microvm.config") if built.get(name, "n") != value]
     assert lost == []

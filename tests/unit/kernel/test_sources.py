@@ -1,4 +1,4 @@
-"""Where the guests' kernel comes from, with an apt that serves small packages."""
+"""The sources of the guest kernel, with an apt that serves small packages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ WHEEL = "pytest_fcvm_kernel_x86_64"
 
 @pytest.fixture(autouse=True)
 def no_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the kernel's wheel where it is installed."""
+    """Hide the kernel's wheel if it is installed."""
     monkeypatch.setitem(sys.modules, WHEEL, None)
 
 
 class Said(list[str]):
-    """The lines of progress that a person would see."""
+    """The lines of progress."""
 
 
 @pytest.fixture
@@ -51,17 +51,17 @@ def kernels_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def resolve(tmp_path: Path, kernels_dir: Path, said: Said) -> Resolve:
-    """Return resolve_kernel on a machine of its own."""
+    """Return resolve_kernel with a root directory of its own."""
 
     def call(option: Path | None = None) -> GuestKernel:
-        return resolve_kernel(option=option, kernels_dir=kernels_dir, progress=said.append, root=tmp_path / "machine")
+        return resolve_kernel(option=option, kernels_dir=kernels_dir, progress=said.append, root=tmp_path / "root")
 
     return call
 
 
 @pytest.fixture
 def no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which there is no apt, nor anything else."""
+    """A host without any command."""
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
 
 
@@ -75,7 +75,7 @@ def no_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("k/vmlinuz", f"k/usr/lib/modules/{RELEASE}"),
         ("k/vmlinuz", "k/modules"),
         (f"k/boot/vmlinuz-{RELEASE}", f"k/lib/modules/{RELEASE}"),
-        ("k/vmlinuz", f"machine/lib/modules/{RELEASE}"),
+        ("k/vmlinuz", f"root/lib/modules/{RELEASE}"),
     ],
 )
 def test_a_named_kernel_finds_its_modules(
@@ -87,7 +87,7 @@ def test_a_named_kernel_finds_its_modules(
     assert kernel.origin == f"--fcvm-kernel ({path})"
 
 
-def test_modules_are_looked_for_beside_the_file_that_a_link_leads_to(
+def test_modules_are_searched_beside_the_target_of_a_link(
     tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
 ) -> None:
     tree = modules_tree(tmp_path / "k/modules")
@@ -96,18 +96,18 @@ def test_modules_are_looked_for_beside_the_file_that_a_link_leads_to(
     assert resolve(link).modules_dir == tree
 
 
-def test_a_kernel_without_modules_has_all_built_in(bzimage: Any, resolve: Resolve) -> None:
+def test_a_kernel_without_a_modules_directory_is_accepted(bzimage: Any, resolve: Resolve) -> None:
     assert resolve(bzimage("vmlinuz", b"", release="6.12.117")).modules_dir is None
 
 
-def test_a_vmlinux_may_be_named(tmp_path: Path, vmlinux: Any, resolve: Resolve) -> None:
+def test_a_vmlinux_can_be_named(tmp_path: Path, vmlinux: Any, resolve: Resolve) -> None:
     path = tmp_path / "vmlinux"
     path.write_bytes(vmlinux(release="6.12.117"))
     kernel = resolve(path)
     assert (kernel.bzimage, kernel.release) == (path, "6.12.117")
 
 
-def test_a_named_file_that_is_no_kernel_is_not_replaced_by_another(
+def test_a_named_file_that_is_not_a_kernel_is_refused(
     tmp_path: Path, debian: object, resolve: Resolve, kernels_dir: Path
 ) -> None:
     with pytest.raises(UsageProblem, match="No such file"):
@@ -115,7 +115,7 @@ def test_a_named_file_that_is_no_kernel_is_not_replaced_by_another(
     assert not list(kernels_dir.iterdir())
 
 
-def test_a_named_kernel_whose_modules_lack_one_is_refused(
+def test_a_named_kernel_without_a_required_module_is_refused(
     tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
 ) -> None:
     modules_tree(tmp_path / "k/modules", without=("squashfs",))
@@ -152,7 +152,7 @@ def test_debians_kernel_is_downloaded_and_only_what_guests_need_is_kept(
     assert not {"xfs.ko", "scratch"} & kept
 
 
-def test_ubuntus_modules_come_from_a_package_of_their_own(
+def test_ubuntus_modules_come_from_another_package(
     apt: Any, tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
 ) -> None:
     release = "6.8.0-31-generic"
@@ -166,7 +166,7 @@ def test_ubuntus_modules_come_from_a_package_of_their_own(
     assert {path.name for path in kernel.bzimage.parent.glob("*.ko")} >= {"virtio_blk.ko", "squashfs.ko"}
 
 
-def test_a_kernel_once_unpacked_is_used_without_apt(
+def test_an_unpacked_kernel_is_used_without_apt(
     debian: object, resolve: Resolve, said: Said, request: pytest.FixtureRequest
 ) -> None:
     first = resolve()
@@ -175,20 +175,20 @@ def test_a_kernel_once_unpacked_is_used_without_apt(
     assert len(said) == 1
 
 
-def test_a_kernel_unpacked_with_fewer_modules_is_fetched_anew_or_used_where_it_cannot_be(
+def test_an_unpacked_kernel_with_fewer_modules_is_fetched_again_or_else_used(
     debian: object, resolve: Resolve, said: Said, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as before:
-        before.setattr("pytest_fcvm.kernel.sources._MODULES", 1)
+        before.setattr("pytest_fcvm.kernel.sources.MODULES_REVISION", 1)
         first = resolve()
     assert resolve() == resolve() == first
     assert len(said) == 2, "it is downloaded once more, and then kept"
-    monkeypatch.setattr("pytest_fcvm.kernel.sources._MODULES", 3)
+    monkeypatch.setattr("pytest_fcvm.kernel.sources.MODULES_REVISION", 3)
     request.getfixturevalue("no_apt")
     assert resolve() == first
 
 
-def test_an_unpacked_kernel_that_was_changed_is_downloaded_anew(debian: object, resolve: Resolve, said: Said) -> None:
+def test_an_unpacked_kernel_that_has_changed_is_downloaded_again(debian: object, resolve: Resolve, said: Said) -> None:
     first = resolve()
     data = bytearray(first.bzimage.read_bytes())
     data[-1] ^= 1
@@ -196,18 +196,16 @@ def test_an_unpacked_kernel_that_was_changed_is_downloaded_anew(debian: object, 
     again = resolve()
     assert again == first
     assert again.bzimage.read_bytes() != data
-    assert any("is not what it was" in line for line in said)
+    assert any("guest kernel has changed" in line for line in said)
 
 
-def test_what_a_killed_download_left_is_swept(debian: object, resolve: Resolve, kernels_dir: Path) -> None:
+def test_the_files_of_a_killed_download_are_removed(debian: object, resolve: Resolve, kernels_dir: Path) -> None:
     (kernels_dir / "kernel.tmp-1/scratch").mkdir(parents=True)
     resolve()
     assert not list(kernels_dir.glob("*.tmp-*"))
 
 
-def test_no_sweeper_takes_a_download_under_way(
-    debian: Any, resolve: Resolve, kernels_dir: Path, tmp_path: Path
-) -> None:
+def test_a_running_download_is_not_swept(debian: Any, resolve: Resolve, kernels_dir: Path, tmp_path: Path) -> None:
     sweep = "import sys, pathlib; from pytest_fcvm.host.supervisor.janitor import sweep_temporary"
     sweep += "; print(sweep_temporary(pathlib.Path(sys.argv[1])))"
     command = shlex.join([sys.executable, "-c", sweep, str(kernels_dir)])
@@ -228,7 +226,7 @@ def test_no_sweeper_takes_a_download_under_way(
         ("exit 0", "has 0 kernels"),
     ],
 )
-def test_a_download_that_fails_is_a_reason_and_leaves_nothing(
+def test_a_failed_download_is_a_reason_and_leaves_no_files(
     script: str, reason: str, debian: Any, resolve: Resolve, kernels_dir: Path
 ) -> None:
     debian.during_download(script)
@@ -238,7 +236,7 @@ def test_a_download_that_fails_is_a_reason_and_leaves_nothing(
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv (util-linux) is not installed")
-def test_a_download_ends_with_the_process_that_was_killed(debian: Any, kernels_dir: Path, tmp_path: Path) -> None:
+def test_a_download_ends_when_its_process_is_killed(debian: Any, kernels_dir: Path, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     debian.during_download(f"echo $$ > '{pid_file}.new'; mv '{pid_file}.new' '{pid_file}'; exec sleep 600")
     script = (
@@ -280,7 +278,7 @@ def test_an_installed_kernel_wheel_comes_first_and_is_not_imported(
     assert kernel.origin == "package pytest_fcvm_kernel_x86_64"
 
 
-def test_the_stock_kernel_is_a_distributions_even_beside_an_installed_wheel(
+def test_the_stock_kernel_is_a_distributions_even_with_the_wheel_installed(
     no_apt: None, tmp_path: Path, bzimage: Any, resolve: Resolve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = bzimage("site/pytest_fcvm_kernel_x86_64/bzImage", b"", release="6.12.117")
@@ -297,21 +295,23 @@ def test_the_hosts_own_kernel_is_the_last_resort(
     place: str, no_apt: None, tmp_path: Path, bzimage: Any, modules_tree: Any, resolve: Resolve
 ) -> None:
     release = os.uname().release
-    tree = modules_tree(tmp_path / "machine/lib/modules" / release)
-    image = bzimage(f"machine/{place.format(release)}", b"", release=release)
+    tree = modules_tree(tmp_path / "root/lib/modules" / release)
+    image = bzimage(f"root/{place.format(release)}", b"", release=release)
     kernel = resolve()
     assert (kernel.bzimage, kernel.modules_dir) == (image, tree)
     assert kernel.origin == f"the host's own ({image})"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
-def test_a_host_kernel_for_root_alone_is_a_reason(no_apt: None, bzimage: Any, resolve: Resolve) -> None:
-    bzimage(f"machine/boot/vmlinuz-{os.uname().release}", b"").chmod(0)
+def test_a_host_kernel_that_only_root_may_read_is_a_reason(no_apt: None, bzimage: Any, resolve: Resolve) -> None:
+    bzimage(f"root/boot/vmlinuz-{os.uname().release}", b"").chmod(0)
     with pytest.raises(HostError, match="is not readable"):
         resolve()
 
 
-def test_without_any_kernel_every_source_says_why(no_apt: None, resolve: Resolve, kernels_dir: Path) -> None:
+def test_without_any_kernel_the_error_has_the_reason_of_every_source(
+    no_apt: None, resolve: Resolve, kernels_dir: Path
+) -> None:
     with pytest.raises(HostError) as caught:
         resolve()
     assert caught.value.message.startswith("no guest kernel: apt-get is not installed; the host's own kernel ")

@@ -1,4 +1,4 @@
-"""Every spelling a person may use, and what they are told about the ones they may not."""
+"""Every valid spelling, and the message and hint for an invalid one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pytest_fcvm.model.specs import MappedPath, NetworkMode, NetworkSpec, ReadyM
 
 _PUBLISH_HINT = "write [HOSTIP:]HOSTPORT:GUESTPORT[/PROTO]"
 _NETWORK_HINT = (
-    "auto, user, relay, rootless, bridge; rootless,egress lets the guest reach outside, rootless,allow=10.0.0.0/8 a "
-    "network, an address or a name alone; with ,proxy it gets pytest's proxy variables"
+    "auto, user, relay, rootless, bridge; rootless,egress allows outbound access, rootless,allow=10.0.0.0/8 only to a "
+    "network, an address or a name; ,proxy passes pytest's proxy variables to the guest"
 )
 _READY_HINT = "http:80/path, tcp:80, log:REGEX, exec:COMMAND, exit:0, healthcheck, agent or mode=http,url=http://127.0.0.1:80/path"
 
@@ -52,7 +52,7 @@ def test_yes_and_no_have_the_usual_spellings(text: str | bool, value: bool) -> N
     assert parse.parse_bool(text) is value
 
 
-def test_metadata_are_texts_in_objects_given_or_in_a_file(tmp_path: Path) -> None:
+def test_metadata_are_strings_in_objects_or_in_a_json_file(tmp_path: Path) -> None:
     data = {"latest": {"meta-data": {"instance-id": "i-1"}, "user-data": "#!/bin/sh"}}
     (tmp_path / "file.json").write_text(json.dumps(data))
     assert parse.parse_metadata(data, tmp_path) == parse.parse_metadata("file.json", tmp_path) == data
@@ -61,12 +61,12 @@ def test_metadata_are_texts_in_objects_given_or_in_a_file(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"a": 1}, "metadata holds what cannot be served"),
-        ({"a": {"b": ["c"]}}, "metadata holds what cannot be served"),
-        ({1: "a"}, "metadata holds what cannot be served"),
-        ({"a": "x" * 51200}, "metadata of 51209 bytes is too much"),
+        ({"a": 1}, "metadata has a value that cannot be served"),
+        ({"a": {"b": ["c"]}}, "metadata has a value that cannot be served"),
+        ({1: "a"}, "metadata has a value that cannot be served"),
+        ({"a": "x" * 51200}, "metadata of 51209 bytes is too large"),
         ("gone.json", "No such file or directory"),
-        ("list.json", "metadata holds what cannot be served"),
+        ("list.json", "metadata has a value that cannot be served"),
         ("broken.json", "Expecting value"),
     ],
 )
@@ -79,12 +79,12 @@ def test_metadata_that_cannot_be_served_are_refused(value: Any, message: str, tm
     assert caught.value.hint
 
 
-def test_a_command_is_split_as_a_shell_splits_it_and_a_list_is_taken_as_it_is() -> None:
+def test_a_command_line_is_split_as_a_shell_does_and_a_list_is_not_changed() -> None:
     assert parse.parse_command("nginx -g 'daemon off;'") == ("nginx", "-g", "daemon off;")
     assert parse.parse_command(["a b", Path("/c")]) == ("a b", "/c")  # type: ignore[list-item]
 
 
-def test_an_environment_is_pairs_names_of_the_host_or_a_mapping() -> None:
+def test_an_environment_is_pairs_or_names_or_a_mapping() -> None:
     assert _env(["A=1", "B=x=y", "C=", "HERE"]) == {"A": "1", "B": "x=y", "C": "", "HERE": "from the host"}
     assert _env({"PORT": 80, "HERE": "own"}) == {"PORT": "80", "HERE": "own"}
 
@@ -111,7 +111,7 @@ def test_a_port_is_published_on_loopback_unless_an_address_is_given(
     assert parse.parse_publish(wanted) is wanted
 
 
-def test_a_mapped_path_starts_at_the_place_of_its_setting_and_may_be_read_only(tmp_path: Path) -> None:
+def test_a_mapped_path_starts_at_the_base_of_its_setting_and_may_be_read_only(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "with:colon").touch()
     assert parse.parse_map("conf:/etc/conf", tmp_path) == MappedPath(host=tmp_path / "conf", guest="/etc/conf")
@@ -133,25 +133,25 @@ def test_a_mapped_path_has_options(options: str, read_only: bool, owner: str | N
 
 
 @pytest.mark.parametrize("guest", ["/", "//"])
-def test_the_root_of_the_guest_is_no_place_for_a_mapped_path(guest: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageProblem, match="the guest's root cannot be hidden"):
+def test_a_mapped_path_cannot_replace_the_guests_root(guest: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageProblem, match="cannot replace the guest's root directory"):
         parse.parse_map(f"{tmp_path}:{guest}", tmp_path)
 
 
-def test_a_home_folder_is_spelled_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse.parse_path("~/kernel", Path("/elsewhere")) == tmp_path / "kernel"
     assert parse.parse_path("/abs", tmp_path) == Path("/abs")
 
 
-def test_egress_is_asked_for_beside_the_mode() -> None:
+def test_egress_is_written_after_the_mode() -> None:
     assert parse.parse_network("user") == NetworkSpec(mode=NetworkMode.USER, egress=False)
     assert parse.parse_network("user,egress") == NetworkSpec(mode=NetworkMode.USER, egress=True)
     assert parse.parse_network("auto,egress") == NetworkSpec(mode=NetworkMode.AUTO, egress=True)
     assert str(parse.parse_network("user,egress")) == "user,egress"
 
 
-def test_a_way_out_can_be_narrowed_and_a_proxy_be_told_of() -> None:
+def test_egress_can_be_restricted_and_proxy_variables_passed() -> None:
     text = "rootless,egress,allow=10.0.0.0/8,allow=example.org,proxy"
     network = parse.parse_network("rootless,proxy,allow=10.0.0.0/8,allow=example.org")
     assert network == NetworkSpec(
@@ -162,7 +162,7 @@ def test_a_way_out_can_be_narrowed_and_a_proxy_be_told_of() -> None:
 
 
 @pytest.mark.parametrize("target", ["", "10.0.0.1/8", "300.1.1.1", "a b", "x;drop", "-", "::1"])
-def test_what_is_allowed_is_a_network_an_address_or_a_name(target: str) -> None:
+def test_only_an_ipv4_network_an_address_or_a_name_can_be_allowed(target: str) -> None:
     with pytest.raises(UsageProblem, match="unknown network"):
         parse.parse_network(f"rootless,allow={target}")
 
@@ -215,21 +215,21 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
     (parse.parse_publish, "80/x", "publish '80/x': 'x' is neither tcp nor udp", "[HOSTIP:]HOSTPORT:GUESTPORT/udp"),
     (parse.parse_network, "bridges", "unknown network 'bridges'", _NETWORK_HINT),
     (parse.parse_network, "user,all", "unknown network 'user,all'", _NETWORK_HINT),
-    (parse.parse_network, "relay,egress", "the network relay has no way out", "use user,egress, or auto,egress"),
+    (parse.parse_network, "relay,egress", "the network mode relay has no egress", "use user,egress, or auto,egress"),
     (parse.parse_ready, "soon", "ready 'soon': unknown mode 'soon'", _READY_HINT),
     (parse.parse_ready, "http", "ready 'http': '' is not a port", _READY_HINT),
     (parse.parse_ready, "http:80/a b", "ready 'http:80/a b': the path '/a b' must be percent-encoded", _READY_HINT),
-    (parse.parse_ready, "tcp:80/x", "ready 'tcp:80/x': tcp takes a port alone", _READY_HINT),
-    (parse.parse_ready, "log:", "ready 'log:': log needs something to look for", _READY_HINT),
+    (parse.parse_ready, "tcp:80/x", "ready 'tcp:80/x': tcp takes only a port", _READY_HINT),
+    (parse.parse_ready, "log:", "ready 'log:': log needs an argument", _READY_HINT),
     (parse.parse_ready, "log:(", "ready 'log:(': missing ), unterminated subpattern at position 0", _READY_HINT),
     (parse.parse_ready, "exit:256", "ready 'exit:256': '256' is not an exit code from 0 to 255", _READY_HINT),
     (parse.parse_ready, "exit:", "ready 'exit:': '' is not an exit code from 0 to 255", _READY_HINT),
     (parse.parse_ready, "mode=exit", "ready 'mode=exit': exit needs code=", _READY_HINT),
-    (parse.parse_ready, "agent:x", "ready 'agent:x': agent takes nothing", _READY_HINT),
+    (parse.parse_ready, "agent:x", "ready 'agent:x': agent takes no argument", _READY_HINT),
     (parse.parse_ready, "mode=soon", "ready 'mode=soon': unknown mode 'soon'", _READY_HINT),
     (parse.parse_ready, "mode=http", "ready 'mode=http': http needs url=", _READY_HINT),
     (parse.parse_ready, "mode=tcp", "ready 'mode=tcp': tcp needs port=", _READY_HINT),
-    (parse.parse_ready, "mode=log,regex=", "ready 'mode=log,regex=': log needs something to look for", _READY_HINT),
+    (parse.parse_ready, "mode=log,regex=", "ready 'mode=log,regex=': log needs an argument", _READY_HINT),
     (parse.parse_ready, "mode=exec,url=x", "ready 'mode=exec,url=x': exec does not take 'url'", _READY_HINT),
     (
         parse.parse_ready, "mode=http,url=https://h/",
@@ -239,7 +239,7 @@ _BAD: list[tuple[Callable[[Any], object], Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("parser", "text", "message", "hint"), _BAD)
-def test_a_wrong_spelling_is_answered_with_what_is_wrong_and_what_to_write(
+def test_a_wrong_spelling_is_reported_with_the_cause_and_a_hint(
     parser: Callable[[Any], object], text: object, message: str, hint: str
 ) -> None:
     with pytest.raises(UsageProblem) as caught:
@@ -257,14 +257,14 @@ def test_a_wrong_spelling_is_answered_with_what_is_wrong_and_what_to_write(
         (":/etc", "map ':/etc': the guest path must be absolute"),
     ],
 )
-def test_a_wrong_mapping_is_answered_with_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_mapping_is_reported_with_the_cause_and_a_hint(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageProblem) as caught:
         parse.parse_map(text, tmp_path)
     assert caught.value.message == message.format(base=tmp_path)
     assert caught.value.hint
 
 
-def test_an_empty_path_is_refused_and_not_taken_for_the_base(tmp_path: Path) -> None:
+def test_an_empty_path_is_refused_instead_of_meaning_the_base(tmp_path: Path) -> None:
     with pytest.raises(UsageProblem, match="the path is empty"):
         parse.parse_path("", tmp_path)
 
@@ -311,27 +311,27 @@ def test_signals_are_read_as_images_name_them(text: str, number: int) -> None:
         "SIGSIGTERM",
     ],
 )
-def test_what_is_no_signal_is_told(text: str) -> None:
-    with pytest.raises(UsageProblem, match="is no signal"):
+def test_an_invalid_signal_is_reported(text: str) -> None:
+    with pytest.raises(UsageProblem, match="is not a signal"):
         parse.parse_signal(text)
 
 
 @pytest.mark.parametrize(("text", "mib"), [("64M", 64), ("2G", 2048), (100, 100)])
-def test_disks_are_sizes(text: str | int, mib: int) -> None:
+def test_a_disk_is_a_size(text: str | int, mib: int) -> None:
     assert parse.parse_disk_mib(text) == mib
 
 
-def test_a_disk_that_holds_no_file_system_is_told() -> None:
+def test_a_disk_too_small_for_a_file_system_is_reported() -> None:
     with pytest.raises(UsageProblem, match="too small"):
         parse.parse_disk_mib("63M")
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("auto", None), ("0", 0), ("3", 3), (2, 2)])
-def test_pools_are_numbers_or_auto(text: str | int, wanted: int | None) -> None:
+def test_a_pool_is_a_number_or_auto(text: str | int, wanted: int | None) -> None:
     assert parse.parse_pool(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "-1", "many", "1.5"])
-def test_what_is_no_pool_is_told(text: str) -> None:
+def test_an_invalid_pool_is_reported(text: str) -> None:
     with pytest.raises(UsageProblem, match="neither auto nor a number"):
         parse.parse_pool(text)

@@ -1,4 +1,4 @@
-"""Host names, kernel settings and limits, as people write them for `docker run`."""
+"""Host names, kernel settings and limits, spelled as for `docker run`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pytest_fcvm.model import parse, settings
 
 
 @pytest.mark.parametrize("name", ["db", "DB-1", "db-1.example.test", "my_worker", "a" * 63, "7"])
-def test_a_host_name_is_taken_as_it_is(name: str) -> None:
+def test_a_host_name_is_not_changed(name: str) -> None:
     assert settings.parse_hostname(name) == name
 
 
 @pytest.mark.parametrize(
     "name", ["", "a b", "-a", "a-", "a..b", ".a", "a.", "a/b", "ü", "a\n", "a" * 64, "a" * 33 + "." + "b" * 33, 7, None]
 )
-def test_what_is_no_host_name_is_told(name: object) -> None:
+def test_an_invalid_host_name_is_reported(name: object) -> None:
     with pytest.raises(UsageProblem, match="is not a host name") as caught:
         settings.parse_hostname(name)  # type: ignore[arg-type]
     assert caught.value.hint
@@ -42,7 +42,7 @@ def test_kernel_settings_are_pairs_or_a_mapping(items: object, found: dict[str, 
 @pytest.mark.parametrize(
     "item", ["net.core.somaxconn", "net.core.somaxconn=", "somaxconn=1", "a..b=1", "../x=1", "a.b=1\n2", ""]
 )
-def test_what_is_no_kernel_setting_is_told(item: str) -> None:
+def test_an_invalid_kernel_setting_is_reported(item: str) -> None:
     with pytest.raises(UsageProblem, match="is not a sysctl"):
         settings.parse_sysctl([item])
 
@@ -67,7 +67,7 @@ def test_limits_are_written_as_for_docker(items: object, found: dict[str, settin
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ("files=1", "there is no limit 'files'"),
+        ("files=1", "unknown limit 'files'"),
         ("nofile", "nofile='' is not a limit"),
         ("nofile=many", "nofile='many' is not a limit"),
         ("nofile=1:2:3", "nofile='2:3' is not a limit"),
@@ -76,14 +76,14 @@ def test_limits_are_written_as_for_docker(items: object, found: dict[str, settin
         ("nofile=-1:1024", "nofile=-1:1024: the soft limit is above the hard one"),
     ],
 )
-def test_what_is_no_limit_is_told(item: str, message: str) -> None:
+def test_an_invalid_limit_is_reported(item: str, message: str) -> None:
     with pytest.raises(UsageProblem) as caught:
         settings.parse_ulimit([item])
     assert caught.value.message == message
     assert caught.value.hint
 
 
-def test_limits_have_the_numbers_of_linux() -> None:
+def test_limits_have_linuxs_numbers() -> None:
     known = {name: getattr(resource, f"RLIMIT_{name.upper()}", None) for name in settings.ULIMITS}
     assert {name: number for name, number in known.items() if number is not None}.items() <= settings.ULIMITS.items()
 

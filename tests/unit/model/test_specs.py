@@ -1,4 +1,4 @@
-"""A machine's description: how closer sources change it, and what says that a prepare function is the same."""
+"""VM specs: how they merge, how prepare functions are identified, which fields the marker takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from pytest_fcvm.errors import UsageProblem
 from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.results import ExecResult, Timeline
-from pytest_fcvm.model.specs import Prepare, ReadyMode, ReadySpec, VmSpec, spec_fields
+from pytest_fcvm.model.specs import Prepare, ReadyMode, ReadySpec, SpecFields, VmSpec, spec_fields
+from pytest_fcvm.options import ROWS
 
 
 def _module(path: Path, source: str) -> ModuleType:
@@ -54,13 +55,18 @@ def test_every_other_field_is_replaced() -> None:
     assert (inner.image, inner.command, inner.ready) == ("b", ("z",), None)
 
 
-def test_a_field_that_does_not_exist_is_answered_with_those_that_do() -> None:
-    with pytest.raises(UsageProblem, match="a machine has no field 'memory'") as caught:
+def test_an_unknown_field_is_reported_with_the_known_ones() -> None:
+    with pytest.raises(UsageProblem, match="a VM spec has no field 'memory'") as caught:
         VmSpec().merged({"memory": 1})
     assert all(name in caught.value.hint for name in spec_fields())
 
 
-def test_a_prepare_function_is_another_when_its_file_its_inputs_or_its_version_change(tmp_path: Path) -> None:
+def test_the_typed_fields_are_those_of_the_marker() -> None:
+    assert set(SpecFields.__optional_keys__) == {row.marker for row in ROWS if row.is_spec_field}
+    assert not SpecFields.__required_keys__
+
+
+def test_a_prepare_function_has_another_identity_when_its_file_inputs_or_version_change(tmp_path: Path) -> None:
     source, rows = tmp_path / "preparations.py", tmp_path / "rows.sql"
     rows.write_text("1")
     load = _module(source, "def load(base): pass\n").load
@@ -78,9 +84,7 @@ def test_a_prepare_function_is_another_when_its_file_its_inputs_or_its_version_c
     assert identity() not in (first, changed_input)
 
 
-def test_inputs_are_found_beside_the_function_from_whatever_folder_pytest_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_start_at_the_directory_of_the_functions_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows.sql").write_text("1")
     load = _module(tmp_path / "preparations.py", "def load(base): pass\n").load
     here = Prepare(load, inputs=["rows.sql"]).identity()
@@ -88,17 +92,17 @@ def test_inputs_are_found_beside_the_function_from_whatever_folder_pytest_is_sta
     assert Prepare(load, inputs=["rows.sql"]).identity() == here
 
 
-def test_two_functions_of_one_file_are_two_preparations(tmp_path: Path) -> None:
+def test_two_functions_of_one_file_have_two_identities(tmp_path: Path) -> None:
     module = _module(tmp_path / "preparations.py", "def a(base): pass\ndef b(base): pass\n")
     assert Prepare(module.a).identity() != Prepare(module.b).identity()
 
 
-def test_a_missing_input_is_answered_with_its_path(tmp_path: Path) -> None:
+def test_a_missing_input_is_reported_with_its_path(tmp_path: Path) -> None:
     load = _module(tmp_path / "preparations.py", "def load(base): pass\n").load
     with pytest.raises(UsageProblem) as caught:
         Prepare(load, inputs=["gone.sql"]).identity()
-    assert caught.value.message == f"prepare needs {tmp_path}/gone.sql: No such file or directory"
-    assert caught.value.hint == "name an existing file in inputs"
+    assert caught.value.message == f"prepare cannot read {tmp_path}/gone.sql: No such file or directory"
+    assert caught.value.hint == "name existing files in inputs"
 
 
 @pytest.mark.parametrize("func", [functools.partial(print, "x"), print, ExecResult(exit_code=0).__eq__])
@@ -114,7 +118,7 @@ def test_output_that_is_not_utf_8_survives_as_text() -> None:
     assert result.stderr == "ü"
 
 
-def test_a_timeline_tells_what_each_phase_took() -> None:
+def test_a_timeline_shows_the_duration_of_each_phase() -> None:
     timeline = Timeline(start=10.0)
     timeline.mark("spawn", 10.005)
     timeline.mark("agent", 10.055)

@@ -1,9 +1,8 @@
-"""The switch of a private network: which frame goes where, and what faults do to it. Ports are pairs of sockets."""
+"""The switch of a private network: where frames go, and what faults do to them. Ports are pairs of sockets."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import socket
 import statistics
 import struct
@@ -13,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pytest_fcvm.network import switch as switch_module
+from pytest_fcvm.network import program
+from pytest_fcvm.network.requests import CONTROL_FD, Answer, receive_answer, send_request
 from pytest_fcvm.network.switch import Link, Rule, Switch
 
 BROADCAST = b"\xff" * 6
@@ -33,7 +32,7 @@ def frame(source: str, target: str, words: bytes = b"words") -> bytes:
 
 
 class Bench:
-    """A switch in this process, driven by hand, and the far ends of its ports."""
+    """A switch in this process, driven by the test, and the far ends of its ports."""
 
     def __init__(self, seed: int = 0) -> None:
         self.switch = Switch(seed)
@@ -52,7 +51,7 @@ class Bench:
         self.switch.take(source)
 
     def got(self, name: str) -> list[bytes]:
-        """Return the words of all frames that have come to a port."""
+        """Return the payloads of all frames that have come to a port."""
         words = []
         while True:
             try:
@@ -80,7 +79,7 @@ def bench() -> Iterator[Bench]:
     bench.close()
 
 
-def test_a_frame_goes_to_everybody_until_it_is_known_where_its_target_is(bench: Bench) -> None:
+def test_a_frame_goes_to_all_ports_until_its_targets_port_is_known(bench: Bench) -> None:
     bench.send("a", "b", b"one")
     assert (bench.got("a"), bench.got("b"), bench.got("c")) == ([], [b"one"], [b"one"])
     bench.send("b", "a", b"two")
@@ -88,12 +87,12 @@ def test_a_frame_goes_to_everybody_until_it_is_known_where_its_target_is(bench: 
     assert (bench.got("a"), bench.got("b"), bench.got("c")) == ([b"two"], [b"three"], [])
 
 
-def test_broadcasts_reach_everybody_else(bench: Bench) -> None:
+def test_a_broadcast_reaches_all_other_ports(bench: Bench) -> None:
     bench.send("a", "*")
     assert (bench.got("a"), bench.got("b"), bench.got("c")) == ([], [b"words"], [b"words"])
 
 
-def test_a_machine_that_moves_to_another_port_is_found_there(bench: Bench) -> None:
+def test_a_mac_that_moves_to_another_port_is_found_there(bench: Bench) -> None:
     bench.send("b", "*")
     bench._ends["c"].send(frame("b", "*"))
     bench.switch.take("c")
@@ -103,7 +102,7 @@ def test_a_machine_that_moves_to_another_port_is_found_there(bench: Bench) -> No
     assert (bench.got("b"), bench.got("c")) == ([], [b"found"])
 
 
-def test_a_port_that_has_gone_is_forgotten(bench: Bench) -> None:
+def test_a_detached_port_is_forgotten(bench: Bench) -> None:
     bench.send("b", "*")
     bench.got("a")
     bench.switch.detach("b")
@@ -114,14 +113,14 @@ def test_a_port_that_has_gone_is_forgotten(bench: Bench) -> None:
     assert bench.got("b") == [b"again"]
 
 
-def test_what_is_no_frame_is_ignored(bench: Bench) -> None:
+def test_a_datagram_that_is_no_frame_is_ignored(bench: Bench) -> None:
     bench._ends["a"].send(b"short")
     bench.switch.take("a")
     assert bench.got("b") == []
     assert bench.switch.counters == {}
 
 
-def test_a_cut_is_of_one_direction_and_counted(bench: Bench) -> None:
+def test_a_cut_affects_one_direction_and_is_counted(bench: Bench) -> None:
     bench.rule(Link(cut=True), {"a"}, {"b"})
     bench.send("a", "*")
     bench.send("b", "*")
@@ -139,7 +138,7 @@ def test_the_first_rule_that_applies_counts(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("name", "counter"), [("loss", "lost"), ("duplicate", "duplicated"), ("corrupt", "corrupted")])
-def test_a_share_of_frames_is_hit_and_the_same_ones_with_the_same_seed(name: str, counter: str) -> None:
+def test_faults_hit_a_share_of_frames_and_the_same_ones_with_the_same_seed(name: str, counter: str) -> None:
     seen = []
     for seed in (1, 1, 2):
         bench = Bench(seed)
@@ -150,7 +149,7 @@ def test_a_share_of_frames_is_hit_and_the_same_ones_with_the_same_seed(name: str
             bench.send("a", "b", b"%04d" % number)
             got += bench.got("b")
         hit = getattr(bench.switch.counters["a", "b"], counter)
-        assert 240 < hit < 360  # of a binomial distribution: four deviations to either side
+        assert 240 < hit < 360  # binomial: four standard deviations to either side
         whole = [b"%04d" % number for number in range(1000)]
         if name == "loss":
             assert len(got) == 1000 - hit
@@ -163,7 +162,7 @@ def test_a_share_of_frames_is_hit_and_the_same_ones_with_the_same_seed(name: str
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_latency_holds_a_frame_back_in_its_order(bench: Bench) -> None:
+def test_latency_delays_frames_and_keeps_their_order(bench: Bench) -> None:
     bench.rule(Link(latency=0.05))
     began = time.monotonic()
     for number in range(10):
@@ -177,7 +176,7 @@ def test_latency_holds_a_frame_back_in_its_order(bench: Bench) -> None:
     assert bench.got("b") == [b"%d" % number for number in range(10)]
 
 
-def test_what_is_reordered_comes_later_than_what_was_sent_behind_it(bench: Bench) -> None:
+def test_a_reordered_frame_comes_after_later_ones(bench: Bench) -> None:
     bench.rule(Link(latency=0.01, reorder=0.3))
     for number in range(1000):
         bench.send("a", "b", b"%04d" % number)
@@ -191,28 +190,28 @@ def test_what_is_reordered_comes_later_than_what_was_sent_behind_it(bench: Bench
     assert got != sorted(got)
 
 
-def test_jitter_spreads_to_either_side(bench: Bench) -> None:
+def test_jitter_spreads_delays_to_either_side(bench: Bench) -> None:
     bench.rule(Link(latency=1.0, jitter=0.5))
     now = time.monotonic()
     for _ in range(500):
         bench.send("a", "b")
-    delays = [due - now for due, *_ in bench.switch._on_their_way]
+    delays = [due - now for due, *_ in bench.switch._delayed]
     assert 0.5 <= min(delays) < 0.56
     assert 1.44 < max(delays) <= 1.6
     assert 0.9 < statistics.mean(delays) < 1.1
 
 
-def test_a_bandwidth_lets_bytes_pass_one_after_the_other_and_drops_what_would_wait_too_long(bench: Bench) -> None:
+def test_a_bandwidth_delays_frames_and_drops_those_that_would_wait_too_long(bench: Bench) -> None:
     bench.rule(Link(bandwidth=10_000))
     now = time.monotonic()
     for _ in range(30):
         bench.send("a", "b", b"x" * 986)  # a frame of 1000 bytes takes 100 ms
-    due = sorted(due - now for due, *_ in bench.switch._on_their_way if _[1].name == "b")
+    due = sorted(due - now for due, *_ in bench.switch._delayed if _[1].name == "b")
     assert len(due) == bench.switch.counters["a", "b"].taken - bench.switch.counters["a", "b"].full == 10
     assert [round(each, 1) for each in due] == [round(0.1 * (number + 1), 1) for number in range(10)]
 
 
-def test_a_port_that_takes_nothing_holds_nobody_up(bench: Bench) -> None:
+def test_a_port_that_does_not_read_delays_no_other_port(bench: Bench) -> None:
     bench.send("b", "*")
     for _ in range(20_000):
         bench.send("a", "b", b"x" * 1000)
@@ -223,7 +222,7 @@ def test_a_port_that_takes_nothing_holds_nobody_up(bench: Bench) -> None:
     assert bench.got("c")[-1] == b"through"
 
 
-def test_captures_do_not_disturb_each_other(bench: Bench, tmp_path: Path) -> None:
+def test_captures_are_independent(bench: Bench, tmp_path: Path) -> None:
     for name in ("whole", "part"):
         bench.switch.capture(str(tmp_path / name))
     bench.send("a", "b", b"one")
@@ -235,13 +234,13 @@ def test_captures_do_not_disturb_each_other(bench: Bench, tmp_path: Path) -> Non
     assert (b"one" in whole, b"two" in whole) == (True, True)
 
 
-def test_a_capture_is_pcapng_with_every_frame_that_was_sent(bench: Bench, tmp_path: Path) -> None:
+def test_a_capture_is_pcapng_with_every_frame_sent(bench: Bench, tmp_path: Path) -> None:
     bench.switch.capture(str(tmp_path / "net.pcapng"))
     bench.rule(Link(cut=True))
     bench.send("a", "*", b"one")
     bench.send("b", "a", b"three")
     bench.switch.end_capture(str(tmp_path / "net.pcapng"))
-    bench.send("a", "b", b"not any more")
+    bench.send("a", "b", b"after the capture")
     blocks = list(_blocks((tmp_path / "net.pcapng").read_bytes()))
     assert [kind for kind, _ in blocks] == [0x0A0D0D0A, 1, 6, 1, 6]
     packets = [body for kind, body in blocks if kind == 6]
@@ -263,33 +262,33 @@ def _blocks(data: bytes) -> Iterator[tuple[int, bytes]]:
         data = data[length:]
 
 
-# -- the program
+# -- the helper program
 
 
 @pytest.fixture
-def program() -> Iterator[Callable[..., Any]]:
+def ask() -> Iterator[Callable[..., Answer]]:
     """Run the switch as a program and return a function that asks it."""
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.settimeout(WAIT_S)
-    run = f"sys.argv = ['switch', '7']; runpy.run_path({switch_module.__file__!r}, run_name='__main__')"
-    bootstrap = f"import os, runpy, sys; os.dup2({theirs.fileno()}, 3); {run}"
+    run = f"sys.argv = [{program.__file__!r}, 'switch', '7']; runpy.run_path(sys.argv[0], run_name='__main__')"
+    bootstrap = f"import os, runpy, sys; os.dup2({theirs.fileno()}, {CONTROL_FD}); {run}"
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", bootstrap], pass_fds=[theirs.fileno()])
     theirs.close()
     numbers = itertools.count(1)
 
-    def ask(request: dict[str, object], *descriptors: int) -> Any:
+    def ask(operation: str, *descriptors: int, **arguments: object) -> Answer:
         number = next(numbers)
-        socket.send_fds(control, [json.dumps({**request, "id": number}).encode()], descriptors)
-        said = json.loads(control.recv(1 << 20))
-        assert said.pop("id") == number
-        return said
+        send_request(control, number, operation, arguments, descriptors)
+        answer = receive_answer(control)
+        assert answer.number == number
+        return answer
 
     yield ask
     control.close()
     assert process.wait(WAIT_S) == 0  # it ends with its control socket
 
 
-def test_the_program_joins_ports_and_counts(program: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_program_joins_ports_and_counts(ask: Callable[..., Answer], tmp_path: Path) -> None:
     ends = {}
     with ExitStack() as stack:
         for name in "ab":
@@ -297,16 +296,16 @@ def test_the_program_joins_ports_and_counts(program: Callable[..., Any], tmp_pat
                 stack.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
             )
             ends[name].settimeout(WAIT_S)
-            assert program({"op": "attach", "port": name}, port.fileno()) == {"error": ""}
+            assert ask("attach", port.fileno(), name=name).error == ""
         ends["a"].send(frame("a", "b"))
         assert ends["b"].recv(100) == frame("a", "b")
-        assert program({"op": "rules", "rules": [[None, ["a"], {"cut": True}]]}) == {"error": ""}
+        assert ask("rules", rules=[(None, ["a"], {"cut": True})]).error == ""
         ends["b"].send(frame("b", "a"))
         ends["a"].send(frame("a", "b", b"second"))
         assert ends["b"].recv(100) == frame("a", "b", b"second")
-        counted = {(source, target): counters for source, target, counters in program({"op": "counters"})["counters"]}
+        counted = {(source, target): counters for source, target, counters in ask("counters").value}
         assert (counted["a", "b"]["delivered"], counted["b", "a"]["cut"]) == (2, 1)
-        assert program({"op": "detach", "port": "a"}) == {"error": ""}
+        assert ask("detach", name="a").error == ""
         gone = str(tmp_path / "gone" / "x")
-        assert program({"op": "capture", "path": gone}) == {"error": f"{gone}: No such file or directory"}
-        assert "no request" in program({"op": "dance"})["error"]
+        assert ask("capture", path=gone).error == f"{gone}: No such file or directory"
+        assert ask("dance").error == "dance: there is no such request"

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 from fakes.agent import FakeAgent
 from fakes.vm import FakeEngine, Service
 
-_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-spare", "fcvm-pool")
+_OURS = ("fcvm-session", "fake-agent", "fcvm-relay", "fcvm-standby", "fcvm-pool")
 _IMAGE = ImageConfig(
     entrypoint=("/entry",),
     cmd=("serve",),
@@ -46,7 +46,7 @@ def stack(agents: ExitStack) -> Iterator[ExitStack]:
     """What is closed after the test."""
     with ExitStack() as stack:
         yield stack
-    _wait_for_threads(("fcvm-spare", "fcvm-pool"))
+    _wait_for_threads(("fcvm-standby", "fcvm-pool"))
 
 
 def _wait_for_threads(names: tuple[str, ...]) -> None:
@@ -79,14 +79,14 @@ def engine(agents: ExitStack, tmp_path: Path, service: Service) -> FakeEngine:
 
 @pytest.fixture
 def make_inputs(engine: FakeEngine, tmp_path: Path) -> Callable[..., SnapshotInputs]:
-    """Return ingredients; keyword arguments are fields of the spec, or of the ingredients themselves."""
+    """Return the inputs of a snapshot; keyword arguments are fields of the spec, or of the inputs themselves."""
 
     def make(**fields: Any) -> SnapshotInputs:
         own = {name: fields.pop(name) for name in ("image_config", "kernel_digest", "rootfs_key") if name in fields}
         spec = VmSpec(image="registry/web:1").merged(fields)
         image: ImageConfig = own.pop("image_config", _IMAGE)
         ready = choose_ready(spec.ready, image)
-        parts: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
+        inputs: dict[str, Any] = {"kernel_digest": "kernel", "kernel_release": "6.1", "rootfs_key": "rootfs", **own}
         return SnapshotInputs(
             spec=spec,
             ready=ready,
@@ -98,7 +98,7 @@ def make_inputs(engine: FakeEngine, tmp_path: Path) -> Callable[..., SnapshotInp
             engine=engine,
             report=engine.report,
             network=spec.network.finalize(engine.networks, engine.name),
-            **parts,
+            **inputs,
         )
 
     return make

@@ -43,13 +43,13 @@ def directory(tmp_path: Path) -> Path:
     return directory
 
 
-def _build(parts: SnapshotInputs, directory: Path) -> dict[str, Any]:
-    return build_snapshot(parts, directory, lambda _phase: None)
+def _build(inputs: SnapshotInputs, directory: Path) -> dict[str, Any]:
+    return build_snapshot(inputs, directory, lambda _phase: None)
 
 
-def _failure(parts: SnapshotInputs, directory: Path, kind: type[FcvmError]) -> FcvmError:
+def _failure(inputs: SnapshotInputs, directory: Path, kind: type[FcvmError]) -> FcvmError:
     with pytest.raises(kind) as caught:
-        _build(parts, directory)
+        _build(inputs, directory)
     return caught.value
 
 
@@ -57,13 +57,13 @@ def _kinds(agent: FakeAgent) -> list[str]:
     return [kind.name for kind, _ in agent.executed]
 
 
-def test_a_base_is_configured_filled_started_proven_frozen_saved_and_killed_in_that_order(
+def test_a_base_is_configured_filled_started_verified_frozen_saved_and_killed_in_that_order(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine, tmp_path: Path
 ) -> None:
     (tmp_path / "app.conf").write_text("x=1")
     phases: list[str] = []
-    parts = make_inputs(map=(MappedPath(host=tmp_path / "app.conf", guest="/etc/app.conf", read_only=True),))
-    facts = build_snapshot(parts, directory, phases.append)
+    inputs = make_inputs(map=(MappedPath(host=tmp_path / "app.conf", guest="/etc/app.conf", read_only=True),))
+    facts = build_snapshot(inputs, directory, phases.append)
     (vm,) = engine.vms
     kinds = [kind for kind in _kinds(vm.agent) if kind not in ("LOGS", "CONNECT", "LISTENING", "METRICS")]
     assert kinds == ["CONFIGURE", "TAR_IN", "START", "SYNC", "QUIESCE"]
@@ -138,7 +138,7 @@ def test_an_image_without_a_command_is_a_usage_problem(
         (ReadySpec(mode=ReadyMode.HTTP, port=80, text="/"), {80: 1}, 80),
     ],
 )
-def test_clones_are_proven_on_the_port_that_answered_or_the_first_exposed_one_that_listens(
+def test_clones_are_verified_on_the_port_that_answered_or_the_first_exposed_one_that_listens(
     ready: ReadySpec,
     listening: dict[int, int],
     port: int | None,
@@ -194,7 +194,7 @@ def test_a_workload_that_never_rests_is_frozen_all_the_same(
     assert _build(make_inputs(), directory)["client_port"] == 80
 
 
-def test_a_guest_that_cannot_tell_what_its_workload_uses_is_taken_for_resting(
+def test_a_guest_without_cpu_figures_counts_as_resting(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine
 ) -> None:
     serve = engine.prepare_guest
@@ -217,14 +217,14 @@ def test_what_the_workload_printed_is_kept_beside_the_snapshot(
 def test_a_prepare_function_works_on_the_ready_base(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine, service: Service
 ) -> None:
-    told = []
+    seen = []
 
     def prepare(base: Clone) -> None:
-        told.append(base.succeed(["echo", "loaded"]))
-        told.append(base.http(80).get("/rows").text)
+        seen.append(base.succeed(["echo", "loaded"]))
+        seen.append(base.http(80).get("/rows").text)
 
     _build(make_inputs(prepare=Prepare(prepare)), directory)
-    assert told == ["loaded\n", "hello"]
+    assert seen == ["loaded\n", "hello"]
     assert service.requests[-1].startswith(b"GET /rows")
     assert _kinds(engine.vms[0].agent)[-1] == "QUIESCE"
 
@@ -277,7 +277,7 @@ def test_a_prepare_function_that_raises_is_a_failed_build_with_its_traceback(
 
     error = _failure(make_inputs(prepare=Prepare(load_rows)), directory, GuestError)
     assert error.message == "the prepare function load_rows failed: LookupError: no rows today"
-    assert "test_build.py" in error.evidence["prepare"]
+    assert "test_builder.py" in error.evidence["prepare"]
     assert "console" in error.evidence
     assert engine.vms[0].exit is not None
 
@@ -302,7 +302,7 @@ def test_a_service_that_prepare_broke_is_not_snapshotted(
 # Failures
 
 
-def test_a_workload_that_ends_before_it_is_ready_is_told_at_once_with_its_last_words(
+def test_a_workload_that_ends_before_it_is_ready_fails_the_build_at_once_with_its_output(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine
 ) -> None:
     serve = engine.prepare_guest
@@ -320,7 +320,7 @@ def test_a_workload_that_ends_before_it_is_ready_is_told_at_once_with_its_last_w
     assert engine.vms[0].exit is not None
 
 
-def test_a_service_that_is_never_ready_is_told_at_the_deadline_with_log_and_console(
+def test_a_service_that_is_never_ready_fails_at_the_deadline_with_log_and_console(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine
 ) -> None:
     serve = engine.prepare_guest
@@ -331,7 +331,7 @@ def test_a_service_that_is_never_ready_is_told_at_the_deadline_with_log_and_cons
     assert "state" not in {path.name for path in directory.iterdir()}
 
 
-def test_a_vm_that_dies_meanwhile_is_told_at_once(
+def test_a_vm_that_dies_meanwhile_fails_the_build_at_once(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine
 ) -> None:
     def die(_base: Clone) -> None:
@@ -368,22 +368,22 @@ def _hang_boots(engine: FakeEngine, times: int) -> None:
             vm.console_path.write_bytes(b"")
             vm.agent.wait_for_secret(b"nobody knows this")
 
-    engine.spoil = hang
+    engine.change_vm = hang
 
 
-def test_a_vm_that_dies_while_it_boots_is_told_with_its_console(
+def test_a_vm_that_dies_while_it_boots_is_reported_with_its_console(
     make_inputs: Callable[..., SnapshotInputs], directory: Path, engine: FakeEngine
 ) -> None:
     def panic(vm: FakeVm) -> None:
         vm.console_path.write_bytes(b"Kernel panic - not syncing\n")
         vm.die(6)
 
-    engine.spoil = panic
+    engine.change_vm = panic
     error = _failure(make_inputs(), directory, EngineError)
     assert error.message == "VM base ended: signal 6"
     assert error.evidence["console"] == "Kernel panic - not syncing"
 
 
-def test_ingredients_are_frozen(make_inputs: Callable[..., SnapshotInputs]) -> None:
+def test_inputs_are_frozen(make_inputs: Callable[..., SnapshotInputs]) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_inputs().kernel_digest = "other"  # type: ignore[misc]

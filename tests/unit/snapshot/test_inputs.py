@@ -1,4 +1,4 @@
-"""What a snapshot is made of: an init is known by its program, and told where it runs."""
+"""The inputs of a snapshot: an init system is known by its program, and gets `container`."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from pytest_fcvm.snapshot import SnapshotInputs
 def test_an_init_is_known_by_its_program(
     program: str, is_init: bool, make_inputs: Callable[..., SnapshotInputs]
 ) -> None:
-    parts = make_inputs(image_config=ImageConfig(cmd=(program,)))
-    assert parts.is_init is is_init
-    assert parts.defaults.env.get("container") == ("fcvm" if is_init else None)
-    assert parts.defaults.stop_signal == (signal.SIGRTMIN + 3 if is_init else signal.SIGTERM)
+    inputs = make_inputs(image_config=ImageConfig(cmd=(program,)))
+    assert inputs.is_init is is_init
+    assert inputs.defaults.env.get("container") == ("fcvm" if is_init else None)
+    assert inputs.defaults.stop_signal == (signal.SIGRTMIN + 3 if is_init else signal.SIGTERM)
 
 
 def test_an_images_own_words_go_before_ours(make_inputs: Callable[..., SnapshotInputs]) -> None:
     config = ImageConfig(cmd=("/sbin/init",), env=("container=docker",), stop_signal="SIGPWR")
-    parts = make_inputs(image_config=config)
-    assert (parts.defaults.env["container"], parts.defaults.stop_signal) == ("docker", signal.SIGPWR)
+    inputs = make_inputs(image_config=config)
+    assert (inputs.defaults.env["container"], inputs.defaults.stop_signal) == ("docker", signal.SIGPWR)
 
 
 @pytest.mark.parametrize(

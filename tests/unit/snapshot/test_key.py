@@ -87,8 +87,8 @@ def test_the_order_of_an_environment_is_not_in_the_key(make_inputs: _Make, store
 def test_an_environments_values_cannot_be_guessed_from_a_key(make_inputs: _Make, store: Store, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     for fields in ({"env": {"PASSWORD": "tiger-lily"}}, {"metadata": {"password": {"is": "tiger-lily"}}}):
-        parts = make_inputs(**fields)
-        assert snapshot_key(parts, store) != snapshot_key(parts, Store(tmp_path / "other"))
+        inputs = make_inputs(**fields)
+        assert snapshot_key(inputs, store) != snapshot_key(inputs, Store(tmp_path / "other"))
 
 
 def test_a_mapped_link_is_in_the_key_as_what_it_leads_to(make_inputs: _Make, store: Store, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pytest_fcvm.clone import Clone
 from pytest_fcvm.errors import FcvmError, UsageProblem
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.model.net import Attachment
-from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 
@@ -34,7 +34,9 @@ class Segment:
         other.close()
         self.ends.append(end)
         address = f"10.77.{self.number}.10"
-        return Attachment(end=end, mac="02:fc:00:00:00:01", addresses=(f"{address}/24",), hosts=(f"{address} {name}",))
+        return Attachment(
+            packet_socket=end, mac="02:fc:00:00:00:01", addresses=(f"{address}/24",), hosts=(f"{address} {name}",)
+        )
 
     def joined(self, name: str, tell: Callable[[tuple[str, ...]], object], set_link: Callable[[bool], object]) -> None:
         self.happened.append(f"joined {name}")
@@ -45,22 +47,22 @@ class Segment:
 
 
 @pytest.fixture
-def snapshot(make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack) -> Snapshot:
-    parts = make_inputs()
+def snapshot(make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack) -> OpenSnapshot:
+    inputs = make_inputs()
     directory = tmp_path / "entry"
     directory.mkdir()
     room = lambda _mib: ExitStack()  # noqa: E731
-    entry = Entry(path=directory, key="0" * 64, facts=build_snapshot(parts, directory, lambda _phase: None))
-    snapshot = Snapshot(entry=entry, parts=parts, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
+    entry = Entry(path=directory, key="0" * 64, facts=build_snapshot(inputs, directory, lambda _phase: None))
+    snapshot = OpenSnapshot(entry=entry, inputs=inputs, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
     stack.callback(snapshot.close)
     return snapshot
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone.running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
-def test_a_clone_joins_before_it_goes_on_and_leaves_with_its_end(snapshot: Snapshot) -> None:
+def test_a_clone_joins_before_it_goes_on_and_leaves_with_its_end(snapshot: OpenSnapshot) -> None:
     inner, outer = Segment(1), Segment(2)
     with snapshot.clone(name="web", networks=[inner, outer]) as clone:
         done = [(kind, fields) for kind, fields in _agent_of(clone).executed if kind.is_verb]
@@ -73,7 +75,7 @@ def test_a_clone_joins_before_it_goes_on_and_leaves_with_its_end(snapshot: Snaps
     assert inner.happened == outer.happened == ["plug web", "joined web", "unplug web"]
 
 
-def test_the_names_of_both_networks_are_told_together(snapshot: Snapshot) -> None:
+def test_the_names_of_both_networks_are_written_together(snapshot: OpenSnapshot) -> None:
     inner, outer = Segment(1), Segment(2)
     with snapshot.clone(name="web", networks=[inner, outer]) as clone:
         outer.tell(("10.77.2.10 web", "10.77.2.11 db"))
@@ -81,24 +83,24 @@ def test_the_names_of_both_networks_are_told_together(snapshot: Snapshot) -> Non
         assert fields.texts(FieldTag.HOSTS)[-3:] == ["10.77.1.10 web", "10.77.2.10 web", "10.77.2.11 db"]
 
 
-def test_a_network_plugs_in_and_out_the_cable_that_is_its_own(snapshot: Snapshot, engine: FakeEngine) -> None:
+def test_a_network_plugs_in_and_out_the_cable_that_is_its_own(snapshot: OpenSnapshot, engine: FakeEngine) -> None:
     inner, outer = Segment(1), Segment(2)
     with snapshot.clone(name="web", networks=[inner, outer]):
         outer.set_link(False)
         inner.set_link(True)
-        assert engine.vms[-1].calls[-2:] == ["attachment 1 out", "attachment 0 in"]
+        assert engine.vms[-1].calls[-2:] == ["link 1 down", "link 0 up"]
 
 
-def test_a_clone_that_does_not_come_to_life_is_on_no_network(snapshot: Snapshot, engine: FakeEngine) -> None:
+def test_a_clone_that_does_not_come_to_life_is_on_no_network(snapshot: OpenSnapshot, engine: FakeEngine) -> None:
     network = Segment(1)
-    engine.spoil = lambda vm: vm.die(11)
+    engine.change_vm = lambda vm: vm.die(11)
     with pytest.raises(FcvmError):
         snapshot.clone(name="web", networks=[network])
     assert network.happened == ["plug web", "unplug web"]
     assert network.ends[0].fileno() == -1
 
 
-def test_more_networks_than_an_engine_has_cards_for_are_refused(snapshot: Snapshot, engine: FakeEngine) -> None:
+def test_more_networks_than_an_engine_has_nics_for_are_refused(snapshot: OpenSnapshot, engine: FakeEngine) -> None:
     segments = [Segment(number) for number in range(3)]
     with pytest.raises(UsageProblem, match="a clone on fake, network user, can be on 2 private networks, not 3"):
         snapshot.clone(networks=segments)

@@ -25,7 +25,7 @@ from pytest_fcvm.guest.session import Session
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.network.ports.relay import Relay
 from pytest_fcvm.ready import ClientPath
-from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.snapshot.cloner import Cloner
 from pytest_fcvm.store import Entry
 
@@ -38,7 +38,7 @@ _STEPS: tuple[tuple[Any, str], ...] = (
     (WorkloadLog, "__init__"),
     (RunningVm, "pause_for_exit"),
     (Relay, "publish"),
-    (ClientPath, "prove"),
+    (ClientPath, "verify"),
     (Cloner, "_warm_up"),
     (pytest_fcvm.network.ports.open, "ReversePorts"),
     (pytest_fcvm.snapshot.cloner, "fresh_identity"),
@@ -94,17 +94,19 @@ def _nothing_left(engine: FakeEngine, injector: _Injector, what: str) -> Iterato
     assert not alive, (what, alive)
 
 
-def _life(parts: SnapshotInputs, directory: Path) -> None:
-    """Build a snapshot, hand out a clone, make one ahead and hand that out too, and close everything."""
+def _life(inputs: SnapshotInputs, directory: Path) -> None:
+    """Build a snapshot, take a clone, prewarm one and take that too, and close everything."""
     directory.mkdir()
-    facts = build_snapshot(parts, directory, lambda _phase: None)
+    facts = build_snapshot(inputs, directory, lambda _phase: None)
     room: Any = lambda _mem_mib: ExitStack()  # noqa: E731
-    runtime = SnapshotRuntime(admit=room, admit_prewarmed=room, prewarmed=1)
-    with Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime) as snapshot:
+    runtime = SnapshotRuntime(admit=room, admit_prewarmed=room, pool_size=1)
+    with OpenSnapshot(
+        entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime
+    ) as snapshot:
         for _ in range(2):
             with snapshot.clone():
-                assert snapshot._pool is not None
-                wait_until(lambda: not snapshot._pool._making, Deadline(10))  # type: ignore[union-attr]
+                assert snapshot.pool is not None
+                wait_until(lambda: not snapshot.pool.making, Deadline(10))  # type: ignore[union-attr]
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ def test_a_fault_at_any_step_leaves_nothing(
 
 
 @pytest.mark.parametrize("step", ["restore", "ready"])
-def test_the_end_of_the_session_ends_a_clone_that_is_being_made_ahead(
+def test_the_end_of_the_session_ends_a_clone_that_is_being_prewarmed(
     make_inputs: Callable[..., SnapshotInputs],
     engine: FakeEngine,
     tmp_path: Path,
@@ -151,26 +153,26 @@ def test_the_end_of_the_session_ends_a_clone_that_is_being_made_ahead(
     original = getattr(owner, name)
 
     def slow(*arguments: Any) -> Any:
-        if threading.current_thread().name in ("fcvm-pool", "fcvm-spare"):  # the standby may be the first
+        if threading.current_thread().name in ("fcvm-pool", "fcvm-standby"):  # the standby may be the first
             reached.set()
             held.wait(0.3)
         return original(*arguments)
 
-    parts, directory = make_inputs(), tmp_path / "entry"
+    inputs, directory = make_inputs(), tmp_path / "entry"
     directory.mkdir()
-    facts = build_snapshot(parts, directory, lambda _phase: None)
+    facts = build_snapshot(inputs, directory, lambda _phase: None)
     monkeypatch.setattr(owner, name, slow)
     room: Any = lambda _mem_mib: ExitStack()  # noqa: E731
-    snapshot = Snapshot(
+    snapshot = OpenSnapshot(
         entry=Entry(path=directory, key="0" * 64, facts=facts),
-        parts=parts,
-        runtime=SnapshotRuntime(admit=room, admit_prewarmed=room, prewarmed=1),
+        inputs=inputs,
+        runtime=SnapshotRuntime(admit=room, admit_prewarmed=room, pool_size=1),
     )
     clone = snapshot.clone()
     assert reached.wait(10)
     clone.close()
     snapshot.close()
-    left = [thread.name for thread in threading.enumerate() if thread.name in ("fcvm-pool", "fcvm-spare")]
+    left = [thread.name for thread in threading.enumerate() if thread.name in ("fcvm-pool", "fcvm-standby")]
     assert not left  # not a moment later: what they need goes next
     assert snapshot.fault is None
     assert all(vm.exit is not None for vm in engine.vms)

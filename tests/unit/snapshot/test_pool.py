@@ -1,4 +1,4 @@
-"""Clones ahead of the tests: alive before they are asked for, asleep until then, replaced when they die."""
+"""The pool: clones that run before a test asks for them, are paused until then, and are replaced when they die."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytest_fcvm.host.libc import real_time_ns
 from pytest_fcvm.image.config import Healthcheck, ImageConfig
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec
-from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.snapshot.pool import Depth
 from pytest_fcvm.store import Entry
 
@@ -29,7 +29,7 @@ _CHECKED = ImageConfig(entrypoint=("/entry",), healthcheck=Healthcheck(test=("CM
 
 
 class Room:
-    """The host's memory: how many clones were let in by tests, and ahead of them."""
+    """The host's memory: how many clones of tests and how many prewarmed ones were admitted."""
 
     def __init__(self) -> None:
         self.asked = self.prewarmed = 0
@@ -44,7 +44,7 @@ class Room:
     @contextmanager
     def admit_prewarmed(self, _mem_mib: int) -> Iterator[None]:
         if self.full_for_prewarmed:
-            raise NoRoomToPrewarm("no room ahead")
+            raise NoRoomToPrewarm("no room to prewarm")
         self.prewarmed += 1
         yield
         self.prewarmed -= 1
@@ -59,18 +59,18 @@ def room() -> Room:
 @pytest.fixture
 def make_snapshot(
     make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, room: Room
-) -> Callable[..., Snapshot]:
-    """Build a snapshot that keeps `ahead` clones; other arguments are fields of its spec."""
+) -> Callable[..., OpenSnapshot]:
+    """Build a snapshot with a pool of `pool_size` clones; other arguments are fields of its spec."""
 
-    def make(prewarmed: int | None = 1, makers: int = 1, **fields: Any) -> Snapshot:
-        parts = make_inputs(**fields)
+    def make(pool_size: int | None = 1, makers: int = 1, **fields: Any) -> OpenSnapshot:
+        inputs = make_inputs(**fields)
         directory = tmp_path / "entry"
         directory.mkdir()
-        facts = build_snapshot(parts, directory, lambda _phase: None)
+        facts = build_snapshot(inputs, directory, lambda _phase: None)
         runtime = SnapshotRuntime(
-            admit=room.admit, admit_prewarmed=room.admit_prewarmed, prewarmed=prewarmed, makers=makers
+            admit=room.admit, admit_prewarmed=room.admit_prewarmed, pool_size=pool_size, makers=makers
         )
-        snapshot = Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime)
+        snapshot = OpenSnapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime)
         stack.callback(_wait_for_maker)  # before the service goes that it may still be proving
         stack.callback(snapshot.close)
         return snapshot
@@ -91,28 +91,28 @@ def _wait_for_maker() -> None:
 
 
 def _vm(clone: Clone) -> FakeVm:
-    return clone._running.vm  # type: ignore[return-value]
+    return clone.running.vm  # type: ignore[return-value]
 
 
 def _sleeps(vm: FakeVm) -> bool:
     return vm.calls[-1] == "pause" and vm.agent.executed[-1][0] is StreamKind.FREEZE
 
 
-def _wait_for_one_asleep(clones_of: Callable[[], list[FakeVm]], beside: int = 1) -> FakeVm:
+def _wait_for_a_paused_one(clones_of: Callable[[], list[FakeVm]], beside: int = 1) -> FakeVm:
     assert wait_until(lambda: len(clones_of()) == beside + 1 and _sleeps(clones_of()[-1]), Deadline(10))
     return clones_of()[-1]
 
 
 def test_the_next_clone_is_made_while_a_test_has_its_own(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]], room: Room
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]], room: Room
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone() as first:
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         assert (room.asked, room.prewarmed) == (1, 1)
         with snapshot.clone() as second:
             assert _vm(second) is prewarmed
-            assert [phase for phase, _ in second.timeline.phases] == ["pool", "wake"]
+            assert [phase for phase, _ in second.timeline.phases] == ["pool", "resume"]
             assert second.http(80).get("/").text == "hello"
             assert second.name != first.name
             assert f"10.0.2.15 {second.name}" in prewarmed.agent.executed[0][1].texts(FieldTag.HOSTS)
@@ -121,12 +121,12 @@ def test_the_next_clone_is_made_while_a_test_has_its_own(
     assert wait_until(lambda: (room.asked, room.prewarmed) == (0, 0), Deadline(10))
 
 
-def test_a_clone_ahead_has_its_identity_first_and_the_time_when_it_is_taken(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+def test_a_prewarmed_clone_has_its_identity_at_once_and_the_time_when_it_is_taken(
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         done = [kind for kind, _ in prewarmed.agent.executed]
         assert done[0] is StreamKind.PERSONALISE
         assert done[-1] is StreamKind.FREEZE
@@ -139,31 +139,31 @@ def test_a_clone_ahead_has_its_identity_first_and_the_time_when_it_is_taken(
             assert prewarmed.calls[-1] == "resume"
 
 
-def test_a_clone_ahead_is_proven_by_the_condition_that_the_base_was(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+def test_a_prewarmed_clone_is_verified_by_the_condition_of_its_base(
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot(ready=ReadySpec(mode=ReadyMode.HEALTHCHECK), image_config=_CHECKED)
     with snapshot.clone():
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         commands = [fields.texts(FieldTag.ARG) for kind, fields in prewarmed.agent.executed if kind is StreamKind.EXEC]
         assert commands == [["echo", "warm"]]
 
 
-def test_what_warms_is_run_in_clones_made_ahead_and_in_no_other(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+def test_warm_runs_in_prewarmed_clones_alone(
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     warmed: list[str] = []
     snapshot = make_snapshot(warm=lambda clone: warmed.append(clone.succeed(["echo", "warm"])))
     with snapshot.clone() as first:
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         assert warmed == ["warm\n"]
         ran = [fields.texts(FieldTag.ARG) for kind, fields in prewarmed.agent.executed if kind is StreamKind.EXEC]
         assert ran == [["echo", "warm"]]
         assert StreamKind.EXEC not in [kind for kind, _ in _vm(first).agent.executed]
 
 
-def test_what_fails_to_warm_is_told_and_costs_no_test(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+def test_a_warm_function_that_fails_is_reported_and_fails_no_test(
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     def fail(_clone: Clone) -> None:
         raise ValueError("no such table")
@@ -171,25 +171,25 @@ def test_what_fails_to_warm_is_told_and_costs_no_test(
     snapshot = make_snapshot(warm=fail)
     with snapshot.clone():
         assert wait_until(lambda: snapshot.fault is not None, Deadline(10))
-        assert str(snapshot.fault).startswith("the warm function failed: ValueError: no such table")
+        assert str(snapshot.fault).startswith("the warm function fail failed: ValueError: no such table")
         with snapshot.clone() as second:
             assert second.succeed(["echo", "x"]) == "x\n"
 
 
 def test_several_are_made_at_once_where_there_are_processors_for_it(
-    make_snapshot: Callable[..., Snapshot], engine: FakeEngine
+    make_snapshot: Callable[..., OpenSnapshot], engine: FakeEngine
 ) -> None:
-    snapshot = make_snapshot(prewarmed=3, makers=2)
+    snapshot = make_snapshot(pool_size=3, makers=2)
     held, resume_session = threading.Semaphore(0), threading.Event()
 
     def hold(_vm: FakeVm) -> None:
-        if threading.current_thread().name == "fcvm-spare":
-            raise EngineError("without a spare, a clone's VMM is the pool's own to make")
+        if threading.current_thread().name == "fcvm-standby":
+            raise EngineError("without a standby the pool makes the VMM of a clone")
         if threading.current_thread().name == "fcvm-pool":
             held.release()
             resume_session.wait(10)
 
-    engine.spoil = hold
+    engine.change_vm = hold
     with snapshot.clone():
         assert held.acquire(timeout=10)
         assert held.acquire(timeout=10), "a second one is made beside the first"
@@ -198,24 +198,24 @@ def test_several_are_made_at_once_where_there_are_processors_for_it(
 
 
 def test_one_that_died_in_the_pool_is_replaced_without_a_word(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        _wait_for_one_asleep(clones_of).die(11)
+        _wait_for_a_paused_one(clones_of).die(11)
         with snapshot.clone() as second:
             assert second.succeed(["echo", "alive"]) == "alive\n"
         assert snapshot.lost == 1
 
 
-def test_one_that_does_not_wake_is_replaced_without_a_word(
-    make_snapshot: Callable[..., Snapshot],
+def test_one_that_does_not_resume_is_replaced_silently(
+    make_snapshot: Callable[..., OpenSnapshot],
     clones_of: Callable[[], list[FakeVm]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         monkeypatch.setattr(prewarmed, "resume", lambda: (_ for _ in ()).throw(EngineError("it is gone")))
         with snapshot.clone() as second:
             assert _vm(second) is not prewarmed
@@ -224,14 +224,14 @@ def test_one_that_does_not_wake_is_replaced_without_a_word(
 
 
 def test_a_test_that_waits_gets_the_clone_that_is_being_made_before_it_is_put_to_sleep(
-    make_snapshot: Callable[..., Snapshot], engine: FakeEngine, clones_of: Callable[[], list[FakeVm]]
+    make_snapshot: Callable[..., OpenSnapshot], engine: FakeEngine, clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
     resume_session = threading.Event()
     with snapshot.clone() as first:
-        _wait_for_one_asleep(clones_of)
-        engine.spoil = lambda _vm: resume_session.wait(10) and None
-        with snapshot.clone():  # takes the one asleep; its successor is held up
+        _wait_for_a_paused_one(clones_of)
+        engine.change_vm = lambda _vm: resume_session.wait(10) and None
+        with snapshot.clone():  # takes the paused one; the next one is held up
             assert wait_until(lambda: any(t.name == "fcvm-pool" for t in threading.enumerate()), Deadline(10))
             threading.Timer(0.1, resume_session.set).start()
             with snapshot.clone() as third:
@@ -241,20 +241,20 @@ def test_a_test_that_waits_gets_the_clone_that_is_being_made_before_it_is_put_to
 
 
 @pytest.mark.parametrize("how", [{"name": "db"}, {"publish": (PublishedPort(guest_port=443, host_port=18444),)}])
-def test_a_clone_with_wishes_of_its_own_is_made_for_them(
-    how: dict[str, Any], make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+def test_a_clone_with_its_own_settings_does_not_come_from_the_pool(
+    how: dict[str, Any], make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         with snapshot.clone(**how) as second:
             assert _vm(second) is not prewarmed
             assert second.name == how.get("name", second.name)
 
 
-@pytest.mark.parametrize("without", [{"ahead": 0}, {"publish": (PublishedPort(guest_port=443, host_port=18445),)}])
-def test_nothing_is_made_ahead_that_is_not_wanted_or_would_hold_a_port(
-    without: dict[str, Any], make_snapshot: Callable[..., Snapshot], room: Room
+@pytest.mark.parametrize("without", [{"pool_size": 0}, {"publish": (PublishedPort(guest_port=443, host_port=18445),)}])
+def test_nothing_is_prewarmed_without_a_pool_or_with_a_fixed_port(
+    without: dict[str, Any], make_snapshot: Callable[..., OpenSnapshot], room: Room
 ) -> None:
     snapshot = make_snapshot(**without)
     with snapshot.clone():
@@ -262,7 +262,7 @@ def test_nothing_is_made_ahead_that_is_not_wanted_or_would_hold_a_port(
         assert room.prewarmed == 0
 
 
-def test_without_room_ahead_tests_start_their_own(make_snapshot: Callable[..., Snapshot], room: Room) -> None:
+def test_without_room_to_prewarm_tests_start_clones(make_snapshot: Callable[..., OpenSnapshot], room: Room) -> None:
     room.full_for_prewarmed = True
     snapshot = make_snapshot()
     with snapshot.clone(), snapshot.clone() as second:
@@ -270,13 +270,13 @@ def test_without_room_ahead_tests_start_their_own(make_snapshot: Callable[..., S
         assert room.asked == 2
 
 
-def test_who_needs_the_room_gets_it_back(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]], room: Room
+def test_a_test_that_needs_room_gets_that_of_the_pool(
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]], room: Room
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone() as clone:
-        _wait_for_one_asleep(clones_of)
-        snapshot.drain()
+        _wait_for_a_paused_one(clones_of)
+        snapshot.release()
         assert clones_of() == [_vm(clone)]
         assert room.prewarmed == 0
         with snapshot.clone() as second:
@@ -284,11 +284,11 @@ def test_who_needs_the_room_gets_it_back(
 
 
 def test_a_reset_clone_keeps_its_ports_and_takes_nothing_from_the_pool(
-    make_snapshot: Callable[..., Snapshot], clones_of: Callable[[], list[FakeVm]]
+    make_snapshot: Callable[..., OpenSnapshot], clones_of: Callable[[], list[FakeVm]]
 ) -> None:
     snapshot = make_snapshot()
     with snapshot.clone():
-        prewarmed = _wait_for_one_asleep(clones_of)
+        prewarmed = _wait_for_a_paused_one(clones_of)
         with snapshot.clone() as second:
             assert _vm(second) is prewarmed
             before = second.endpoint(80)

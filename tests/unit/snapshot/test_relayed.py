@@ -1,4 +1,4 @@
-"""Clones whose ports go through their agents: an engine without a network to the host, or one that was told so."""
+"""Clones whose ports go through their agents: an engine without a network to the host, or one with that setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import Proto, PublishedPort
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec, ReadyMode, ReadySpec
-from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 RELAY = NetworkSpec(mode=NetworkMode.RELAY)
@@ -33,13 +33,13 @@ def start(
     engine.networks = (NetworkMode.RELAY,)
 
     def start(**fields: Any) -> Clone:
-        parts = make_inputs(**fields)
+        inputs = make_inputs(**fields)
         directory = tmp_path / "entry"
         directory.mkdir()
-        facts = build_snapshot(parts, directory, lambda _phase: None)
+        facts = build_snapshot(inputs, directory, lambda _phase: None)
         room = lambda _mib: ExitStack()  # noqa: E731
         entry = Entry(path=directory, key="0" * 64, facts=facts)
-        snapshot = Snapshot(entry=entry, parts=parts, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
+        snapshot = OpenSnapshot(entry=entry, inputs=inputs, runtime=SnapshotRuntime(admit=room, admit_prewarmed=room))
         stack.callback(snapshot.close)
         return stack.enter_context(snapshot.clone())
 
@@ -47,7 +47,7 @@ def start(
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone.running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
 def _fields(agent: FakeAgent, kind: StreamKind) -> Any:
@@ -91,19 +91,19 @@ def test_nothing_listens_any_more_when_the_clone_is_closed(start: Callable[..., 
         socket.create_connection(endpoint, timeout=20)
 
 
-def test_why_a_connection_was_reset_is_told_with_what_fails_then(start: Callable[..., Clone]) -> None:
+def test_the_reason_of_a_reset_connection_is_in_the_error(start: Callable[..., Clone]) -> None:
     clone = start()
-    assert "ports" not in clone._running.evidence()
+    assert "ports" not in clone.running.evidence()
     _agent_of(clone).refusals[StreamKind.CONNECT] = (errno.EAGAIN, "too many streams")
     with (
         pytest.raises(ConnectionResetError),  # connect says it, where the reset is as quick
         socket.create_connection(clone.endpoint(80), timeout=20) as client,
     ):
         client.recv(1)
-    assert clone._running.evidence()["ports"].startswith("a connection to guest port 80 was reset: ")
+    assert clone.running.evidence()["ports"].startswith("a connection to guest port 80 was reset: ")
 
 
-def test_a_clone_that_is_deaf_on_its_port_is_told(
+def test_a_clone_that_does_not_answer_on_its_port_is_an_error(
     start: Callable[..., Clone], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = engine.prepare_guest
@@ -143,9 +143,9 @@ def test_datagrams_go_through_the_agent_on_every_network(
 
 
 def test_an_engine_that_leads_nowhere_outside_says_which_does(start: Callable[..., Clone]) -> None:
-    with pytest.raises(UsageProblem, match="fake has no network 'auto,egress'") as caught:
+    with pytest.raises(UsageProblem, match="fake does not support the network 'auto,egress'") as caught:
         start(network=NetworkSpec(egress=True))
-    assert "relay has no way out" in caught.value.hint
+    assert "relay has no egress" in caught.value.hint
 
 
 def test_where_both_are_offered_the_first_is_taken(make_inputs: Callable[..., SnapshotInputs]) -> None:

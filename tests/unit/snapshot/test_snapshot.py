@@ -1,4 +1,4 @@
-"""The warm path: clones of a snapshot, each its own machine, and nothing left of one that did not come to life."""
+"""The warm path: clones of a snapshot, each a VM of its own, and nothing left of one that did not start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.specs import Clock, VmSpec
-from pytest_fcvm.snapshot import Snapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
 
@@ -53,21 +53,21 @@ def room() -> Room:
 @pytest.fixture
 def make_snapshot(
     make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, room: Room
-) -> Callable[..., Snapshot]:
+) -> Callable[..., OpenSnapshot]:
     """Build a snapshot; keyword arguments are fields of its spec."""
 
-    def make(**fields: Any) -> Snapshot:
-        parts = make_inputs(**fields)
+    def make(**fields: Any) -> OpenSnapshot:
+        inputs = make_inputs(**fields)
         directory = tmp_path / "entry"
         directory.mkdir()
-        facts = build_snapshot(parts, directory, lambda _phase: None)
+        facts = build_snapshot(inputs, directory, lambda _phase: None)
         runtime = SnapshotRuntime(
             admit=room.admit,
             admit_prewarmed=room.admit,
             on_created=room.on_created.append,
-            failed=lambda _spec, error: room.failed.append(error),
+            on_failed=lambda _spec, error: room.failed.append(error),
         )
-        snapshot = Snapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), parts=parts, runtime=runtime)
+        snapshot = OpenSnapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime)
         stack.callback(snapshot.close)
         return snapshot
 
@@ -75,7 +75,7 @@ def make_snapshot(
 
 
 @pytest.fixture
-def snapshot(make_snapshot: Callable[..., Snapshot]) -> Snapshot:
+def snapshot(make_snapshot: Callable[..., OpenSnapshot]) -> OpenSnapshot:
     """A snapshot of the service on port 80."""
     return make_snapshot()
 
@@ -87,18 +87,18 @@ def start(stack: ExitStack) -> Callable[..., Clone]:
 
 
 def _agent_of(clone: Clone) -> FakeAgent:
-    return clone._running.vm.agent  # type: ignore[attr-defined, no-any-return]
+    return clone.running.vm.agent  # type: ignore[attr-defined, no-any-return]
 
 
 def _identity(clone: Clone) -> Any:
     """Return what made it unlike every other; the time follows by itself."""
-    told = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
-    (fields,) = [fields for fields in told if FieldTag.ENTROPY in fields]
+    sent = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
+    (fields,) = [fields for fields in sent if FieldTag.ENTROPY in fields]
     return fields
 
 
 def test_a_clone_runs_answers_and_knows_where_it_comes_from(
-    snapshot: Snapshot, start: Callable[..., Clone], room: Room
+    snapshot: OpenSnapshot, start: Callable[..., Clone], room: Room
 ) -> None:
     clone = start(snapshot, name="web-1")
     assert (clone.name, clone.engine, clone.spec) == ("web-1", "fake", snapshot.spec)
@@ -109,19 +109,19 @@ def test_a_clone_runs_answers_and_knows_where_it_comes_from(
 
 
 def test_the_vmm_of_the_next_clone_gets_itself_ready_meanwhile(
-    snapshot: Snapshot, start: Callable[..., Clone], engine: FakeEngine
+    snapshot: OpenSnapshot, start: Callable[..., Clone], engine: FakeEngine
 ) -> None:
     start(snapshot)
-    assert wait_until(lambda: engine.vms[-1].calls == ["get_ready"], Deadline(20))
+    assert wait_until(lambda: engine.vms[-1].calls == ["preconfigure"], Deadline(20))
     standby = engine.vms[-1]
-    assert standby.name == "spare"
+    assert standby.name == "standby"
     clone = start(snapshot, name="web-2")
-    assert clone._running.vm is standby
+    assert clone.running.vm is standby
     assert standby.name == "web-2", "errors name the VM by its clone"
 
 
 def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
-    snapshot: Snapshot, start: Callable[..., Clone]
+    snapshot: OpenSnapshot, start: Callable[..., Clone]
 ) -> None:
     clones = [start(snapshot) for _ in range(5)]
     identities = [_identity(clone) for clone in clones]
@@ -137,14 +137,14 @@ def test_every_clone_gets_random_bytes_names_and_addresses_of_its_own(
     assert FieldTag.HOSTNAME not in first  # services remember under which they have started
 
 
-def test_identity_comes_before_everything_else(snapshot: Snapshot, start: Callable[..., Clone]) -> None:
+def test_identity_comes_before_everything_else(snapshot: OpenSnapshot, start: Callable[..., Clone]) -> None:
     clone = start(snapshot)
     clone.succeed(["echo"])
     assert _agent_of(clone).executed[0][0] is StreamKind.PERSONALISE
 
 
-def test_the_time_is_told_when_the_guest_has_answered_and_the_hook_runs_after_it(
-    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone], engine: FakeEngine
+def test_the_clock_is_set_when_the_guest_has_answered_and_before_the_hook(
+    make_snapshot: Callable[..., OpenSnapshot], start: Callable[..., Clone], engine: FakeEngine
 ) -> None:
     snapshot = make_snapshot(hook="echo hook")
     answered: list[int] = []
@@ -156,16 +156,16 @@ def test_the_time_is_told_when_the_guest_has_answered_and_the_hook_runs_after_it
         at_verb(agent, StreamKind.PERSONALISE, lambda: (time.sleep(0.2), answered.append(time.time_ns())))
 
     engine.prepare_guest = take_long
-    told = [fields for kind, fields in _agent_of(start(snapshot)).executed if kind is StreamKind.PERSONALISE]
-    first, second = told
+    sent = [fields for kind, fields in _agent_of(start(snapshot)).executed if kind is StreamKind.PERSONALISE]
+    first, second = sent
     assert (first.number(FieldTag.FLAGS), FieldTag.REALTIME_NS in first, FieldTag.ARG in first) == (16, False, False)
     assert answered[0] <= second.number(FieldTag.REALTIME_NS) <= answered[1] - 150_000_000
     assert second.texts(FieldTag.ARG) == ["/bin/sh", "-c", "echo hook"]
     assert FieldTag.FLAGS not in second
 
 
-def test_a_clone_with_the_snapshots_clock_is_told_no_time(
-    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone]
+def test_a_clone_with_the_snapshots_clock_gets_no_time(
+    make_snapshot: Callable[..., OpenSnapshot], start: Callable[..., Clone]
 ) -> None:
     clone = start(make_snapshot(clock=Clock.SNAPSHOT))
     (identity,) = [fields for kind, fields in _agent_of(clone).executed if kind is StreamKind.PERSONALISE]
@@ -183,26 +183,26 @@ def test_a_clone_with_the_snapshots_clock_is_told_no_time(
     ],
 )
 def test_a_clone_is_named_after_its_image(
-    image: str, name: str, make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone]
+    image: str, name: str, make_snapshot: Callable[..., OpenSnapshot], start: Callable[..., Clone]
 ) -> None:
     assert re.fullmatch(f"{name}-[0-9a-f]{{8}}", start(make_snapshot(image=image)).name)
 
 
 @pytest.mark.parametrize("name", ["Web", "a.b", "-a", "a-", "a" * 64, "a b", "ü"])
-def test_a_name_that_is_no_host_name_is_a_usage_problem(name: str, snapshot: Snapshot, engine: FakeEngine) -> None:
+def test_a_name_that_is_no_host_name_is_a_usage_problem(name: str, snapshot: OpenSnapshot, engine: FakeEngine) -> None:
     before = len(engine.vms)
     with pytest.raises(UsageProblem, match="is not a host name"):
         snapshot.clone(name=name)
     assert len(engine.vms) == before
 
 
-def test_a_clone_may_have_host_ports_of_its_own(snapshot: Snapshot, start: Callable[..., Clone]) -> None:
+def test_a_clone_may_have_host_ports_of_its_own(snapshot: OpenSnapshot, start: Callable[..., Clone]) -> None:
     clone = start(snapshot, publish=(PublishedPort(guest_port=443, host_port=18443),))
     assert clone.endpoint(443) == ("127.0.0.1", 18443)
     assert snapshot.spec.publish == ()
 
 
-def test_room_is_taken_for_a_clones_life(snapshot: Snapshot, room: Room) -> None:
+def test_room_is_taken_for_a_clones_life(snapshot: OpenSnapshot, room: Room) -> None:
     with snapshot.clone():
         assert room.taken == [40 + 256 // 8]
         with snapshot.clone():
@@ -210,8 +210,8 @@ def test_room_is_taken_for_a_clones_life(snapshot: Snapshot, room: Room) -> None
     assert room.taken == []
 
 
-def test_without_room_no_clone_is_started_and_the_reason_is_told(
-    snapshot: Snapshot, room: Room, engine: FakeEngine
+def test_without_room_no_clone_is_started_and_the_reason_is_reported(
+    snapshot: OpenSnapshot, room: Room, engine: FakeEngine
 ) -> None:
     room.full = True
     before = len(engine.vms)
@@ -222,13 +222,13 @@ def test_without_room_no_clone_is_started_and_the_reason_is_told(
 
 
 def test_a_clone_that_dies_before_it_answers_leaves_nothing_and_says_why(
-    snapshot: Snapshot, room: Room, engine: FakeEngine
+    snapshot: OpenSnapshot, room: Room, engine: FakeEngine
 ) -> None:
     def die(vm: FakeVm) -> None:
         vm.vmm_log_path.write_text("qemu: cannot load the state\n")
         vm.die(6)
 
-    engine.spoil = die
+    engine.change_vm = die
     with pytest.raises(EngineError) as caught:
         snapshot.clone(name="web")
     assert caught.value.message.endswith("ended: signal 6")
@@ -238,7 +238,7 @@ def test_a_clone_that_dies_before_it_answers_leaves_nothing_and_says_why(
 
 
 def test_a_clone_that_cannot_be_given_an_identity_holds_no_channel(
-    snapshot: Snapshot, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    snapshot: OpenSnapshot, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     channels: list[FakeVm] = []
     channel = FakeVm.channel
@@ -254,7 +254,7 @@ def test_a_clone_that_cannot_be_given_an_identity_holds_no_channel(
     assert engine.vms[-1].exit is not None
 
 
-def test_a_reset_clone_has_a_new_identity(snapshot: Snapshot, start: Callable[..., Clone], room: Room) -> None:
+def test_a_reset_clone_has_a_new_identity(snapshot: OpenSnapshot, start: Callable[..., Clone], room: Room) -> None:
     clone = start(snapshot)
     before = (clone.endpoint(80), _identity(clone))
     clone.reset()
@@ -265,7 +265,7 @@ def test_a_reset_clone_has_a_new_identity(snapshot: Snapshot, start: Callable[..
 
 
 def test_the_log_of_the_base_is_there_before_any_clone(
-    make_snapshot: Callable[..., Snapshot], start: Callable[..., Clone], engine: FakeEngine
+    make_snapshot: Callable[..., OpenSnapshot], start: Callable[..., Clone], engine: FakeEngine
 ) -> None:
     serve = engine.prepare_guest
     engine.prepare_guest = lambda agent: (serve(agent), agent.log(b"listening\n"))[0]
@@ -276,16 +276,16 @@ def test_the_log_of_the_base_is_there_before_any_clone(
 
 
 def test_closing_a_snapshot_ends_what_was_kept_ready_and_no_clone(
-    snapshot: Snapshot, start: Callable[..., Clone], engine: FakeEngine
+    snapshot: OpenSnapshot, start: Callable[..., Clone], engine: FakeEngine
 ) -> None:
     clone = start(snapshot)
     snapshot.close()
     alive = lambda: [vm for vm in engine.vms if vm.exit is None]  # noqa: E731
-    assert wait_until(lambda: alive() == [clone._running.vm], Deadline(10))
+    assert wait_until(lambda: alive() == [clone.running.vm], Deadline(10))
     assert clone.succeed(["echo", "x"]) == "x\n"
 
 
-def test_no_value_of_an_environment_is_in_a_snapshots_facts(make_snapshot: Callable[..., Snapshot]) -> None:
+def test_no_value_of_an_environment_is_in_a_snapshots_facts(make_snapshot: Callable[..., OpenSnapshot]) -> None:
     snapshot = make_snapshot(env={"PASSWORD": "tiger-lily"})
     assert "tiger" not in str(snapshot.facts)
     assert isinstance(snapshot.spec, VmSpec)

@@ -117,7 +117,7 @@ def start_other(run_root: Path, tmp_path: Path) -> Iterator[Callable[..., Other]
         yield start
 
 
-def test_tickets_are_given_while_memory_lasts_over_all_processes(
+def test_clones_are_admitted_while_memory_lasts_across_all_processes(
     run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     here, there = Admission(run_root, memory=HostMemory(running(2000))), start_other()
@@ -132,7 +132,7 @@ def test_tickets_are_given_while_memory_lasts_over_all_processes(
         pass
 
 
-def test_memory_that_others_have_taken_since_is_not_given_away(run_root: Path, running: Callable[[int], Path]) -> None:
+def test_memory_that_other_programs_have_taken_is_not_granted(run_root: Path, running: Callable[[int], Path]) -> None:
     admission = Admission(run_root, memory=HostMemory(running(2000)))
     with admission.admit(100, holder="first", first=True, deadline_s=1):
         running(500)
@@ -148,7 +148,7 @@ def test_a_lone_clone_needs_no_reserve(run_root: Path, running: Callable[[int], 
         pass
 
 
-def test_a_clone_larger_than_the_machine_is_refused_at_once(run_root: Path, running: Callable[[int], Path]) -> None:
+def test_a_clone_larger_than_the_host_is_refused_at_once(run_root: Path, running: Callable[[int], Path]) -> None:
     admission = Admission(run_root, memory=HostMemory(running(4000)))
     with pytest.raises(HostError, match=r"a clone of 5000 MiB does not fit in the 4096 MiB") as caught:
         admission.admit(5000, holder="huge", first=True, deadline_s=600)
@@ -173,7 +173,7 @@ def test_the_deadline_names_the_holders_with_test_and_pid(
     assert len(caught.value.evidence["clones on this host"].splitlines()) == 5
 
 
-def test_a_waiter_is_let_in_when_another_process_releases(
+def test_a_waiting_clone_is_admitted_when_another_process_releases(
     run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(1)
@@ -183,7 +183,7 @@ def test_a_waiter_is_let_in_when_another_process_releases(
     assert other.hear() == {}
 
 
-def test_a_waiting_thread_is_let_in_when_another_thread_releases(
+def test_a_waiting_thread_is_admitted_when_another_thread_releases(
     run_root: Path, running: Callable[[int], Path]
 ) -> None:
     admission = Admission(run_root, 1, memory=HostMemory(running(4000)))
@@ -196,7 +196,7 @@ def test_a_waiting_thread_is_let_in_when_another_thread_releases(
     assert len(got) == 1
 
 
-def test_tickets_of_a_killed_process_are_void_at_once(
+def test_the_reservations_of_a_killed_process_end_at_once(
     run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(2)
@@ -208,11 +208,11 @@ def test_tickets_of_a_killed_process_are_void_at_once(
     other.process.kill()
     other.process.wait()
     with admission.admit(10, holder="mine", first=True, deadline_s=0.0):
-        pages = [entry.name for entry in (run_root / "admission").iterdir() if "-" in entry.name]
-        assert [int(name.split("-")[0]) for name in pages] == [os.getpid()]
+        files = [entry.name for entry in (run_root / "admission").iterdir() if "-" in entry.name]
+        assert [int(name.split("-")[0]) for name in files] == [os.getpid()]
 
 
-def test_a_forked_child_holds_nothing_for_a_dead_parent_and_releases_nothing_of_a_live_one(
+def test_a_forked_child_neither_holds_nor_releases_its_parents_reservations(
     run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     other = start_other(1)
@@ -240,7 +240,7 @@ def test_a_test_that_holds_a_clone_goes_before_the_first_clones_of_others(
     assert holder.ask("admit 10 one first 1") == {}
     newcomer.tell("admit 10 new first 20")
     holder.tell("admit 10 two again 20")
-    assert wait_until(lambda: _waits_again(run_root, holder), Deadline(5.0))
+    assert wait_until(lambda: _has_waiting_request(run_root, holder), Deadline(5.0))
     mine.release()
     assert holder.hear() == {}, "the one that already holds a clone gets its second"
     holder.ask("release")
@@ -258,14 +258,14 @@ def test_a_release_is_idempotent(run_root: Path, running: Callable[[int], Path])
     second.release()
 
 
-def test_two_gates_of_one_process_count_each_others_clones(run_root: Path, running: Callable[[int], Path]) -> None:
+def test_two_admissions_of_one_process_count_each_others_clones(run_root: Path, running: Callable[[int], Path]) -> None:
     memory = HostMemory(running(4000))
     one, two = Admission(run_root, 1, memory=memory), Admission(run_root, 1, memory=memory)
     with one.admit(10, holder="a", first=True, deadline_s=1), pytest.raises(HostError):
         two.admit(10, holder="b", first=True, deadline_s=0.02)
 
 
-def test_processes_at_once_never_hold_more_than_the_limit(
+def test_concurrent_processes_never_exceed_the_limit(
     run_root: Path, running: Callable[[int], Path], start_other: Callable[..., Other]
 ) -> None:
     running(4000)
@@ -275,47 +275,45 @@ def test_processes_at_once_never_hold_more_than_the_limit(
     assert {other.hear()["most"] for other in others} <= {1, 2}
 
 
-def _waits_again(run_root: Path, other: Other) -> bool:
-    pages = [page for page in (run_root / "admission").iterdir() if page.name.startswith(f"{other.process.pid}-")]
-    return any(int(page.read_bytes().split()[2]) == 1 for page in pages)
+def _has_waiting_request(run_root: Path, other: Other) -> bool:
+    files = [file for file in (run_root / "admission").iterdir() if file.name.startswith(f"{other.process.pid}-")]
+    return any(int(file.read_bytes().split()[2]) == 1 for file in files)
 
 
-def test_clones_that_no_test_has_asked_for_fill_half_of_the_room_and_never_wait(
-    run_root: Path, running: Callable[[int], Path]
-) -> None:
-    gate = Admission(run_root, memory=HostMemory(running(2000)))
-    gate.admit_prewarmed(400, holder="ahead")
-    gate.admit_prewarmed(400, holder="ahead")
+def test_prewarmed_clones_use_half_of_the_room_and_never_wait(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, memory=HostMemory(running(2000)))
+    admission.admit_prewarmed(400, holder="prewarmed")
+    admission.admit_prewarmed(400, holder="prewarmed")
     started = monotonic()
-    with pytest.raises(NoRoomToPrewarm, match="no test has asked for"):
-        gate.admit_prewarmed(400, holder="ahead")
+    with pytest.raises(NoRoomToPrewarm, match="no room to prewarm"):
+        admission.admit_prewarmed(400, holder="prewarmed")
     assert monotonic() - started < 1
-    gate.admit(900, holder="a test", first=True, deadline_s=1)
+    admission.admit(900, holder="a test", first=True, deadline_s=1)
 
 
-def test_of_a_limit_half_is_for_clones_that_tests_ask_for(run_root: Path, running: Callable[[int], Path]) -> None:
-    gate = Admission(run_root, 4, memory=HostMemory(running(4000)))
-    tickets = [gate.admit_prewarmed(10, holder="ahead") for _ in range(2)]
+def test_prewarmed_clones_use_half_of_the_limit(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, 4, memory=HostMemory(running(4000)))
+    tickets = [admission.admit_prewarmed(10, holder="prewarmed") for _ in range(2)]
     with pytest.raises(NoRoomToPrewarm):
-        gate.admit_prewarmed(10, holder="ahead")
-    gate.admit(10, holder="a test", first=True, deadline_s=1)
+        admission.admit_prewarmed(10, holder="prewarmed")
+    admission.admit(10, holder="a test", first=True, deadline_s=1)
     for ticket in tickets:
         ticket.release()
-    gate.admit_prewarmed(10, holder="ahead")
+    admission.admit_prewarmed(10, holder="prewarmed")
 
 
-def test_who_has_to_wait_first_gives_back_what_can_be_spared(run_root: Path, running: Callable[[int], Path]) -> None:
-    gate = Admission(run_root, 2, memory=HostMemory(running(4000)))
-    spared = gate.admit_prewarmed(10, holder="ahead")
-    gate.admit(10, holder="a test", first=True, deadline_s=1)
-    gate.admit(10, holder="another", first=True, deadline_s=5, on_wait=spared.release)
+def test_before_a_wait_prewarmed_clones_are_released(run_root: Path, running: Callable[[int], Path]) -> None:
+    admission = Admission(run_root, 2, memory=HostMemory(running(4000)))
+    prewarmed = admission.admit_prewarmed(10, holder="prewarmed")
+    admission.admit(10, holder="a test", first=True, deadline_s=1)
+    admission.admit(10, holder="another", first=True, deadline_s=5, on_wait=prewarmed.release)
 
 
-def test_a_clone_that_its_own_process_keeps_out_is_told_in_seconds(
+def test_where_one_process_holds_all_clones_the_wait_lasts_seconds(
     running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pytest_fcvm.host.admission.admission._OWN_S", 0.2)
-    monkeypatch.setattr(os, "getpid", lambda: 4242)  # as a test may; the ticket is given back all the same
+    monkeypatch.setattr(os, "getpid", lambda: 4242)  # as a test may; the ticket is released all the same
     admission = Admission(tmp_path, max_clones=1, memory=HostMemory(running(4000)))
     with admission.admit(10, holder="test_a.py::test_two", first=True, deadline_s=1):
         begun = monotonic()

@@ -33,18 +33,18 @@ V2 = {
 }
 
 
-def test_this_machine_has_memory_and_no_more_available_than_there_is() -> None:
+def test_this_host_has_memory_and_no_more_available_than_in_total() -> None:
     memory = HostMemory()
     assert 0 < memory.available_mib() <= memory.total_mib()
 
 
-def test_without_a_limit_the_machine_is_what_there_is(tmp_path: Path) -> None:
+def test_without_a_limit_the_total_is_that_of_the_host(tmp_path: Path) -> None:
     memory = HostMemory(write(tmp_path, MEMINFO | V2))
     assert (memory.available_mib(), memory.total_mib()) == (4096, 8192)
 
 
 @pytest.mark.parametrize("limit", ["memory.max", "memory.high"])
-def test_the_limit_of_our_group_counts_less_what_it_uses_and_cannot_drop(tmp_path: Path, limit: str) -> None:
+def test_our_groups_limit_counts_less_its_usage_without_page_cache(tmp_path: Path, limit: str) -> None:
     files = MEMINFO | V2 | {f"sys/fs/cgroup/user.slice/job/{limit}": f"{2048 * MIB}\n"}
     memory = HostMemory(write(tmp_path, files))
     assert (memory.available_mib(), memory.total_mib()) == (2048 - 600 + 100, 2048)
@@ -64,12 +64,12 @@ def test_the_limit_of_a_group_above_ours_counts_too(tmp_path: Path) -> None:
     assert (memory.available_mib(), memory.total_mib()) == (24, 1024)
 
 
-def test_a_group_that_uses_more_than_it_may_leaves_nothing(tmp_path: Path) -> None:
+def test_a_group_above_its_limit_leaves_nothing(tmp_path: Path) -> None:
     files = MEMINFO | V2 | {"sys/fs/cgroup/user.slice/job/memory.high": f"{100 * MIB}\n"}
     assert HostMemory(write(tmp_path, files)).available_mib() == 0
 
 
-def test_the_first_version_of_control_groups_counts_in_its_own_words(tmp_path: Path) -> None:
+def test_control_groups_of_version_1_count(tmp_path: Path) -> None:
     files = MEMINFO | {
         "proc/self/cgroup": "4:memory:/docker/abc\n1:cpu:/\n0::/\n",
         # A container sees its own group as the top of the mount.
@@ -82,7 +82,7 @@ def test_the_first_version_of_control_groups_counts_in_its_own_words(tmp_path: P
     assert (memory.available_mib(), memory.total_mib()) == (512 - 300 + 50, 512)
 
 
-def test_the_first_versions_number_for_no_limit_is_no_limit(tmp_path: Path) -> None:
+def test_version_1s_number_for_no_limit_is_no_limit(tmp_path: Path) -> None:
     files = MEMINFO | {
         "proc/self/cgroup": "4:memory:/\n",
         "proc/self/mountinfo": "40 23 0:30 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n",
@@ -92,5 +92,5 @@ def test_the_first_versions_number_for_no_limit_is_no_limit(tmp_path: Path) -> N
     assert HostMemory(write(tmp_path, files)).available_mib() == 4096
 
 
-def test_a_machine_without_control_groups_is_its_memory(tmp_path: Path) -> None:
+def test_without_control_groups_the_hosts_memory_counts(tmp_path: Path) -> None:
     assert HostMemory(write(tmp_path, MEMINFO)).available_mib() == 4096

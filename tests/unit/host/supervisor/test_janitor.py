@@ -26,7 +26,7 @@ def hold(run_root: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_a_directory_goes_when_its_owner_was_killed_and_not_before(run_root: Path) -> None:
+def test_a_directory_is_removed_when_its_owner_was_killed_and_not_before(run_root: Path) -> None:
     process, path = hold(run_root)
     try:
         assert sweep(run_root) == []
@@ -38,20 +38,20 @@ def test_a_directory_goes_when_its_owner_was_killed_and_not_before(run_root: Pat
     assert list(run_root.iterdir()) == []
 
 
-def test_process_ids_prove_nothing(run_root: Path) -> None:
+def test_process_ids_do_not_count(run_root: Path) -> None:
     dead = run_root / "0badcafe"
     dead.mkdir()
     (dead / LOCK_NAME).write_text(str(os.getpid()))
     assert sweep(run_root) == ["0badcafe"]
 
 
-def test_a_directory_whose_owner_died_before_it_had_a_lock_goes(run_root: Path) -> None:
+def test_a_directory_without_a_lock_is_removed(run_root: Path) -> None:
     (run_root / "0badcafe").mkdir()
     assert sweep(run_root) == ["0badcafe"]
     assert list(run_root.iterdir()) == []
 
 
-def test_what_is_not_a_run_directory_stays(run_root: Path, tmp_path: Path) -> None:
+def test_other_files_stay(run_root: Path, tmp_path: Path) -> None:
     (run_root / "admission").mkdir()
     (run_root / "0badcafe").symlink_to(tmp_path)
     (run_root / "deadbeef").touch()
@@ -61,17 +61,17 @@ def test_what_is_not_a_run_directory_stays(run_root: Path, tmp_path: Path) -> No
     assert (tmp_path / "kept").exists()
 
 
-def test_a_sweep_that_was_killed_half_way_is_finished_by_the_next(run_root: Path) -> None:
+def test_the_next_sweep_finishes_one_that_was_killed(run_root: Path) -> None:
     (run_root / ".dead-00000000" / "deep").mkdir(parents=True)
     assert sweep(run_root) == []
     assert list(run_root.iterdir()) == []
 
 
-def test_a_run_root_that_is_not_there_is_swept_of_nothing(run_root: Path) -> None:
+def test_a_missing_run_root_is_no_error(run_root: Path) -> None:
     assert sweep(run_root / "none") == []
 
 
-def test_sweepers_and_newcomers_at_once_never_take_a_live_directory(run_root: Path) -> None:
+def test_concurrent_sweeps_never_remove_a_directory_in_use(run_root: Path) -> None:
     over = threading.Event()
 
     def sweep_on() -> list[str]:
@@ -102,7 +102,7 @@ def test_sweepers_and_newcomers_at_once_never_take_a_live_directory(run_root: Pa
     assert list(run_root.iterdir()) == []
 
 
-def test_half_built_entries_go_when_the_lock_of_their_key_is_free(tmp_path: Path) -> None:
+def test_unfinished_entries_are_removed_when_their_keys_lock_is_free(tmp_path: Path) -> None:
     for name in ("aaaa.tmp-1", "aaaa.tmp-2", "bbbb.tmp-1", "cccc"):
         (tmp_path / name / "deep").mkdir(parents=True)
     with FileLock(tmp_path / "bbbb.lock"):

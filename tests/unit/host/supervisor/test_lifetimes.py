@@ -56,7 +56,7 @@ def test_a_forked_child_that_holds_the_sockets_keeps_nothing_alive(start_owner: 
     assert owner.wait_until_gone()
 
 
-def test_teardown_in_a_forked_child_touches_nothing(start_owner: StartOwner) -> None:
+def test_teardown_in_a_forked_child_changes_nothing(start_owner: StartOwner) -> None:
     owner = start_owner("serving")
     owner.hear()
     before = owner.wait_for_families()
@@ -67,7 +67,7 @@ def test_teardown_in_a_forked_child_touches_nothing(start_owner: StartOwner) -> 
 
 
 @pytest.mark.parametrize("victim", ["guard", "spawner"])
-def test_sigkill_of_the_guard_or_the_spawner_ends_the_tree_and_the_owner_hears(
+def test_sigkill_of_the_guard_or_the_spawner_ends_the_tree_and_the_owner_is_notified(
     start_owner: StartOwner, victim: str, run_root: Path
 ) -> None:
     owner = start_owner("serving")
@@ -91,7 +91,7 @@ def test_a_spawner_that_hangs_does_not_keep_the_tree_alive(start_owner: StartOwn
     assert owner.wait_until_gone()
 
 
-def test_guard_and_spawner_killed_at_the_same_moment_take_their_children_along(
+def test_children_end_when_guard_and_spawner_are_killed_at_the_same_moment(
     start_owner: StartOwner, isolation: str
 ) -> None:
     owner = start_owner("serving")
@@ -129,7 +129,7 @@ def test_a_stopped_owner_loses_nothing(start_owner: StartOwner) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_that_ask_pytest_to_end_do_not_end_guard_and_spawner(start_owner: StartOwner, number: int) -> None:
+def test_sigint_sigterm_and_sighup_do_not_end_guard_and_spawner(start_owner: StartOwner, number: int) -> None:
     owner = start_owner("serving")
     owner.hear()
     for pid in (owner.guard, owner.spawner()):

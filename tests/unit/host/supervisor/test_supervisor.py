@@ -48,7 +48,7 @@ def test_the_end_of_a_child_is_reported_as_code_or_signal(
     assert child.exited == expected
 
 
-def test_a_running_child_has_the_id_that_ps_shows_and_a_pidfd_that_tells_its_end(supervisor: Supervisor) -> None:
+def test_a_running_child_has_the_id_that_ps_shows_and_a_pidfd_for_its_end(supervisor: Supervisor) -> None:
     child = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
     # The kernel lets the spawner go on a moment before the new program has its name.
     assert wait_until(lambda: Path(f"/proc/{child.pid}/comm").read_text() == "sleep\n", Deadline(1.0))
@@ -75,9 +75,7 @@ def test_stdout_and_stderr_are_appended_to_one_private_file_in_the_owned_directo
     assert (home / "new").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_child_starts_where_it_is_told_with_the_environment_it_is_given(
-    supervisor: Supervisor, tmp_path: Path
-) -> None:
+def test_a_child_starts_in_the_given_directory_and_environment(supervisor: Supervisor, tmp_path: Path) -> None:
     env = {"ONLY": "this", "BYTES": "\udcff"}
     child = supervisor.spawn(["/usr/bin/env"], name="env", stdout=tmp_path / "env", cwd=tmp_path, env=env)
     child.wait(5)
@@ -86,7 +84,7 @@ def test_a_child_starts_where_it_is_told_with_the_environment_it_is_given(
     assert (tmp_path / "log").read_text() == f"{tmp_path}\n"
 
 
-def test_a_patched_environment_does_not_reach_children_unasked(
+def test_a_patched_environment_does_not_reach_children(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LD_DEBUG", "all")
@@ -94,9 +92,7 @@ def test_a_patched_environment_does_not_reach_children_unasked(
     assert "LD_DEBUG" not in (tmp_path / "env").read_text()
 
 
-def test_descriptors_arrive_under_their_numbers_even_where_the_numbers_overlap(
-    supervisor: Supervisor, tmp_path: Path
-) -> None:
+def test_descriptors_have_their_numbers_even_where_the_numbers_overlap(supervisor: Supervisor, tmp_path: Path) -> None:
     pipes = [os.pipe() for _ in range(12)]
     # The spawner receives them under numbers in this same range, and they are turned round.
     targets = dict(zip(range(14, 2, -1), (write for _, write in pipes), strict=True))
@@ -154,13 +150,13 @@ def test_a_child_starts_with_no_signal_blocked_ignored_or_caught(run_dir: Path, 
     assert [int(status[name], 16) & ~glibc for name in ("SigBlk", "SigIgn", "SigCgt")] == [0, 0, 0]
 
 
-def test_a_child_leads_a_session_of_its_own_and_is_as_nice_as_asked(supervisor: Supervisor) -> None:
+def test_a_child_leads_its_own_session_and_has_the_given_niceness(supervisor: Supervisor) -> None:
     child = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG, nice=5)
     assert os.getsid(child.pid) == os.getpgid(child.pid) == child.pid
     assert os.getpriority(os.PRIO_PROCESS, child.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 5
 
 
-def test_what_a_child_left_in_its_group_ends_with_it(supervisor: Supervisor, run_dir: Path) -> None:
+def test_the_other_processes_of_a_childs_group_end_with_it(supervisor: Supervisor, run_dir: Path) -> None:
     child = supervisor.spawn(["sh", "-c", "sleep 600 & echo started"], name="sh", stdout=LOG)
     session = child.pid
     child.wait(5)
@@ -177,7 +173,7 @@ def test_a_child_can_be_stopped_and_continued(supervisor: Supervisor) -> None:
     assert child.exited is None
 
 
-def test_an_owned_directory_stays_for_its_last_words_until_kill(supervisor: Supervisor) -> None:
+def test_an_owned_directory_stays_until_kill(supervisor: Supervisor) -> None:
     home = supervisor.make_dir("clone")
     child = supervisor.spawn(["sh", "-c", "echo dying"], name="sh", stdout=LOG, owned_dir=home)
     child.wait(5)
@@ -245,7 +241,7 @@ def test_callbacks_are_called_once_each_even_when_one_fails(
     assert "a callback for the end of sleep failed" in caplog.text
 
 
-def test_no_thread_of_ours_lives_while_no_child_does(supervisor: Supervisor) -> None:
+def test_without_a_child_there_is_no_thread_of_ours(supervisor: Supervisor) -> None:
     assert service_threads() == []
     first = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
     second = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
@@ -284,7 +280,7 @@ def test_many_threads_spawn_at_once_and_each_gets_its_own_child(supervisor: Supe
         assert list(pool.map(run, range(100))) == list(range(100))
 
 
-def test_a_spawn_that_is_interrupted_leaves_no_process_and_no_confusion(supervisor: Supervisor) -> None:
+def test_an_interrupted_spawn_leaves_no_process_and_the_next_one_works(supervisor: Supervisor) -> None:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
@@ -305,7 +301,7 @@ def test_a_spawn_that_is_interrupted_leaves_no_process_and_no_confusion(supervis
     assert _open_files("self") == before
 
 
-def test_directories_are_private_short_and_never_the_same(supervisor: Supervisor, run_dir: Path) -> None:
+def test_directories_are_private_and_short_and_have_unique_names(supervisor: Supervisor, run_dir: Path) -> None:
     first = supervisor.make_dir("tests/vm/test_x.py::test_with_a_very_long_name[param]")
     second = supervisor.make_dir("tests/vm/test_x.py::test_with_a_very_long_name[param]")
     assert first != second
@@ -341,7 +337,7 @@ def test_close_does_not_wait_for_a_spawner_that_hangs(supervisor: Supervisor, ru
     assert child.exited == ChildExit(signal=9)
 
 
-def test_a_dead_guard_is_a_host_error_that_says_so(supervisor: Supervisor) -> None:
+def test_a_dead_guard_is_a_host_error(supervisor: Supervisor) -> None:
     child = supervisor.spawn(["sleep", "600"], name="sleep", stdout=LOG)
     os.kill(supervisor.guard_pid, signal.SIGKILL)
     assert child.wait(5) == ChildExit(signal=9)
@@ -349,14 +345,14 @@ def test_a_dead_guard_is_a_host_error_that_says_so(supervisor: Supervisor) -> No
         supervisor.spawn(["true"], name="true", stdout=LOG)
 
 
-def test_what_the_guard_said_when_it_failed_is_in_the_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_has_the_guards_output(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pytest_fcvm.host.supervisor.supervisor._BOOTSTRAP", "import {directories!r}")
     with Supervisor.start(run_dir) as supervisor, pytest.raises(HostError) as caught:
         supervisor.spawn(["true"], name="true", stdout=LOG)
     assert "SyntaxError" in caught.value.evidence["supervisor log"]
 
 
-def test_the_guard_imports_nothing_that_would_cost_its_start() -> None:
+def test_the_guard_imports_no_slow_module() -> None:
     package = Path(pytest_fcvm.__file__).parent
     directories = [str(package), str(package / "host"), str(package / "host/supervisor")]
     code = _BOOTSTRAP.format(directories=directories).replace("main()", "print(*sys.modules)")
@@ -366,7 +362,7 @@ def test_the_guard_imports_nothing_that_would_cost_its_start() -> None:
     assert "pytest_fcvm.host.supervisor.spawner" in loaded.split()
 
 
-def test_a_run_directory_that_is_gone_is_a_host_error(run_root: Path) -> None:
+def test_a_missing_run_directory_is_a_host_error(run_root: Path) -> None:
     with pytest.raises(HostError, match="the supervisor cannot be started: No such file or directory"):
         Supervisor.start(run_root / "gone")
 

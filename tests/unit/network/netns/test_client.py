@@ -1,4 +1,4 @@
-"""Network namespaces for real: their cards, their ways, and that they are gone."""
+"""Real network namespaces: their NICs, their connections, and their end."""
 
 from __future__ import annotations
 
@@ -10,35 +10,27 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from pytest_fcvm.errors import EngineError, HostError, UsageProblem
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.paths import RunDir
-from pytest_fcvm.host.supervisor.supervisor import Supervisor
+from pytest_fcvm.host.supervisor.supervisor import Child, Supervisor
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
-from pytest_fcvm.network.netns import client as maker
-from pytest_fcvm.network.netns import egress as outside
-from pytest_fcvm.network.netns.client import Namespaces
-from pytest_fcvm.network.netns.server import NICS
+from pytest_fcvm.network.addresses import NICS
+from pytest_fcvm.network.netns import egress
+from pytest_fcvm.network.netns.client import Namespaces, refusal
 
 ALONE = NetworkSpec(mode=NetworkMode.ROOTLESS)
-FRAME = b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + bytes(range(46))  # of an experimental protocol, to all
+FRAME = b"\xff" * 6 + b"\x02" * 6 + b"\x88\xb5" + bytes(range(46))  # a broadcast of an experimental protocol
 WAIT_S = 20.0
 
 
 @pytest.fixture
-def supervisor() -> Iterator[Supervisor]:
-    with RunDir() as run, Supervisor.start(run.path) as supervisor:
-        yield supervisor
-
-
-@pytest.fixture
-def namespaces(supervisor: Supervisor) -> Iterator[Namespaces]:
+def namespaces(supervisor: Supervisor, children: list[Child]) -> Iterator[Namespaces]:
     with closing(Namespaces(supervisor)) as namespaces:
         try:
             namespaces.open(ALONE, joined=False).close()
@@ -66,11 +58,11 @@ fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"eth1", 0x1002))
 """
 
 
-def test_a_vmm_that_joins_finds_its_cards_and_frames_come_and_go_through_the_wires(namespaces: Namespaces) -> None:
+def test_a_vmm_in_a_namespace_finds_its_nics_and_packet_sockets_carry_their_frames(namespaces: Namespaces) -> None:
     namespace = namespaces.open(ALONE, joined=True)
     names = run_inside(namespace, "import socket; print(*(name for _, name in socket.if_nameindex()))").split()
     assert names == ["lo", *NICS]
-    first, second = (socket.socket(fileno=os.dup(wire)) for wire in namespace.wires)
+    first, second = (socket.socket(fileno=os.dup(packets)) for packets in namespace.packet_sockets)
     run_inside(namespace, f"{OPEN_TAP}os.write(tap, {FRAME!r})")
     assert select.select([first], [], [], WAIT_S)[0]
     assert first.recv(2000) == FRAME
@@ -89,12 +81,12 @@ def test_a_vmm_that_joins_finds_its_cards_and_frames_come_and_go_through_the_wir
         second.close()
 
 
-def _send_until(wire: socket.socket, frame: bytes, done: threading.Event) -> None:
+def _send_until(packets: socket.socket, frame: bytes, done: threading.Event) -> None:
     while not done.wait(0.05):
-        wire.send(frame)
+        packets.send(frame)
 
 
-def test_who_connects_asks_for_the_guest_on_the_first_card(namespaces: Namespaces) -> None:
+def test_a_connection_asks_for_the_guest_on_its_first_nic(namespaces: Namespaces) -> None:
     namespace = namespaces.open(ALONE, joined=False)
     assert namespace.tap is not None
 
@@ -112,17 +104,17 @@ def test_who_connects_asks_for_the_guest_on_the_first_card(namespaces: Namespace
     namespace.close()
 
 
-def test_what_is_outside_is_refused_where_there_is_no_way_out(namespaces: Namespaces) -> None:
+def test_other_networks_are_refused_at_once_without_egress(namespaces: Namespaces) -> None:
     namespace = namespaces.open(ALONE, joined=True)
-    said = run_inside(
+    printed = run_inside(
         namespace,
         "import errno, socket\nprint(errno.errorcode[socket.socket().connect_ex(('192.0.2.1', 80))])",
     )
-    assert said.strip() == "EHOSTUNREACH"
+    assert printed.strip() == "EHOSTUNREACH"
     namespace.close()
 
 
-def test_a_closed_one_leaves_no_descriptor_and_no_namespace(namespaces: Namespaces) -> None:
+def test_a_closed_namespace_leaves_no_descriptor_and_no_namespace(namespaces: Namespaces) -> None:
     before = descriptors()
     opened = [namespaces.open(ALONE, joined=joined) for joined in (True, False)]
     numbers = {os.fstat(namespace.net).st_ino for namespace in opened}
@@ -153,7 +145,7 @@ def _entries(directory: Path) -> list[Path]:
         return []
 
 
-def test_a_connection_into_one_that_is_gone_is_refused_and_others_go_on(namespaces: Namespaces) -> None:
+def test_a_connection_into_a_closed_namespace_is_refused_and_others_go_on(namespaces: Namespaces) -> None:
     gone, other = (namespaces.open(ALONE, joined=False) for _ in range(2))
     gone.close()
     with pytest.raises(HostError, match="namespace: No such file"):
@@ -163,7 +155,7 @@ def test_a_connection_into_one_that_is_gone_is_refused_and_others_go_on(namespac
     namespaces.open(ALONE, joined=False).close()
 
 
-def test_many_are_made_at_once(namespaces: Namespaces) -> None:
+def test_many_namespaces_are_made_at_once(namespaces: Namespaces) -> None:
     made: list[Namespace] = []
     threads = [threading.Thread(target=lambda: made.append(namespaces.open(ALONE, joined=False))) for _ in range(8)]
     for thread in threads:
@@ -175,18 +167,17 @@ def test_many_are_made_at_once(namespaces: Namespaces) -> None:
         namespace.close()
 
 
-def test_when_the_program_was_killed_it_is_said(supervisor: Supervisor, namespaces: Namespaces) -> None:
+def test_the_end_of_the_netns_server_is_reported(namespaces: Namespaces, children: list[Child]) -> None:
     namespace = namespaces.open(ALONE, joined=False)
-    assert namespaces._child is not None
-    namespaces._child.kill()
-    namespaces._child.wait(WAIT_S)
-    with pytest.raises(EngineError, match="program of the network namespaces has ended"):
+    children[0].kill()
+    children[0].wait(WAIT_S)
+    with pytest.raises(EngineError, match="the netns server has ended"):
         namespaces.open(ALONE, joined=False)
     namespace.close()
 
 
-def test_a_way_out_that_is_not_installed_is_named(namespaces: Namespaces, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outside, "find_tool", lambda name: None if name == "slirp4netns" else shutil.which(name))
+def test_egress_that_is_not_installed_is_named(namespaces: Namespaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(egress, "find_tool", lambda name: None if name == "slirp4netns" else shutil.which(name))
     before = descriptors()
     with pytest.raises(HostError, match="slirp4netns is not installed") as caught:
         namespaces.open(NetworkSpec(mode=NetworkMode.ROOTLESS, egress=True), joined=False)
@@ -195,25 +186,22 @@ def test_a_way_out_that_is_not_installed_is_named(namespaces: Namespaces, monkey
 
 
 def test_a_system_call_that_is_refused_has_a_hint() -> None:
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with near, far:
-        far.send(b'{"error": "/dev/net/tun: No such file or directory", "id": 1}')
-        with pytest.raises(HostError, match="no network namespace can be had: /dev/net/tun") as caught:
-            Namespaces.__new__(maker.Namespaces)._hear(near, 1, ExitStack())
-    assert caught.value.hint.startswith("modprobe tun")
+    error = refusal("/dev/net/tun: No such file or directory")
+    assert error.message == "no network namespace is available: /dev/net/tun: No such file or directory"
+    assert error.hint.startswith("modprobe tun")
 
 
-def test_names_that_are_allowed_are_addresses() -> None:
-    allowed = outside.resolve_allowed(["10.0.0.0/8", "192.0.2.7", "localhost"])
+def test_allowed_names_become_addresses() -> None:
+    allowed = egress.resolve_allowed(["10.0.0.0/8", "192.0.2.7", "localhost"])
     assert allowed == ["10.0.0.0/8", "192.0.2.7/32", "127.0.0.1"]
     with pytest.raises(UsageProblem, match=r"allow=nobody\.invalid"):
-        outside.resolve_allowed(["nobody.invalid"])
+        egress.resolve_allowed(["nobody.invalid"])
 
 
-def test_the_hosts_resolver_is_one_that_others_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hosts_resolver_is_no_loopback_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = tmp_path / "stub", tmp_path / "real"
-    monkeypatch.setattr(outside, "_RESOLVERS", files)
-    assert outside.find_resolver() == ""
+    monkeypatch.setattr(egress, "_RESOLVERS", files)
+    assert egress.find_resolver() == ""
     files[0].write_text("# of systemd\nnameserver 127.0.0.53\nnameserver ::1\n")
     files[1].write_text("search example\nnameserver 192.0.2.53\n")
-    assert outside.find_resolver() == "192.0.2.53"
+    assert egress.find_resolver() == "192.0.2.53"

@@ -1,4 +1,4 @@
-"""Cards of namespaces on a private network: the switch takes their wires as it takes any port."""
+"""NICs in network namespaces on a private network: the switch takes their packet sockets as it takes any port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.host.paths import RunDir
 from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.model.net import Namespace
 from pytest_fcvm.model.specs import NetworkMode, NetworkSpec
@@ -22,7 +21,7 @@ from pytest_fcvm.network.private import Network
 
 ALONE = NetworkSpec(mode=NetworkMode.ROOTLESS)
 WAIT_S = 20.0
-# A VMM with one card: what comes on its standard input is sent, and every frame of ours is printed.
+# A VMM with one NIC: it sends what it reads from standard input, and prints every frame of ours.
 VMM = textwrap.dedent("""
     import fcntl, os, select, struct, sys
     tap = os.open("/dev/net/tun", os.O_RDWR)
@@ -44,7 +43,7 @@ VMM = textwrap.dedent("""
 
 
 class Vmm:
-    """A program with a card on a private network."""
+    """A program with a NIC on a private network."""
 
     def __init__(self, namespace: Namespace) -> None:
         passed = [namespace.net, *([namespace.user] if namespace.user is not None else [])]
@@ -57,26 +56,26 @@ class Vmm:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        assert self.hear() == "up"
+        assert self.receive() == "up"
 
-    def say(self, frame: bytes) -> None:
+    def send(self, frame: bytes) -> None:
         assert self.process.stdin
         self.process.stdin.write(f"{frame.hex()}\n".encode())
 
     @property
-    def heard(self) -> bool:
+    def has_received(self) -> bool:
         return bool(select.select([self.process.stdout], [], [], 0)[0])
 
-    def hear(self) -> str:
+    def receive(self) -> str:
         assert self.process.stdout
         assert select.select([self.process.stdout], [], [], WAIT_S)[0]
         return self.process.stdout.readline().decode().strip()
 
-    def hear_all(self) -> list[str]:
-        """Return what comes until nothing has come for half a second."""
-        frames = [self.hear()]
+    def receive_all(self) -> list[str]:
+        """Return the frames that come until none has come for half a second."""
+        frames = [self.receive()]
         while select.select([self.process.stdout], [], [], 0.5)[0]:
-            frames.append(self.hear())
+            frames.append(self.receive())
         return frames
 
     def close(self) -> None:
@@ -90,9 +89,7 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def test_frames_pass_between_cards_of_namespaces_until_a_partition(stack: ExitStack) -> None:
-    run = stack.enter_context(RunDir())
-    supervisor = stack.enter_context(Supervisor.start(run.path))
+def test_frames_pass_between_nics_of_namespaces_until_a_partition(supervisor: Supervisor, stack: ExitStack) -> None:
     namespaces = Namespaces(supervisor)
     stack.callback(namespaces.close)
     network = stack.enter_context(Network(supervisor, 1))
@@ -103,23 +100,23 @@ def test_frames_pass_between_cards_of_namespaces_until_a_partition(stack: ExitSt
         except HostError as error:
             pytest.skip(f"no network namespaces here: {error}")
         stack.callback(namespace.close)
-        attachment = network.plug(name, namespace.wires[0])
-        assert attachment.end is None
+        attachment = network.plug(name, namespace.packet_sockets[0])
+        assert attachment.packet_socket is None
         vmms.append(Vmm(namespace))
         stack.callback(vmms[-1].close)
     one, two = vmms
     frames = [b"\xff" * 6 + bytes([2, 0, 0, 0, 0, number]) + b"\x88\xb5" + bytes([number] * 46) for number in (1, 2, 3)]
     for source, target, frame in ((one, two, frames[0]), (two, one, frames[1])):
-        # The kernel drops what goes to a card that was opened a moment ago.
-        assert wait_until(lambda: source.say(frame) or target.heard, Deadline(WAIT_S), interval_s=0.05)  # noqa: B023
-        assert set(target.hear_all()) == {frame.hex()}
+        # The kernel drops frames to a NIC that was opened a moment ago.
+        assert wait_until(lambda: source.send(frame) or target.has_received, Deadline(WAIT_S), interval_s=0.05)  # noqa: B023
+        assert set(target.receive_all()) == {frame.hex()}
     before = network.counters()["one", "two"]
     with network.partition({"one"}, {"two"}):
-        one.say(frames[0])
-        one.say(frames[0])
-    one.say(frames[2])
-    heard = [two.hear()]
-    while heard[-1] != frames[2].hex():  # those of the partition come too if it ended before they were taken
-        heard.append(two.hear())
+        one.send(frames[0])
+        one.send(frames[0])
+    one.send(frames[2])
+    received = [two.receive()]
+    while received[-1] != frames[2].hex():  # the switch may take frames of the partition after its end
+        received.append(two.receive())
     after = network.counters()["one", "two"]
     assert after.delivered + after.cut - before.delivered - before.cut == 3

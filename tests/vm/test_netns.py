@@ -1,4 +1,4 @@
-"""Clones in network namespaces of their own: ports, ways out and none, clones apart, and nothing left of them."""
+"""Clones in network namespaces: ports, egress and none, isolation from each other, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from pytest_fcvm.host import own
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.parse import parse_network, parse_ready
 from tests.patience import PATIENCE
+from tests.processes import children, command, descendants
 
 ROOT = Path(__file__).parents[2]
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 MODES = ("rootless", "bridge")
 OUTSIDE, OTHER, HOST = "192.0.2.2", "192.0.2.3", "192.0.2.1"
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a host of one's own with networks takes root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a test host with its own networks requires root")
 needs_tools = pytest.mark.skipif(
     any(shutil.which(tool) is None for tool in ("nft", "slirp4netns", "ip")),
-    reason="a way out takes nftables, slirp4netns and iproute2",
+    reason="egress requires nftables, slirp4netns and iproute2",
 )
 
-# A network namespace is the host of a pytest, another one what is outside; servers say whom they see.
+# One network namespace is the host of a pytest, another one is outside. Servers print the peer that they see.
 HOST_SCRIPT = f"""
 set -e
 server='
@@ -44,7 +45,7 @@ class Handler(socketserver.StreamRequestHandler):
         self.rfile.readline()
         self.wfile.write((sys.argv[1] + " sees " + self.client_address[0]).encode())
 class Names(socketserver.BaseRequestHandler):
-    def handle(self):  # whatever IPv4 address is asked for (RFC 1035, section 4)
+    def handle(self):  # answers every query with one address (RFC 1035, section 4)
         asked, answer = self.request
         end = asked.index(bytes(1), 12) + 5
         found = asked[end - 3] == 1
@@ -83,19 +84,19 @@ def status(clone: Clone) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ports_lead_to_the_guests_card(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, mode: str) -> None:
+def test_ports_reach_the_guest_through_its_nic(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec, mode: str) -> None:
     if mode == "bridge" and os.geteuid() != 0:
-        pytest.skip("the network bridge takes root")
+        pytest.skip("the network bridge requires root")
     spec = fcvm_spec.merged({"network": parse_network(mode)})
     one, other = fcvm_clone_factory(spec), fcvm_clone_factory(spec)
     assert [status(clone) for clone in (one, other)] == [200, 200]
-    # The guest sees a peer on its own network, and answers a port at which nobody listens by a reset.
+    # The guest sees a peer on its own network, and resets connections to a port without a listener.
     one.wait_for_log(r'10\.0\.2\.2 - - .*"GET / ', timeout=60)
     with socket.create_connection(one.endpoint(4999), timeout=60) as connection, pytest.raises(ConnectionError):
         connection.recv(1)
 
 
-def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
+def test_datagrams_arrive_whole_both_ways(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
     echo = """
         use IO::Socket::INET;
@@ -113,19 +114,19 @@ def test_datagrams_of_both_ways_are_whole(fcvm_clone_factory: CloneFactory, fcvm
                 assert client.recv(65535) == data[::-1]
 
 
-def test_what_is_outside_is_refused_and_not_waited_for(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
+def test_other_networks_are_refused_at_once_without_egress(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("rootless")}))
     tried = clone.exec(["/bin/bash", "-c", f"exec 3<>/dev/tcp/{OUTSIDE}/7000"], timeout=60)
     assert tried.exit_code == 1
     assert "No route to host" in tried.stderr
 
 
-def test_a_network_of_the_vmm_cannot_be_narrowed(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
-    with pytest.raises(UsageProblem, match="has no network 'user,egress,allow="):
+def test_the_network_user_does_not_support_allow(fcvm_clone_factory: CloneFactory, fcvm_spec: VmSpec) -> None:
+    with pytest.raises(UsageProblem, match="does not support the network 'user,egress,allow="):
         fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("user,allow=10.0.0.0/8")}))
 
 
-def test_proxies_are_told_to_the_workload_and_to_commands(
+def test_the_workload_and_commands_get_the_proxy_variables(
     fcvm_clone_factory: CloneFactory,
     fcvm_spec: VmSpec,
     monkeypatch: pytest.MonkeyPatch,
@@ -133,7 +134,7 @@ def test_proxies_are_told_to_the_workload_and_to_commands(
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://host.fcvm:3128")
     monkeypatch.setenv("NO_PROXY", "example.org")
-    request.addfinalizer(own.take_environment())  # as a run that began with these
+    request.addfinalizer(own.capture_environment())  # as in a run that started with these
     changes = {"command": ("sh", "-c", "env; echo done; exec sleep infinity"), "ready": parse_ready("log:done")}
     clone = fcvm_clone_factory(fcvm_spec.merged({"network": parse_network("auto,proxy"), **changes}))
     for environment in (clone.logs(), clone.succeed("env")):
@@ -142,7 +143,7 @@ def test_proxies_are_told_to_the_workload_and_to_commands(
 
 
 @needs_tools
-def test_a_run_says_which_network_was_taken_where_it_is_not_the_engines_first(
+def test_a_run_reports_its_network_when_it_is_not_the_engines_first(
     pytester: pytest.Pytester, built_image: Callable[[str], str]
 ) -> None:
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
@@ -169,12 +170,12 @@ INNER = f"""
         assert ask(one, "{OUTSIDE}") == ("" if "allow" in mode else "outside sees {HOST}")
         assert one.succeed("getent ahostsv4 some.example").split()[0] == "{OTHER}"
         if "bridge" in mode:
-            assert ask(one, "{HOST}") == ""  # the host's own services take a host_port
+            assert ask(one, "{HOST}") == ""  # the host's own services require a host_port
             routes = subprocess.run(["ip", "route"], capture_output=True, text=True, check=True).stdout
             ends = [line.split()[0] for line in routes.splitlines() if line.startswith("10.211.")]
             answers = [one.exec(["/bin/bash", "-c", f"exec 3<>/dev/tcp/{{end}}/80"]).stderr for end in ends]
             assert len(answers) >= 2
-            # Its own namespace refuses; at another's one would be refused too, if one came there.
+            # The clone's own end refuses. The ends of others would refuse too, if a connection could reach them.
             assert sum("No route to host" in answer for answer in answers) == len(answers) - 1
         if os.environ.get("STAY"):
             print("UP", flush=True)
@@ -184,7 +185,7 @@ INNER = f"""
 
 @pytest.fixture
 def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a pytest in a network namespace that is a host with another one outside."""
+    """Start a pytest in a network namespace that serves as a host, with another one outside."""
     (tmp_path / "test_inner.py").write_text(textwrap.dedent(INNER))
     (tmp_path / "host.sh").write_text(HOST_SCRIPT)
     started: list[subprocess.Popen[str]] = []
@@ -197,9 +198,9 @@ def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Cal
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         pytest_command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-s", "-q", "test_inner.py"]
-        command = ["unshare", "-n", "-m", "bash", str(tmp_path / "host.sh"), *pytest_command]
+        arguments = ["unshare", "-n", "-m", "bash", str(tmp_path / "host.sh"), *pytest_command]
         process = subprocess.Popen(
-            command,
+            arguments,
             cwd=tmp_path,
             env=os.environ | settings | more,
             stdout=subprocess.PIPE,
@@ -221,20 +222,18 @@ def on_a_host(tmp_path: Path, built_image: Callable[[str], str]) -> Iterator[Cal
 @needs_tools
 @pytest.mark.parametrize("ways", ["egress", f"allow={OTHER}"])
 @pytest.mark.parametrize("mode", MODES)
-def test_clones_reach_outside_as_far_as_they_may_and_not_each_other(
+def test_clones_reach_what_egress_allows_and_not_each_other(
     on_a_host: Callable[..., subprocess.Popen[str]], mode: str, ways: str
 ) -> None:
-    said, _ = on_a_host(f"{mode},{ways}").communicate(timeout=240 * PATIENCE)
-    assert "1 passed" in said, said
-    assert "LEFT  lo near@if2 ; \n" in said, said
+    output, _ = on_a_host(f"{mode},{ways}").communicate(timeout=240 * PATIENCE)
+    assert "1 passed" in output, output
+    assert "LEFT  lo near@if2 ; \n" in output, output
 
 
 @needs_root
 @needs_tools
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_is_left_of_a_pytest_that_was_killed(
-    on_a_host: Callable[..., subprocess.Popen[str]], mode: str
-) -> None:
+def test_a_killed_pytest_leaves_nothing(on_a_host: Callable[..., subprocess.Popen[str]], mode: str) -> None:
     process = on_a_host(f"{mode},egress", STAY="1")
     assert process.stdout is not None
     lines: list[str] = []
@@ -251,28 +250,12 @@ def test_nothing_is_left_of_a_pytest_that_was_killed(
     reader.start()
     assert up.wait(240 * PATIENCE)
     assert process.poll() is None, "".join(lines)
-    (victim,) = [pid for pid in _children(process.pid) if "test_inner.py" in _command(pid)]
-    alive = _descendants(victim)
-    assert any("qemu" in _command(pid) or "firecracker" in _command(pid) for pid in alive)
+    (victim,) = [pid for pid in children(process.pid) if "test_inner.py" in command(pid)]
+    alive = descendants(victim)
+    assert any("qemu" in command(pid) or "firecracker" in command(pid) for pid in alive)
     os.kill(victim, signal.SIGKILL)
     reader.join(60)
     assert "LEFT  lo near@if2 ; \n" in "".join(lines), "".join(lines)
-    assert wait_until(lambda: not [pid for pid in alive if _command(pid)], Deadline(30 * PATIENCE)), json.dumps(
-        [_command(pid) for pid in alive]
+    assert wait_until(lambda: not [pid for pid in alive if command(pid)], Deadline(30 * PATIENCE)), json.dumps(
+        [command(pid) for pid in alive]
     )
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return ""
-
-
-def _children(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in found.stdout.split()]
-
-
-def _descendants(pid: int) -> list[int]:
-    return [one for child in _children(pid) for one in (child, *_descendants(child))]

@@ -1,4 +1,4 @@
-"""What is wished of clones and is not part of their snapshot: each gets its own, whoever shares the snapshot."""
+"""Settings of a clone that its snapshot does not depend on: clones of one snapshot each have their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pytest_fcvm import Clone, CloneFactory, FcvmError, Snapshot, SnapshotFactory
 
 
-def test_clones_of_one_snapshot_have_the_ports_that_each_was_to_have(fcvm_snapshot_factory: SnapshotFactory) -> None:
+def test_clones_of_one_snapshot_each_have_their_own_ports(fcvm_snapshot_factory: SnapshotFactory) -> None:
     first, second = (fcvm_snapshot_factory(publish=f"0:{port}") for port in (8081, 8082))
     assert first.key == second.key
     for snapshot, wanted in ((first, 8081), (second, 8082)):
@@ -21,7 +21,7 @@ def test_clones_of_one_snapshot_have_the_ports_that_each_was_to_have(fcvm_snapsh
 @pytest.mark.fcvm(hook='echo "$(hostname) $COLOUR $(id -u)" > /srv/hooked', env={"COLOUR": "green"}, user="www-data")
 @pytest.mark.fcvm(command=["sh", "-c", "while ! test -e /srv/hooked; do sleep 0.01; done; cat /srv/hooked; sleep 1000"])
 @pytest.mark.fcvm(ready="agent")
-def test_a_hook_is_run_in_each_clone_before_its_workload_goes_on(fcvm_snapshot: Snapshot) -> None:
+def test_a_hook_runs_in_each_clone_before_its_workload_resumes(fcvm_snapshot: Snapshot) -> None:
     assert "green" not in fcvm_snapshot.logs()
     for _ in range(3):
         with fcvm_snapshot.clone() as clone:
@@ -30,7 +30,7 @@ def test_a_hook_is_run_in_each_clone_before_its_workload_goes_on(fcvm_snapshot: 
 
 
 @pytest.mark.fcvm(hook="echo it cannot be >&2; exit 3")
-def test_a_hook_that_fails_is_told(fcvm_clone_factory: CloneFactory) -> None:
+def test_a_failing_hook_is_reported(fcvm_clone_factory: CloneFactory) -> None:
     with pytest.raises(FcvmError, match=r"hook ended with 3: it cannot be"):
         fcvm_clone_factory()
 
@@ -54,5 +54,5 @@ def test_the_time_of_day_can_be_the_snapshots(fcvm_snapshot: Snapshot) -> None:
 
 
 @pytest.mark.fcvm(prepare="date -s '2020-02-29 12:00:00'")
-def test_the_time_of_day_is_the_hosts_without_a_wish(fcvm_clone: Clone) -> None:
+def test_the_time_of_day_is_the_hosts_by_default(fcvm_clone: Clone) -> None:
     assert abs(_clock_of(fcvm_clone) - time.time()) < 60
