@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a clone on Firecracker costs beside the least that could be done: medians of interleaved rounds.
+"""Compare a clone on Firecracker with the least possible work. Print the medians of interleaved rounds.
 
-The bare way spawns the same Firecracker, loads the same snapshot with resume, connects to the agent and says hello; it
-has no supervisor, no identity, no readiness and no ports. It needs a host on which Firecracker works:
+The bare way spawns the same Firecracker, loads and resumes the same snapshot, connects to the agent and says hello. It
+has no supervisor, no identity, no readiness and no ports. Firecracker must work on the host:
 
     benchmarks/bare_firecracker.py --image oci:LAYOUT:latest --rounds 20
 """
@@ -28,7 +28,7 @@ from pytest_fcvm.host.clock import monotonic
 from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.options import Options
-from pytest_fcvm.snapshot import Snapshot
+from pytest_fcvm.snapshot import OpenSnapshot
 from pytest_fcvm.snapshot.builder import snapshot_files
 from pytest_fcvm.snapshot.cloner import Cloner
 
@@ -50,19 +50,19 @@ def main() -> int:
             harness.close()
 
 
-def _compare(snapshot: Snapshot, rounds: int) -> int:
-    entry, parts = snapshot._entry, snapshot._parts
+def _compare(snapshot: OpenSnapshot, rounds: int) -> int:
+    entry, inputs = snapshot._entry, snapshot._inputs
     firecracker = find_firecracker(None, cache_root(None))
     if firecracker is None:
         _say("Firecracker is not installed")
         return 1
-    files = snapshot_files(entry.path, parts)
-    alone = Cloner(entry, parts)
-    alone.close()  # no VMM ahead: every clone starts its own
+    files = snapshot_files(entry.path, inputs)
+    alone = Cloner(entry, inputs)
+    alone.close()  # no standby: every clone starts its own VMM
     secret = bytes.fromhex(entry.facts["secret"])
     ways: dict[str, Callable[[], float]] = {
         "bare: spawn, load, hello": lambda: _bare(firecracker, files.state, files.memory, files.rootfs, secret),
-        "clone, its VMM started for it": lambda: _timed(lambda: alone.bring_up("alone", (), nullcontext()).close),
+        "clone, without a standby": lambda: _timed(lambda: alone.bring_up("alone", (), nullcontext()).close),
         "clone, as a test gets it": lambda: _timed(lambda: snapshot.clone().close),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -70,7 +70,7 @@ def _compare(snapshot: Snapshot, rounds: int) -> int:
         for name, way in ways.items():
             time.sleep(_PAUSE_S)
             taken = way()
-            if number:  # the first round warms
+            if number:  # not the first round, which warms caches
                 times[name].append(taken)
     base = statistics.median(times["bare: spawn, load, hello"])
     for name, taken_ms in times.items():
@@ -134,16 +134,16 @@ def _put(api: socket.socket, path: str, body: object) -> None:
 def _hello(channel: socket.socket, secret: bytes) -> None:
     nonce = new_secret()
     channel.sendall(b"CONNECT 1024\n")
-    said = b""
-    while not said.endswith(b"\n"):
-        said += channel.recv(1)
+    received = b""
+    while not received.endswith(b"\n"):
+        received += channel.recv(1)
     channel.sendall(secret + encode_hello(nonce, new_secret()))
-    said = b""
-    while nonce not in said:
+    received = b""
+    while nonce not in received:
         data = channel.recv(4096)
         if not data:
-            raise RuntimeError("the agent hung up")
-        said += data
+            raise RuntimeError("the agent closed the channel")
+        received += data
 
 
 def _say(text: str) -> None:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Clone after clone from one process: none deaf, none somebody else's double, nothing that grows.
+"""Make many clones in one process. Check that each answers, that each has its own identity, and that nothing grows.
 
     benchmarks/endurance.py --clones 1000 [--ask-every N] [--image IMAGE] [--pool N|auto] [--json FILE]
 
-Each clone answers an HTTP GET, and says its random bytes, MAC, machine-id and boot id, which takes an
-emulated one longer than all else. The table goes to standard output; the exit code is 1 when anything was found.
+Each clone answers an HTTP GET and prints random bytes, MAC, machine-id and boot id, which is the slowest part under
+emulation. The table goes to standard output. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _SCRIPT = (
 )
 _NAMES = ("random bytes", "MAC", "machine-id", "boot id")
 _ANSWER_S = 60
-_MORE_FILES, _MORE_MIB = 8, 16  # what may be there more at the end than after the first samples
+_MORE_FILES, _MORE_MIB = 8, 16  # allowed growth since the first samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What there is after so many clones. `clone_ms` is the median of those since the sample before."""
+    """Resources in use after a number of clones. `clone_ms` is the median since the previous sample."""
 
     clones: int
     clone_ms: float
@@ -53,7 +53,7 @@ class Sample:
 
 
 def main() -> int:
-    """Make the clones, show the samples, and say what was found."""
+    """Make the clones, print the samples and the findings."""
     arguments = _parse()
     image = arguments.image or f"oci:{_build_image()}:latest"
     every = max(1, min(arguments.every, arguments.clones))
@@ -91,9 +91,11 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--clones", type=int, default=1000, metavar="N", help="how many (default: 1000)")
     parser.add_argument("--every", type=int, default=100, metavar="N", help="clones between samples (default: 100)")
-    parser.add_argument("--ask-every", type=int, default=1, metavar="N", help="ask only each Nth who it is")
+    parser.add_argument(
+        "--ask-every", type=int, default=1, metavar="N", help="ask only each Nth clone for its identity"
+    )
     parser.add_argument("--image", metavar="IMAGE", help="an image with a web server (default: our nginx)")
-    parser.add_argument("--pool", default="auto", metavar="N|auto", help="clones kept ahead (default: auto)")
+    parser.add_argument("--pool", default="auto", metavar="N|auto", help="clones to prewarm (default: auto)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples and findings to a file")
     return parser.parse_args()
 
@@ -103,17 +105,17 @@ def _say(text: str) -> None:
 
 
 def _look_at(clone: Clone, seen: list[set[int]], number: int, *, asks: bool) -> list[str]:
-    """Talk to a clone and return what is wrong with it."""
+    """Talk to a clone and return the failed checks."""
     try:
         with urllib.request.urlopen(clone.url(80), timeout=_ANSWER_S) as answer:
             answer.read()
         lines = clone.succeed(_SCRIPT).splitlines() if asks else []
-    except Exception as error:  # noqa: BLE001  whatever it is, the clone is deaf and the next one is tried
-        return [f"clone {number} is deaf: {error}"]
+    except Exception as error:  # noqa: BLE001  record any failure and try the next clone
+        return [f"clone {number} does not answer: {error}"]
     found = []
     for name, value, known in zip(_NAMES, map(str.strip, lines), seen, strict=asks):
-        if hash(value) in known:  # hashes, so that what is remembered here does not look like growth
-            found.append(f"clone {number} has the {name} of another: {value}")
+        if hash(value) in known:  # hashes use little memory, which would count as growth
+            found.append(f"clone {number} has the {name} of another clone: {value}")
         known.add(hash(value))
     return found
 
@@ -147,7 +149,7 @@ def _count_files(directory: Path) -> int:
 
 
 def _growth(samples: list[Sample]) -> list[str]:
-    """Compare the last sample with the first ones, which have filled every cache."""
+    """Compare the last sample with the first two, after which every cache is filled."""
     if len(samples) < 3:
         return []
     found = []
@@ -165,8 +167,8 @@ def _shown(value: float) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def _row(jail_dirs: Iterable[str]) -> str:
-    return "".join(f"{jail_dir:>11}" for jail_dir in jail_dirs)
+def _row(cells: Iterable[str]) -> str:
+    return "".join(f"{cell:>11}" for cell in cells)
 
 
 if __name__ == "__main__":

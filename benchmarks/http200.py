@@ -1,4 +1,4 @@
-"""One client for all that is compared: GET until the answer is 200."""
+"""The HTTP client of all measurements: GET until the answer is 200."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["fetch_until_200"]
 
 _ANSWER_S = 30.0
 _EACH_S = 5.0
-# What answers is on loopback, whatever proxy the environment names.
+# The servers are on loopback: ignore the proxy of the environment.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def fetch_until_200(url: str) -> None:
-    """Ask a URL, at first every 2 ms, until it answers 200. Raise TimeoutError after 30 s."""
+    """Request a URL every 2 ms until it answers 200. Raise TimeoutError after 30 s."""
     if not wait_until(lambda: _answers(url), Deadline(_ANSWER_S), interval_s=0.002, longest_interval_s=0.002):
         raise TimeoutError(f"{url} did not answer 200 within {_ANSWER_S:.0f} s")
 

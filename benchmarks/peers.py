@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""The same tests with clones, with podman containers and, for PostgreSQL, with pytest-postgresql: as pytest sees them.
+"""Compare the same tests with clones, podman containers and, for PostgreSQL, pytest-postgresql.
 
     benchmarks/peers.py [--tests 200] [--workers 2] [--databases 20] [--json FILE]
 
-Each suite is a generated directory, run by a pytest of its own, one after the other. Set-up and teardown are what pytest
-measures; a test's own time is that of its one request or query. What is not installed is left out, and said.
+Each suite is a generated directory. The suites run one after the other, each in a pytest process of its own. pytest
+measures set-up and teardown; a test's own time is that of its one request or query. Programs that are not installed are
+skipped with a message.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from podman import NotHere, Podman, start_podman
 from suite import CONFTEST, SuiteFailed, SuiteRun, run_suite
 
 _ROOT = Path(__file__).parents[1]
-_BODY_S = 0.2  # what else a test of a database does: time in which the next clone is made
+_BODY_S = 0.2  # other work of a database test: the pool makes the next clone in this time
 _NGINX_CLONE = """
 import urllib.request, pytest
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
@@ -154,7 +155,7 @@ db = factories.postgresql("postgresql_proc")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A suite's medians in ms. `wall_ms` is pytest's whole time ÷ tests; `own_ms` the test without its pause."""
+    """A suite's medians in ms. `wall_ms` is pytest's wall time ÷ tests; `own_ms` is the test without its pause."""
 
     suite: str
     tests: int

@@ -1,4 +1,4 @@
-"""The same nginx image in podman and its OCI runtime, on a storage of its own that is gone afterwards."""
+"""The same nginx image in podman, with a temporary storage of its own."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _COMMAND_S = 120
 
 
 class NotHere(Exception):
-    """podman cannot run the image on this machine; the message says why."""
+    """podman cannot run the image on this host; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Podman:
-    """A podman that has run the image once. `network` says how it is reached."""
+    """A podman that has run the image once. `network` is "published" or "host"."""
 
     command: Sequence[str]
     options: Sequence[str]
@@ -48,7 +48,7 @@ class Podman:
             answered = monotonic()
         finally:
             removing = monotonic()
-            # No grace: a clone is killed as well.
+            # Without a grace period: a clone is killed too.
             self("rm", "--force", "--time=0", container)
         removed = monotonic()
         return {
@@ -59,13 +59,13 @@ class Podman:
         }
 
     def facts(self) -> dict[str, str]:
-        """Return what decides how fast it is: version, runtime, storage driver, network."""
+        """Return the facts that affect its speed: version, runtime, storage driver, network."""
         form = "{{.Version.Version}}|{{.Host.OCIRuntime.Name}}|{{.Store.GraphDriverName}}"
         version, runtime, driver = self("info", "--format", form).strip().split("|")
         return {"podman": f"{version}, {runtime}, {driver} storage, {self.network} port"}
 
     def __call__(self, *arguments: str) -> str:
-        """Run a podman command and return its standard output. Raise NotHere with its last words."""
+        """Run a podman command and return its standard output. Raise NotHere with the end of its error output."""
         try:
             done = subprocess.run(
                 [*self.command, *arguments],
@@ -83,15 +83,15 @@ class Podman:
 
 @contextmanager
 def start_podman(layout: Path, directory: Path, network: str = "") -> Iterator[Podman]:
-    """Yield a podman that holds the image of an OCI layout and has run it once. Raise NotHere where that fails.
+    """Yield a podman that has pulled the image of an OCI layout and run it once. Raise NotHere if that fails.
 
-    With the `network` of another one that has run, the image is only pulled: it need not be a web server.
+    With `network`, taken from another podman that has run, the image is only pulled: it need not be a web server.
     """
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         raise NotHere(f"{', '.join(missing)} not installed")
     library = runpy.run_path(str(_LIBRARY))
-    # runc, as most container hosts have it, and podman's own choice where there is none.
+    # Most container hosts have runc. Without it, podman chooses.
     runtime = ["--runtime=runc"] if shutil.which("runc") else []
     command = ["podman", "--root", f"{directory}/root", "--runroot", f"{directory}/run", *runtime]
     with ExitStack() as stack:
@@ -111,7 +111,7 @@ def start_podman(layout: Path, directory: Path, network: str = "") -> Iterator[P
 
 
 def _first_that_works(command: Sequence[str], options: Sequence[str], image: str) -> Podman:
-    """Try a published port, then the host's network: less work for podman, and there without a bridge."""
+    """Try a published port, then the host's network, which works without a bridge and is less work for podman."""
     reasons = []
     for network in ("published", "host"):
         podman = Podman(command=command, options=options, image=image, network=network)
@@ -125,7 +125,7 @@ def _first_that_works(command: Sequence[str], options: Sequence[str], image: str
 
 
 def _find_port() -> int:
-    """Return a port that was free a moment ago: asking podman for the one it chose would cost it another command."""
+    """Return a port that was free a moment ago. Asking podman for its choice would cost another command."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port

@@ -1,4 +1,4 @@
-"""What the benchmarks print: a table for people, JSON for machines. Both from the same samples."""
+"""The output of the benchmarks: a table for people and JSON for programs, both from the same samples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADINGS = ("", "median", "min", "max", "n", "podman ÷ clone")
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One line of the table. `rival` is the key of podman's measure of the same thing."""
+    """One line of the table. `rival` is the key of podman's corresponding measure."""
 
     key: str
     title: str
@@ -25,22 +25,22 @@ class Measure:
 
 @dataclass(kw_only=True)
 class Report:
-    """All that a run has found: facts of the machine, samples by the key of their measure, and what was left out."""
+    """The results of a run: facts about the host, samples by the key of their measure, and what was skipped."""
 
     measures: Sequence[Measure]
     rounds: int
-    running: Mapping[str, str | float] = field(default_factory=dict)
+    host: Mapping[str, str | float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def add(self, key: str, *values: float) -> None:
-        """Add samples to a measure. Raise KeyError for one that the table would not show."""
+        """Add samples to a measure. Raise KeyError for a key that is not in the table."""
         if key not in {measure.key for measure in self.measures}:
             raise KeyError(key)
         self.samples.setdefault(key, []).extend(values)
 
     def ratio(self, measure: Measure) -> float | None:
-        """Return podman's median through ours: above 1, the clone is faster. None where one of them is missing."""
+        """Return podman's median divided by the clone's (above 1, the clone is faster), or None if one is missing."""
         rival, ours = self.samples.get(measure.rival), self.samples.get(measure.key)
         if not rival or not ours or statistics.median(ours) == 0:
             return None
@@ -48,7 +48,7 @@ class Report:
 
 
 def load_warning(load: float, cores: int) -> str:
-    """Return a warning when the machine is too busy for figures that count, else an empty string.
+    """Return a warning if this host is too busy for valid figures, else an empty string.
 
     `load` is the load average of the last minute.
     """
@@ -58,7 +58,7 @@ def load_warning(load: float, cores: int) -> str:
 
 
 def render_table(report: Report) -> str:
-    """Return the measures that have samples, by section, and below them what was left out."""
+    """Return a table of the measures that have samples, by section, followed by what was skipped."""
     lines: list[tuple[str, ...]] = [_HEADINGS]
     section = ""
     for measure in report.measures:
@@ -68,21 +68,21 @@ def render_table(report: Report) -> str:
         if measure.section != section:
             section = measure.section
             lines.append((section,))
-        lines.append(_jail_dirs(report, measure, samples))
+        lines.append(_cells(report, measure, samples))
     text = _align(lines)
     for name, why in report.skipped.items():
-        text += f"\nleft out: {name}: {why}"
+        text += f"\nskipped: {name}: {why}"
     return text
 
 
 def render_json(report: Report) -> dict[str, object]:
-    """Return what `--json` writes, made of plain values. Only measures with samples are in it."""
+    """Return the content of `--json` as plain values. It has only measures with samples."""
     shown = [measure for measure in report.measures if report.samples.get(measure.key)]
     ratios = {measure.key: ratio for measure in shown if (ratio := report.ratio(measure)) is not None}
     return {
         "format": 1,
         "rounds": report.rounds,
-        "machine": dict(report.running),
+        "host": dict(report.host),
         "measures": {measure.key: _entry(measure, report.samples[measure.key]) for measure in shown},
         "podman_per_clone": {key: round(ratio, 3) for key, ratio in ratios.items()},
         "skipped": dict(report.skipped),
@@ -100,7 +100,7 @@ def _entry(measure: Measure, samples: Sequence[float]) -> dict[str, object]:
     }
 
 
-def _jail_dirs(report: Report, measure: Measure, samples: Sequence[float]) -> tuple[str, ...]:
+def _cells(report: Report, measure: Measure, samples: Sequence[float]) -> tuple[str, ...]:
     ratio = report.ratio(measure)
     figures = [_figure(value) for value in (statistics.median(samples), min(samples), max(samples))]
     title = f"  {measure.title} [{measure.unit}]"
@@ -116,8 +116,8 @@ def _align(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     return "\n".join(
         "  ".join(
-            jail_dir.rjust(width) if column else jail_dir.ljust(width)
-            for column, (jail_dir, width) in enumerate(zip(line, widths, strict=False))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=False))
         ).rstrip()
         for line in lines
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What a clone costs, beside podman where that works: medians of interleaved rounds.
+"""Measure clones and, where it works, podman: medians of interleaved rounds.
 
-Run it on an idle machine: `make bench`, or `benchmarks/run.py --rounds 20 --json FILE`. The table goes to standard
-output, the talk to standard error.
+Run it on an idle host: `make bench`, or `benchmarks/run.py --rounds 20 --json FILE`. The table goes to standard output,
+messages go to standard error.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from host import cpu_ms_of, host_facts, private_kib_of
 from http200 import fetch_until_200
 from podman import NotHere, Podman, start_podman
 from report import Measure, Report, load_warning, render_json, render_table
-from running import cpu_ms_of, machine_facts, private_kib_of
 from suite import SuiteFailed, run_suite, write_suite
 
 from pytest_fcvm.clone import Clone
@@ -31,20 +31,20 @@ from pytest_fcvm.host.clock import Deadline, monotonic, wait_until
 from pytest_fcvm.model.parse import parse_ready
 from pytest_fcvm.model.specs import VmSpec
 from pytest_fcvm.options import Options
-from pytest_fcvm.snapshot import Snapshot
+from pytest_fcvm.snapshot import OpenSnapshot
 
 _ROOT = Path(__file__).parents[1]
-# A snapshot of our own: rebuilding the one that tests use would take it from a run that has it open.
+# This variable gives the benchmark a snapshot of its own. Rebuilding a shared one would take it from other runs.
 _ENV = {"FCVM_BENCHMARK": "1"}
 _ENV_OPTIONS = [f"--fcvm-env={name}={value}" for name, value in _ENV.items()]
-_BODY_S = 0.1  # a test's body: time in which the next VMM starts up
-_POOL_BODY_S = 0.2  # and one in which the next clone is made
+_BODY_S = 0.1  # a test's body: the standby VMM starts in this time
+_POOL_BODY_S = 0.2  # the pool makes the next clone in this time
 _IDLE_S = 0.5
 _GONE_S = 10.0
 _IN_A_ROW = 3
-_REPEATS = 3  # of what takes long: building a snapshot, running a test file
+_REPEATS = 3  # of slow work: building a snapshot, running a test file
 
-_CLONE = "a clone made when it is asked for, after a pause of 100 ms"
+_CLONE = "a clone made on demand, after a pause of 100 ms"
 _POOL = "a clone from the pool, after a pause of 200 ms (ready: http:80/)"
 _ROW = "a clone, right after the one before"
 _SNAPSHOT = "a snapshot, built once per image"
@@ -54,7 +54,7 @@ _PODMAN = "podman, in the same rounds"
 
 MEASURES = (
     Measure(key="ready", title="until clone() returns", unit="ms", section=_CLONE, rival="podman_run"),
-    Measure(key="spawn", title="… of it: VMM started, or taken from the spare", unit="ms", section=_CLONE),
+    Measure(key="spawn", title="… of it: VMM started, or standby taken", unit="ms", section=_CLONE),
     Measure(key="agent", title="… of it: state loaded, agent answers", unit="ms", section=_CLONE),
     Measure(key="answer", title="… of it: service answers", unit="ms", section=_CLONE),
     Measure(key="first_200", title="until the first HTTP 200", unit="ms", section=_CLONE, rival="podman_200"),
@@ -65,7 +65,7 @@ MEASURES = (
         section=_CLONE,
         rival="podman_200",
     ),
-    # close() does not wait for the killed VMM, `podman rm` does for its container: what they do until the end compares.
+    # close() does not wait for the killed VMM, but `podman rm` waits for its container. So compare until both are gone.
     Measure(key="close", title="close(), as the test sees it", unit="ms", section=_CLONE),
     Measure(key="gone", title="close() until the VMM is gone", unit="ms", section=_CLONE, rival="podman_rm"),
     Measure(
@@ -89,11 +89,11 @@ MEASURES = (
         rival="podman_life",
     ),
     Measure(key="row_ready", title="until clone() returns", unit="ms", section=_ROW, rival="podman_run"),
-    Measure(key="row_spawn", title="… of it: VMM started, or taken from the spare", unit="ms", section=_ROW),
+    Measure(key="row_spawn", title="… of it: VMM started, or standby taken", unit="ms", section=_ROW),
     Measure(key="row_agent", title="… of it: state loaded, agent answers", unit="ms", section=_ROW),
     Measure(key="row_answer", title="… of it: service answers", unit="ms", section=_ROW),
     Measure(key="row_close", title="close(), as the test sees it", unit="ms", section=_ROW),
-    Measure(key="boot_ms", title="until the agent is met", unit="ms", section=_SNAPSHOT),
+    Measure(key="boot_ms", title="until the agent answers", unit="ms", section=_SNAPSHOT),
     Measure(key="ready_ms", title="until the workload is ready", unit="ms", section=_SNAPSHOT),
     Measure(key="save_ms", title="quiesce, settle, stop, state saved", unit="ms", section=_SNAPSHOT),
     Measure(key="total_ms", title="all of it", unit="ms", section=_SNAPSHOT),
@@ -113,15 +113,15 @@ MEASURES = (
 
 
 def main() -> int:
-    """Measure, print the table, write the JSON. Return 0 also where podman or xdist is missing; the table says so."""
+    """Measure, print the table, write the JSON. Return 0 even without podman or xdist; the table says so."""
     arguments = _parse()
-    facts = machine_facts()  # before any work of ours raises the load
+    facts = host_facts()  # before the benchmark raises the load
     _print_facts(facts)
     warning = load_warning(float(facts["load"]), int(facts["cores"]))
     print(warning, end="\n" if warning else "", flush=True)
     layout = _build_image()
     image = f"oci:{layout}:latest"
-    report = Report(measures=MEASURES, rounds=arguments.rounds, running=facts)
+    report = Report(measures=MEASURES, rounds=arguments.rounds, host=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
         directory = Path(scratch)
         options = Options(pool=0, kernel=arguments.kernel)
@@ -133,8 +133,8 @@ def main() -> int:
             pooled = stack.enter_context(
                 _opened(image, replace(options, pool=1), directory / "pool", report, ready="http:80/")
             )
-            report.running = {**report.running, **(podman.facts() if podman else {})}
-            _print_facts({name: value for name, value in report.running.items() if name not in facts})
+            report.host = {**report.host, **(podman.facts() if podman else {})}
+            _print_facts({name: value for name, value in report.host.items() if name not in facts})
             _measure_rounds(report, snapshot, served, pooled, podman)
         kernel = [f"--fcvm-kernel={arguments.kernel}"] if arguments.kernel else []
         _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], directory)
@@ -147,7 +147,7 @@ def main() -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="samples of every figure (default: 20)")
-    parser.add_argument("--kernel", metavar="KERNEL", help="as --fcvm-kernel takes it (default: what is found first)")
+    parser.add_argument("--kernel", metavar="KERNEL", help="as --fcvm-kernel takes it (default: the first one found)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -169,23 +169,23 @@ def _print_facts(facts: Mapping[str, str | float]) -> None:
         print(f"{name}: {value}", flush=True)
 
 
-# -- machines
+# -- clones
 
 
 @contextmanager
-def _opened(image: str, options: Options, shared: Path, report: Report, *, ready: str = "") -> Iterator[Snapshot]:
-    """Yield the snapshot that all figures are about, and note the engine that it is for.
+def _opened(image: str, options: Options, shared: Path, report: Report, *, ready: str = "") -> Iterator[OpenSnapshot]:
+    """Yield the snapshot to measure, and record its engine.
 
-    With readiness over HTTP the service has answered a request in it.
+    With readiness over HTTP, its service has answered a request.
     """
     shared.mkdir()
     harness = Harness(options, shared_dir=shared, announce=_say)
     try:
         spec = VmSpec(image=image, env=_ENV, ready=parse_ready(ready) if ready else None)
         snapshot = harness.snapshot(spec, "benchmark")
-        found, kernel = harness.choice.report, harness.kernel.release
-        report.running = {
-            **report.running,
+        found, kernel = harness.choice.report, harness.provision.kernel.release
+        report.host = {
+            **report.host,
             "engine": str(harness.choice),
             "version": f"{found.engine} {found.version}",
             "guest kernel": kernel,
@@ -204,10 +204,10 @@ def _measure_builds(report: Report, image: str, options: Options, directory: Pat
 
 
 def _measure_rounds(
-    report: Report, snapshot: Snapshot, served: Snapshot, pooled: Snapshot, podman: Podman | None
+    report: Report, snapshot: OpenSnapshot, served: OpenSnapshot, pooled: OpenSnapshot, podman: Podman | None
 ) -> None:
-    """Take one sample of everything, then the next: what disturbs the machine for a while disturbs all of it."""
-    with snapshot.clone() as clone:  # files into the page cache, modules into this process, and a spare from here on
+    """Take one sample of each figure per round, so that a disturbance of the host affects all figures."""
+    with snapshot.clone() as clone:  # fill the page cache, import modules, start the standby
         fetch_until_200(clone.url(80))
     for warmed in (served, pooled):
         with warmed.clone():
@@ -219,13 +219,13 @@ def _measure_rounds(
         _measure_idle(report, snapshot)
         _measure_row(report, snapshot)
         _measure_pool(report, pooled)
-        pooled.drain()  # a clone that sleeps takes no time, and one that is made does
+        pooled.release()  # or the pool makes a clone during the next measurements
         if podman:
             for key, elapsed_ms in podman.round().items():
                 report.add(key, elapsed_ms)
 
 
-def _measure_life(report: Report, snapshot: Snapshot) -> None:
+def _measure_life(report: Report, snapshot: OpenSnapshot) -> None:
     time.sleep(_BODY_S)
     started = monotonic()
     with snapshot.clone() as clone:
@@ -240,7 +240,7 @@ def _measure_life(report: Report, snapshot: Snapshot) -> None:
     report.add("life", (closed - started) * 1e3)
 
 
-def _measure_served(report: Report, served: Snapshot) -> None:
+def _measure_served(report: Report, served: OpenSnapshot) -> None:
     time.sleep(_BODY_S)
     started = monotonic()
     with served.clone() as clone:
@@ -248,8 +248,8 @@ def _measure_served(report: Report, served: Snapshot) -> None:
         report.add("served_200", (monotonic() - started) * 1e3)
 
 
-def _measure_pool(report: Report, pooled: Snapshot) -> None:
-    """Take a clone that had time to be made; the first take of a round starts the making of the next."""
+def _measure_pool(report: Report, pooled: OpenSnapshot) -> None:
+    """Measure a clone that the pool had time to make. The first clone makes the pool start on it."""
     with pooled.clone():
         time.sleep(_POOL_BODY_S)
     started = monotonic()
@@ -264,13 +264,13 @@ def _measure_pool(report: Report, pooled: Snapshot) -> None:
     report.add("pool_life", (closed - started) * 1e3)
 
 
-def _measure_idle(report: Report, snapshot: Snapshot) -> None:
-    """Look into a clone that nobody asks for anything; apart from the others, because looking takes time."""
+def _measure_idle(report: Report, snapshot: OpenSnapshot) -> None:
+    """Measure an idle clone. This is separate, because the measurement itself takes time."""
     time.sleep(_BODY_S)
     before = time.process_time()
     with snapshot.clone() as clone:
         spent = time.process_time() - before
-        pid = clone._running.vm.pid  # tests have no use for it
+        pid = clone._running.vm.pid  # clones do not show it to tests
         report.add("vmm_cpu", cpu_ms_of(pid))
         report.add("host_cpu", spent * 1e3)
         _add_phases(report, clone, "")
@@ -285,8 +285,8 @@ def _measure_idle(report: Report, snapshot: Snapshot) -> None:
         report.add("gone", (monotonic() - closing) * 1e3)
 
 
-def _measure_row(report: Report, snapshot: Snapshot) -> None:
-    """Clone and close with nothing between. The first clone is not counted: its spare had time to start."""
+def _measure_row(report: Report, snapshot: OpenSnapshot) -> None:
+    """Clone and close without a pause. The first clone is not counted: its standby had time to start."""
     time.sleep(_BODY_S)
     for number in range(_IN_A_ROW):
         started = monotonic()

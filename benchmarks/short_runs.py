@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Short pytest runs, one after the other: none ends badly, none says a word it should not, none leaves anything.
+"""Run short pytest runs one after the other. Check that each passes, prints no complaint and leaves nothing behind.
 
     benchmarks/short_runs.py --runs 500 [--image IMAGE] [--keep DIRECTORY]
 
-The runs take turns: with and without a pool, in one process and on two workers; all in Python's development mode and
-with warnings as errors. A line for each kind of run goes to standard output; the exit code is 1 when any run was bad.
+The runs alternate: with and without a pool, in one process and on two workers. All run in Python's development mode
+with warnings as errors. A line for each kind of run goes to standard output. The exit code is 1 if a run was bad.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_answers(fcvm_clone):
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_obeys(fcvm_clone, number):
+def test_runs_a_command(fcvm_clone, number):
     assert fcvm_clone.exec(["true"]).exit_code == 0
 
 
@@ -49,7 +49,7 @@ _KINDS = (
     ("pool 0, -n 2", ("--fcvm-pool", "0", "-n", "2")),
     ("pool auto, -n 2", ("--fcvm-pool", "auto", "-n", "2")),
 )
-# What a run that ends with 0 may still have said.
+# A run that exits with 0 may still have printed these.
 _COMPLAINT = re.compile(
     r"Traceback|Exception (ignored|in thread)|\w*Warning\b|INTERNALERROR|unraisable|unhandled|leaked", re.IGNORECASE
 )
@@ -57,12 +57,12 @@ _RUN_S, _GONE_S = 600, 20
 
 
 def main() -> int:
-    """Make the runs, and say which were bad."""
+    """Make the runs, and print the bad ones."""
     arguments = _parse()
     image = arguments.image or f"oci:{_build_image()}:latest"
     took: dict[str, list[float]] = defaultdict(list)
     bad: dict[str, int] = defaultdict(int)
-    # Short, because the paths of sockets are.
+    # Socket paths have a length limit.
     with tempfile.TemporaryDirectory(prefix="fcvm-s-", dir="/tmp") as scratch:
         directory = Path(scratch)
         (directory / "test_short.py").write_text(_TESTS)
@@ -92,11 +92,11 @@ def _parse() -> argparse.Namespace:
 
 
 def _run(directory: Path, options: list[str]) -> tuple[str, list[str]]:
-    """Run the tests and return the output, and what is wrong with the run."""
+    """Run the tests. Return the output and the failed checks."""
     runtime = directory / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
     command = [sys.executable, "-W", "error", "-m", "pytest", "-W", "error", "-p", "no:asyncio", *options]
-    # The environment, unlike -X dev, reaches the workers too.
+    # Unlike -X dev, this variable reaches the workers too.
     environment = {**os.environ, "PYTHONDEVMODE": "1", "XDG_RUNTIME_DIR": str(runtime)}
     try:
         done = subprocess.run(
@@ -116,12 +116,12 @@ def _run(directory: Path, options: list[str]) -> tuple[str, list[str]]:
     if _PASSED not in done.stdout:
         findings.append(f"not {_PASSED}")
     if complaint := _COMPLAINT.search(done.stdout):
-        findings.append(f"it says {complaint[0]!r}")
+        findings.append(f"it printed {complaint[0]!r}")
     return done.stdout, findings + _wait_for_nothing(runtime)
 
 
 def _wait_for_nothing(runtime: Path) -> list[str]:
-    """Return what is left of a run after a while: files in its run directory, and processes that name it."""
+    """Wait for the end of a run. Return what is left: files in its run directory, and processes that name it."""
     end = time.monotonic() + _GONE_S
     while (left := _left(runtime)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -129,7 +129,7 @@ def _wait_for_nothing(runtime: Path) -> list[str]:
 
 
 def _left(runtime: Path) -> list[str]:
-    # The lock of --fcvm-max-clones is there for all runs of a user.
+    # All runs of a user share the lock of --fcvm-max-clones.
     files = [str(path) for path in runtime.rglob("*") if path.is_file() and "admission" not in path.parts]
     directories = [str(path) for path in runtime.glob("fcvm/*") if path.is_dir() and path.name != "admission"]
     return files + directories + _processes(runtime)

@@ -1,4 +1,4 @@
-"""Tests as pytest sees them: a generated file, run in a process of its own, serial and on two workers."""
+"""Run generated tests in a pytest process of their own, serially or on two workers, and read their durations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
 def test_home(number, fcvm_clone):
     assert OPENER.open(fcvm_clone.url(80), timeout=60).status == 200
 """
-# The controller alone writes: with workers it gets their reports, without any it has its own.
+# Only the controller writes: it gets the reports of its workers.
 CONFTEST = """\
 import json
 import os
@@ -46,7 +46,7 @@ class SuiteFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteRun:
-    """What one run took: `wall_ms` of the pytest process divided by the tests, and the ms of every test's phases."""
+    """The durations of a run: `wall_ms` of the pytest process divided by the tests, and each test's phases in ms."""
 
     wall_ms: float
     setup_ms: list[float]
@@ -55,7 +55,7 @@ class SuiteRun:
 
 
 def write_suite(directory: Path, count: int) -> None:
-    """Write `count` tests, each with a clone of its own and one GET, and the conftest that notes durations."""
+    """Write `count` tests, each with its own clone and one GET, and the conftest that records durations."""
     directory.mkdir(parents=True)
     (directory / "pytest.ini").write_text("[pytest]\n")
     (directory / "conftest.py").write_text(CONFTEST)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The main job on real input: an nginx image, and a pytest suite in which every test has a machine of its own."""
+"""Run a pytest suite on real input: an nginx image, with a fresh clone for every test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _REACHABLE_S = 15
 
 
 def main() -> int:
-    """Find or build the image, then run the suite twice: the second run finds the snapshot of the first."""
+    """Find or build the image, then run the suite twice. The second run finds the snapshot of the first."""
     image = _PUBLIC if _is_reachable(_PUBLIC) else _build()
     if image is None:
         return 1
@@ -35,7 +35,7 @@ def _is_reachable(image: str) -> bool:
 
 
 def _build() -> str | None:
-    print(f"no public registry has {_PUBLIC} for us: building nginx from the distribution's packages", flush=True)
+    print(f"{_PUBLIC} cannot be pulled: building nginx from the distribution's packages", flush=True)
     directory = Path(".demo")
     command = [sys.executable, str(_HERE / "images/build.py"), "nginx", str(directory)]
     return f"oci:{directory / 'nginx'}:latest" if subprocess.run(command, check=False).returncode == 0 else None

@@ -3,8 +3,8 @@
 
     build.py nginx DIR
 
-makes the OCI layout DIR/nginx with the tag `latest`, or leaves it alone when this recipe has made it before. It takes
-10 to 30 s and needs mmdebstrap and the machine's own apt sources; run it as root, or as a user with subordinate ids.
+makes the OCI layout DIR/nginx with the tag `latest`, unless the same recipe has made it before. It takes 10 to 30 s.
+It requires mmdebstrap and the apt sources of this host. Run it as root, or as a user with subordinate ids.
 Format: the OCI image layout specification, one uncompressed layer.
 """
 
@@ -106,7 +106,7 @@ RECIPES = {
         entrypoint="postgres-entrypoint.sh",
         hooks=(
             "rm -rf $1/var/lib/postgresql/15 $1/etc/postgresql/15",
-            # The just-in-time compiler is two thirds of the image; the server does without it.
+            # The just-in-time compiler is two thirds of the image, and the server works without it.
             "rm -f $1/usr/lib/postgresql/15/lib/llvmjit.so",
             "rm -f $1/usr/lib/x86_64-linux-gnu/libLLVM* $1/usr/lib/x86_64-linux-gnu/libz3*",
         ),
@@ -115,7 +115,7 @@ RECIPES = {
 
 
 def build(name: str, directory: Path, recipe: Recipe | None = None) -> Path:
-    """Return the OCI layout of an image, built unless this very recipe has built it there before."""
+    """Return the OCI layout of an image. Build it unless the same recipe has built it there before."""
     recipe = recipe or RECIPES[name]
     layout = directory / name
     script = _ENTRYPOINTS / recipe.entrypoint if recipe.entrypoint else None
@@ -157,7 +157,7 @@ def _codename() -> str:
 
 
 def _apt_sources() -> bytes:
-    """Return the machine's own sources; mmdebstrap reads both styles, but one in a stream."""
+    """Return the apt sources of this host. mmdebstrap reads both styles, but only one of them in a stream."""
     deb822 = sorted(Path("/etc/apt/sources.list.d").glob("*.sources"))
     one_line = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*.list"))]
     files = deb822 or [path for path in one_line if path.exists()]
@@ -165,7 +165,7 @@ def _apt_sources() -> bytes:
 
 
 def write_layout(directory: Path, layer: bytes, image_config: dict[str, object]) -> None:
-    """Make an OCI layout, with the tag `latest`, of one layer (an uncompressed tar) in a directory with `blobs/sha256`."""
+    """Write an OCI layout with one layer (an uncompressed tar) and the tag `latest`. `directory` has `blobs/sha256`."""
     layer_blob = _add_blob(directory, layer, "application/vnd.oci.image.layer.v1.tar")
     config = {
         "architecture": "amd64",
@@ -192,7 +192,7 @@ def _add_blob(directory: Path, data: bytes, media_type: str) -> dict[str, object
 
 
 def _drop_devices(layer: Path) -> None:
-    """Leave out /dev: a container engine makes its own."""
+    """Remove /dev from a layer: a container engine makes its own."""
     kept = layer.with_suffix(".kept")
     with tarfile.open(layer) as source, tarfile.open(kept, "w", format=tarfile.PAX_FORMAT) as target:
         for member in source:
@@ -212,7 +212,7 @@ def main() -> int:
         for name in sys.argv[1:-1]:
             print(build(name, directory))
     except subprocess.CalledProcessError as error:
-        print(f"{error.cmd[0]} failed; when not root, it needs the package uidmap", file=sys.stderr)
+        print(f"{error.cmd[0]} failed; without root, it requires the package uidmap", file=sys.stderr)
         return 1
     return 0
 

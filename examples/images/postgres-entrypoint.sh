@@ -1,6 +1,6 @@
 #!/bin/sh
-# Start PostgreSQL as the official image does: on an empty data folder, initdb and a temporary server that listens on its
-# Unix socket alone, which runs the scripts of /docker-entrypoint-initdb.d; then the final server.
+# Start PostgreSQL as the official image does. If the data directory is empty, run initdb, then start a temporary server
+# on a Unix socket only, which runs the scripts of /docker-entrypoint-initdb.d. Then start the final server.
 set -eu
 PGDATA=${PGDATA:-/var/lib/postgresql/data}
 POSTGRES_USER=${POSTGRES_USER:-postgres}

@@ -1,4 +1,4 @@
-"""Every test gets a machine of its own, in which nginx is already running. Run it with `make demo`, or
+"""Every test gets a clone of its own, in which nginx is already running. Run it with `make demo`, or
 
 pytest examples/nginx --fcvm-image nginx:latest
 """
@@ -31,7 +31,7 @@ def test_wreck_it(fcvm_clone: Clone) -> None:
     assert fetch(fcvm_clone.url(80)) in (403, 404)
 
 
-def test_and_the_next_is_whole_again(fcvm_clone: Clone) -> None:
+def test_the_next_clone_is_whole_again(fcvm_clone: Clone) -> None:
     assert fetch(fcvm_clone.url(80)) == 200
 
 
@@ -44,5 +44,5 @@ def test_look_inside(fcvm_clone: Clone) -> None:
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_ten_more_machines(fcvm_clone: Clone, number: int) -> None:
+def test_ten_more_clones(fcvm_clone: Clone, number: int) -> None:
     assert fetch(fcvm_clone.url(80, f"/?{number}")) == 200
