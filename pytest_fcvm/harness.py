@@ -23,6 +23,7 @@ from pytest_fcvm.host.paths import RunDir, cache_root, run_root
 from pytest_fcvm.host.supervisor.janitor import sweep, sweep_temporary
 from pytest_fcvm.host.supervisor.supervisor import Supervisor
 from pytest_fcvm.model.net import Namespace
+from pytest_fcvm.model.results import Progress
 from pytest_fcvm.model.specs import NetworkSpec, VmSpec
 from pytest_fcvm.network.netns.client import Namespaces
 from pytest_fcvm.network.private import Network
@@ -44,9 +45,7 @@ class Harness:
     `on_failed` are called for every clone of this process, one call at a time, in the thread that asked for the clone.
     """
 
-    def __init__(
-        self, options: Options, *, shared_dir: Path, announce: Callable[[str], None], owns_shared: bool = False
-    ) -> None:
+    def __init__(self, options: Options, *, shared_dir: Path, announce: Progress, owns_shared: bool = False) -> None:
         self._options, self._shared, self._announce = options, shared_dir, announce
         self.on_created: Callable[[Clone], object] = lambda _clone: None
         self.on_failed: Callable[[VmSpec, FcvmError], object] = lambda _spec, _error: None
@@ -208,6 +207,19 @@ class Harness:
     def _runtime(self) -> SnapshotRuntime:
         admission = self._resources.enter_context(closing(Admission(run_root(), self._options.max_clones)))
         workers = int(environment().get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+        def report_created(clone: Clone) -> None:
+            with self._reporting:
+                self._clones += 1
+                self._live.add(clone)
+                if self._options.timings:
+                    self._timings.append(f"{clone.name}: {clone.timeline}")
+                self.on_created(clone)
+
+        def report_failed(spec: VmSpec, error: FcvmError) -> None:
+            with self._reporting:
+                self.on_failed(spec, error)
+
         return SnapshotRuntime(
             admit=lambda mem_mib: admission.admit(
                 mem_mib,
@@ -221,18 +233,6 @@ class Harness:
             makers=max(1, len(os.sched_getaffinity(0)) // workers),
             scratch=lambda: self.store.collection("snapshots").scratch(self.supervisor.run_dir),
             open_namespace=self.open_namespace,
-            on_created=self._count,
-            on_failed=self._report_failed,
+            on_created=report_created,
+            on_failed=report_failed,
         )
-
-    def _count(self, clone: Clone) -> None:
-        with self._reporting:
-            self._clones += 1
-            self._live.add(clone)
-            if self._options.timings:
-                self._timings.append(f"{clone.name}: {clone.timeline}")
-            self.on_created(clone)
-
-    def _report_failed(self, spec: VmSpec, error: FcvmError) -> None:
-        with self._reporting:
-            self.on_failed(spec, error)

@@ -22,6 +22,7 @@ from pytest_fcvm.image.source import PullPolicy, resolve_image
 from pytest_fcvm.kernel.initramfs import INITRAMFS_FORMAT, build_initramfs
 from pytest_fcvm.kernel.sources import GuestKernel, resolve_kernel
 from pytest_fcvm.kernel.vmlinux import extract_vmlinux
+from pytest_fcvm.model.results import Progress
 from pytest_fcvm.model.specs import ReadyMode, ReadySpec, VmSpec
 from pytest_fcvm.network.netns.attach import OpenNamespace
 from pytest_fcvm.options import Options, proxy_variables
@@ -31,7 +32,6 @@ from pytest_fcvm.store import Entry, Store, canonical_digest, content_digest
 
 __all__ = ["Provision"]
 
-Progress = Callable[[str], None]
 _Make = Callable[[Path, Progress], Mapping[str, Any]]
 
 _ROOTFS = "rootfs.squashfs"

@@ -21,6 +21,7 @@ from typing import Any
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.files import READ_ONLY_ERRORS, replace_file, stamp_of, sync_directory, sync_path
 from pytest_fcvm.host.own import getpid, os, shutil
+from pytest_fcvm.model.results import Progress
 
 __all__ = ["MANIFEST_SCHEMA", "Collection", "Entry", "Store", "canonical_digest", "content_digest"]
 
@@ -29,8 +30,6 @@ _MANIFEST = "manifest.json"
 _BLOCK = 64 * 1024
 _POLL_S = 0.05  # filelock polls; this limits how late a waiter notices a free lock
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class Collection:
     """All entries of one kind. `note` is called with a sentence for the user, such as a damaged entry."""
 
     path: Path
-    note: Note = field(default=lambda _text: None)
+    note: Progress = field(default=lambda _text: None)
     _held: set[str] = field(default_factory=set)
 
     def find(self, key: str) -> Entry | None:
@@ -147,7 +146,7 @@ class Collection:
         return fault
 
     @contextmanager
-    def locked(self, key: str, who: str, on_wait: Note) -> Iterator[Note]:
+    def locked(self, key: str, who: str, on_wait: Progress) -> Iterator[Progress]:
         """Hold the key's lock. Yield a function that records the phase of this process's build.
 
         Call `on_wait` with a sentence about the build that holds the lock. On a read-only file system no lock is taken:
@@ -251,7 +250,7 @@ class Collection:
 class Store:
     """The cache directory of one user."""
 
-    def __init__(self, root: Path, note: Note = lambda _text: None) -> None:
+    def __init__(self, root: Path, note: Progress = lambda _text: None) -> None:
         self.root = root
         self._note = note
 

@@ -18,6 +18,7 @@ from pytest_fcvm.image.contents import read_directory
 from pytest_fcvm.image.layers import flatten, write_tree
 from pytest_fcvm.image.reference import ImageKind
 from pytest_fcvm.image.source import PulledImage
+from pytest_fcvm.model.results import Progress
 
 __all__ = ["ROOTFS_FORMAT", "build_rootfs"]
 
@@ -42,7 +43,7 @@ _METADATA_PLAIN = 0x8000
 Write = Callable[[bytes], object]
 
 
-def build_rootfs(image: PulledImage, dest: Path, *, progress: Callable[[str], None]) -> None:
+def build_rootfs(image: PulledImage, dest: Path, *, progress: Progress) -> None:
     """Write the image's root filesystem to `dest`. The same image makes the same bytes.
 
     Raise ImageError for invalid layers, HostError without mksquashfs, at the deadline and when the disk is full.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from pytest_fcvm.image.manifest import digest_of, listed_digests, read_image_dir
 from pytest_fcvm.image.pull_cache import Record, Stamp, find_record, save_record, stamp_path
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 from pytest_fcvm.image.skopeo import ask_docker, ask_manifest, copy_image
+from pytest_fcvm.model.results import Progress
 from pytest_fcvm.store import canonical_digest
 
 __all__ = ["PullPolicy", "PulledImage", "resolve_image"]
-
-Progress = Callable[[str], None]
 
 
 class PullPolicy(StrEnum):

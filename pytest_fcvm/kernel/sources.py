@@ -19,11 +19,11 @@ from pytest_fcvm.host.own import environment, os, shutil
 from pytest_fcvm.host.process import ToolFailed, killed_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
+from pytest_fcvm.model.results import Progress
 from pytest_fcvm.store import Collection, Entry
 
 __all__ = ["MODULES_REVISION", "STOCK", "GuestKernel", "resolve_kernel"]
 
-Progress = Callable[[str], None]
 
 STOCK = "stock"
 """The value of `--fcvm-kernel` for a distribution's kernel."""

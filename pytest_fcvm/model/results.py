@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["ExecResult", "Timeline"]
+__all__ = ["ExecResult", "Progress", "Timeline"]
+
+Progress = Callable[[str], object]
+"""Shows one line of progress to the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

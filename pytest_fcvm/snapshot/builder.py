@@ -26,7 +26,7 @@ from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.threads import ServiceThread
 from pytest_fcvm.model.guest import ProcessSpec
 from pytest_fcvm.model.net import Namespace
-from pytest_fcvm.model.results import Timeline
+from pytest_fcvm.model.results import Progress, Timeline
 from pytest_fcvm.model.specs import MappedPath, Prepare
 from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
 from pytest_fcvm.network.ports.open import open_ports
@@ -46,8 +46,6 @@ _SETTLE_S = 0.5  # what the guest's kernel still has to do for the frozen worklo
 _CALL_S = 60.0
 _COPY_S = 600.0
 
-Phase = Callable[[str], None]
-
 
 def snapshot_files(directory: Path, inputs: SnapshotInputs, *, of_clone: bool = False) -> SnapshotFiles:
     """Return the files of a snapshot that an engine reads."""
@@ -59,7 +57,7 @@ def snapshot_files(directory: Path, inputs: SnapshotInputs, *, of_clone: bool = 
 
 @translating_emfile("the build of a snapshot")
 def build_snapshot(
-    inputs: SnapshotInputs, directory: Path, phase: Phase, open_namespace: OpenNamespace = no_namespaces
+    inputs: SnapshotInputs, directory: Path, phase: Progress, open_namespace: OpenNamespace = no_namespaces
 ) -> dict[str, Any]:
     """Fill a snapshot's directory and return its facts: session secret, client port, timings in ms.
 
@@ -101,7 +99,9 @@ def build_snapshot(
 
 
 @contextmanager
-def _booted(inputs: SnapshotInputs, directory: Path, phase: Phase, namespace: Namespace | None) -> Iterator[RunningVm]:
+def _booted(
+    inputs: SnapshotInputs, directory: Path, phase: Progress, namespace: Namespace | None
+) -> Iterator[RunningVm]:
     disk = directory / _DISK if inputs.shape.disk_mib else None
     if disk:
         make_image(disk, inputs.shape.disk_mib)

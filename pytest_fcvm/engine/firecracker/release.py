@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,6 +17,7 @@ from pytest_fcvm.engine.firecracker.installation import PROGRAM, tools_dir
 from pytest_fcvm.engine.firecracker.version import FirecrackerVersion, parse_version, refuse_broken
 from pytest_fcvm.errors import FcvmError, HostError, UsageProblem
 from pytest_fcvm.host.process import run_tool
+from pytest_fcvm.model.results import Progress
 
 __all__ = ["BASE_URL", "LATEST", "install_release"]
 
@@ -31,8 +31,6 @@ _TIMEOUT_S = 30.0  # without a byte
 _TRY_S = 30.0
 _STEP_PERCENT = 10  # between two lines of progress
 _MIRROR_HINT = "name a mirror of the releases with --base-url, or the program itself with --fcvm-firecracker"
-
-Progress = Callable[[str], None]
 
 
 def install_release(text: str, cache_dir: Path, progress: Progress, base_url: str = BASE_URL) -> Path:
