@@ -105,7 +105,7 @@ class Wire:
         self.executed: list[tuple[StreamKind, Fields]] = []
         self.streams: dict[int, FakeStream] = {}
         self.loop = loop
-        self._secret, self._in_session, self._greeted = secret, False, False
+        self.secret, self._in_session, self._greeted = secret, False, False
         self._tail, self._partial, self._offset = b"", bytearray(), 0
         self._last_id = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -202,8 +202,8 @@ class Wire:
         """Read input as the agent does: first look for the secret, then for frames."""
         view, known, hit = memoryview(data), b"", -1
         while view:
-            if known != self._secret:
-                known, seen = self._secret, self._tail + view
+            if known != self.secret:
+                known, seen = self.secret, self._tail + view
                 found = seen.find(known)
                 hit = -1 if found < 0 else len(view) - len(seen) + found + len(known)
             used = self._step(view if hit < 0 else view[:hit])
@@ -278,8 +278,8 @@ class Wire:
         return None
 
     def _take_hello(self, payload: bytes) -> None:
-        version, nonce, self._secret = struct.unpack("<I16s16s", payload)
-        if self._greeted or version != PROTOCOL_VERSION or 0 in self._secret:
+        version, nonce, self.secret = struct.unpack("<I16s16s", payload)
+        if self._greeted or version != PROTOCOL_VERSION or 0 in self.secret:
             raise Violation(f"HELLO again, of version {version} or with a zero in its secret")
         self._greeted = True
         welcome = struct.pack("<I", self.version) + self.build_id.encode()
@@ -349,5 +349,5 @@ class Wire:
 
     def wait_for_secret(self, secret: bytes) -> None:
         """End the session and read nothing before `secret`."""
-        self._secret, self._in_session = secret, False
+        self.secret, self._in_session = secret, False
         self.end_streams()

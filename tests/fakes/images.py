@@ -89,7 +89,7 @@ class HandmadeImage:
         blobs.mkdir(parents=True)
         (directory / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
         images = [self, *platforms]
-        found = [image._describe(blobs) for image in images]
+        found = [image.describe(blobs) for image in images]
         top = found[0]
         if len(images) > 1:
             index = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": found}).encode()
@@ -98,7 +98,7 @@ class HandmadeImage:
         (directory / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
         return directory
 
-    def _describe(self, blobs: Path) -> dict[str, Any]:
+    def describe(self, blobs: Path) -> dict[str, Any]:
         platform = {"architecture": self.architecture, "os": self.system}
         return {"mediaType": OCI_MANIFEST, "platform": platform, **_store(blobs, self._manifest(blobs))}
 

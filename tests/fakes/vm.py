@@ -152,7 +152,7 @@ class FakeEngine:
         vm = self._make(plan)
         bases = [vm for vm in self.vms if isinstance(vm.plan, BootPlan)]
         if bases:  # the guest continues where the base was saved
-            vm.agent.run(vm.agent.wait_for_secret, bases[-1].agent.run(lambda: bases[-1].agent._secret))
+            vm.agent.run(vm.agent.wait_for_secret, bases[-1].agent.run(lambda: bases[-1].agent.secret))
         return vm
 
     def base_arguments(self, shape: VmShape) -> tuple[str, ...]:
@@ -177,7 +177,7 @@ class Service:
     def __init__(self, answer: Callable[[bytes], bytes] | None = _hello) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address: tuple[str, int] = self._listener.getsockname()
-        self._answer = answer
+        self.answer = answer
         self.requests: list[bytes] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -194,12 +194,12 @@ class Service:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            if self._answer is None:
+            if self.answer is None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return
             while data := connection.recv(1 << 16):
                 self.requests.append(data)
-                connection.sendall(self._answer(data))
+                connection.sendall(self.answer(data))
 
 
 def at_verb(agent: FakeAgent, kind: StreamKind, deed: Callable[[], object]) -> None:

@@ -102,7 +102,7 @@ def test_the_http_client_ignores_proxies_and_ends_with_the_clone(
 def test_the_http_client_says_that_nothing_listens_and_keeps_the_error_of_httpx(
     clone: Clone, guest: FakeAgent, service: Service
 ) -> None:
-    service._answer = None  # resets connections, as slirp does for a closed port
+    service.answer = None  # resets connections, as slirp does for a closed port
     guest.listening[80] = 0
     reason = "nothing listens on port 80, or only on a loopback address"
     with pytest.raises(httpx.NetworkError, match=f"^{reason}: .*reset by peer"):

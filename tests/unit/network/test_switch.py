@@ -37,17 +37,17 @@ class Bench:
     def __init__(self, seed: int = 0) -> None:
         self.switch = Switch(seed)
         self._stack = ExitStack()
-        self._ends: dict[str, socket.socket] = {}
+        self.ends: dict[str, socket.socket] = {}
 
     def add(self, *names: str) -> None:
         for name in names:
             end, port = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
             end.settimeout(0)
-            self._ends[name] = self._stack.enter_context(end)
+            self.ends[name] = self._stack.enter_context(end)
             self.switch.attach(name, port)
 
     def send(self, source: str, target: str, words: bytes = b"words") -> None:
-        self._ends[source].send(frame(source, target, words))
+        self.ends[source].send(frame(source, target, words))
         self.switch.take(source)
 
     def got(self, name: str) -> list[bytes]:
@@ -55,7 +55,7 @@ class Bench:
         words = []
         while True:
             try:
-                words.append(self._ends[name].recv(65536)[14:])
+                words.append(self.ends[name].recv(65536)[14:])
             except BlockingIOError:
                 return words
 
@@ -64,7 +64,7 @@ class Bench:
         self.switch.apply([Rule(sources=freeze(sources), targets=freeze(targets), link=link)])
 
     def close(self) -> None:
-        for name in list(self._ends):
+        for name in list(self.ends):
             self.switch.detach(name)
         for capture in list(self.switch._captures):
             self.switch.end_capture(capture)
@@ -94,7 +94,7 @@ def test_a_broadcast_reaches_all_other_ports(bench: Bench) -> None:
 
 def test_a_mac_that_moves_to_another_port_is_found_there(bench: Bench) -> None:
     bench.send("b", "*")
-    bench._ends["c"].send(frame("b", "*"))
+    bench.ends["c"].send(frame("b", "*"))
     bench.switch.take("c")
     for name in "abc":
         bench.got(name)
@@ -114,7 +114,7 @@ def test_a_detached_port_is_forgotten(bench: Bench) -> None:
 
 
 def test_a_datagram_that_is_no_frame_is_ignored(bench: Bench) -> None:
-    bench._ends["a"].send(b"short")
+    bench.ends["a"].send(b"short")
     bench.switch.take("a")
     assert bench.got("b") == []
     assert bench.switch.counters == {}
