@@ -36,7 +36,7 @@ def cache(pytester: pytest.Pytester, image: Callable[[str], str], cold_cache: Pa
     done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "fcvm replay test_it.py::test_failed" in done.stdout
-    assert "machines kept: 2" in done.stdout
+    assert "clones kept: 2" in done.stdout
     return cold_cache
 
 
@@ -103,7 +103,7 @@ def test_a_kept_clone_is_listed_and_pruned_like_every_snapshot(replay: Fcvm, cac
 
     keys = [kept["key"] for kept in json.loads(replay("--json").stdout)]
     assert snapshot("ls").count("kept of test_it.py::test_failed") == 2
-    assert "sound" in snapshot("verify", keys[0])
+    assert "valid" in snapshot("verify", keys[0])
     snapshot("rm", *keys)
     assert replay().stdout.startswith("nothing is kept")
     assert replay("test_failed").returncode == 2
