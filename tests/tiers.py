@@ -24,7 +24,7 @@ _OLDEST = _ROOT / ".venv-oldest"
 _RERUNS = ("--reruns", "2", "--reruns-delay", "1")
 _PYTEST = (sys.executable, "-m", "pytest", *_RERUNS)
 _STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_kernel.py", "test_memory.py", "test_pool.py")
-_NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"  # built by the suite
+_NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"
 _PIP_INSTALL = ("-m", "pip", "install", "--quiet")
 
 
@@ -79,6 +79,7 @@ TIERS = (
                 "pytest-rerunfailures",
             ),
             (str(_OLDEST / "bin/python"), "-m", "pytest", *_RERUNS, "tests/plugin"),
+            (sys.executable, "examples/images/build.py", "nginx", ".demo"),
             (
                 str(_OLDEST / "bin/python"),
                 "-m",
