@@ -33,7 +33,6 @@ _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
 _COUNTED = ("built", "reused", "clones", "replaced", "kept")
 _SHARED = " (shared with other tests)"
-_LONGEST = 16 * 1024  # of a report's section
 
 
 def prepare_fork(item: pytest.Item) -> None:
@@ -357,7 +356,6 @@ def _sections_of_error(error: BaseException | None, evidence: Mapping[str, Mappi
 
 
 def _printable(text: str) -> str:
-    """Escape what a guest could use to control a terminal or break a JUnit file."""
-    lines = text.splitlines()[-100:]
-    escaped = ("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
-    return "\n".join(escaped)[-_LONGEST:]
+    from pytest_fcvm.model.text import printable_tail  # a run without failures must not pay for it
+
+    return printable_tail(text)

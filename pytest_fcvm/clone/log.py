@@ -10,11 +10,10 @@ from pathlib import Path
 
 from pytest_fcvm.host.clock import Deadline, wait_on
 from pytest_fcvm.host.own import os
+from pytest_fcvm.model.text import TAIL_BYTES, printable_tail
 
 __all__ = ["WorkloadLog", "tail"]
 
-_TAIL_BYTES = 16 * 1024
-_TAIL_LINES = 100
 _CHUNK_BYTES = 1 << 20  # of a log in memory at a time; a line that is longer is searched in pieces
 _QUIET_S = 0.2  # a line without its end that grows no more is taken for a prompt
 _SPAN_CHARS = 256 * 1024  # how far apart the ends of a match over several lines may lie
@@ -52,8 +51,8 @@ class WorkloadLog:
     def end(self) -> bytes:
         """Return the last bytes so far, enough for `tail`."""
         kept = b""
-        for chunk in self._chunks(_TAIL_BYTES):
-            kept = (kept + chunk)[-_TAIL_BYTES:]
+        for chunk in self._chunks(TAIL_BYTES):
+            kept = (kept + chunk)[-TAIL_BYTES:]
         return kept
 
     def save(self, path: Path) -> None:
@@ -167,8 +166,5 @@ class _Window:
 
 
 def tail(data: bytes) -> str:
-    """Return the last lines as text for a report: at most 100 lines and 16 KiB, control bytes escaped."""
-    text = data[-_TAIL_BYTES:].decode("utf-8", "backslashreplace")
-    lines = text.splitlines()[-_TAIL_LINES:]
-    escaped = ("".join(c if c.isprintable() or c == "\t" else f"\\x{ord(c):02x}" for c in line) for line in lines)
-    return "\n".join(escaped)[-_TAIL_BYTES:]  # an escaped byte takes four
+    """Return the last lines as text for a report: at most 100 lines and 16 KiB, control characters escaped."""
+    return printable_tail(data[-TAIL_BYTES:].decode("utf-8", "backslashreplace"))
