@@ -173,6 +173,50 @@ def test_the_error_names_the_test_that_holds_the_only_clone(
     assert re.search(r"HostError: .*held by \S+::test_second ", output), output
 
 
+_HOOKS = """
+from pathlib import Path
+
+def pytest_fcvm_clone_created(clone, item):
+    with Path("created").open("a") as file:
+        print(clone.name, item.name, file=file)
+
+def pytest_fcvm_clone_failed(spec, error, item):
+    with Path("failed").open("a") as file:
+        print(type(error).__name__, item.name, file=file)
+"""
+
+
+def test_the_hooks_see_every_clone_however_it_is_made(run: Run, pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(_HOOKS)
+    pytester.makepyfile(
+        """
+        from pathlib import Path
+
+        def test_all(fcvm_clone, fcvm_worker_clone, fcvm_snapshot, fcvm_clone_factory, fcvm_group):
+            with fcvm_snapshot.clone() as own:
+                made = [fcvm_clone, fcvm_worker_clone, own, fcvm_clone_factory(), *fcvm_clone.fork(2)]
+                made += fcvm_group({"app": {"depends_on": "db"}, "db": {}}).values()
+            Path("made").write_text("".join(f"{clone.name} test_all\\n" for clone in made))
+        """
+    )
+    code, output = ends(run("--fcvm-pool=0"))
+    assert code == 0, output
+    made = (pytester.path / "made").read_text().splitlines()
+    assert len(made) == 8
+    assert sorted((pytester.path / "created").read_text().splitlines()) == sorted(made)
+    assert not (pytester.path / "failed").exists()
+    assert count(output, "clones") == 8
+
+
+def test_the_hook_sees_a_clone_that_does_not_start(run: Run, pytester: pytest.Pytester, own_runtime: Path) -> None:
+    pytester.makeconftest(_HOOKS)
+    pytester.makepyfile("def test_two(fcvm_clone, fcvm_snapshot): fcvm_snapshot.clone()")
+    own = {"XDG_RUNTIME_DIR": str(own_runtime)}
+    code, output = ends(run("--fcvm-max-clones=1", "--fcvm-pool=0", env=own))
+    assert code == 1, output
+    assert (pytester.path / "failed").read_text() == "HostError test_two\n"
+
+
 def test_a_second_run_starts_its_first_test_soon(run: Run, pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(fcvm_clone): fcvm_clone.succeed('true')")
     assert ends(run())[0] == 0
