@@ -53,7 +53,7 @@ class Harness:
         self._failures = Failures(shared_dir)
         self._resources = ExitStack()
         self._lock, self._reporting = threading.RLock(), threading.RLock()
-        self._owner, self._also_removed = getpid(), shared_dir if owns_shared else None
+        self._owner, self._extra_dir = getpid(), shared_dir if owns_shared else None
         self._entries, self._opened = dict[str, Entry](), OpenSnapshots()
         self._network_numbers = itertools.count(1)
         self._no_engine = ""
@@ -162,7 +162,7 @@ class Harness:
         sweep(run_root())
         with ExitStack() as owned:
             run = owned.enter_context(RunDir())
-            supervisor = owned.enter_context(Supervisor.start(run.path, extra_dir=self._also_removed))
+            supervisor = owned.enter_context(Supervisor.start(run.path, extra_dir=self._extra_dir))
             self._resources.push(owned.pop_all())
         return supervisor
 

@@ -118,12 +118,7 @@ class OpenSnapshot:
         publish: tuple[PublishedPort, ...] | None = None,
         networks: Sequence[Segment] = (),
     ) -> Clone:
-        """Start a clone and return it when its service answers. Use it as a context manager, or close it.
-
-        Only what the snapshot does not depend on can be chosen: the name, the published ports and the private networks.
-        A clone that chooses none may come from the pool. Raise HostError without room for one more clone, EngineError
-        or GuestError when it does not start, UsageProblem for more networks than the engine has NICs for.
-        """
+        """Start a clone, as `pytest_fcvm.Snapshot` says. Call `on_created`, or `on_failed` where it does not start."""
         check_owner(self._owner)
         self._check_networks(networks)
         spec = self.spec if publish is None else self.spec.merged({"publish": publish})
@@ -244,8 +239,8 @@ class OpenSnapshot:
             if namespace:
                 attached.callback(namespace.close)
             for number, network in enumerate(networks):
-                wire = namespace.packet_sockets[number] if namespace and namespace.packet_sockets else None
-                attachments.append(network.plug(name, wire))
+                packet_socket = namespace.packet_sockets[number] if namespace and namespace.packet_sockets else None
+                attachments.append(network.plug(name, packet_socket))
                 attached.callback(network.unplug, name)
                 if attachments[-1].packet_socket:
                     passed_on.enter_context(attachments[-1].packet_socket)

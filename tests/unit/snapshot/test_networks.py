@@ -28,7 +28,7 @@ class Segment:
         self.tell: Callable[[tuple[str, ...]], object] = lambda _lines: None
         self.set_link: Callable[[bool], object] = lambda _up: None
 
-    def plug(self, name: str, wire: int | None = None) -> Attachment:  # noqa: ARG002
+    def plug(self, name: str, _packet_socket: int | None = None) -> Attachment:
         self.happened.append(f"plug {name}")
         end, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         other.close()
