@@ -13,10 +13,9 @@ from typing import Protocol
 from pytest_fcvm.host.limits import translating_emfile
 from pytest_fcvm.host.own import shutil
 from pytest_fcvm.host.sockets import socket_pair
+from pytest_fcvm.host.supervisor import messages
 
-__all__ = ["CONTROL_FD", "Child", "ChildExit", "Program", "Spawner", "start_program"]
-
-CONTROL_FD = 3  # of a helper program
+__all__ = ["Child", "ChildExit", "Program", "Spawner", "start_program"]
 
 
 class ChildExit(Protocol):
@@ -95,9 +94,10 @@ class Program:
 
 
 def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) -> Program:
-    """Run one of our Python files, which imports no packages, in a new directory that is removed after its end.
+    """Run one of our Python files without `site`, in a new directory that is removed after its end.
 
-    The control socket has sequenced packets, and is CONTROL_FD in the program. Raise HostError; nothing is left then.
+    The control socket has sequenced packets. It is `messages.CONTROL` in the program. Raise HostError; nothing is left
+    then.
     """
     with translating_emfile(name), ExitStack() as undo:
         directory = spawner.make_dir(name)
@@ -109,7 +109,7 @@ def start_program(spawner: Spawner, name: str, script: Path, *arguments: str) ->
             child = spawner.spawn(
                 [sys.executable, "-I", "-S", str(script), *arguments],
                 name=directory.name,
-                fds={CONTROL_FD: theirs.fileno()},
+                fds={messages.CONTROL: theirs.fileno()},
                 stdout=log,
                 cwd=directory,
                 env=None,
