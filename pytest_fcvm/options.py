@@ -106,7 +106,7 @@ def _path(value: Any, origin: Origin) -> Path:
     return parse.parse_path(expand_home(value) if isinstance(value, str) else value, origin.base)
 
 
-def _kernel(value: Any, origin: Origin) -> Path | str:
+def _stock_or_path(value: Any, origin: Origin) -> Path | str:
     return value if value == _STOCK else _path(value, origin)
 
 
@@ -187,6 +187,7 @@ _PULLS = ("missing", "always", "never")
 _UNAVAILABLE = ("fail", "skip")
 _ARTIFACTS = ("off", "failed", "on")
 _KEEP = ("off", "failed", "all")
+_ON_OFF = ("on", "off")
 _STOCK = "stock"  # as in kernel/sources.py
 _LIST = RowKind.LIST
 
@@ -221,15 +222,16 @@ ROWS: tuple[Row, ...] = (
     _run_option("accel", "accel", _one_of(*_ACCELS), "run guests on hardware CPUs (kvm) or emulate them (tcg)", choices=_ACCELS, default="auto"),
     _run_option("require-kvm", "require_kvm", _plain(parse.parse_bool), "refuse emulation", kind=RowKind.FLAG),
     _run_option("unavailable", "unavailable", _one_of(*_UNAVAILABLE), "without a working engine, tests that need a clone", choices=_UNAVAILABLE, default="fail"),
-    _run_option("qemu", "qemu", _path, "QEMU program to use", metavar="PATH", default="qemu-system-x86_64 on PATH"),
+    _run_option("qemu", "qemu", _stock_or_path, "QEMU program to use, or stock for the one on PATH", metavar="PATH|stock", default="pytest-fcvm-qemu if installed, else stock"),
     _run_option("firecracker", "firecracker", _path, "Firecracker program to use", metavar="PATH", default="firecracker on PATH"),
     _run_option("jailer", "jailer", _plain(parse.parse_bool), "run Firecracker in its jailer: each VM as its own user, in its own directory; requires root", kind=RowKind.FLAG),
-    _run_option("kernel", "kernel", _kernel, "guest kernel (bzImage), or stock for a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
+    _run_option("kernel", "kernel", _stock_or_path, "guest kernel (bzImage), or stock for a distribution's", metavar="PATH|stock", default="pytest-fcvm-kernel if installed, else stock"),
     _run_option("cache-dir", "cache_dir", _path, "directory for images and snapshots", metavar="DIR", default="$XDG_CACHE_HOME/pytest-fcvm"),
     _run_option("cache-limit", "cache_limit_mib", _plain(parse.parse_limit_mib), "size limit of all snapshots; the ones last used longest ago are removed", metavar="SIZE|off", default="20G"),
     _run_option("pull", "pull", _one_of(*_PULLS), "when to ask the registry", choices=_PULLS, default="missing"),
     _run_option("rebuild", "rebuild", _plain(parse.parse_bool), "rebuild snapshots", kind=RowKind.FLAG),
     _run_option("pool", "pool", _plain(parse.parse_pool), "number of prewarmed clones per image and worker; 0 for none", metavar="N|auto", default="auto"),
+    _run_option("rewind", "rewind", _one_of(*_ON_OFF), "put the VM of an ended clone back to its snapshot for the next clone, where QEMU can (pytest-fcvm-qemu)", choices=_ON_OFF, default="on"),
     _run_option("max-clones", "max_clones", _plain(parse.parse_count), "limit of clones that run at once on this host", metavar="N", default="as memory allows"),
     _run_option("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
     _run_option("keep", "keep", _one_of(*_KEEP), "save clones when their tests end, for fcvm replay", choices=_KEEP, default="off"),
@@ -248,7 +250,7 @@ class Options:
     accel: str = "auto"
     require_kvm: bool = False
     unavailable: str = "fail"
-    qemu: Path | None = None
+    qemu: Path | str | None = None
     firecracker: Path | None = None
     jailer: bool = False
     kernel: Path | str | None = None
@@ -257,6 +259,7 @@ class Options:
     pull: str = "missing"
     rebuild: bool = False
     pool: int | None = None
+    rewind: str = "on"
     max_clones: int | None = None
     artifacts: str = "off"
     keep: str = "off"
@@ -339,12 +342,13 @@ def proxy_variables() -> dict[str, str]:
     return {name: variables[name] for word in names for name in (word, word.upper()) if name in variables}
 
 
-def named_programs(**options: Path | None) -> dict[str, Path]:
-    """Return the VMMs that options name. Raise UsageProblem for a path that is not a program."""
-    for name, path in options.items():
-        if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
+def named_programs(**options: Path | str | None) -> dict[str, Path]:
+    """Return the VMMs that options name by a path. Raise UsageProblem for a path that is not a program."""
+    paths = {name: value for name, value in options.items() if isinstance(value, Path)}
+    for name, path in paths.items():
+        if not (path.is_file() and os.access(path, os.X_OK)):
             raise UsageProblem(
                 f"--fcvm-{name}: {path} is not a program",
                 hint="name a program, or leave the option out to use the one on PATH",
             )
-    return {name: path for name, path in options.items() if path is not None}
+    return paths

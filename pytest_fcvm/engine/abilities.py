@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from pytest_fcvm.engine.protocol import Vm
+from pytest_fcvm.engine.protocol import PreparedVm, Vm
 from pytest_fcvm.errors import EngineError
 
 __all__ = [
+    "CanRewind",
     "HasBalloon",
     "HasLatencies",
     "HasLinkState",
@@ -21,6 +22,28 @@ __all__ = [
     "metadata_of",
     "set_link",
 ]
+
+
+@runtime_checkable
+class CanRewind(Protocol):
+    """A VM that can be put back to its snapshot inside its VMM process, to run as another clone."""
+
+    @property
+    def can_rewind(self) -> bool:
+        """Say whether `rewind` would put back everything that a test can have changed in this VM."""
+        ...
+
+    def halt(self) -> None:
+        """Stop the guest's CPUs, without a wait until they have stopped. Raise EngineError."""
+        ...
+
+    def rewind(self, name: str) -> PreparedVm:
+        """Put the VM back to its snapshot, and return it as the VM `name`, which waits for `start`.
+
+        This object is at its end then: all its methods raise, and its callbacks are not called. Raise EngineError when
+        the VMM refuses, or does not answer in time; kill the VM then.
+        """
+        ...
 
 
 @runtime_checkable

@@ -17,13 +17,15 @@ __all__ = ["ENGINES", "Choice", "EngineContext", "choose_engine"]
 class EngineContext:
     """What an engine needs. `accelerator` None lets the engine choose.
 
-    `binaries` has VMMs by the engine's name; the engine looks for others on PATH. With `jailed`, VMs run in jails.
+    `binaries` has VMMs by the engine's name. The engine looks for others in our wheels, unless it `prefers_stock`, and
+    on PATH. With `jailed`, VMs run in jails.
     """
 
     spawner: Spawner
     cache_dir: Path
     accelerator: Accelerator | None = None
     binaries: Mapping[str, Path] = field(default_factory=dict)
+    prefers_stock: bool = False
     jailed: bool = False
 
 
@@ -62,7 +64,13 @@ def _make_qemu(context: EngineContext) -> Engine:
     from pytest_fcvm.engine.qemu.engine import QemuEngine
 
     binary = context.binaries.get("qemu")
-    return QemuEngine(context.spawner, context.cache_dir, binary=binary, accelerator=context.accelerator)
+    return QemuEngine(
+        context.spawner,
+        context.cache_dir,
+        binary=binary,
+        accelerator=context.accelerator,
+        prefers_stock=context.prefers_stock,
+    )
 
 
 def _make_firecracker(context: EngineContext) -> Engine:

@@ -52,7 +52,7 @@ class VmProcess:
     ) -> None:
         self.name, self._launched, self._child = name, launched, launched.child
         self._explain_death, self._disk, self._namespace = explain_death, disk, namespace
-        self._killed = False
+        self._killed = self._superseded = False
 
     @property
     def pid(self) -> int:
@@ -82,10 +82,13 @@ class VmProcess:
     def kill(self) -> None:
         """Kill the VMM with SIGKILL and return at once. Idempotent."""
         self._killed = True
-        self._child.kill()
+        if not self._superseded:
+            self._child.kill()
 
     def wait(self, timeout_s: float) -> VmExit:
         """Wait until the VMM has ended. Raise EngineError at the deadline."""
+        if self._superseded:
+            return VmExit(signal=signal.SIGKILL, killed_by_us=True)
         try:
             return self._exit_of(self._child.wait(timeout_s))
         except HostError as error:
@@ -101,6 +104,11 @@ class VmProcess:
         with suppress(HostError):
             ended = self._exit_of(self._child.wait(_EXIT_WAIT_S))
         return self._explain_death(self.name, ended, console=self.console_path, log=self.vmm_log_path)
+
+    def _supersede(self) -> None:
+        """Give the process up to another VM."""
+        self._superseded = True
+        self._child.forget_callbacks()
 
     def _exit_of(self, ended: ChildExit) -> VmExit:
         ours = self._killed and ended.signal == signal.SIGKILL

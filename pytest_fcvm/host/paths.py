@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import re
 import stat
 from collections.abc import Callable
@@ -26,6 +27,7 @@ __all__ = [
     "file_system_of",
     "is_run_id",
     "make_child_dir",
+    "package_dir",
     "run_root",
     "working_dir",
 ]
@@ -223,3 +225,10 @@ def _holds(lock: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def package_dir(name: str) -> Path | None:
+    """Return the directory of a top-level package that may be installed, without importing it."""
+    found = importlib.util.find_spec(name)
+    places = list(found.submodule_search_locations or ()) if found else []
+    return Path(places[0]) if places else None

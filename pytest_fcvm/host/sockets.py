@@ -16,7 +16,7 @@ from typing import Any
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host import own
 
-__all__ = ["Socket", "check_allowed", "connect", "listen", "reset", "socket_pair"]
+__all__ = ["Socket", "check_allowed", "connect", "discard_input", "listen", "reset", "socket_pair"]
 
 _BLOCKER = "pytest_socket"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -87,3 +87,13 @@ def reset(client: socket.socket) -> None:
     with suppress(OSError):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
     client.close()
+
+
+def discard_input(connection: socket.socket) -> None:
+    """Read and drop what has arrived on a stream socket. Raise OSError; an end of the stream is none."""
+    while True:
+        try:
+            if not connection.recv(65536, socket.MSG_DONTWAIT):
+                return
+        except BlockingIOError:
+            return

@@ -7,7 +7,6 @@ and the list of built-in modules, all in one directory.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from pytest_fcvm.errors import FcvmError, HostError
 from pytest_fcvm.host.own import environment, os, shutil
+from pytest_fcvm.host.paths import package_dir
 from pytest_fcvm.host.process import ToolFailed, killed_with_us, resolve_tool, run_tool
 from pytest_fcvm.kernel.modules import resolve_modules
 from pytest_fcvm.kernel.vmlinux import read_release
@@ -89,9 +89,8 @@ def resolve_kernel(
 
 
 def _find_wheel() -> GuestKernel | None:
-    found = importlib.util.find_spec(_WHEEL)
-    places = list(found.submodule_search_locations or ()) if found else []
-    return _describe(Path(places[0]) / "bzImage", None, f"package {_WHEEL}") if places else None
+    directory = package_dir(_WHEEL)
+    return _describe(directory / "bzImage", None, f"package {_WHEEL}") if directory else None
 
 
 def _find_unpacked(collection: Collection, progress: Progress, *, up_to_date: bool = True) -> GuestKernel | None:

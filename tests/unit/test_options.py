@@ -52,7 +52,7 @@ def test_the_default_that_help_shows_is_the_one_that_is_used(row: Row) -> None:
     used = getattr(defaults.spec if row.is_spec_field else defaults, row.field)
     if used is None:
         described = ("max-clones", "pool", "kernel", "shm-size")  # computed at run time
-        assert row.parser is _ROW["qemu"].parser or row.name in described
+        assert row.parser in (_ROW["qemu"].parser, _ROW["firecracker"].parser) or row.name in described
     else:
         assert row.parser(row.default, Origin(base=Path("/"))) == used
 

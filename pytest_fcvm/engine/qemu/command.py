@@ -44,12 +44,16 @@ _CLONE_STATE_FORMAT = ("-global", "migration.send-configuration=off", "-machine"
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """The facts about this host that every command line depends on. Only TCG uses `tsc_khz`."""
+    """The facts about this host that every command line depends on. Only TCG uses `tsc_khz`.
+
+    `rewinds` says whether the binary has the commands of guest_image/vmm.
+    """
 
     binary: Path
     version: QemuVersion
     accelerator: Accelerator
     tsc_khz: int = 0
+    rewinds: bool = False
 
 
 def base_command(

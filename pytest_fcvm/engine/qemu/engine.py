@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from pytest_fcvm.engine.qemu.command import (
     key_arguments,
 )
 from pytest_fcvm.engine.qemu.installation import PROGRAM, Installation, find_qemu, inspect
-from pytest_fcvm.engine.qemu.monitor import Monitor
+from pytest_fcvm.engine.qemu.monitor import Command, Monitor
 from pytest_fcvm.engine.qemu.smoke import boot_smoke
 from pytest_fcvm.engine.qemu.tsc import stable_tsc_khz
 from pytest_fcvm.engine.qemu.version import OLDEST
@@ -43,13 +42,13 @@ _START_TIMEOUT_S = 20.0
 _INSTALL_HINT = "apt-get install qemu-system-x86"
 _VMM_MIB = 40
 _SOCKETS = (MONITOR_FD, AGENT_FD)
-
-_Command = tuple[str, Mapping[str, object]]
+_CHECKPOINT: Command = ("x-fcvm-checkpoint", {})  # once the state is loaded, before the guest runs
 
 
 class QemuEngine:
     """QEMU's microvm machine. `accelerator` None uses KVM where it works, and emulates elsewhere.
 
+    `binary` None uses the one of our wheel, unless `prefers_stock`, else the one on PATH.
     `cache_dir` keeps what a probe finds out about this host. Call `probe` first. Any thread may call any method.
     """
 
@@ -69,8 +68,10 @@ class QemuEngine:
         *,
         binary: Path | None = None,
         accelerator: Accelerator | None = None,
+        prefers_stock: bool = False,
     ) -> None:
-        self._spawner, self._binary, self._wanted = spawner, binary, accelerator
+        self._spawner, self._wanted = spawner, accelerator
+        self._binary, self._prefers_stock = binary, prefers_stock
         self._records = cache_dir / "engine"
         self._platform: Platform | None = None
         self._copying = threading.Lock()
@@ -152,16 +153,18 @@ class QemuEngine:
             launched = launch(self._spawner, plan.name, argv, sockets=_SOCKETS, unconnected=NIC_FDS, files=passed)
             undo.callback(launched.discard)
             monitor = _start_monitor(launched, _capabilities("x-ignore-shared"))
+            begin = _first_commands(platform, plan, uri)
             vm = QemuVm(
                 plan.name,
                 launched,
                 monitor,
                 launched.sockets[AGENT_FD],
                 version=platform.version,
-                state=uri,
+                begin=begin,
                 memory=files.memory,
                 disk=disk,
                 namespace=plan.namespace,
+                rewinds=_CHECKPOINT in begin,
             )
             undo.pop_all()
             return vm
@@ -186,7 +189,7 @@ class QemuEngine:
 
     def _probe(self, smoke: GuestFiles) -> EngineReport:
         _refuse_foreign_host()
-        binary = find_qemu(self._binary)
+        binary = find_qemu(self._binary, prefers_stock=self._prefers_stock)
         if binary is None:
             raise HostError(f"{PROGRAM} is not installed", hint=_INSTALL_HINT)
         installation = inspect(binary, self._records / "qemu.json")
@@ -194,7 +197,13 @@ class QemuEngine:
         accelerator, reason, hint = self._choose_accelerator(installation, smoke)
         cpu = read_cpu()
         khz = stable_tsc_khz(self._records / "tsc.json", cpu) if accelerator is Accelerator.TCG else 0
-        self._platform = Platform(binary=binary, version=installation.version, accelerator=accelerator, tsc_khz=khz)
+        self._platform = Platform(
+            binary=binary,
+            version=installation.version,
+            accelerator=accelerator,
+            tsc_khz=khz,
+            rewinds=installation.rewinds and accelerator is Accelerator.TCG,
+        )
         return EngineReport(
             engine=self.name,
             usable=True,
@@ -236,14 +245,21 @@ def _tap_of(namespace: Namespace | None) -> dict[int, int]:
     return {NIC_FDS[0]: namespace.tap} if namespace and namespace.tap is not None else {}
 
 
-def _start_monitor(launched: Launched, *commands: _Command) -> Monitor:
+def _first_commands(platform: Platform, plan: RestorePlan, state: str) -> tuple[Command, ...]:
+    """Return what lets a clone load its state and run. It can rewind where tests change only its memory and devices."""
+    load: Command = ("migrate-incoming", {"uri": state})
+    beyond_guest = plan.shape.disk_mib or plan.shape.egress or plan.attachments or plan.namespace
+    return (_CHECKPOINT, load) if platform.rewinds and not beyond_guest else (load,)
+
+
+def _start_monitor(launched: Launched, *commands: Command) -> Monitor:
     """Write QEMU's first commands while QEMU is still starting. It reads them later."""
     monitor = Monitor(launched.sockets[MONITOR_FD])
     monitor.send_early([("qmp_capabilities", {}), *commands])
     return monitor
 
 
-def _capabilities(*names: str) -> _Command:
+def _capabilities(*names: str) -> Command:
     wanted = [{"capability": name, "state": True} for name in names]
     return "migrate-set-capabilities", {"capabilities": wanted}
 

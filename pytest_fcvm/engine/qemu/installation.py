@@ -11,6 +11,7 @@ from pathlib import Path
 from pytest_fcvm.engine.protocol import Accelerator
 from pytest_fcvm.engine.qemu.version import QemuVersion, parse_version
 from pytest_fcvm.errors import EngineError, HostError
+from pytest_fcvm.host.paths import package_dir
 from pytest_fcvm.host.process import find_tool, run_tool
 from pytest_fcvm.host.records import Digests, Record, facts_about, stamps_of
 
@@ -20,18 +21,24 @@ PROGRAM = "qemu-system-x86_64"
 
 _FIRMWARE = ("bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin")
 _SLIRP = re.compile(r"(libslirp\S*) => (\S+)")
+_WHEEL = "pytest_fcvm_qemu_x86_64"
+_OURS = "(fcvm)"  # in the version of the QEMU that guest_image/vmm builds
 _TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Installation:
-    """One QEMU. `digests` has the SHA-256 of the binary, its firmware and its slirp library, by file name."""
+    """One QEMU. `rewinds` says whether it has the commands of guest_image/vmm.
+
+    `digests` has the SHA-256 of the binary, its firmware and its slirp library, by file name.
+    """
 
     binary: Path
     version: QemuVersion
     accelerators: frozenset[Accelerator]
     has_microvm: bool
     digests: Mapping[str, str]
+    rewinds: bool = False
 
     @property
     def digest(self) -> str:
@@ -39,9 +46,11 @@ class Installation:
         return self.digests[self.binary.name]
 
 
-def find_qemu(binary: Path | None = None) -> Path | None:
-    """Return the QEMU to use: `binary`, else the one on PATH, else None."""
-    return binary if binary is not None else find_tool(PROGRAM)
+def find_qemu(binary: Path | None = None, *, prefers_stock: bool = False) -> Path | None:
+    """Return the QEMU to use: `binary`, else the wheel's unless `prefers_stock`, else the one on PATH, else None."""
+    directory = None if prefers_stock else package_dir(_WHEEL)
+    own = directory / PROGRAM if directory else None
+    return binary or (own if own and own.is_file() else find_tool(PROGRAM))
 
 
 def inspect(binary: Path, record_file: Path) -> Installation:
@@ -62,6 +71,7 @@ def _find_facts(binary: Path) -> Record:
     return {
         "version": list(version),
         "accelerators": _list_values(binary, "-accel"),
+        "rewinds": _OURS in output,
         "microvm": "microvm" in _list_values(binary, "-machine"),
         "stamps": stamps_of(files),
         "digests": {path.name: digests.of(path) for path in files},
@@ -96,5 +106,6 @@ def _to_installation(binary: Path, known: Record) -> Installation:
         version=QemuVersion(*version),
         accelerators=frozenset(accelerator for accelerator in Accelerator if accelerator.value in names),
         has_microvm=bool(known["microvm"]),
+        rewinds=bool(known.get("rewinds")),
         digests=digests,
     )

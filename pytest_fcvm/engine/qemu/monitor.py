@@ -17,10 +17,12 @@ from typing import NamedTuple
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.clock import Deadline
 
-__all__ = ["CommandRefused", "Event", "Monitor", "MonitorGone", "compose"]
+__all__ = ["Command", "CommandRefused", "Event", "Monitor", "MonitorGone", "compose"]
 
 _LINE_MAX = 4 << 20
 _EVENTS_KEPT = 64
+
+Command = tuple[str, Mapping[str, object]]
 
 
 class MonitorGone(EngineError):
@@ -68,7 +70,7 @@ class Monitor:
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._closed = False
 
-    def send_early(self, commands: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    def send_early(self, commands: Sequence[Command]) -> None:
         """Write commands at once, before QEMU can read them. The next call raises CommandRefused for a refused one."""
         with self._turn(Deadline(10)):
             self._pending.extend(_Pending(command, sent_early=True) for command, _ in commands)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -13,13 +13,14 @@ from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_evidence
 from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.memory import save_private_pages
-from pytest_fcvm.engine.qemu.monitor import Event, Monitor, MonitorGone
+from pytest_fcvm.engine.qemu.monitor import Command, Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
 from pytest_fcvm.host.files import create_private
 from pytest_fcvm.host.own import os
+from pytest_fcvm.host.sockets import discard_input
 from pytest_fcvm.host.sparse import copy_file, creation_error
 from pytest_fcvm.host.supervisor.protocol import ChildExit
 from pytest_fcvm.model.net import Namespace
@@ -27,12 +28,16 @@ from pytest_fcvm.model.net import Namespace
 __all__ = ["QemuVm"]
 
 _SAVE_TIMEOUT_S = 30.0
+_REWIND_S = 5.0
+# The guest's console begins anew, and what the host had sent to the old session is dropped.
+_REWIND: Command = ("x-fcvm-rewind", {"discard-input": ["agent"], "truncate": ["console"]})
 
 
 class QemuVm(VmProcess):
     """One QEMU process.
 
-    `state` (a migration address) and `memory` are those of a clone's snapshot; a base has none.
+    `begin` has the commands that let a clone run, and `memory` is the file of its snapshot; a base has neither. With
+    `rewinds` the VMM has taken a checkpoint of all that `memory` does not hold, and nothing else of the VM changes.
     """
 
     def __init__(
@@ -43,16 +48,17 @@ class QemuVm(VmProcess):
         agent: socket.socket,
         *,
         version: QemuVersion,
-        state: str = "",
+        begin: Sequence[Command] = (),
         memory: Path | None = None,
         disk: Disk | None = None,
         namespace: Namespace | None = None,
+        rewinds: bool = False,
     ) -> None:
         super().__init__(name, launched, explain_death, disk, namespace)
         self._monitor, self._agent = monitor, agent
         self._version = version
-        self._memory, self._is_base = memory, not state
-        self._state = state
+        self._memory, self._is_base = memory, not begin
+        self._begin, self._rewinds = begin, rewinds
         self._paused = False
         self._lock = threading.Lock()  # guards the agent's socket against its closing
         self._child.on_exit(self._close)
@@ -63,7 +69,7 @@ class QemuVm(VmProcess):
         All calls return duplicates of one socket. The guest does not notice when a caller closes its duplicate, and the
         next caller continues where that one stopped. The agent reads later what is written before the guest runs.
         """
-        with self._lock:
+        with self._translating_errors(), self._lock:
             if self._agent.fileno() >= 0:
                 return self._agent.dup()
         raise self.explain()
@@ -73,10 +79,10 @@ class QemuVm(VmProcess):
 
     def start(self) -> None:
         """Let a prepared clone load its state and run. Do nothing in a clone that was started. Raise EngineError."""
-        state, self._state = self._state, ""
-        if state:
+        commands, self._begin = self._begin, ()
+        if commands:
             with self._translating_errors():
-                self._monitor.send_early([("migrate-incoming", {"uri": state})])
+                self._monitor.send_early(commands)
 
     def wait_until_started(self, timeout_s: float) -> None:
         """Wait until QEMU has started and accepted its first commands. Raise EngineError."""
@@ -125,6 +131,7 @@ class QemuVm(VmProcess):
         """
         if self._memory is None:
             raise EngineError(f"VM {self.name} is a base", hint="take a snapshot of it")
+        self._rewinds = False
         with ExitStack() as undo:
             undo.callback(dest.discard)
             copy_file(self._memory, dest.memory)
@@ -138,6 +145,33 @@ class QemuVm(VmProcess):
             finally:
                 self.resume()
             undo.pop_all()
+
+    @property
+    def can_rewind(self) -> bool:
+        """Say whether `rewind` would put back everything that a test can have changed in this VM."""
+        return self._rewinds and not self._superseded
+
+    def halt(self) -> None:
+        """Stop the guest's CPUs, without a wait until they have stopped. Raise EngineError."""
+        with self._translating_errors():
+            self._monitor.send_early([("stop", {})])
+
+    def rewind(self, name: str) -> QemuVm:
+        """Put the VM back to its snapshot, and return it as the VM `name`, as `CanRewind.rewind` says."""
+        with self._translating_errors():
+            self._monitor.execute(*_REWIND, timeout_s=_REWIND_S)
+        self._supersede()
+        discard_input(self._agent)
+        return QemuVm(
+            name,
+            self._launched,
+            self._monitor,
+            self._agent,
+            version=self._version,
+            begin=(("cont", {}),),
+            memory=self._memory,
+            rewinds=True,
+        )
 
     def _save(self, state: Path, fd: int) -> None:
         if self._version.takes_state_by_path:
@@ -155,6 +189,8 @@ class QemuVm(VmProcess):
     @contextmanager
     def _translating_errors(self) -> Iterator[None]:
         """Replace MonitorGone by the reason for the VM's end. Add evidence to other errors."""
+        if self._superseded:
+            raise EngineError(f"{self.name} has ended", hint="ask for a new clone")
         try:
             yield
         except MonitorGone as error:

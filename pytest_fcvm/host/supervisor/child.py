@@ -82,6 +82,11 @@ class Child:
             known = self._exit
         callback(known)
 
+    def forget_callbacks(self) -> None:
+        """Drop the callbacks of `on_exit` that were not called yet."""
+        with self._lock:
+            self._callbacks.clear()
+
     def attach(self, pid: int, pidfd: int) -> None:
         """Store the process's id and pidfd. For the supervisor."""
         with self._lock:

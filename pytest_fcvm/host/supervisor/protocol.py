@@ -56,6 +56,10 @@ class Child(Protocol):
         """Call back once when the process has ended, at once if it already has."""
         ...
 
+    def forget_callbacks(self) -> None:
+        """Drop the callbacks of `on_exit` that were not called yet."""
+        ...
+
 
 class Spawner(Protocol):
     """Starts processes that end when this process ends."""

@@ -140,6 +140,9 @@ class FakeChild:
         else:
             self._callbacks.append(callback)
 
+    def forget_callbacks(self) -> None:
+        self._callbacks.clear()
+
 
 class FakeSpawner:
     """Starts a fake monitor in place of QEMU, on the descriptor of QEMU's monitor. Keeps what `spawn` got."""
@@ -204,6 +207,7 @@ def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
 
     def make(
         version: str = "7.2.22",
+        package: str = "Debian 1:7.2+dfsg-7",
         vms: str = "microvm q35",
         accelerators: str = "tcg kvm",
         firmware: Path | None = None,
@@ -216,7 +220,7 @@ def fake_qemu(tmp_path: Path) -> Callable[..., Path]:
             f"""#!/bin/sh
             echo "$*" >> {shlex.quote(str(tmp_path / "asked"))}
             case "$1" in
-              --version) echo "QEMU emulator version {version} (Debian 1:7.2+dfsg-7)" ;;
+              --version) echo "QEMU emulator version {version} ({package})" ;;
               -machine) echo "Supported machines are:"; printf '%s  a machine\\n' {vms} ;;
               -accel) echo "Accelerators supported in QEMU binary:"; printf '%s\\n' {accelerators} ;;
               -L) echo {shlex.quote(str(directory))} ;;

@@ -165,3 +165,64 @@ def test_a_vm_that_died_by_itself_was_not_killed_by_us(
     spawner.child.finish(SimpleNamespace(code=1, signal=None))
     vm.kill()
     assert vm.wait(1) == VmExit(code=1)
+
+
+@pytest.fixture
+def rewinding(tmp_path: Path, spawner: Any, fake_qemu: Callable[..., Path]) -> QemuEngine:
+    """An engine with the QEMU of guest_image/vmm."""
+    program = fake_qemu(package="fcvm")
+    engine = QemuEngine(spawner, tmp_path / "cache", binary=program, accelerator=Accelerator.TCG)
+    assert engine.probe(GuestFiles(kernel=Path("k"), initramfs=Path("i"), rootfs=None)).usable
+    return engine
+
+
+def test_a_vm_is_put_back_in_its_process_and_goes_on_as_another(
+    rewinding: QemuEngine, spawner: Any, files: SnapshotFiles
+) -> None:
+    vm = start_or_discard(rewinding.prepare(RestorePlan(name="first", shape=SHAPE, files=files)))
+    assert vm.can_rewind
+    ends: list[str] = []
+    vm.on_exit(lambda _: ends.append("first"))
+    vm.halt()
+    channel = vm.channel()
+    second = vm.rewind("second")
+    assert [name for name, _ in spawner.qmp.received[2:]] == [
+        "x-fcvm-checkpoint", "migrate-incoming", "stop", "x-fcvm-rewind"
+    ]  # fmt: skip
+    assert spawner.qmp.received[-1][1] == {"discard-input": ["agent"], "truncate": ["console"]}
+    second.on_exit(lambda _: ends.append("second"))
+    second.start()
+    assert wait_until(lambda: spawner.qmp.received[-1] == ("cont", {}), Deadline(5))
+    for verb in (vm.pause, vm.resume, vm.halt, vm.channel, lambda: vm.rewind("third")):
+        with pytest.raises(EngineError, match="first has ended"):
+            verb()
+    vm.kill()
+    assert vm.wait(0) == VmExit(signal=9, killed_by_us=True)
+    assert not vm.can_rewind
+    assert spawner.child.end is None
+    channel.close()
+    second.kill()
+    assert ends == ["second"]
+
+
+def test_a_rewind_that_qemu_refuses_is_an_error(rewinding: QemuEngine, spawner: Any, files: SnapshotFiles) -> None:
+    def refuse(*_: object) -> object:
+        raise LookupError("there is no checkpoint")
+
+    spawner.answers["x-fcvm-rewind"] = refuse
+    vm = start_or_discard(rewinding.prepare(RestorePlan(name="first", shape=SHAPE, files=files)))
+    with pytest.raises(EngineError, match="no checkpoint"):
+        vm.rewind("second")
+    vm.kill()
+    assert spawner.child.end is not None
+
+
+def test_a_vm_whose_tests_can_change_more_than_its_guest_is_not_rewound(
+    rewinding: QemuEngine, files: SnapshotFiles
+) -> None:
+    vm = rewinding.prepare(RestorePlan(name="egress", shape=VmShape(mem_mib=64, cpus=1, egress=True), files=files))
+    assert not vm.can_rewind
+
+
+def test_a_stock_qemu_rewinds_nothing(make_engine: MakeEngine, files: SnapshotFiles) -> None:
+    assert not make_engine("7.2.22").prepare(RestorePlan(name="stock", shape=SHAPE, files=files)).can_rewind
