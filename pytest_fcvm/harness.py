@@ -140,8 +140,9 @@ class Harness:
             "reused": self.provision.reused if "provision" in self.__dict__ else 0,
             "clones": self._clones,
             "kept": len(self._kept),
+            "rewound": self._opened.rewound,
             "replaced": self._opened.lost,
-            "notes": self._notes + faults,
+            "notes": self._notes + faults + self._opened.doubts,
             "timings": self._timings,
         }
 
@@ -175,6 +176,7 @@ class Harness:
             cache_dir=self.store.root,
             accelerator=None if options.accel == "auto" else Accelerator(options.accel),
             binaries=named_programs(qemu=options.qemu, firecracker=options.firecracker),
+            prefers_stock=options.qemu == "stock",
             jailed=options.jailer,
         )
         smoke = self.provision.guest_files()
@@ -230,6 +232,7 @@ class Harness:
             ),
             admit_prewarmed=lambda mem_mib: admission.admit_prewarmed(mem_mib, holder=f"a pool, for {self.who}"),
             pool_size=self._options.pool,
+            rewinds=self._options.rewind == "on",
             makers=max(1, len(os.sched_getaffinity(0)) // workers),
             scratch=lambda: self.store.collection("snapshots").scratch(self.supervisor.run_dir),
             open_namespace=self.open_namespace,

@@ -31,7 +31,7 @@ _END, _END_S = b"\0\n", 5.0  # of the progress: no worker says this
 _WORKER_KEY = "fcvm_shared_dir"
 _COUNTS_KEY = "fcvm_counts"
 _ARTIFACTS = "fcvm-artifacts"
-_COUNTED = ("built", "reused", "clones", "replaced", "kept")
+_COUNTED = ("built", "reused", "clones", "rewound", "replaced", "kept")
 _SHARED = " (shared with other tests)"
 
 
@@ -193,6 +193,7 @@ class Reporter:
         terminalreporter.write_line(
             f"fcvm: engine {'; '.join(engines)}; snapshots built {total['built']}, reused {total['reused']}; "
             f"clones {total['clones']}"
+            + (f" ({total['rewound']} in rewound VMs)" if total["rewound"] else "")
             + (f" ({total['replaced']} more died before a test took them)" if total["replaced"] else "")
         )
         if total["kept"]:

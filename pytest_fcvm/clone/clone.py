@@ -91,7 +91,7 @@ class Clone(Guest):
         What the guest had synced is on the disk. What it had not synced may be lost.
         """
         self.close_clients()
-        self.running.close()
+        self.running.discard()
 
     def snapshot(self, name: str = "") -> Snapshot:
         """Return a snapshot of the clone as it is now, with processes and memory. The clone runs on.
@@ -132,7 +132,7 @@ class Clone(Guest):
     def reset(self) -> None:
         """Replace the VM by a fresh one of the same snapshot, behind the same host ports."""
         self.running.close()
-        self.running.vm.wait(_CALL_S)  # its ports are free when the process has gone
+        self.running.wait_until_gone(_CALL_S)
         self._paused = False
         self.running = self._start(tuple(self._mapped.values()))
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from itertools import count
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
-from pytest_fcvm.engine.abilities import balloon_of, latencies_of
+from pytest_fcvm.engine.abilities import CanRewind, balloon_of, latencies_of
 from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
@@ -38,12 +38,20 @@ class RunningVm:
     """A running VM. `close` ends it and runs its cleanups, the last one first.
 
     Its workload may end with the exit code `expected_exit_code`. Any other end of it fails the calls that wait for it.
+    `keep` may take the VM at its end, halted, to rewind it; it returns whether it does. Else the VM is killed.
     """
 
     publisher: Publisher  # once its ports are opened
 
     def __init__(
-        self, vm: Vm, agent: Agent, log: WorkloadLog, timeline: Timeline, *, expected_exit_code: int | None = None
+        self,
+        vm: Vm,
+        agent: Agent,
+        log: WorkloadLog,
+        timeline: Timeline,
+        *,
+        expected_exit_code: int | None = None,
+        keep: Callable[[Vm], bool] | None = None,
     ) -> None:
         self.vm, self.agent, self.log, self.timeline = vm, agent, log, timeline
         self._expected_exit_code = expected_exit_code
@@ -52,6 +60,8 @@ class RunningVm:
         self._changed = threading.Event()
         self._ended: FcvmError | None = None
         self._closers = ExitStack()
+        self._keep, self._halted, self.kept = keep, False, False
+        self._closers.callback(self._leave)  # after everything else has ended
         self._final_evidence: dict[str, str] | None = None
         self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
@@ -161,7 +171,7 @@ class RunningVm:
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
 
     def close(self) -> None:
-        """Kill the VM and run the cleanups. Idempotent. All of them are tried; a failure is raised at the end.
+        """End the VM and run the cleanups. Idempotent. All of them are tried; a failure is raised at the end.
 
         Do nothing in a forked process: its parent owns the VM.
         """
@@ -175,9 +185,34 @@ class RunningVm:
             self._closers.callback(self.log.close)
             self._closers.callback(self.agent.close)
             self._closers.callback(self.agent.session.abort, EngineError(f"VM {self.vm.name} was killed"))
-            self._closers.callback(self.vm.kill)
+            self._closers.callback(self._halt)
             with suppress(Exception):  # a test may have patched what it needs, and the VM must end
                 self._final_evidence = self.evidence()
+
+    def discard(self) -> None:
+        """Do what `close` does, and kill the VM in any case."""
+        self._keep = None
+        self.close()
+
+    def _halt(self) -> None:
+        """Stop a VM that may be kept, and kill any other."""
+        if self._keep and isinstance(self.vm, CanRewind) and self.vm.can_rewind:
+            with suppress(FcvmError):
+                self.vm.halt()
+                self._halted = True
+        if not self._halted:
+            self.vm.kill()
+
+    def _leave(self) -> None:
+        if self._halted:
+            self.kept = self._keep is not None and self._keep(self.vm)
+            if not self.kept:
+                self.vm.kill()
+
+    def wait_until_gone(self, timeout_s: float) -> None:
+        """Wait until a closed VM has no process that holds its host ports. Raise EngineError at the deadline."""
+        if not self.kept:
+            self.vm.wait(timeout_s)
 
     def _vm_ended(self, how: VmExit) -> None:
         if how.killed_by_us or self.closed:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.running import RunningVm, clock_source
+from pytest_fcvm.engine.abilities import CanRewind
 from pytest_fcvm.engine.protocol import PreparedVm, RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import EngineError, FcvmError
@@ -24,6 +25,7 @@ from pytest_fcvm.network.ports.open import open_ports, open_reverse_ports
 from pytest_fcvm.ready import ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, base_guest, call_function, snapshot_files
 from pytest_fcvm.snapshot.identity import fresh_identity
+from pytest_fcvm.snapshot.idle import IdleVms
 from pytest_fcvm.snapshot.inputs import SnapshotInputs
 from pytest_fcvm.snapshot.namespace import prepare_in_namespace
 from pytest_fcvm.snapshot.pool import Pooled
@@ -34,22 +36,35 @@ __all__ = ["Cloner"]
 
 _RESTORE_S = 60.0
 _ANSWER_S = 30.0
+_REWIND = "rewind"  # a phase
 
-Room = AbstractContextManager[object]
+Admit = Callable[[], AbstractContextManager[object]]
 
 
 class Cloner:
-    """Restores VMs of one snapshot. A VM that does not start leaves nothing."""
+    """Restores VMs of one snapshot. A VM that does not start leaves nothing.
 
-    def __init__(self, entry: Entry, inputs: SnapshotInputs, open_namespace: OpenNamespace = no_namespaces) -> None:
+    `admit_idle` admits a VM that no test holds, to be rewound later; without it each VM ends with its clone.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        inputs: SnapshotInputs,
+        open_namespace: OpenNamespace = no_namespaces,
+        admit_idle: Admit | None = None,
+    ) -> None:
         self._entry, self._inputs, self._open_namespace = entry, inputs, open_namespace
+        self.idle = IdleVms(admit_idle)
+        self._keep = self.idle.keep if admit_idle else None
         self._standby = Standby(self._prepare, self._plan("standby"))
         self._lock = threading.Lock()
         self._prewarming: set[Vm] = set()  # those that are being made
         self._interrupted = False
 
     def close(self) -> None:
-        """End the standby VMM; running VMs run on."""
+        """End the idle VMs and the standby VMM; running VMs run on."""
+        self.idle.close()
         self._standby.close()
 
     def interrupt(self) -> None:
@@ -71,12 +86,12 @@ class Cloner:
         self,
         name: str,
         ports: tuple[PublishedPort, ...],
-        room: Room,
+        admit: Admit,
         attachments: tuple[Attachment, ...] = (),
         namespace: Namespace | None = None,
         watched: Callable[[Vm], object] = lambda _vm: None,
     ) -> RunningVm:
-        """Return a VM that answers on the client's path. It gives the room back when it ends.
+        """Return a VM that answers on the client's path. `admit` returns its room, which it gives back when it ends.
 
         `watched` is called with its VM as soon as there is one. Raise HostError, EngineError or GuestError.
         """
@@ -84,11 +99,9 @@ class Cloner:
         if self._inputs.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
             ports = tuple(port for port in ports if port.host_port)
         with ExitStack() as held, ExitStack() as undo:
-            held.enter_context(room)
-            vm = self._standby.take(self._plan(name, attachments, namespace))
+            vm = self._obtain(self._plan(name, attachments, namespace), admit, held, timeline)
             undo.callback(discard, vm)
             watched(vm)
-            timeline.mark("spawn", monotonic())
             running = self._meet(vm, name, attachments, timeline)
             undo.pop_all()
             undo.callback(_discard, running)
@@ -103,8 +116,25 @@ class Cloner:
             _discard(running)
             raise
         timeline.mark("ready", monotonic())
-        self._standby.refill()  # not sooner: on few CPUs it would take the clone's own
+        if not (isinstance(running.vm, CanRewind) and running.vm.can_rewind):
+            self._standby.refill()  # not sooner: on few CPUs it would take the clone's own
         return running
+
+    def _obtain(self, plan: RestorePlan, admit: Admit, held: ExitStack, timeline: Timeline) -> Vm:
+        """Return a started VM: an idle one, rewound, or that of another process. `held` gets its room."""
+        idle = None if plan.attachments or plan.namespace else self.idle.take()
+        try:
+            held.enter_context(admit())
+        except BaseException:
+            if idle:
+                discard(idle)
+            raise
+        if idle and (rewound := self.idle.rewind(idle, plan.name)):
+            timeline.mark(_REWIND, monotonic())
+            return rewound
+        vm = self._standby.take(plan)
+        timeline.mark("spawn", monotonic())
+        return vm
 
     def _open(self, running: RunningVm, ports: tuple[PublishedPort, ...]) -> None:
         """Give a VM its ports, and wait until it answers on the client's path."""
@@ -115,14 +145,14 @@ class Cloner:
             return  # a relayed port leads through the agent, which has answered
         ClientPath(ports_of_it.publish, inputs.ready, number).verify(running.pause_for_exit, _ANSWER_S)
 
-    def prewarm(self, name: str, room: Room, is_wanted: Callable[[], bool]) -> Pooled:
+    def prewarm(self, name: str, admit: Admit, is_wanted: Callable[[], bool]) -> Pooled:
         """Return a VM that is warm, frozen and paused; without that as soon as a test waits for it."""
         with ExitStack() as watched:
             watch = lambda vm: watched.enter_context(self._interruptible(vm))  # noqa: E731
-            running = self.bring_up(name, self._inputs.spec.publish, room, watched=watch)
+            running = self.bring_up(name, self._inputs.spec.publish, admit, watched=watch)
             try:
                 if not is_wanted():
-                    self._warm_up(running)
+                    self._warm_up(running, verifies=not _is_rewound(running))
                 if not is_wanted():
                     running.agent.freeze(timeout_s=_ANSWER_S)
                     running.vm.pause()
@@ -161,14 +191,15 @@ class Cloner:
         running.timeline.mark("resume", monotonic())
         return running
 
-    def _warm_up(self, running: RunningVm) -> None:
-        """Wait for the condition that the base was ready by, which runs the service's code for the first time."""
+    def _warm_up(self, running: RunningVm, *, verifies: bool) -> None:
+        """Run the service's code for the first time: verify the base's condition, and call the spec's `warm`."""
         inputs = self._inputs
         target = base_guest(inputs, running, "prewarmed")
         ready = inputs.ready
         if ready.others:  # that the image exposes; the base was asked which are served
             ready = replace(ready, port=self._entry.facts["client_port"], others=())
-        wait_until_ready(target, ready, _ANSWER_S)
+        if verifies:
+            wait_until_ready(target, ready, _ANSWER_S)
         warm = inputs.spec.warm
         try:
             if isinstance(warm, str):
@@ -218,7 +249,7 @@ class Cloner:
                 raise abandon(vm, error) from None
             timeline.mark("agent", monotonic())
             expected = self._inputs.ready_joined.expected_exit_code
-            running = RunningVm(vm, agent, log, timeline, expected_exit_code=expected)
+            running = RunningVm(vm, agent, log, timeline, expected_exit_code=expected, keep=self._keep)
             undo.pop_all()
             return running
 
@@ -229,10 +260,15 @@ class Cloner:
         )
 
 
+def _is_rewound(running: RunningVm) -> bool:
+    """Say whether a VM has translated the service's code already, in an earlier clone."""
+    return _REWIND in dict(running.timeline.phases)
+
+
 def _discard(running: RunningVm) -> None:
     """Close a VM after a failure, which is the one to report."""
     with suppress(FcvmError):
-        running.close()
+        running.discard()
 
 
 def _hosts_of(attachments: tuple[Attachment, ...]) -> list[str]:

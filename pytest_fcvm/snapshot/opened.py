@@ -38,6 +38,17 @@ class OpenSnapshots:
         return sum(snapshot.lost for snapshot in self._snapshots.values())
 
     @property
+    def rewound(self) -> int:
+        """Return how many clones took over the VM of an earlier one."""
+        return sum(snapshot.rewound for snapshot in self._snapshots.values())
+
+    @property
+    def doubts(self) -> list[str]:
+        """Return a line about VMs that could not be rewound, if there were any."""
+        failed = sum(snapshot.rewinds_failed for snapshot in self._snapshots.values())
+        return [f"VMs that could not be rewound: {failed}; new ones took their place"] if failed else []
+
+    @property
     def faults(self) -> list[FcvmError]:
         """Return why clones could not be prewarmed, one error for each snapshot where that happened."""
         return [snapshot.fault for snapshot in self._snapshots.values() if snapshot.fault]

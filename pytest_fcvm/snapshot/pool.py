@@ -40,7 +40,7 @@ class Depth:
     """How many clones a pool has: a fixed number, or one that follows the tests.
 
     One is enough while a test takes longer than a clone takes to start. A test that has to wait adds one; a clone that
-    stays over for 16 tests is dropped.
+    stays over for 16 tests is dropped. Where VMs are rewound one is always enough: more would share the same CPUs.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
@@ -48,12 +48,14 @@ class Depth:
         self.wanted = 1 if fixed is None else fixed
         self._left_over = 0
 
-    def note_take(self, *, waited: bool, left: int) -> None:
-        """Learn from a test that took a clone: whether it had to wait, and how many were left."""
+    def note_take(self, *, waited: bool, left: int, rewinds: bool = False) -> None:
+        """Learn from a test that took a clone: whether it had to wait, how many were left, and if VMs are rewound."""
         if not self._adapts:
             return
         self._left_over = self._left_over + 1 if left and not waited else 0
-        if waited:
+        if rewinds:
+            self.wanted = 1
+        elif waited:
             self.wanted = min(self.wanted + 1, _MOST)
         elif self._left_over >= _IDLE_TAKES:
             self.wanted, self._left_over = max(1, self.wanted - 1), 0
@@ -64,7 +66,8 @@ class Pool:
 
     `make` starts a clone. It gets a function that says whether a test is waiting, and then leaves out what only saves
     later time. When `make` raises FcvmError, the pool waits until the next clone is taken; a test that needs a clone
-    meanwhile starts its own and sees the reason. `interrupt` ends every `make` that is under way.
+    meanwhile starts its own and sees the reason. `interrupt` ends every `make` that is under way. `rewinds` says
+    whether VMs of ended clones are used again.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Pool:
         depth: Depth,
         makers: int = 1,
         interrupt: Callable[[], object] = lambda: None,
+        rewinds: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._make, self._depth, self._makers, self._interrupt = make, depth, makers, interrupt
+        self._make, self._depth, self._makers = make, depth, makers
+        self._interrupt, self._rewinds = interrupt, rewinds
         self._threads = ThreadGroup()
         self._changed = threading.Condition()
         self.ready: deque[Pooled] = deque()
@@ -96,7 +101,8 @@ class Pool:
                 finally:
                     self._waiting -= 1
                 pooled = self._pop()
-            self._depth.note_take(waited=waited or pooled is None, left=len(self.ready))
+            is_late = waited or pooled is None
+            self._depth.note_take(waited=is_late, left=len(self.ready), rewinds=self._rewinds())
             return pooled
 
     def refill(self) -> None:
@@ -176,4 +182,4 @@ class Pool:
 
 def _discard(running: RunningVm) -> None:
     with suppress(FcvmError):
-        running.close()
+        running.discard()

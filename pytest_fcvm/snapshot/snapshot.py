@@ -52,15 +52,17 @@ class SnapshotRuntime:
 
     `admit(mem_mib)` waits for room in the host's memory and returns a context that holds it. `admit_prewarmed(mem_mib)`
     does so for a clone that no test has asked for; it raises NoRoomToPrewarm instead of waiting. The pool of a snapshot
-    has `pool_size` clones, or as many as the tests seem to need (None); `makers` of them are made at once. `scratch()`
-    returns a context with a directory for a snapshot that ends with the process. `open_namespace(joined, network)`
-    makes a network namespace for a VM. `on_created` is called with every clone, `on_failed` where there is none.
+    has `pool_size` clones, or as many as the tests seem to need (None); `makers` of them are made at once. With
+    `rewinds`, the VMs of ended clones are kept for later clones where their engine can rewind them. `scratch()` returns
+    a context with a directory for a snapshot that ends with the process. `open_namespace(joined, network)` makes a
+    network namespace for a VM. `on_created` is called with every clone, `on_failed` where there is none.
     """
 
     admit: Admit
     admit_prewarmed: Admit
     pool_size: int | None = 0
     makers: int = 1
+    rewinds: bool = True
     scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
     open_namespace: OpenNamespace = no_namespaces
     on_created: Callable[[Clone], None] = field(default=lambda _clone: None)
@@ -78,7 +80,7 @@ class OpenSnapshot:
         self.spec = inputs.spec
         self.facts: Mapping[str, Any] = entry.facts
         self.entry, self.inputs, self._runtime = entry, inputs, runtime
-        self._cloner = Cloner(entry, inputs, runtime.open_namespace)
+        self._cloner = Cloner(entry, inputs, runtime.open_namespace, self._admit_idle if runtime.rewinds else None)
         self.pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
         self._owner = getpid()
@@ -101,6 +103,16 @@ class OpenSnapshot:
     def lost(self) -> int:
         """Return how many prewarmed clones died before a test took them. Each was replaced."""
         return self.pool.lost if self.pool else 0
+
+    @property
+    def rewound(self) -> int:
+        """Return how many clones took over the VM of an earlier one."""
+        return self._cloner.idle.rewound
+
+    @property
+    def rewinds_failed(self) -> int:
+        """Return how many VMs could not be rewound. A new process took the place of each."""
+        return self._cloner.idle.failed
 
     @property
     def fault(self) -> FcvmError | None:
@@ -172,9 +184,10 @@ class OpenSnapshot:
         return cls(entry=entry, inputs=inputs, runtime=replace(runtime, pool_size=0))
 
     def release(self) -> None:
-        """End the prewarmed clones that no test has taken."""
+        """End the prewarmed clones that no test has taken, and the idle VMs."""
         if self.pool:
             self.pool.release()
+        self._cloner.idle.release()
 
     def close(self) -> None:
         """Release what is kept ready for the next clone; running clones run on. Idempotent.
@@ -195,7 +208,13 @@ class OpenSnapshot:
 
     def _make_pool(self) -> Pool:
         runtime = self._runtime
-        return Pool(self._prewarm, Depth(runtime.pool_size), runtime.makers, self._cloner.interrupt)
+        return Pool(
+            self._prewarm,
+            Depth(runtime.pool_size),
+            runtime.makers,
+            self._cloner.interrupt,
+            lambda: self._cloner.idle.rewound > 0,
+        )
 
     def _invent_name(self) -> str:
         stem = self._name or (self.spec.image or "").rsplit("/", 1)[-1].split("@")[0].split(":")[0].lower()
@@ -214,6 +233,9 @@ class OpenSnapshot:
             )
             copied._owned = owned.pop_all()
         return copied
+
+    def _admit_idle(self) -> AbstractContextManager[object]:
+        return self._runtime.admit_prewarmed(self._charge_mib)
 
     @property
     def _charge_mib(self) -> int:
@@ -244,8 +266,8 @@ class OpenSnapshot:
                 attached.callback(network.unplug, name)
                 if attachments[-1].packet_socket:
                     passed_on.enter_context(attachments[-1].packet_socket)
-            room = self._runtime.admit(self._charge_mib)
-            running = self._cloner.bring_up(name, ports, room, tuple(attachments), namespace)
+            admit = partial(self._runtime.admit, self._charge_mib)
+            running = self._cloner.bring_up(name, ports, admit, tuple(attachments), namespace)
             undo.callback(running.close)
             running.add_cleanup([attached.close])
             self._join(running, name, attachments, networks)
@@ -265,8 +287,7 @@ class OpenSnapshot:
 
     def _prewarm(self, is_wanted: Callable[[], bool]) -> Pooled:
         with translating_emfile("a prewarmed clone"):
-            room = self._runtime.admit_prewarmed(self._charge_mib)
-            return self._cloner.prewarm(self._invent_name(), room, is_wanted)
+            return self._cloner.prewarm(self._invent_name(), self._admit_idle, is_wanted)
 
     def _take_prewarmed(self) -> tuple[RunningVm | None, str | None]:
         """Return the VM and the name of a prewarmed clone that runs again, (None, None) where the pool is empty."""

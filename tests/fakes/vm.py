@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,39 @@ class FakeVm:
             threading.Thread(target=callback, args=(how,)).start()
 
 
+class RewindableVm(FakeVm):
+    """A VM that goes back to its snapshot by `make`, which makes the VM of its next life, in the same process."""
+
+    can_rewind = True
+
+    def __init__(self, *arguments: Any, make: Callable[[RestorePlan], FakeVm], **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._make_next = make
+        self.refusal: EngineError | None = None
+
+    def halt(self) -> None:
+        if self.exit:
+            raise self.explain()
+        self.calls.append("halt")
+
+    def rewind(self, name: str) -> FakeVm:
+        if self.refusal:
+            raise self.refusal
+        self.calls.append("rewind")
+        assert isinstance(self.plan, RestorePlan)
+        return self._make_next(replace(self.plan, name=name))
+
+
 class FakeEngine:
-    """Makes fake VMs. `agents` makes the agent of the next VM; `vms` has all VMs that were made."""
+    """Makes fake VMs. `agents` makes the agent of the next VM; `vms` has all VMs that were made.
+
+    With `rewinds`, its clones are rewindable.
+    """
 
     def __init__(self, directory: Path, agents: Callable[[], FakeAgent]) -> None:
         self.name, self._directory, self._agents = "fake", directory, agents
         self.networks: tuple[NetworkMode, ...] = (NetworkMode.USER, NetworkMode.RELAY)
+        self.rewinds = False
         self.joins_namespaces, self.unused_nics, self.vmm_mib = False, 2, 40
         self.vms: list[FakeVm] = []
         self.accelerator, self.identity = Accelerator.TCG, {"version": "1"}
@@ -161,7 +189,11 @@ class FakeEngine:
     def _make(self, plan: BootPlan | RestorePlan) -> FakeVm:
         agent = self._agents()
         self.prepare_guest(agent)
-        vm = FakeVm(plan.name, self._directory / str(next(self._numbers)), agent, plan)
+        directory = self._directory / str(next(self._numbers))
+        if self.rewinds and isinstance(plan, RestorePlan):
+            vm: FakeVm = RewindableVm(plan.name, directory, agent, plan, make=self.prepare)
+        else:
+            vm = FakeVm(plan.name, directory, agent, plan)
         self.vms.append(vm)
         self.change_vm(vm)
         return vm
