@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from itertools import count
 
 from pytest_fcvm.clone.log import WorkloadLog, tail
-from pytest_fcvm.engine.abilities import CanRewind, balloon_of, latencies_of
+from pytest_fcvm.engine.abilities import as_rewindable, balloon_of, latencies_of
 from pytest_fcvm.engine.post_mortem import without_expected
 from pytest_fcvm.engine.protocol import Vm, VmExit
 from pytest_fcvm.errors import EngineError, FcvmError, WorkloadExited
@@ -20,6 +20,7 @@ from pytest_fcvm.host.own import check_owner, getpid
 from pytest_fcvm.model.guest import MORE_MEMORY, ExitStatus, memory_advice, memory_ran_out
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import Clock
+from pytest_fcvm.model.text import TAIL_BYTES
 from pytest_fcvm.network.ports.open import Publisher
 
 __all__ = ["RunningVm", "clock_source"]
@@ -62,7 +63,7 @@ class RunningVm:
         self._closers = ExitStack()
         self._keep, self._halted, self.kept = keep, False, False
         self._closers.callback(self._leave)  # after everything else has ended
-        self._final_evidence: dict[str, str] | None = None
+        self._final_output: tuple[dict[str, bytes], str] | None = None  # formatted only for a test that fails
         self._notes: dict[str, Callable[[], str]] = {}
         self._closing = threading.Lock()
         self.copying = threading.Lock()  # held while the session is suspended
@@ -151,24 +152,27 @@ class RunningVm:
 
         A closed VM has those of its end. `settled` waits for output that is on its way.
         """
-        if self._final_evidence is not None:
-            return self._final_evidence
-        if settled:
+        if settled and self._final_output is None:
             self._settle()
-        parts = {"workload log": b"", "console": b"", "VMM log": b""}
-        with suppress(OSError, ValueError):
-            parts["workload log"] = self.log.end()
-        for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
-            with suppress(OSError):
-                parts[title] = read_regular(path)
-        tails = {title: tail(data) for title, data in parts.items()}
+        output, own = self._final_output or self._read_output()
+        tails = {title: tail(data) for title, data in output.items()}
         tails["console"] = without_expected(tails["console"])
         shown = {title: text for title, text in tails.items() if text.strip()}
         notes = {title: text for title, describe in self._notes.items() if (text := describe())}
         if self.agent.oom_kills:
             notes["memory"] = memory_advice(self.agent.oom_kills)
-        own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in latencies_of(self.vm).items())
         return {**shown, **notes, "timeline": f"{self.timeline}{own and f'; the VMM: {own}'}"}
+
+    def _read_output(self) -> tuple[dict[str, bytes], str]:
+        """Return the end of what the workload, the guest's kernel and the VMM have printed, and the VMM's latencies."""
+        parts = {"workload log": b"", "console": b"", "VMM log": b""}
+        with suppress(OSError, ValueError):
+            parts["workload log"] = self.log.end()
+        for title, path in (("console", self.vm.console_path), ("VMM log", self.vm.vmm_log_path)):
+            with suppress(OSError):
+                parts[title] = read_regular(path)[-TAIL_BYTES:]
+        own = ", ".join(f"{name} {took_ms:.1f} ms" for name, took_ms in latencies_of(self.vm).items())
+        return parts, own
 
     def close(self) -> None:
         """End the VM and run the cleanups. Idempotent. All of them are tried; a failure is raised at the end.
@@ -187,7 +191,7 @@ class RunningVm:
             self._closers.callback(self.agent.session.abort, EngineError(f"VM {self.vm.name} was killed"))
             self._closers.callback(self._halt)
             with suppress(Exception):  # a test may have patched what it needs, and the VM must end
-                self._final_evidence = self.evidence()
+                self._final_output = self._read_output()
 
     def discard(self) -> None:
         """Do what `close` does, and kill the VM in any case."""
@@ -196,9 +200,9 @@ class RunningVm:
 
     def _halt(self) -> None:
         """Stop a VM that may be kept, and kill any other."""
-        if self._keep and isinstance(self.vm, CanRewind) and self.vm.can_rewind:
+        if self._keep and (vm := as_rewindable(self.vm)):
             with suppress(FcvmError):
-                self.vm.halt()
+                vm.halt()
                 self._halted = True
         if not self._halted:
             self.vm.kill()

@@ -7,6 +7,7 @@ was lost in a test's `time.sleep`.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from pytest_fcvm.host.clock import Deadline
 
 __all__ = ["ServiceThread", "ThreadGroup", "block_signals"]
 
-_ALL = signal.valid_signals()
+_ALL = {int(number) for number in signal.valid_signals()}
+# Those of `signal` make an enum of each of the 64 numbers that they return, which costs more than the thread.
+_set_mask = _signal.pthread_sigmask
 
 
 def block_signals() -> None:
     """Block all signals in the calling thread. For a thread that a library has started."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    _set_mask(signal.SIG_BLOCK, _ALL)
 
 
 class ServiceThread(threading.Thread):
@@ -32,11 +35,11 @@ class ServiceThread(threading.Thread):
 
     def start(self) -> None:
         """Start the thread. Raise RuntimeError when the kernel gives no more threads."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)  # a new thread inherits this mask
+        before = _set_mask(signal.SIG_BLOCK, _ALL)  # a new thread inherits this mask
         try:
             super().start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _set_mask(signal.SIG_SETMASK, before)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for the thread's end, at most `timeout` seconds. Return at once for a thread that was not started."""
