@@ -233,6 +233,7 @@ class Harness:
             admit_prewarmed=lambda mem_mib: admission.admit_prewarmed(mem_mib, holder=f"a pool, for {self.who}"),
             pool_size=self._options.pool,
             rewinds=self._options.rewind == "on",
+            verifies_rewinds=self._options.verify_rewind,
             makers=max(1, len(os.sched_getaffinity(0)) // workers),
             scratch=lambda: self.store.collection("snapshots").scratch(self.supervisor.run_dir),
             open_namespace=self.open_namespace,

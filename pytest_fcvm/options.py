@@ -232,6 +232,7 @@ ROWS: tuple[Row, ...] = (
     _run_option("rebuild", "rebuild", _plain(parse.parse_bool), "rebuild snapshots", kind=RowKind.FLAG),
     _run_option("pool", "pool", _plain(parse.parse_pool), "number of prewarmed clones per image and worker; 0 for none", metavar="N|auto", default="auto"),
     _run_option("rewind", "rewind", _one_of(*_ON_OFF), "put the VM of an ended clone back to its snapshot for the next clone, where QEMU can (pytest-fcvm-qemu)", choices=_ON_OFF, default="on"),
+    _run_option("verify-rewind", "verify_rewind", _plain(parse.parse_bool), "compare memory and devices of each rewound VM with the snapshot; slow", kind=RowKind.FLAG),
     _run_option("max-clones", "max_clones", _plain(parse.parse_count), "limit of clones that run at once on this host", metavar="N", default="as memory allows"),
     _run_option("artifacts", "artifacts", _one_of(*_ARTIFACTS), "keep logs and consoles of tests in fcvm-artifacts/", choices=_ARTIFACTS, default="off"),
     _run_option("keep", "keep", _one_of(*_KEEP), "save clones when their tests end, for fcvm replay", choices=_KEEP, default="off"),
@@ -260,6 +261,7 @@ class Options:
     rebuild: bool = False
     pool: int | None = None
     rewind: str = "on"
+    verify_rewind: bool = False
     max_clones: int | None = None
     artifacts: str = "off"
     keep: str = "off"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pytest_fcvm.clone.log import WorkloadLog
 from pytest_fcvm.clone.running import RunningVm, clock_source
-from pytest_fcvm.engine.abilities import CanRewind
+from pytest_fcvm.engine.abilities import as_rewindable
 from pytest_fcvm.engine.protocol import PreparedVm, RestorePlan, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import EngineError, FcvmError
@@ -44,7 +44,8 @@ Admit = Callable[[], AbstractContextManager[object]]
 class Cloner:
     """Restores VMs of one snapshot. A VM that does not start leaves nothing.
 
-    `admit_idle` admits a VM that no test holds, to be rewound later; without it each VM ends with its clone.
+    `admit_idle` admits a VM that no test holds, to be rewound later; without it each VM ends with its clone. With
+    `verifies`, rewound VMs are compared with the snapshot.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Cloner:
         inputs: SnapshotInputs,
         open_namespace: OpenNamespace = no_namespaces,
         admit_idle: Admit | None = None,
+        *,
+        verifies: bool = False,
     ) -> None:
         self._entry, self._inputs, self._open_namespace = entry, inputs, open_namespace
-        self.idle = IdleVms(admit_idle)
+        self.idle = IdleVms(admit_idle, verifies=verifies)
         self._keep = self.idle.keep if admit_idle else None
         self._standby = Standby(self._prepare, self._plan("standby"))
         self._lock = threading.Lock()
@@ -116,7 +119,7 @@ class Cloner:
             _discard(running)
             raise
         timeline.mark("ready", monotonic())
-        if not (isinstance(running.vm, CanRewind) and running.vm.can_rewind):
+        if not as_rewindable(running.vm):
             self._standby.refill()  # not sooner: on few CPUs it would take the clone's own
         return running
 

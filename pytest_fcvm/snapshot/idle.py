@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 
-from pytest_fcvm.engine.abilities import CanRewind
+from pytest_fcvm.engine.abilities import CanRewind, RewindDiffers
 from pytest_fcvm.engine.protocol import PreparedVm, Vm
 from pytest_fcvm.engine.vm import discard
 from pytest_fcvm.errors import FcvmError
@@ -23,11 +23,11 @@ _MOST = 4
 class IdleVms:
     """The idle VMs of one snapshot, halted. `admit` returns a context that holds the room of one, or raises HostError.
 
-    `rewound` counts the rewinds, `failed` those that did not succeed.
+    With `verifies`, each rewind is verified. `rewound` counts the rewinds, `failed` those that did not succeed.
     """
 
-    def __init__(self, admit: Callable[[], AbstractContextManager[object]] | None) -> None:
-        self._admit = admit
+    def __init__(self, admit: Callable[[], AbstractContextManager[object]] | None, *, verifies: bool = False) -> None:
+        self._admit, self._verifies = admit, verifies
         self._lock = threading.Lock()
         self._idle: list[tuple[Vm, ExitStack]] = []
         self._closed = admit is None
@@ -55,14 +55,17 @@ class IdleVms:
         return vm
 
     def rewind(self, vm: Vm, name: str) -> PreparedVm | None:
-        """Put a VM back to its snapshot and let it run as `name`. Return None where that fails: the VM is killed."""
+        """Put a VM back to its snapshot and let it run as `name`. Return None where that fails: the VM is killed.
+
+        Raise RewindDiffers where rewinds are verified.
+        """
         assert isinstance(vm, CanRewind)
         try:
-            fresh = vm.rewind(name)
+            fresh = vm.rewind(name, verifies=self._verifies)
             fresh.start()
         except BaseException as error:
             discard(vm)
-            if not isinstance(error, FcvmError):
+            if isinstance(error, RewindDiffers) or not isinstance(error, FcvmError):
                 raise
             self.failed += 1
             return None

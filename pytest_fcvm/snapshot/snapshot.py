@@ -53,9 +53,10 @@ class SnapshotRuntime:
     `admit(mem_mib)` waits for room in the host's memory and returns a context that holds it. `admit_prewarmed(mem_mib)`
     does so for a clone that no test has asked for; it raises NoRoomToPrewarm instead of waiting. The pool of a snapshot
     has `pool_size` clones, or as many as the tests seem to need (None); `makers` of them are made at once. With
-    `rewinds`, the VMs of ended clones are kept for later clones where their engine can rewind them. `scratch()` returns
-    a context with a directory for a snapshot that ends with the process. `open_namespace(joined, network)` makes a
-    network namespace for a VM. `on_created` is called with every clone, `on_failed` where there is none.
+    `rewinds`, the VMs of ended clones are kept for later clones where their engine can rewind them; with
+    `verifies_rewinds`, each is then compared with the snapshot. `scratch()` returns a context with a directory for a
+    snapshot that ends with the process. `open_namespace(joined, network)` makes a network namespace for a VM.
+    `on_created` is called with every clone, `on_failed` where there is none.
     """
 
     admit: Admit
@@ -63,6 +64,7 @@ class SnapshotRuntime:
     pool_size: int | None = 0
     makers: int = 1
     rewinds: bool = True
+    verifies_rewinds: bool = False
     scratch: Callable[[], AbstractContextManager[Path]] = field(default=_no_scratch)
     open_namespace: OpenNamespace = no_namespaces
     on_created: Callable[[Clone], None] = field(default=lambda _clone: None)
@@ -80,7 +82,8 @@ class OpenSnapshot:
         self.spec = inputs.spec
         self.facts: Mapping[str, Any] = entry.facts
         self.entry, self.inputs, self._runtime = entry, inputs, runtime
-        self._cloner = Cloner(entry, inputs, runtime.open_namespace, self._admit_idle if runtime.rewinds else None)
+        admit_idle = self._admit_idle if runtime.rewinds else None
+        self._cloner = Cloner(entry, inputs, runtime.open_namespace, admit_idle, verifies=runtime.verifies_rewinds)
         self.pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
         self._owner = getpid()

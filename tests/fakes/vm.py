@@ -123,19 +123,21 @@ class FakeVm:
 class RewindableVm(FakeVm):
     """A VM that goes back to its snapshot by `make`, which makes the VM of its next life, in the same process."""
 
-    can_rewind = True
-
     def __init__(self, *arguments: Any, make: Callable[[RestorePlan], FakeVm], **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._make_next = make
+        self.is_changed = False  # in a way that no rewind puts back
         self.refusal: EngineError | None = None
+
+    def can_rewind(self) -> bool:
+        return not self.is_changed
 
     def halt(self) -> None:
         if self.exit:
             raise self.explain()
         self.calls.append("halt")
 
-    def rewind(self, name: str) -> FakeVm:
+    def rewind(self, name: str, *, verifies: bool = False) -> FakeVm:  # noqa: ARG002  the protocol's signature
         if self.refusal:
             raise self.refusal
         self.calls.append("rewind")

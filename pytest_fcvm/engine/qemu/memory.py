@@ -1,4 +1,4 @@
-"""Copy the memory of a running clone: the pages that differ from its snapshot's file.
+"""Read the memory of a clone, and copy it: the pages that differ from its snapshot's file.
 
 A clone maps that file privately, so the kernel knows which pages differ. /proc/PID/pagemap (Linux'
 Documentation/admin-guide/mm/pagemap.rst) marks the pages that are no longer the file's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.own import os
 
-__all__ = ["save_private_pages"]
+__all__ = ["Mapping", "find_mappings", "opening_memory", "save_private_pages"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8  # bytes of a page's entry in pagemap
@@ -27,10 +27,12 @@ _PIECE_PAGES = 1024
 
 
 @dataclass(frozen=True)
-class _Mapping:
+class Mapping:
+    """Where a process has a part of a file: addresses from `start` to `end`, `offset` bytes into the file."""
+
     start: int
     end: int
-    offset: int  # in the file
+    offset: int
 
 
 def save_private_pages(pid: int, source: Path, dest: Path) -> None:
@@ -38,21 +40,24 @@ def save_private_pages(pid: int, source: Path, dest: Path) -> None:
 
     Raise HostError where that process may not be read, or does not map `source`.
     """
+    with opening_memory(pid) as memory, ExitStack() as files:
+        pagemap = _open(files, f"/proc/{pid}/pagemap", os.O_RDONLY)
+        target = _open(files, dest, os.O_WRONLY)
+        for mapping in find_mappings(pid, source):
+            _save(mapping, pagemap, memory, target)
+
+
+@contextmanager
+def opening_memory(pid: int) -> Iterator[int]:
+    """Yield a descriptor of a process's memory, to read at the process's addresses. Raise HostError for any OSError."""
     with ExitStack() as files:
         try:
-            pagemap = _open(files, f"/proc/{pid}/pagemap", os.O_RDONLY)
-            memory = _open(files, f"/proc/{pid}/mem", os.O_RDONLY)
-            target = _open(files, dest, os.O_WRONLY)
-            mappings = list(_find_mappings(pid, source))
-            for mapping in mappings:
-                _save(mapping, pagemap, memory, target)
+            yield _open(files, f"/proc/{pid}/mem", os.O_RDONLY)
         except OSError as error:
             raise HostError(
                 f"the memory of process {pid} cannot be copied: {error.strerror}",
                 hint="a process may be read by its parents where /proc/sys/kernel/yama/ptrace_scope is 0 or 1",
             ) from error
-    if not mappings:
-        raise HostError(f"process {pid} does not have {source} in its memory", hint="report this as a bug")
 
 
 def _open(files: ExitStack, path: str | Path, flags: int) -> int:
@@ -61,18 +66,25 @@ def _open(files: ExitStack, path: str | Path, flags: int) -> int:
     return descriptor
 
 
-def _find_mappings(pid: int, source: Path) -> Iterator[_Mapping]:
-    """Yield a process's mappings of a file (proc_pid_maps(5)). Compare device and inode: the name may have changed."""
+def find_mappings(pid: int, source: Path) -> list[Mapping]:
+    """Return a process's mappings of a file (proc_pid_maps(5)). Raise HostError where there is none."""
+    if mappings := list(_list_mappings(pid, source)):
+        return mappings
+    raise HostError(f"process {pid} does not have {source} in its memory", hint="report this as a bug")
+
+
+def _list_mappings(pid: int, source: Path) -> Iterator[Mapping]:
+    """Yield mappings of a file. Compare device and inode: the name may have changed."""
     status = source.stat()
     wanted = (f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}", str(status.st_ino))
     for line in Path(f"/proc/{pid}/maps").read_text("utf-8", "replace").splitlines():
         addresses, _, offset, device, inode = line.split(maxsplit=5)[:5]
         if (device, inode) == wanted:
             start, end = (int(text, 16) for text in addresses.split("-"))
-            yield _Mapping(start, end, int(offset, 16))
+            yield Mapping(start, end, int(offset, 16))
 
 
-def _save(mapping: _Mapping, pagemap: int, memory: int, target: int) -> None:
+def _save(mapping: Mapping, pagemap: int, memory: int, target: int) -> None:
     for first, count in _private_runs(mapping, pagemap):
         data = _read(memory, count * _PAGE, mapping.start + first * _PAGE)
         written = 0
@@ -92,7 +104,7 @@ def _read(descriptor: int, size: int, offset: int) -> bytes:
     return bytes(data)
 
 
-def _private_runs(mapping: _Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
+def _private_runs(mapping: Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
     """Yield runs of private pages as (first page, count), counted from the mapping's start."""
     pages = (mapping.end - mapping.start) // _PAGE
     entries = array("Q")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import socket
 import threading
+from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from pytest_fcvm.engine.abilities import RewindDiffers
 from pytest_fcvm.engine.disk import Disk
 from pytest_fcvm.engine.launch import Launched
 from pytest_fcvm.engine.post_mortem import read_evidence
@@ -15,6 +17,7 @@ from pytest_fcvm.engine.protocol import SnapshotFiles
 from pytest_fcvm.engine.qemu.memory import save_private_pages
 from pytest_fcvm.engine.qemu.monitor import Command, Event, Monitor, MonitorGone
 from pytest_fcvm.engine.qemu.post_mortem import explain_death
+from pytest_fcvm.engine.qemu.verify import list_differences
 from pytest_fcvm.engine.qemu.version import QemuVersion
 from pytest_fcvm.engine.vm import VmProcess
 from pytest_fcvm.errors import EngineError
@@ -146,7 +149,6 @@ class QemuVm(VmProcess):
                 self.resume()
             undo.pop_all()
 
-    @property
     def can_rewind(self) -> bool:
         """Say whether `rewind` would put back everything that a test can have changed in this VM."""
         return self._rewinds and not self._superseded
@@ -156,10 +158,12 @@ class QemuVm(VmProcess):
         with self._translating_errors():
             self._monitor.send_early([("stop", {})])
 
-    def rewind(self, name: str) -> QemuVm:
+    def rewind(self, name: str, *, verifies: bool = False) -> QemuVm:
         """Put the VM back to its snapshot, and return it as the VM `name`, as `CanRewind.rewind` says."""
         with self._translating_errors():
             self._monitor.execute(*_REWIND, timeout_s=_REWIND_S)
+            if verifies:
+                self._verify_rewind()
         self._supersede()
         discard_input(self._agent)
         return QemuVm(
@@ -172,6 +176,17 @@ class QemuVm(VmProcess):
             memory=self._memory,
             rewinds=True,
         )
+
+    def _verify_rewind(self) -> None:
+        states = self._monitor.execute("x-fcvm-state")
+        assert isinstance(states, Mapping)
+        assert self._memory
+        now, then = (b64decode(states[name]) for name in ("state", "checkpoint"))
+        if differences := list_differences(self.pid, self._memory, now, then):
+            raise RewindDiffers(
+                f"{self.name} was rewound, and differs from its snapshot: {', '.join(differences)}",
+                hint="report this as a bug; --fcvm-rewind off does without",
+            )
 
     def _save(self, state: Path, fd: int) -> None:
         if self._version.takes_state_by_path:

@@ -180,7 +180,7 @@ def test_a_vm_is_put_back_in_its_process_and_goes_on_as_another(
     rewinding: QemuEngine, spawner: Any, files: SnapshotFiles
 ) -> None:
     vm = start_or_discard(rewinding.prepare(RestorePlan(name="first", shape=SHAPE, files=files)))
-    assert vm.can_rewind
+    assert vm.can_rewind()
     ends: list[str] = []
     vm.on_exit(lambda _: ends.append("first"))
     vm.halt()
@@ -198,7 +198,7 @@ def test_a_vm_is_put_back_in_its_process_and_goes_on_as_another(
             verb()
     vm.kill()
     assert vm.wait(0) == VmExit(signal=9, killed_by_us=True)
-    assert not vm.can_rewind
+    assert not vm.can_rewind()
     assert spawner.child.end is None
     channel.close()
     second.kill()
@@ -221,8 +221,8 @@ def test_a_vm_whose_tests_can_change_more_than_its_guest_is_not_rewound(
     rewinding: QemuEngine, files: SnapshotFiles
 ) -> None:
     vm = rewinding.prepare(RestorePlan(name="egress", shape=VmShape(mem_mib=64, cpus=1, egress=True), files=files))
-    assert not vm.can_rewind
+    assert not vm.can_rewind()
 
 
 def test_a_stock_qemu_rewinds_nothing(make_engine: MakeEngine, files: SnapshotFiles) -> None:
-    assert not make_engine("7.2.22").prepare(RestorePlan(name="stock", shape=SHAPE, files=files)).can_rewind
+    assert not make_engine("7.2.22").prepare(RestorePlan(name="stock", shape=SHAPE, files=files)).can_rewind()

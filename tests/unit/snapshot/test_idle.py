@@ -153,7 +153,7 @@ def test_a_vm_in_doubt_is_not_kept(snapshot: OpenSnapshot, ruin: str) -> None:
         elif ruin == "die":
             _vm(clone).die(11)
         else:
-            _vm(clone).can_rewind = False
+            _vm(clone).is_changed = True
     assert _vm(clone).exit is not None
     with snapshot.clone() as second:
         assert next(phase for phase, _ in second.timeline.phases) == "spawn"
