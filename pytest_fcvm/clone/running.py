@@ -200,16 +200,23 @@ class RunningVm:
 
     def _halt(self) -> None:
         """Stop a VM that may be kept, and kill any other."""
-        if self._keep and (vm := as_rewindable(self.vm)):
-            with suppress(FcvmError):
-                vm.halt()
-                self._halted = True
-        if not self._halted:
-            self.vm.kill()
+        try:
+            if self._keep and (vm := as_rewindable(self.vm)):
+                with suppress(Exception):  # then it is killed
+                    vm.halt()
+                    self._halted = True
+        finally:
+            if not self._halted:
+                self.vm.kill()
 
     def _leave(self) -> None:
-        if self._halted:
-            self.kept = self._keep is not None and self._keep(self.vm)
+        """Give a halted VM to whoever keeps it, or kill it."""
+        if not self._halted:
+            return
+        try:
+            with suppress(Exception):  # as above
+                self.kept = self._keep is not None and self._keep(self.vm)
+        finally:
             if not self.kept:
                 self.vm.kill()
 

@@ -125,16 +125,15 @@ class Cloner:
 
     def _obtain(self, plan: RestorePlan, admit: Admit, held: ExitStack, timeline: Timeline) -> Vm:
         """Return a started VM: an idle one, rewound, or that of another process. `held` gets its room."""
-        idle = None if plan.attachments or plan.namespace else self.idle.take()
-        try:
-            held.enter_context(admit())
-        except BaseException:
+        with ExitStack() as undo:
+            idle = None if plan.attachments or plan.namespace else self.idle.take()
             if idle:
-                discard(idle)
-            raise
-        if idle and (rewound := self.idle.rewind(idle, plan.name)):
-            timeline.mark(_REWIND, monotonic())
-            return rewound
+                undo.callback(discard, idle)
+            held.enter_context(admit())
+            if idle and (rewound := self.idle.rewind(idle, plan.name)):
+                undo.pop_all()
+                timeline.mark(_REWIND, monotonic())
+                return rewound
         vm = self._standby.take(plan)
         timeline.mark("spawn", monotonic())
         return vm
@@ -155,7 +154,7 @@ class Cloner:
             running = self.bring_up(name, self._inputs.spec.publish, admit, watched=watch)
             try:
                 if not is_wanted():
-                    self._warm_up(running, verifies=not _is_rewound(running))
+                    self._warm_up(running)
                 if not is_wanted():
                     running.agent.freeze(timeout_s=_ANSWER_S)
                     running.vm.pause()
@@ -194,14 +193,14 @@ class Cloner:
         running.timeline.mark("resume", monotonic())
         return running
 
-    def _warm_up(self, running: RunningVm, *, verifies: bool) -> None:
+    def _warm_up(self, running: RunningVm) -> None:
         """Run the service's code for the first time: verify the base's condition, and call the spec's `warm`."""
         inputs = self._inputs
         target = base_guest(inputs, running, "prewarmed")
         ready = inputs.ready
         if ready.others:  # that the image exposes; the base was asked which are served
             ready = replace(ready, port=self._entry.facts["client_port"], others=())
-        if verifies:
+        if not _is_rewound(running):
             wait_until_ready(target, ready, _ANSWER_S)
         warm = inputs.spec.warm
         try:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 
 from pytest_fcvm.engine.abilities import CanRewind, RewindDiffers
 from pytest_fcvm.engine.protocol import PreparedVm, Vm
-from pytest_fcvm.engine.vm import discard
+from pytest_fcvm.engine.vm import discard, start_or_discard
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
 
@@ -55,18 +55,16 @@ class IdleVms:
         return vm
 
     def rewind(self, vm: Vm, name: str) -> PreparedVm | None:
-        """Put a VM back to its snapshot and let it run as `name`. Return None where that fails: the VM is killed.
+        """Put a VM back to its snapshot and let it run as `name`. Return None where that fails. The caller kills `vm`.
 
         Raise RewindDiffers where rewinds are verified.
         """
         assert isinstance(vm, CanRewind)
         try:
-            fresh = vm.rewind(name, verifies=self._verifies)
-            fresh.start()
-        except BaseException as error:
-            discard(vm)
-            if isinstance(error, RewindDiffers) or not isinstance(error, FcvmError):
-                raise
+            fresh = start_or_discard(vm.rewind(name, verifies=self._verifies))
+        except RewindDiffers:
+            raise
+        except FcvmError:
             self.failed += 1
             return None
         self.rewound += 1

@@ -142,7 +142,10 @@ class RewindableVm(FakeVm):
             raise self.refusal
         self.calls.append("rewind")
         assert isinstance(self.plan, RestorePlan)
-        return self._make_next(replace(self.plan, name=name))
+        fresh = self._make_next(replace(self.plan, name=name))
+        self._callbacks.clear()
+        self._end(VmExit(signal=9, killed_by_us=True))
+        return fresh
 
 
 class FakeEngine:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.vm import FakeEngine, FakeVm
+from fakes.vm import FakeEngine, FakeVm, RewindableVm
 
 import pytest_fcvm.network.ports.open
 import pytest_fcvm.snapshot.builder
@@ -27,6 +27,7 @@ from pytest_fcvm.network.ports.relay import Relay
 from pytest_fcvm.ready import ClientPath
 from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.snapshot.cloner import Cloner
+from pytest_fcvm.snapshot.idle import IdleVms
 from pytest_fcvm.store import Entry
 
 # What boots, restores, personalises, fills the pool and hands out; closing is what must work afterwards.
@@ -40,6 +41,8 @@ _STEPS: tuple[tuple[Any, str], ...] = (
     (Relay, "publish"),
     (ClientPath, "verify"),
     (Cloner, "_warm_up"),
+    *((RewindableVm, name) for name in ("halt", "rewind")),
+    *((IdleVms, name) for name in ("keep", "take", "rewind")),
     (pytest_fcvm.network.ports.open, "ReversePorts"),
     (pytest_fcvm.snapshot.cloner, "fresh_identity"),
     (pytest_fcvm.snapshot.builder, "base_config"),
@@ -95,7 +98,7 @@ def _nothing_left(engine: FakeEngine, injector: _Injector, what: str) -> Iterato
 
 
 def _life(inputs: SnapshotInputs, directory: Path) -> None:
-    """Build a snapshot, take a clone, prewarm one and take that too, and close everything."""
+    """Build a snapshot, take clones, some of them prewarmed or in VMs of those before, and close everything."""
     directory.mkdir()
     facts = build_snapshot(inputs, directory, lambda _phase: None)
     room: Any = lambda _mem_mib: ExitStack()  # noqa: E731
@@ -103,7 +106,7 @@ def _life(inputs: SnapshotInputs, directory: Path) -> None:
     with OpenSnapshot(
         entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime
     ) as snapshot:
-        for _ in range(2):
+        for _ in range(3):
             with snapshot.clone():
                 assert snapshot.pool is not None
                 wait_until(lambda: not snapshot.pool.making, Deadline(10))  # type: ignore[union-attr]
@@ -116,6 +119,7 @@ def injector(monkeypatch: pytest.MonkeyPatch) -> _Injector:
     return _Injector(monkeypatch)
 
 
+@pytest.mark.parametrize("rewinds", [False, True], ids=["kills", "rewinds"])
 @pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # an interrupt in a maker's thread
 def test_a_fault_at_any_step_leaves_nothing(
@@ -124,7 +128,9 @@ def test_a_fault_at_any_step_leaves_nothing(
     engine: FakeEngine,
     tmp_path: Path,
     fault: BaseException,
+    rewinds: bool,
 ) -> None:
+    engine.rewinds = rewinds
     with _nothing_left(engine, injector, "no fault"):
         _life(make_inputs(), tmp_path / "whole")
     steps = list(injector.calls)
