@@ -68,6 +68,7 @@ class RunningVm:
         self._closing = threading.Lock()
         self.copying = threading.Lock()  # held while the session is suspended
         self.closed = False
+        self.is_frozen = False  # its workload has not run yet
         vm.on_exit(self._vm_ended)
         agent.on_workload_exit(self._workload_ended)
 
@@ -113,7 +114,7 @@ class RunningVm:
         return error
 
     def resume(self, clock: Clock) -> None:
-        """Resume a paused VM and set its clock."""
+        """Resume a paused VM, set its clock and thaw its workload."""
         self.agent.resume(self.vm.resume, clock_source(clock), timeout_s=_CALL_S)
 
     def why_silent(self, guest_port: int) -> str:

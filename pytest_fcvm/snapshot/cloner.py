@@ -93,10 +93,12 @@ class Cloner:
         attachments: tuple[Attachment, ...] = (),
         namespace: Namespace | None = None,
         watched: Callable[[Vm], object] = lambda _vm: None,
+        may_freeze: bool = False,
     ) -> RunningVm:
         """Return a VM that answers on the client's path. `admit` returns its room, which it gives back when it ends.
 
-        `watched` is called with its VM as soon as there is one. Raise HostError, EngineError or GuestError.
+        With `may_freeze`, its workload stays frozen where nothing is gained from letting it run. `watched` is called
+        with its VM as soon as there is one. Raise HostError, EngineError or GuestError.
         """
         timeline = Timeline(monotonic())
         if self._inputs.spec.own_address:  # a port at the clone's own address is mapped when it is asked for
@@ -105,7 +107,8 @@ class Cloner:
             vm = self._obtain(self._plan(name, attachments, namespace), admit, held, timeline)
             undo.callback(discard, vm)
             watched(vm)
-            running = self._meet(vm, name, attachments, timeline)
+            stays_frozen = may_freeze and _REWIND in dict(timeline.phases) and self._needs_no_workload()
+            running = self._meet(vm, name, attachments, timeline, stays_frozen=stays_frozen)
             undo.pop_all()
             undo.callback(_discard, running)
             running.add_cleanup([held.pop_all().close])
@@ -142,21 +145,32 @@ class Cloner:
         """Give a VM its ports, and wait until it answers on the client's path."""
         open_reverse_ports(running, self._inputs.spec.host_ports)
         ports_of_it = open_ports(running, ports)
-        number, inputs = self._entry.facts["client_port"], self._inputs
-        if number is None or (inputs.is_relayed and inputs.ready.mode is not ReadyMode.HTTP):
-            return  # a relayed port leads through the agent, which has answered
-        ClientPath(ports_of_it.publish, inputs.ready, number).verify(running.pause_for_exit, _ANSWER_S)
+        if self._verifies_path():
+            path = ClientPath(ports_of_it.publish, self._inputs.ready, self._entry.facts["client_port"])
+            path.verify(running.pause_for_exit, _ANSWER_S)
+
+    def _verifies_path(self) -> bool:
+        """Say whether clones have a path to verify. A relayed port leads through the agent, which has answered."""
+        inputs = self._inputs
+        is_asked = not inputs.is_relayed or inputs.ready.mode is ReadyMode.HTTP
+        return is_asked and self._entry.facts["client_port"] is not None
+
+    def _needs_no_workload(self) -> bool:
+        """Say whether a prewarmed clone is complete although its workload has not run."""
+        spec = self._inputs.spec
+        return not (self._verifies_path() or spec.hook or spec.warm)
 
     def prewarm(self, name: str, admit: Admit, is_wanted: Callable[[], bool]) -> Pooled:
         """Return a VM that is warm, frozen and paused; without that as soon as a test waits for it."""
         with ExitStack() as watched:
             watch = lambda vm: watched.enter_context(self._interruptible(vm))  # noqa: E731
-            running = self.bring_up(name, self._inputs.spec.publish, admit, watched=watch)
+            running = self.bring_up(name, self._inputs.spec.publish, admit, watched=watch, may_freeze=True)
             try:
-                if not is_wanted():
+                if not (running.is_frozen or is_wanted()):
                     self._warm_up(running)
-                if not is_wanted():
-                    running.agent.freeze(timeout_s=_ANSWER_S)
+                if running.is_frozen or not is_wanted():
+                    if not running.is_frozen:
+                        running.agent.freeze(timeout_s=_ANSWER_S)
                     running.vm.pause()
                     return Pooled(running=running, name=name, paused=True)
             except BaseException:
@@ -229,13 +243,16 @@ class Cloner:
             metadata=self._inputs.spec.metadata,
         )
 
-    def _meet(self, vm: Vm, name: str, attachments: tuple[Attachment, ...], timeline: Timeline) -> RunningVm:
+    def _meet(
+        self, vm: Vm, name: str, attachments: tuple[Attachment, ...], timeline: Timeline, *, stays_frozen: bool
+    ) -> RunningVm:
         with ExitStack() as undo:
             try:
                 with translating_emfile(name):
                     log = WorkloadLog(vm.vmm_log_path.with_name("workload.log"), before=self._entry.file(BASE_LOG))
                     undo.callback(log.close)
-                    identity = self._identity(name, attachments)  # one that fails holds no channel
+                    # An identity that fails holds no channel.
+                    identity = replace(self._identity(name, attachments), stays_frozen=stays_frozen)
                     agent = start_session(
                         vm.channel(),
                         bytes.fromhex(self._entry.facts["secret"]),
@@ -244,7 +261,7 @@ class Cloner:
                         log_sink=log.append,
                         timeout_s=_RESTORE_S,
                         explain=vm.explain,
-                        clock_ns=clock_source(self._inputs.spec.clock),
+                        clock_ns=None if stays_frozen else clock_source(self._inputs.spec.clock),
                     )
                     undo.callback(agent.close)
             except FcvmError as error:
@@ -252,6 +269,7 @@ class Cloner:
             timeline.mark("agent", monotonic())
             expected = self._inputs.ready_joined.expected_exit_code
             running = RunningVm(vm, agent, log, timeline, expected_exit_code=expected, keep=self._keep)
+            running.is_frozen = stays_frozen
             undo.pop_all()
             return running
 

@@ -15,6 +15,7 @@ from pytest_fcvm.engine.protocol import RestorePlan
 from pytest_fcvm.errors import EngineError, GuestError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
+from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
 from pytest_fcvm.store import Entry
 
@@ -24,7 +25,7 @@ class Rooms:
 
     def __init__(self) -> None:
         self.tests = self.idle = 0
-        self.has_room_for_idle = True
+        self.has_room_for_idle, self.has_room_beside_tests = True, False
 
     @contextmanager
     def admit(self, _mem_mib: int) -> Iterator[None]:
@@ -34,7 +35,7 @@ class Rooms:
 
     @contextmanager
     def admit_idle(self, _mem_mib: int) -> Iterator[None]:
-        if not self.has_room_for_idle or self.tests:
+        if not self.has_room_for_idle or (self.tests and not self.has_room_beside_tests):
             raise NoRoomToPrewarm("no room")
         self.idle += 1
         yield
@@ -186,3 +187,18 @@ def test_a_prewarmed_clone_takes_over_an_idle_vm(
     plans = [vm for vm in engine.vms if isinstance(vm.plan, RestorePlan) and "start" in vm.calls]
     assert snapshot.rewound >= 1
     assert len(plans) >= 4
+
+
+def test_the_workload_of_a_rewound_clone_waits_frozen_for_its_test(
+    make_snapshot: Callable[..., OpenSnapshot], rooms: Rooms
+) -> None:
+    rooms.has_room_beside_tests = True
+    snapshot = make_snapshot(pool_size=1)
+    assert snapshot.pool
+    for _ in range(3):
+        with snapshot.clone() as clone:
+            assert wait_until(lambda: snapshot.pool.ready, Deadline(10))  # type: ignore[union-attr]
+    assert clone.running.is_frozen
+    kinds = [kind for kind, _ in _vm(clone).agent.executed]
+    assert StreamKind.FREEZE not in kinds
+    assert kinds.count(StreamKind.PERSONALISE) == 3  # identity; then, in the test, an answer and the time of day
