@@ -14,8 +14,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,9 @@ _OLDEST = _ROOT / ".venv-oldest"
 _RERUNS = ("--reruns", "2", "--reruns-delay", "1")
 _PYTEST = (sys.executable, "-m", "pytest", *_RERUNS)
 _STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_kernel.py", "test_memory.py", "test_pool.py")
+# Where rewinding matters: what a clone is, its end, the pool, copies, files, ports, and rewinding itself.
+_REWOUND = ("test_rewind.py", "test_clone.py", "test_lives.py", "test_pool.py", "test_fork.py", "test_files.py")
+_QEMU = str(_ROOT / "guest_image/vmm/pytest_fcvm_qemu_x86_64/qemu-system-x86_64")
 _NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"
 _PIP_INSTALL = ("-m", "pip", "install", "--quiet")
 
@@ -38,7 +42,7 @@ class Tier:
     name: str
     commands: tuple[tuple[str, ...], ...]
     lane: str = ""
-    kernel: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,12 @@ TIERS = (
     Tier("agent", ((sys.executable, "guest_image/build", "--arch", platform.machine()),)),
     Tier("kernel", (("make", "--no-print-directory", "kernel"),), lane="VMs"),
     Tier("vm", ((*_PYTEST, "tests/vm"),), lane="VMs"),
-    Tier("stock kernel", ((*_PYTEST, *(f"tests/vm/{name}" for name in _STOCK)),), lane="VMs", kernel="stock"),
+    Tier(
+        "stock kernel",
+        ((*_PYTEST, *(f"tests/vm/{name}" for name in _STOCK)),),
+        lane="VMs",
+        environment={"FCVM_KERNEL": "stock"},
+    ),
     Tier("suite", ((*_PYTEST, "tests", "--ignore=tests/vm"),), lane="others"),
     Tier(
         "oldest versions",
@@ -92,6 +101,15 @@ TIERS = (
         lane="others",
     ),
     Tier("packaging", ((sys.executable, "tests/packaging.py"),), lane="others"),
+    Tier(
+        "own QEMU",
+        (
+            (sys.executable, "guest_image/vmm/build"),
+            (*_PYTEST, *(f"tests/vm/{name}" for name in _REWOUND)),
+        ),
+        lane="others",
+        environment={"FCVM_QEMU": _QEMU, "FCVM_TEST_QEMU": _QEMU},
+    ),
 )
 _WIDTH = max(len(tier.name) for tier in TIERS)
 _printing = threading.Lock()
@@ -131,11 +149,10 @@ def _run(tier: Tier) -> Result:
 
 def _run_command(tier: Tier, command: tuple[str, ...]) -> bool:
     """Run a command, whose lines are shown with the tier's name, and say whether it succeeded."""
-    environment = dict(os.environ, FCVM_KERNEL=tier.kernel) if tier.kernel else None
     process = subprocess.Popen(
         command,
         cwd=_ROOT,
-        env=environment,
+        env={**os.environ, **tier.environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
