@@ -44,9 +44,12 @@ _GONE_S = 10.0
 _IN_A_ROW = 3
 _REPEATS = 3  # of slow work: building a snapshot, running a test file
 
+_cpu_before: dict[int, float] = {}  # of the VM that was measured last, by its process id
+
 _CLONE = "a clone made on demand, after a pause of 100 ms"
 _POOL = "a clone from the pool, after a pause of 200 ms (ready: http:80/)"
 _ROW = "a clone, right after the one before"
+_REWOUND = "a clone in the rewound VM of the one before (ready: http:80/)"
 _SNAPSHOT = "a snapshot, built once per image"
 _SERIAL = "a test in pytest (one GET)"
 _WORKERS = "the same, -n 2"
@@ -93,6 +96,17 @@ MEASURES = (
     Measure(key="row_agent", title="… of it: state loaded, agent answers", unit="ms", section=_ROW),
     Measure(key="row_answer", title="… of it: service answers", unit="ms", section=_ROW),
     Measure(key="row_close", title="close(), as the test sees it", unit="ms", section=_ROW),
+    Measure(key="rewound_ready", title="until clone() returns", unit="ms", section=_REWOUND, rival="podman_run"),
+    Measure(key="rewound_200", title="until the first HTTP 200", unit="ms", section=_REWOUND, rival="podman_200"),
+    Measure(
+        key="rewound_life",
+        title="clone, HTTP 200, close(), as the test sees it",
+        unit="ms",
+        section=_REWOUND,
+        rival="podman_life",
+    ),
+    Measure(key="rewound_vmm_cpu", title="CPU of the VMM for all of that", unit="ms", section=_REWOUND),
+    Measure(key="rewound_host_cpu", title="CPU of the pytest process for all of that", unit="ms", section=_REWOUND),
     Measure(key="boot_ms", title="until the agent answers", unit="ms", section=_SNAPSHOT),
     Measure(key="ready_ms", title="until the workload is ready", unit="ms", section=_SNAPSHOT),
     Measure(key="save_ms", title="quiesce, settle, stop, state saved", unit="ms", section=_SNAPSHOT),
@@ -124,7 +138,7 @@ def main() -> int:
     report = Report(measures=MEASURES, rounds=arguments.rounds, host=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
         directory = Path(scratch)
-        options = Options(pool=0, kernel=arguments.kernel)
+        options = Options(pool=0, rewind="off", kernel=arguments.kernel)
         _measure_builds(report, image, options, directory)
         with ExitStack() as stack:
             podman = _enter_podman(stack, layout, directory / "podman", report)
@@ -133,9 +147,12 @@ def main() -> int:
             pooled = stack.enter_context(
                 _opened(image, replace(options, pool=1), directory / "pool", report, ready="http:80/")
             )
+            rewound = stack.enter_context(
+                _opened(image, replace(options, rewind="on"), directory / "rewound", report, ready="http:80/")
+            )
             report.host = {**report.host, **(podman.facts() if podman else {})}
             _print_facts({name: value for name, value in report.host.items() if name not in facts})
-            _measure_rounds(report, snapshot, served, pooled, podman)
+            _measure_rounds(report, snapshot, served, pooled, rewound, podman)
         kernel = [f"--fcvm-kernel={arguments.kernel}"] if arguments.kernel else []
         _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], directory)
     print(f"\n{render_table(report)}")
@@ -204,14 +221,21 @@ def _measure_builds(report: Report, image: str, options: Options, directory: Pat
 
 
 def _measure_rounds(
-    report: Report, snapshot: OpenSnapshot, served: OpenSnapshot, pooled: OpenSnapshot, podman: Podman | None
+    report: Report,
+    snapshot: OpenSnapshot,
+    served: OpenSnapshot,
+    pooled: OpenSnapshot,
+    rewound: OpenSnapshot,
+    podman: Podman | None,
 ) -> None:
     """Take one sample of each figure per round, so that a disturbance of the host affects all figures."""
     with snapshot.clone() as clone:  # fill the page cache, import modules, start the standby
         fetch_until_200(clone.url(80))
-    for warmed in (served, pooled):
+    for warmed in (served, pooled, rewound):
         with warmed.clone():
             pass
+    if not rewound.has_idle:
+        report.skipped["rewound VMs"] = "this QEMU cannot rewind: make qemu"
     for number in range(report.rounds):
         _say(f"round {number + 1} of {report.rounds}")
         _measure_life(report, snapshot)
@@ -219,6 +243,8 @@ def _measure_rounds(
         _measure_idle(report, snapshot)
         _measure_row(report, snapshot)
         _measure_pool(report, pooled)
+        if rewound.has_idle:
+            _measure_rewound(report, rewound)
         pooled.release()  # or the pool makes a clone during the next measurements
         if podman:
             for key, elapsed_ms in podman.round().items():
@@ -264,13 +290,35 @@ def _measure_pool(report: Report, pooled: OpenSnapshot) -> None:
     report.add("pool_life", (closed - started) * 1e3)
 
 
+def _measure_rewound(report: Report, rewound: OpenSnapshot) -> None:
+    """Measure three lives in a row, of which each has the VM of the one before."""
+    for _ in range(_IN_A_ROW):
+        spent, started = time.process_time(), monotonic()
+        with rewound.clone() as clone:
+            ready = monotonic()
+            fetch_until_200(clone.url(80))
+            answered = monotonic()
+            pid = clone.running.vm.pid
+            clone.close()
+            closed = monotonic()
+        report.add("rewound_host_cpu", (time.process_time() - spent) * 1e3)
+        report.add("rewound_ready", (ready - started) * 1e3)
+        report.add("rewound_200", (answered - started) * 1e3)
+        report.add("rewound_life", (closed - started) * 1e3)
+        total = cpu_ms_of(pid)
+        if _cpu_before.get(pid):
+            report.add("rewound_vmm_cpu", total - _cpu_before[pid])
+        _cpu_before.clear()
+        _cpu_before[pid] = total
+
+
 def _measure_idle(report: Report, snapshot: OpenSnapshot) -> None:
     """Measure an idle clone. This is separate, because the measurement itself takes time."""
     time.sleep(_BODY_S)
     before = time.process_time()
     with snapshot.clone() as clone:
         spent = time.process_time() - before
-        pid = clone._running.vm.pid  # clones do not show it to tests
+        pid = clone.running.vm.pid
         report.add("vmm_cpu", cpu_ms_of(pid))
         report.add("host_cpu", spent * 1e3)
         _add_phases(report, clone, "")

@@ -33,6 +33,11 @@ class IdleVms:
         self._closed = admit is None
         self.rewound = self.failed = 0
 
+    @property
+    def count(self) -> int:
+        """Return how many VMs are idle."""
+        return len(self._idle)
+
     def keep(self, vm: Vm) -> bool:
         """Keep a halted VM and return True, or return False: the caller kills it."""
         if self._admit is None or self._closed:

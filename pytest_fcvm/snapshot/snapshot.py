@@ -113,6 +113,11 @@ class OpenSnapshot:
         return self._cloner.idle.rewound
 
     @property
+    def has_idle(self) -> bool:
+        """Say whether a VM waits to be rewound for the next clone."""
+        return self._cloner.idle.count > 0
+
+    @property
     def rewinds_failed(self) -> int:
         """Return how many VMs could not be rewound. A new process took the place of each."""
         return self._cloner.idle.failed
