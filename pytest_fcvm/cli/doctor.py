@@ -30,6 +30,7 @@ _ONLY_OURS = (
     "user attributes, O_DIRECT and O_TMPFILE in the layer in memory (before Linux 6.6)",
 )
 _OUR_KERNEL = "where a test needs that, install our own kernel: make kernel, or the wheel pytest-fcvm-kernel-x86-64"
+_OUR_QEMU = "where many tests use one image, install our own QEMU: make qemu, or the wheel pytest-fcvm-qemu-x86-64"
 _NETWORKS = ("rootless", "rootless,egress", "bridge,egress")  # the others need nothing of the host
 
 
@@ -63,6 +64,7 @@ def examine(cache_dir: str | None) -> list[Finding]:
                 ("lifetimes", lambda: harness.supervisor.isolation, True),
                 ("engine", lambda: str(harness.choice), True),
                 ("KVM", lambda: _kvm(harness), False),
+                ("rewinding", lambda: _rewinding(harness), False),
                 *((f"network {text}", partial(_network, harness, text), False) for text in _NETWORKS),
             ]
             return [_try(what, check, needed) for what, check, needed in checks]
@@ -140,6 +142,12 @@ def _kvm(harness: Harness) -> str:
     if report.accelerator != "kvm":
         raise FcvmError(report.reason or "not tried", hint=report.hint or "VMs are emulated; nothing has to be done")
     return "boots the guest kernel"
+
+
+def _rewinding(harness: Harness) -> str:
+    if not harness.choice.report.rewinds:
+        raise FcvmError("each clone takes a new VMM process", hint=_OUR_QEMU)
+    return "the VM of an ended clone is put back to its snapshot for the next clone"
 
 
 def _network(harness: Harness, text: str) -> str:

@@ -134,6 +134,7 @@ class EngineReport:
 
     `identity` is everything about the VMM and the host that a snapshot depends on (digests, versions, CPU model, TSC
     kHz). It is part of the snapshot's key. `reason` says why the engine is not usable, or why it does not use KVM.
+    `rewinds` says whether it can put a clone back to its snapshot in place.
     """
 
     engine: str
@@ -143,6 +144,7 @@ class EngineReport:
     reason: str = ""
     hint: str = ""
     identity: Mapping[str, str] = field(default_factory=dict)
+    rewinds: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

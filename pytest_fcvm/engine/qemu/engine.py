@@ -212,6 +212,7 @@ class QemuEngine:
             reason=reason,
             hint=hint,
             identity=_identity(installation, accelerator, cpu, khz),
+            rewinds=self._platform.rewinds,
         )
 
     def _choose_accelerator(self, installation: Installation, smoke: GuestFiles) -> tuple[Accelerator, str, str]:
