@@ -125,6 +125,8 @@ class Clone(Guest):
         disk = self.running.vm.disk
         if disk is None:
             raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
+        if self.running.kept:
+            raise GuestError("the disk was freed with its clone", hint="save it after kill() and before close()")
         if not self.running.closed:
             self._live().agent.sync(timeout_s=COPY_S)
         disk.save(Path(dest))
@@ -139,11 +141,14 @@ class Clone(Guest):
     def close(self) -> None:
         """End the clone with its snapshots and forks. Nothing of it is left. Idempotent."""
         with ExitStack() as last:
-            if self.running.vm.disk is not None:
-                last.callback(self.running.vm.disk.close)
+            last.callback(self._free_disk)
             last.callback(self.running.close)
             last.callback(self.close_clients)
             self._copies.close()
+
+    def _free_disk(self) -> None:
+        if self.running.vm.disk and not self.running.kept:
+            self.running.vm.disk.close()
 
     def _check_has(self, what: str, has: bool) -> None:
         if not has:

@@ -43,8 +43,8 @@ def make_image(path: Path, size_mib: int) -> None:
 class Disk:
     """A clone's private copy of an image. Any thread may save it. `close` or the end of this object frees the space."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, image: Path) -> None:
+        self._descriptor, self._image = descriptor, image
         self._finalizer = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
@@ -53,10 +53,7 @@ class Disk:
 
         Raise HostError without room.
         """
-        try:
-            source = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise creation_error(image, error) from error
+        source = _open_image(image)
         try:
             copy = create_private(dest) if dest else _open_nameless(image.parent)
             try:
@@ -68,7 +65,18 @@ class Disk:
             raise creation_error(dest or image.parent, error) from error
         finally:
             os.close(source)
-        return cls(copy)
+        return cls(copy, image)
+
+    def restore(self) -> None:
+        """Put the image's content back, while no VMM writes. Raise HostError without room."""
+        source = _open_image(self._image)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            copy_sparse(source, self._descriptor)
+        except OSError as error:
+            raise creation_error(self._image.parent, error) from error
+        finally:
+            os.close(source)
 
     @property
     def descriptor(self) -> int:
@@ -92,6 +100,13 @@ class Disk:
         """Free the space, once nobody else has the file open."""
         self._descriptor = -1
         self._finalizer()
+
+
+def _open_image(image: Path) -> int:
+    try:
+        return os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise creation_error(image, error) from error
 
 
 def _open_nameless(directory: Path) -> int:

@@ -194,7 +194,26 @@ def test_a_clone_is_reset_in_its_process_behind_the_same_port(snapshot: OpenSnap
         assert b"changed" not in _get(clone)
 
 
-def test_forks_and_disks_take_new_processes(open_one: OpenOne, snapshot: OpenSnapshot) -> None:
+def test_a_scratch_disk_has_its_first_content_again(open_one: OpenOne, fcvm_spec: VmSpec, tmp_path: Path) -> None:
+    snapshot = open_one(fcvm_spec.merged({"disk_mib": 64}), verify_rewind=True)
+    with snapshot.clone() as clone:
+        pid, before = _pid(clone), clone.succeed("ls -la /root; df -k / | tail -n 1")
+        clone.succeed("head -c 20000000 /dev/urandom > /root/much; rm /var/www/html/index.html; sync")
+    with pytest.raises(GuestError, match="freed with its clone"):
+        clone.disk_image(tmp_path / "disk")
+    for _ in range(3):
+        with snapshot.clone() as clone:
+            assert _pid(clone) == pid
+            assert clone.succeed("ls -la /root; df -k / | tail -n 1") == before
+            assert _get(clone)
+            clone.succeed("head -c 3000000 /dev/urandom > /root/more; sync; rm /root/more")
+    with snapshot.clone() as clone:
+        clone.kill()
+        clone.disk_image(tmp_path / "disk")
+    assert (tmp_path / "disk").stat().st_size == 64 << 20
+
+
+def test_forks_take_new_processes(snapshot: OpenSnapshot) -> None:
     with snapshot.clone() as clone:
         pid = _pid(clone)
         (fork,) = clone.fork()

@@ -247,9 +247,9 @@ def _tap_of(namespace: Namespace | None) -> dict[int, int]:
 
 
 def _first_commands(platform: Platform, plan: RestorePlan, state: str) -> tuple[Command, ...]:
-    """Return what lets a clone load its state and run. It can rewind where tests change only its memory and devices."""
+    """Return what lets a clone load its state and run. It can rewind where it has no network of the host's."""
     load: Command = ("migrate-incoming", {"uri": state})
-    beyond_guest = plan.shape.disk_mib or plan.shape.egress or plan.attachments or plan.namespace
+    beyond_guest = plan.shape.egress or plan.attachments or plan.namespace
     return (_CHECKPOINT, load) if platform.rewinds and not beyond_guest else (load,)
 
 

@@ -164,8 +164,10 @@ class QemuVm(VmProcess):
             self._monitor.execute(*_REWIND, timeout_s=_REWIND_S)
             if verifies:
                 self._verify_rewind()
-        self._supersede()
         discard_input(self._agent)
+        if self._disk:
+            self._disk.restore()
+        self._supersede()  # last: until then, a failure leaves this object to be killed
         return QemuVm(
             name,
             self._launched,
@@ -174,6 +176,7 @@ class QemuVm(VmProcess):
             version=self._version,
             begin=(("cont", {}),),
             memory=self._memory,
+            disk=self._disk,
             rewinds=True,
         )
 

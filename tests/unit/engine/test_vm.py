@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from pytest_fcvm.engine.protocol import (
 )
 from pytest_fcvm.engine.qemu.engine import QemuEngine
 from pytest_fcvm.engine.qemu.monitor import CommandRefused
+from pytest_fcvm.engine.qemu.vm import QemuVm
 from pytest_fcvm.engine.vm import start_or_discard
 from pytest_fcvm.errors import EngineError, HostError
 from pytest_fcvm.host.clock import Deadline, wait_until
@@ -226,3 +228,31 @@ def test_a_vm_whose_tests_can_change_more_than_its_guest_is_not_rewound(
 
 def test_a_stock_qemu_rewinds_nothing(make_engine: MakeEngine, files: SnapshotFiles) -> None:
     assert not make_engine("7.2.22").prepare(RestorePlan(name="stock", shape=SHAPE, files=files)).can_rewind()
+
+
+@pytest.fixture
+def with_disk(rewinding: QemuEngine, files: SnapshotFiles, tmp_path: Path) -> QemuVm:
+    """A clone whose scratch disk has been written to."""
+    image = tmp_path / "disk"
+    image.write_bytes(b"content" * 1000)
+    plan = RestorePlan(name="first", shape=replace(SHAPE, disk_mib=1), files=replace(files, disk=image))
+    vm = start_or_discard(rewinding.prepare(plan))
+    assert vm.disk
+    os.pwrite(vm.disk.descriptor, b"changed", 0)
+    return vm
+
+
+def test_a_rewind_puts_the_disk_back(with_disk: QemuVm) -> None:
+    second = with_disk.rewind("second")
+    assert second.disk
+    assert os.pread(second.disk.descriptor, 7, 0) == b"content"
+
+
+def test_a_rewind_whose_disk_cannot_be_put_back_leaves_a_vm_to_kill(
+    with_disk: QemuVm, spawner: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").unlink()
+    with pytest.raises(HostError, match="disk"):
+        with_disk.rewind("second")
+    with_disk.kill()
+    assert spawner.child.end is not None
