@@ -42,7 +42,9 @@ _START_TIMEOUT_S = 20.0
 _INSTALL_HINT = "apt-get install qemu-system-x86"
 _VMM_MIB = 40
 _SOCKETS = (MONITOR_FD, AGENT_FD)
-_CHECKPOINT: Command = ("x-fcvm-checkpoint", {})  # once the state is loaded, before the guest runs
+# Once the state is loaded, before the guest runs. Each rewind empties the console's file, and drops what the host had
+# sent to the old session.
+_CHECKPOINT: Command = ("x-fcvm-checkpoint", {"discard-input": ["agent"], "truncate": ["console"]})
 
 
 class QemuEngine:

@@ -191,7 +191,7 @@ def test_a_vm_is_put_back_in_its_process_and_goes_on_as_another(
     assert [name for name, _ in spawner.qmp.received[2:]] == [
         "x-fcvm-checkpoint", "migrate-incoming", "stop", "x-fcvm-rewind"
     ]  # fmt: skip
-    assert spawner.qmp.received[-1][1] == {"discard-input": ["agent"], "truncate": ["console"]}
+    assert spawner.qmp.received[2][1] == {"discard-input": ["agent"], "truncate": ["console"]}
     second.on_exit(lambda _: ends.append("second"))
     second.start()
     assert wait_until(lambda: spawner.qmp.received[-1] == ("cont", {}), Deadline(5))
