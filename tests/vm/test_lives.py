@@ -1,4 +1,4 @@
-"""A booted base and a restored clone behave the same."""
+"""A booted base, a restored clone and a rewound clone behave the same."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 from pytest_fcvm import Clone, Prepare, Snapshot, SnapshotFactory
 from pytest_fcvm.host.clock import Deadline, wait_until
+from pytest_fcvm.snapshot import OpenSnapshot
 from tests.patience import PATIENCE
 
 WAIT_S = 60.0 * PATIENCE
@@ -162,6 +163,18 @@ def test_a_base_that_has_booted(seen_in_a_base: dict[str, Exception | None], nam
 @pytest.mark.parametrize("name", list(BEHAVIOURS))
 def test_a_clone_that_was_restored(fcvm_clone: Clone, name: str) -> None:
     BEHAVIOURS[name](fcvm_clone)
+
+
+@pytest.mark.parametrize("name", list(BEHAVIOURS))
+def test_a_clone_that_was_rewound(fcvm_snapshot: Snapshot, name: str) -> None:
+    assert isinstance(fcvm_snapshot, OpenSnapshot)
+    if not fcvm_snapshot.inputs.report.rewinds:
+        pytest.skip("this engine cannot rewind: run `make qemu`")
+    with fcvm_snapshot.clone(name="former") as former:
+        BEHAVIOURS[name](former)
+    with fcvm_snapshot.clone(name="rewound") as clone:
+        assert "rewind" in dict(clone.timeline.phases)
+        BEHAVIOURS[name](clone)
 
 
 def test_eight_clones_made_at_once_all_answer(fcvm_snapshot: Snapshot) -> None:
