@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm.engine.protocol import Accelerator
-from pytest_fcvm.engine.qemu.installation import inspect
+from pytest_fcvm.engine.qemu.installation import find_qemu, inspect
 from pytest_fcvm.errors import EngineError, HostError
 
 MakeQemu = Callable[..., Path]
@@ -60,3 +60,36 @@ def test_another_program_is_not_accepted_as_qemu(tmp_path: Path) -> None:
 def test_a_binary_that_cannot_be_run_is_a_host_error(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="could not be started"):
         inspect(tmp_path / "nothing", tmp_path / "qemu.json")
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The QEMU of an installed wheel, with another one on PATH."""
+    on_path = tmp_path / "bin/qemu-system-x86_64"
+    own = tmp_path / "site/pytest_fcvm_qemu_x86_64/qemu-system-x86_64"
+    for program in (on_path, own):
+        program.parent.mkdir(parents=True)
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    (own.parent / "__init__.py").touch()
+    monkeypatch.setenv("PATH", str(on_path.parent))
+    monkeypatch.syspath_prepend(str(own.parents[1]))
+    return own
+
+
+def test_the_qemu_of_the_wheel_is_preferred(wheel: Path, tmp_path: Path) -> None:
+    assert find_qemu() == wheel
+    assert find_qemu(prefers_stock=True) == tmp_path / "bin/qemu-system-x86_64"
+    assert find_qemu(Path("/named")) == Path("/named")
+
+
+def test_a_wheel_without_its_program_is_passed_over(wheel: Path, tmp_path: Path) -> None:
+    wheel.unlink()
+    assert find_qemu() == tmp_path / "bin/qemu-system-x86_64"
+
+
+@pytest.mark.parametrize(("package", "rewinds"), [("fcvm", True), ("Debian 1:7.2+dfsg-7", False), ("fcvmx", False)])
+def test_our_own_qemu_is_known_by_its_version(
+    fake_qemu: MakeQemu, tmp_path: Path, package: str, rewinds: bool
+) -> None:
+    assert inspect(fake_qemu(package=package), tmp_path / "record.json").rewinds is rewinds
