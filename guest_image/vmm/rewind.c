@@ -12,8 +12,6 @@
  */
 
 #include "qemu/osdep.h"
-#include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include "qemu/error-report.h"
 #include "qemu/module.h"
@@ -27,17 +25,12 @@
 #include "block/block.h"
 #include "chardev/char-fd.h"
 #include "chardev/char-socket.h"
-#include "exec/cpu-common.h"
 #include "exec/exec-all.h"
-#include "exec/memory.h"
-#include "exec/ramblock.h"
-#include "hw/boards.h"
 #include "hw/virtio/virtio-serial.h"
 #include "io/channel-buffer.h"
 #include "io/channel-file.h"
 #include "monitor/monitor-internal.h"
 #include "softmmu/timers-state.h"
-#include "sysemu/cpu-timers.h"
 #include "sysemu/cpus.h"
 #include "sysemu/hw_accel.h"
 #include "sysemu/runstate.h"
@@ -46,225 +39,15 @@
 #include "accel/tcg/tb-context.h"
 #include "qemu-file.h"
 #include "savevm.h"
-#include "fcvm_rewind.h"
-
-/* An ioctl of Linux 6.7, which older headers lack. */
-struct scan_region {
-    uint64_t start, end, categories;
-};
-struct scan_argument {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t category_inverted, category_mask, category_anyof_mask;
-    uint64_t return_mask;
-};
-#define SCAN_PAGEMAP _IOWR('f', 16, struct scan_argument)
-#define SCAN_FILE (1 << 2)
-#define SCAN_PRESENT (1 << 3)
-#define SCAN_SWAPPED (1 << 4)
-
-/* Bits of an entry of /proc/self/pagemap. */
-#define ENTRY_FILE (1ull << 61)
-#define ENTRY_SWAPPED (1ull << 62)
-#define ENTRY_PRESENT (1ull << 63)
-
-#define BATCH 512
-
-typedef struct SavedBlock {
-    RAMBlock *block;
-    uint8_t *copy;
-    size_t size;
-} SavedBlock;
+#include "rewind.h"
 
 static struct {
     GByteArray *devices;  /* NULL before the checkpoint */
-    GArray *blocks;       /* of SavedBlock: all but the guest's RAM */
     GPtrArray *ports;     /* of VirtIOSerialPort */
-    int pagemap;
-    VMChangeStateEntry *waits;  /* until the state is loaded */
+    QDict *arguments;     /* of a rewind that has none */
 } checkpoint;
 
-static struct {
-    uint8_t *host;
-    ram_addr_t offset;
-    size_t size;
-    size_t page_size;
-    int fd;
-} ram;
-
-bool fcvm_keeps_translations;
-
-typedef bool PageVisitor(uint8_t *start, size_t length, void *opaque,
-                         Error **errp);
-
-/* Visit the guest's private pages, as the kernel tells them. */
-static bool scan_private(PageVisitor *visit, void *opaque, bool *supported,
-                         Error **errp)
-{
-    struct scan_region regions[BATCH];
-    uint64_t end = (uintptr_t)ram.host + ram.size;
-    struct scan_argument scan = {
-        .size = sizeof(scan), .start = (uintptr_t)ram.host, .end = end,
-        .vec = (uintptr_t)regions, .vec_len = BATCH,
-        .category_inverted = SCAN_FILE, .category_mask = SCAN_FILE,
-        .category_anyof_mask = SCAN_PRESENT | SCAN_SWAPPED,
-        .return_mask = SCAN_FILE,
-    };
-
-    while (scan.start < end) {
-        int count = ioctl(checkpoint.pagemap, SCAN_PAGEMAP, &scan);
-
-        *supported = count >= 0 || errno != ENOTTY;
-        if (count < 0) {
-            error_setg_errno(errp, errno, "cannot scan the page map");
-            return false;
-        }
-        for (int i = 0; i < count; i++) {
-            if (!visit((uint8_t *)(uintptr_t)regions[i].start,
-                       regions[i].end - regions[i].start, opaque, errp)) {
-                return false;
-            }
-        }
-        scan.start = scan.walk_end;
-    }
-    return true;
-}
-
-/* Visit the guest's private pages on a kernel that cannot scan. */
-static bool read_private(PageVisitor *visit, void *opaque, Error **errp)
-{
-    uint64_t entries[BATCH];
-    size_t pages = ram.size / ram.page_size;
-    size_t first = (uintptr_t)ram.host / ram.page_size;
-
-    for (size_t done = 0; done < pages; done += BATCH) {
-        size_t count = MIN(BATCH, pages - done);
-        ssize_t size = count * sizeof(entries[0]);
-
-        if (pread(checkpoint.pagemap, entries, size,
-                  (first + done) * sizeof(entries[0])) != size) {
-            error_setg_errno(errp, errno, "cannot read the page map");
-            return false;
-        }
-        for (size_t i = 0; i < count; i++) {
-            if ((entries[i] & (ENTRY_PRESENT | ENTRY_SWAPPED)) &&
-                !(entries[i] & ENTRY_FILE) &&
-                !visit(ram.host + (done + i) * ram.page_size, ram.page_size,
-                       opaque, errp)) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-static bool visit_private(PageVisitor *visit, void *opaque, Error **errp)
-{
-    bool supported = true;
-    Error *error = NULL;
-
-    if (scan_private(visit, opaque, &supported, &error)) {
-        return true;
-    }
-    if (supported) {
-        error_propagate(errp, error);
-        return false;
-    }
-    error_free(error);
-    return read_private(visit, opaque, errp);
-}
-
-/* Find the guest's RAM, which must be a private mapping of a file. */
-static bool find_ram(Error **errp)
-{
-    RAMBlock *block = current_machine->ram ? current_machine->ram->ram_block
-                                           : NULL;
-
-    if (!block || qemu_ram_get_fd(block) < 0 || qemu_ram_is_shared(block)) {
-        error_setg(errp, "the guest's RAM is no private mapping of a file");
-        return false;
-    }
-    ram.host = qemu_ram_get_host_addr(block);
-    ram.offset = qemu_ram_get_offset(block);
-    ram.size = qemu_ram_get_used_length(block);
-    ram.page_size = qemu_ram_pagesize(block);
-    ram.fd = qemu_ram_get_fd(block);
-    if (ram.page_size != qemu_real_host_page_size()) {
-        error_setg(errp, "the guest's RAM has huge pages");
-        return false;
-    }
-    return true;
-}
-
-/* See that private pages are as in the file: a rewind brings the file's. */
-static bool compare_with_file(uint8_t *start, size_t length, void *opaque,
-                              Error **errp)
-{
-    g_autofree uint8_t *page = g_malloc(ram.page_size);
-
-    for (uint8_t *at = start; at < start + length; at += ram.page_size) {
-        if (pread(ram.fd, page, ram.page_size, at - ram.host) !=
-                (ssize_t)ram.page_size ||
-            memcmp(page, at, ram.page_size)) {
-            error_setg(errp, "the guest's RAM differs from its file at 0x%zx",
-                       (size_t)(at - ram.host));
-            return false;
-        }
-    }
-    return true;
-}
-
-static void invalidate_code(ram_addr_t start, size_t length)
-{
-    if (tcg_enabled()) {
-        tb_invalidate_phys_range(start, start + length);
-    }
-}
-
-static bool drop_pages(uint8_t *start, size_t length, void *opaque,
-                       Error **errp)
-{
-    size_t *pages = opaque;
-
-    if (madvise(start, length, MADV_DONTNEED) < 0) {
-        error_setg_errno(errp, errno, "cannot drop pages");
-        return false;
-    }
-    invalidate_code(ram.offset + (start - ram.host), length);
-    *pages += length / ram.page_size;
-    return true;
-}
-
-static int copy_block(RAMBlock *block, void *opaque)
-{
-    uint8_t *host = qemu_ram_get_host_addr(block);
-    size_t size = qemu_ram_get_used_length(block);
-    SavedBlock saved = { .block = block, .size = size };
-
-    if (host != ram.host) {
-        saved.copy = g_memdup2(host, size);
-        g_array_append_val(checkpoint.blocks, saved);
-    }
-    return 0;
-}
-
-static bool restore_blocks(Error **errp)
-{
-    for (guint i = 0; i < checkpoint.blocks->len; i++) {
-        SavedBlock *saved = &g_array_index(checkpoint.blocks, SavedBlock, i);
-        uint8_t *host = qemu_ram_get_host_addr(saved->block);
-
-        if (qemu_ram_get_used_length(saved->block) != saved->size) {
-            error_setg(errp, "the size of %s changed",
-                       qemu_ram_get_idstr(saved->block));
-            return false;
-        }
-        if (memcmp(host, saved->copy, saved->size)) {
-            memcpy(host, saved->copy, saved->size);
-            invalidate_code(qemu_ram_get_offset(saved->block), saved->size);
-        }
-    }
-    return true;
-}
+bool rewind_keeps_translations;
 
 static GByteArray *save_devices(Error **errp)
 {
@@ -299,11 +82,11 @@ static bool load_devices(Error **errp)
     /* By this QEMU sees to it that ticks never go back, as they do here. */
     timers_state.cpu_ticks_prev = 0;
     cpu_synchronize_all_pre_loadvm();
-    fcvm_keeps_translations = true;
+    rewind_keeps_translations = true;
     loaded = qemu_get_be32(file) == QEMU_VM_FILE_MAGIC &&
              qemu_get_be32(file) == QEMU_VM_FILE_VERSION &&
              qemu_load_device_state(file) >= 0;
-    fcvm_keeps_translations = false;
+    rewind_keeps_translations = false;
     if (!loaded) {
         error_setg(errp, "cannot load the device state");
     }
@@ -330,68 +113,6 @@ static void unthrottle_ports(void)
             virtio_serial_throttle_port(port, false);
         }
     }
-}
-
-static bool take_checkpoint(Error **errp)
-{
-    if (!find_ram(errp)) {
-        return false;
-    }
-    if (!checkpoint.blocks) {
-        checkpoint.pagemap = qemu_open("/proc/self/pagemap", O_RDONLY, errp);
-        if (checkpoint.pagemap < 0) {
-            return false;
-        }
-        checkpoint.blocks = g_array_new(false, false, sizeof(SavedBlock));
-        checkpoint.ports = g_ptr_array_new();
-        qemu_ram_foreach_block(copy_block, NULL);
-        object_child_foreach_recursive(object_get_root(), find_port, NULL);
-    }
-    bdrv_drain_all();
-    if (visit_private(compare_with_file, NULL, errp)) {
-        checkpoint.devices = save_devices(errp);
-    }
-    return checkpoint.devices;
-}
-
-/* The state has been loaded, and no CPU runs yet. The clock runs, though, and
- * its state can only be saved while it stands. */
-static void about_to_run(void *opaque, bool running, RunState state)
-{
-    Error *error = NULL;
-    bool taken;
-
-    if (!running) {
-        return;
-    }
-    qemu_del_vm_change_state_handler(checkpoint.waits);
-    checkpoint.waits = NULL;
-    cpu_disable_ticks();
-    taken = take_checkpoint(&error);
-    cpu_enable_ticks();
-    if (!taken) {
-        /* The host asked for a VM that can be rewound, and learns why not. */
-        error_reportf_err(error, "x-fcvm-checkpoint: ");
-        exit(EXIT_FAILURE);
-    }
-}
-
-static void checkpoint_command(QDict *arguments, QObject **reply, Error **errp)
-{
-    if (checkpoint.devices || checkpoint.waits) {
-        error_setg(errp, "there is a checkpoint already");
-        return;
-    }
-    if (runstate_check(RUN_STATE_INMIGRATE)) {
-        checkpoint.waits = qemu_add_vm_change_state_handler_prio(
-            about_to_run, NULL, INT_MIN);
-    } else if (!runstate_check(RUN_STATE_PAUSED)) {
-        error_setg(errp, "the VM is not paused");
-        return;
-    } else if (!take_checkpoint(errp)) {
-        return;
-    }
-    *reply = QOBJECT(qdict_new());
 }
 
 static bool discard_input(Chardev *chardev, Error **errp)
@@ -506,7 +227,7 @@ static bool put_back(QDict *arguments, QDict *report, Error **errp)
     qemu_system_reset(SHUTDOWN_CAUSE_SNAPSHOT_LOAD);
     unthrottle_ports();
     was_reset = g_get_monotonic_time();
-    if (!visit_private(drop_pages, &pages, errp) || !restore_blocks(errp)) {
+    if (!rewind_ram_restore(&pages, errp)) {
         return false;
     }
     had_ram = g_get_monotonic_time();
@@ -523,11 +244,35 @@ static bool put_back(QDict *arguments, QDict *report, Error **errp)
     return true;
 }
 
+static void checkpoint_command(QDict *arguments, QObject **reply, Error **errp)
+{
+    if (checkpoint.devices) {
+        error_setg(errp, "there is a checkpoint already");
+        return;
+    }
+    if (!runstate_check(RUN_STATE_PAUSED)) {
+        error_setg(errp, "the VM is not paused");
+        return;
+    }
+    bdrv_drain_all();
+    if (!act_on_chardevs(arguments, false, errp) || !rewind_ram_save(errp)) {
+        return;
+    }
+    checkpoint.ports = g_ptr_array_new();
+    object_child_foreach_recursive(object_get_root(), find_port, NULL);
+    checkpoint.arguments = qobject_ref(arguments);
+    checkpoint.devices = save_devices(errp);
+    *reply = checkpoint.devices ? QOBJECT(qdict_new()) : NULL;
+}
+
 static void rewind_command(QDict *arguments, QObject **reply, Error **errp)
 {
     QDict *report;
     Error *error = NULL;
 
+    if (!qdict_size(arguments) && checkpoint.arguments) {
+        arguments = checkpoint.arguments;
+    }
     if (!may_rewind(arguments, errp)) {
         return;
     }
