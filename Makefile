@@ -7,10 +7,12 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What machines are made with (demo), and what the tests compare with and serve images from (test).
 DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmdebstrap uidmap util-linux
 KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-utils lz4
+VMM_PACKAGES := gcc g++ make meson ninja-build pkgconf flex bison dpkg-dev binutils libglib2.0-dev libpixman-1-dev \
+	libseccomp-dev libfdt-dev zlib1g-dev libpcre2-dev
 TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
 	nftables slirp4netns
 
-.PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel fuzz clean
+.PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel vmm fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
@@ -45,6 +47,11 @@ bench: ## figures for the README, beside podman where it is installed
 kernel: $(VENV)/.test ## the guest kernel of our own and its wheel: ten minutes, then kept in the user's cache
 	$(BIN)/python guest_image/kernel/build
 	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/kernel
+
+vmm: $(VENV)/.test ## the QEMU of our own, which can rewind, and its wheel: ten minutes, then kept in the user's cache
+	@$(MAKE) --no-print-directory packages PACKAGES="$(VMM_PACKAGES)"
+	$(BIN)/python guest_image/vmm/build
+	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/vmm
 
 agent: ## the guest agent, with the compiler that the build pins
 	$(BIN)/python guest_image/build
