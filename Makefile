@@ -7,9 +7,9 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 # What machines are made with (demo), and what the tests compare with and serve images from (test).
 DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmdebstrap uidmap util-linux
 KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-utils lz4
-QEMU_PACKAGES := make gcc libc6-dev dpkg-dev ninja-build meson pkg-config python3-venv libglib2.0-dev libpixman-1-dev \
-	libseccomp-dev zlib1g-dev libpcre2-dev
-TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
+QEMU_PACKAGES := gcc g++ make meson ninja-build pkgconf flex bison dpkg-dev binutils libglib2.0-dev libpixman-1-dev \
+	libseccomp-dev libfdt-dev zlib1g-dev libpcre2-dev
+TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) $(QEMU_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
 	nftables slirp4netns
 
 .PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel qemu fuzz clean
@@ -49,7 +49,6 @@ kernel: $(VENV)/.test ## the guest kernel of our own and its wheel: ten minutes,
 	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/kernel
 
 qemu: $(VENV)/.test ## the QEMU of our own and its wheel: ten minutes, then kept in the user's cache
-	@$(MAKE) --no-print-directory packages PACKAGES="$(QEMU_PACKAGES)"
 	$(BIN)/python guest_image/vmm/build
 	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/vmm
 

@@ -4,6 +4,9 @@
  *   net -> ok (10.0.2.15/24 and a default route by the first interface)
  *   serve PORT TEXT -> ok (TCP: TEXT to each client)        dial ADDRESS PORT -> what came first, or why not
  *   say TEXT -> ok (TEXT on the console)        panic        poweroff
+ *   code N -> N (writes a function that returns N, and calls it)        call -> what that function returns
+ *   work N -> ok (N MiB of memory written, a file and a process made)
+ *   nap MS -> the milliseconds that a sleep of MS took        flood -> as much as the port takes ("full" on the console)
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -17,11 +20,13 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -120,12 +125,53 @@ static void serve(const char *argument) {
     close(listener);
 }
 
+static unsigned char *function; /* a page of code, present from the start */
+
+static int call_function(void) { return ((int (*)(void))(void *)function)(); }
+
+static int write_function(int result) {
+    unsigned char code[] = {0xb8, 0, 0, 0, 0, 0xc3}; /* mov eax, result; ret */
+    memcpy(code + 1, &result, sizeof result);
+    memcpy(function, code, sizeof code);
+    return call_function();
+}
+
+static void work(int mib) {
+    static int round;
+    char path[32];
+    unsigned char *memory = mmap(NULL, (size_t)mib << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (size_t at = 0; memory != MAP_FAILED && at < (size_t)mib << 20; at += 512) memory[at] = (unsigned char)(at + 1);
+    snprintf(path, sizeof path, "/work%d", round++);
+    FILE *file = fopen(path, "w");
+    for (int i = 0; file && i < 1000; i++) fprintf(file, "line %d of %s\n", i, path);
+    if (file) fclose(file);
+    pid_t child = fork();
+    if (child == 0) _exit(write_function(7));
+    waitpid(child, NULL, 0);
+    if (memory != MAP_FAILED) munmap(memory, (size_t)mib << 20);
+}
+
+static int nap(int ms) {
+    struct timespec before, after;
+    clock_gettime(CLOCK_MONOTONIC, &before);
+    nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
+    clock_gettime(CLOCK_MONOTONIC, &after);
+    return (int)((after.tv_sec - before.tv_sec) * 1000 + (after.tv_nsec - before.tv_nsec) / 1000000);
+}
+
+static void flood(int port) {
+    char line[1024];
+    memset(line, 'x', sizeof line);
+    while (write(port, line, sizeof line) > 0) continue;
+    printf("full\n");
+}
+
 static void end(int how) {
     sync();
     reboot(how);
 }
 
-static void answer(char *line, char *reply, size_t size) {
+static void answer(int port, char *line, char *reply, size_t size) {
     snprintf(reply, size, "ok\n");
     if (strncmp(line, "ping ", 5) == 0) snprintf(reply, size, "pong %s\n", line + 5);
     else if (strncmp(line, "set ", 4) == 0) snprintf(value, sizeof value, "%s", line + 4);
@@ -138,6 +184,11 @@ static void answer(char *line, char *reply, size_t size) {
     else if (strncmp(line, "serve ", 6) == 0) serve(line + 6);
     else if (strncmp(line, "dial ", 5) == 0) dial(line + 5, reply, size);
     else if (strncmp(line, "say ", 4) == 0) printf("%s\n", line + 4);
+    else if (strncmp(line, "code ", 5) == 0) snprintf(reply, size, "%d\n", write_function(atoi(line + 5)));
+    else if (strcmp(line, "call") == 0) snprintf(reply, size, "%d\n", call_function());
+    else if (strncmp(line, "work ", 5) == 0) work(atoi(line + 5));
+    else if (strcmp(line, "flood") == 0) flood(port);
+    else if (strncmp(line, "nap ", 4) == 0) snprintf(reply, size, "%d\n", nap(atoi(line + 4)));
     else if (strcmp(line, "panic") == 0) {
         int fd = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC);
         if (write(fd, "c", 1) < 0) perror("sysrq");
@@ -157,7 +208,7 @@ static void converse(int port) {
             have += (size_t)got;
             for (char *stop; (stop = memchr(input, '\n', have));) {
                 *stop = 0;
-                answer(input, output + queued, sizeof output - queued);
+                answer(port, input, output + queued, sizeof output - queued);
                 queued += strlen(output + queued);
                 have -= (size_t)(stop + 1 - input);
                 memmove(input, stop + 1, have);
@@ -179,6 +230,7 @@ int main(void) {
     dup2(0, 2);
     setvbuf(stdout, NULL, _IONBF, 0);
     load_modules();
+    function = mmap(NULL, 4096, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int port = open_port();
     printf("fcvm-agent: ready\n");
     converse(port);

@@ -89,7 +89,5 @@ def test_a_wheel_without_its_program_is_passed_over(wheel: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("package", "rewinds"), [("fcvm", True), ("Debian 1:7.2+dfsg-7", False), ("fcvmx", False)])
-def test_our_own_qemu_is_known_by_its_version(
-    fake_qemu: MakeQemu, tmp_path: Path, package: str, rewinds: bool
-) -> None:
+def test_our_own_qemu_is_known_by_its_version(fake_qemu: MakeQemu, tmp_path: Path, package: str, rewinds: bool) -> None:
     assert inspect(fake_qemu(package=package), tmp_path / "record.json").rewinds is rewinds
