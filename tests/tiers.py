@@ -26,7 +26,15 @@ _RERUNS = ("--reruns", "2", "--reruns-delay", "1")
 _PYTEST = (sys.executable, "-m", "pytest", *_RERUNS)
 _STOCK = ("test_clone.py", "test_engine.py", "test_freeze.py", "test_kernel.py", "test_memory.py", "test_pool.py")
 # Where rewinding matters: what a clone is, its end, the pool, copies, files, ports, and rewinding itself.
-_REWOUND = ("test_rewind.py", "test_clone.py", "test_lives.py", "test_pool.py", "test_fork.py", "test_files.py")
+_REWOUND = (
+    "test_rewind_vmm.py",
+    "test_rewind.py",
+    "test_clone.py",
+    "test_lives.py",
+    "test_pool.py",
+    "test_fork.py",
+    "test_files.py",
+)
 _QEMU = str(_ROOT / "guest_image/vmm/pytest_fcvm_qemu_x86_64/qemu-system-x86_64")
 _NGINX = f"oci:{_ROOT / '.demo/nginx'}:latest"
 _PIP_INSTALL = ("-m", "pip", "install", "--quiet")

@@ -32,6 +32,7 @@ QEMU = Path(os.environ.get("FCVM_TEST_QEMU", BUILT))
 ROUNDS = int(os.environ.get("FCVM_TEST_REWINDS", "30"))
 ANSWER_S = 60.0
 PAGE = 4096
+ARGUMENTS = {"discard-input": ["agent"], "truncate": ["console"]}
 
 pytestmark = pytest.mark.skipif(not QEMU.exists(), reason="guest_image/vmm/build was not run")
 
@@ -45,10 +46,13 @@ class RewindableClone:
         self.channel = launched.sockets[AGENT_FD]
         self.channel.settimeout(ANSWER_S)
 
-    def load(self) -> None:
+    def load(self, *, checkpoint: bool = False) -> None:
+        """Load the state. With `checkpoint`, ask for one before that."""
         wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
         self.monitor.execute("qmp_capabilities")
         self.monitor.execute("migrate-set-capabilities", {"capabilities": wanted})
+        if checkpoint:
+            self.monitor.execute("x-fcvm-checkpoint", ARGUMENTS)
         self.monitor.execute("migrate-incoming", {"uri": f"fd:{STATE_FD}"})
         self.monitor.wait_for_event(is_loaded, "load the state", ANSWER_S)
 
@@ -108,14 +112,14 @@ def cloning(directory: Path, cpus: int) -> Iterator[Cloning]:
         platform = Platform(binary=QEMU, version=version, accelerator=Accelerator.TCG)
         clones = []
 
-        def clone(*extra: str) -> RewindableClone:
+        def clone(*, checkpoint: bool = False) -> RewindableClone:
             with files.state.open("rb") as state:
-                argv = [*clone_command(platform, shape, files), "-S", *extra]
+                argv = [*clone_command(platform, shape, files), "-S"]
                 passed = {STATE_FD: state.fileno()}
                 sockets = (MONITOR_FD, AGENT_FD)
                 started = launch(supervisor, "clone", argv, sockets=sockets, unconnected=NIC_FDS, files=passed)
             clones.append(RewindableClone(started, files.memory))
-            clones[-1].load()
+            clones[-1].load(checkpoint=checkpoint)
             return clones[-1]
 
         yield clone
@@ -153,7 +157,7 @@ def clone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def ready(clone: Cloning) -> RewindableClone:
     """A clone with a checkpoint, which does not run yet."""
     made = clone()
-    made.monitor.execute("x-fcvm-checkpoint", {"discard-input": ["agent"], "truncate": ["console"]})
+    made.monitor.execute("x-fcvm-checkpoint", ARGUMENTS)
     return made
 
 
@@ -168,6 +172,22 @@ def test_a_rewound_guest_is_as_in_its_snapshot_byte_for_byte(ready: RewindableCl
         report = ready.rewind()
         assert report["pages"] > 2 << 20 >> 12
         assert ready.differences() == []
+
+
+def test_a_checkpoint_waits_for_a_state_that_is_still_to_be_loaded(clone: Cloning) -> None:
+    made = clone(checkpoint=True)
+    with pytest.raises(CommandRefused, match="there is no checkpoint"):
+        made.rewind()
+    made.run()
+    with pytest.raises(CommandRefused, match="there is a checkpoint already"):
+        made.monitor.execute("x-fcvm-checkpoint")
+    for number in range(3):
+        assert made(f"set {number}") == made("work 2") == "ok"
+        made.rewind()
+        assert made.differences() == []
+        made.run()
+        assert made("get") == "from the base"
+        assert 100 <= int(made("nap 100")) < 400
 
 
 def test_code_that_the_guest_rewrote_is_translated_again_and_other_code_is_kept(ready: RewindableClone) -> None:
@@ -199,7 +219,7 @@ def test_time_passes_as_usual_after_a_rewind(ready: RewindableClone) -> None:
 def test_the_console_is_empty_and_unread_commands_are_gone_after_a_rewind(ready: RewindableClone) -> None:
     ready.run()
     assert ready("say a word") == "ok"
-    assert ready.launched.console.read_text() == "a word\n"
+    assert wait_until(lambda: ready.launched.console.read_text() == "a word\n", Deadline(ANSWER_S))
     ready.monitor.execute("stop")
     ready.channel.sendall(b"set by an unread command\n" * 2000)
     ready.rewind()
@@ -207,7 +227,7 @@ def test_the_console_is_empty_and_unread_commands_are_gone_after_a_rewind(ready:
     ready.run()
     assert ready("get") == "from the base"
     assert ready("say more") == "ok"
-    assert ready.launched.console.read_text() == "more\n"
+    assert wait_until(lambda: ready.launched.console.read_text() == "more\n", Deadline(ANSWER_S))
 
 
 def test_output_that_nobody_read_does_not_block_the_channel_after_a_rewind(ready: RewindableClone) -> None:
