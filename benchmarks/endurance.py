@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make many clones in one process. Check that each answers, that each has its own identity, and that nothing grows.
 
-    benchmarks/endurance.py --clones 1000 [--ask-every N] [--image IMAGE] [--pool N|auto] [--json FILE]
+    benchmarks/endurance.py --clones 1000 [--ask-every N] [--image IMAGE] [--pool N|auto] [--qemu PATH] [--json FILE]
 
 Each clone answers an HTTP GET and prints random bytes, MAC, machine-id and boot id, which is the slowest part under
 emulation. The table goes to standard output. The exit code is 1 if a check fails.
@@ -48,6 +48,7 @@ class Sample:
     threads: int
     pytest_mib: float
     supervisor_mib: float
+    vmm_mib: float
     run_files: int
     store_files: int
 
@@ -60,19 +61,23 @@ def main() -> int:
     findings: list[str] = []
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory(prefix="fcvm-endurance-") as shared:
-        harness = Harness(Options(pool=parse_pool(arguments.pool)), shared_dir=Path(shared), announce=_say)
+        harness = Harness(_options(arguments), shared_dir=Path(shared), announce=_say)
         try:
             snapshot = harness.snapshot(VmSpec(image=image, ready=parse_ready("http:80/")), "endurance")
             seen: list[set[int]] = [set() for _ in _NAMES]
             times: list[float] = []
-            print(_row(("clones", "ms", "files", "threads", "MiB", "guard MiB", "run dir", "store")), flush=True)
+            print(
+                _row(("clones", "ms", "files", "threads", "MiB", "guard MiB", "VMM MiB", "run dir", "store")),
+                flush=True,
+            )
             for number in range(1, arguments.clones + 1):
                 started = monotonic()
                 with snapshot.clone() as clone:
                     times.append((monotonic() - started) * 1e3)
+                    vmm_mib = _resident_mib(clone.running.vm.pid)
                     findings += _look_at(clone, seen, number, asks=number % arguments.ask_every == 0)
                 if number % every == 0:
-                    samples.append(_sample(harness, number, times))
+                    samples.append(_sample(harness, number, times, vmm_mib))
                     times = []
                     print(_row(map(_shown, asdict(samples[-1]).values())), flush=True)
         finally:
@@ -96,8 +101,14 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--image", metavar="IMAGE", help="an image with a web server (default: our nginx)")
     parser.add_argument("--pool", default="auto", metavar="N|auto", help="clones to prewarm (default: auto)")
+    parser.add_argument("--qemu", metavar="PATH|stock", help="as --fcvm-qemu takes it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples and findings to a file")
     return parser.parse_args()
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    qemu = arguments.qemu if arguments.qemu in (None, "stock") else Path(arguments.qemu)
+    return Options(pool=parse_pool(arguments.pool), qemu=qemu)
 
 
 def _say(text: str) -> None:
@@ -120,7 +131,7 @@ def _look_at(clone: Clone, seen: list[set[int]], number: int, *, asks: bool) -> 
     return found
 
 
-def _sample(harness: Harness, number: int, times: list[float]) -> Sample:
+def _sample(harness: Harness, number: int, times: list[float], vmm_mib: float) -> Sample:
     facts = Path(f"/proc/self/fdinfo/{harness.supervisor._guard}").read_text()
     guard = next(line for line in facts.splitlines() if line.startswith("Pid:")).split()[1]
     return Sample(
@@ -130,6 +141,7 @@ def _sample(harness: Harness, number: int, times: list[float]) -> Sample:
         threads=_count(Path("/proc/self/task")),
         pytest_mib=_resident_mib("self"),
         supervisor_mib=_resident_mib(guard),
+        vmm_mib=vmm_mib,
         run_files=_count_files(run_root()),
         store_files=_count_files(harness.store.root),
     )

@@ -138,7 +138,8 @@ def main() -> int:
     report = Report(measures=MEASURES, rounds=arguments.rounds, host=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
         directory = Path(scratch)
-        options = Options(pool=0, rewind="off", kernel=arguments.kernel)
+        qemu = arguments.qemu if arguments.qemu in (None, "stock") else Path(arguments.qemu)
+        options = Options(pool=0, rewind="off", kernel=arguments.kernel, qemu=qemu)
         _measure_builds(report, image, options, directory)
         with ExitStack() as stack:
             podman = _enter_podman(stack, layout, directory / "podman", report)
@@ -153,8 +154,9 @@ def main() -> int:
             report.host = {**report.host, **(podman.facts() if podman else {})}
             _print_facts({name: value for name, value in report.host.items() if name not in facts})
             _measure_rounds(report, snapshot, served, pooled, rewound, podman)
-        kernel = [f"--fcvm-kernel={arguments.kernel}"] if arguments.kernel else []
-        _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *kernel], directory)
+        given = {"kernel": arguments.kernel, "qemu": arguments.qemu}
+        named = [f"--fcvm-{name}={value}" for name, value in given.items() if value]
+        _measure_suites(report, [f"--fcvm-image={image}", *_ENV_OPTIONS, *named], directory)
     print(f"\n{render_table(report)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(render_json(report), indent=2) + "\n")
@@ -165,6 +167,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="samples of every figure (default: 20)")
     parser.add_argument("--kernel", metavar="KERNEL", help="as --fcvm-kernel takes it (default: the first one found)")
+    parser.add_argument("--qemu", metavar="PATH|stock", help="as --fcvm-qemu takes it (default: ours if installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
     arguments = parser.parse_args()
     if arguments.rounds < 1:

@@ -114,7 +114,7 @@ TIERS = (
         (
             (sys.executable, "guest_image/vmm/build"),
             (*_PYTEST, *(f"tests/vm/{name}" for name in _REWOUND)),
-            (sys.executable, "benchmarks/run.py", "--rounds", "1"),  # whether it runs
+            (sys.executable, "benchmarks/run.py", "--rounds", "1", "--qemu", _QEMU),  # whether it runs
         ),
         lane="others",
         environment={"FCVM_QEMU": _QEMU, "FCVM_TEST_QEMU": _QEMU},
