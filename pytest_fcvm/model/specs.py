@@ -244,7 +244,7 @@ class VmSpec:
     def clone_settings(self) -> Hashable:
         """Return the fields that affect clones but not their snapshot."""
         return (
-            self.depends_on and (self.depends_on, self.ready),
+            self.depends_on and (self.depends_on, self.ready, self.ready_timeout_s),
             self.publish,
             self.own_address,
             self.host_ports,

@@ -123,3 +123,10 @@ def test_a_timeline_shows_the_duration_of_each_phase() -> None:
     timeline.mark("spawn", 10.005)
     timeline.mark("agent", 10.055)
     assert str(timeline) == "spawn 5.0 ms, agent 50.0 ms"
+
+
+def test_the_time_to_become_ready_is_a_clones_own_where_it_depends_on_others() -> None:
+    joined = VmSpec(image="web", depends_on=("db",))
+    assert joined.clone_settings != joined.merged({"ready_timeout_s": 3.0}).clone_settings
+    alone = VmSpec(image="web")
+    assert alone.clone_settings == alone.merged({"ready_timeout_s": 3.0}).clone_settings
