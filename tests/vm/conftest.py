@@ -19,6 +19,12 @@ _ROOT = Path(__file__).parents[2]
 _TOOLS = ("qemu-system-x86_64", "skopeo", "mksquashfs", "mmdebstrap", "docker-registry")
 
 
+def cache_directory() -> Path:
+    """Return the cache of this run, also where its environment names another one."""
+    named = os.environ.get("FCVM_CACHE_DIR")
+    return cache_root(Path(named) if named else None)
+
+
 @pytest.fixture(scope="session")
 def built_image() -> Callable[[str], str]:
     """Return a function that builds an image and returns its `oci:` reference. Kept in .demo between runs."""
@@ -65,7 +71,7 @@ def image(
 def kernels(fcvm_snapshot_factory: SnapshotFactory) -> Path:
     """Return the directory with this session's guest kernel. It is a session fixture because pytester moves HOME."""
     fcvm_snapshot_factory()
-    return cache_root(None) / "kernels"
+    return cache_directory() / "kernels"
 
 
 @pytest.fixture

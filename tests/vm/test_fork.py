@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import socket
 import time
@@ -35,7 +36,8 @@ def count_of(clone: Clone) -> int:
 
 
 def copies_on_disk() -> list[Path]:
-    return list((cache_root(None) / "snapshots").glob("copy-*"))
+    named = os.environ.get("FCVM_CACHE_DIR")
+    return list((cache_root(Path(named) if named else None) / "snapshots").glob("copy-*"))
 
 
 def test_forks_start_as_copies_of_the_clone_and_are_independent(fcvm_clone: Clone) -> None:
