@@ -68,7 +68,7 @@ class RunningVm:
         self._closing = threading.Lock()
         self.copying = threading.Lock()  # held while the session is suspended
         self.closed = False
-        self.is_frozen = False  # its workload has not run yet
+        self.is_frozen = False  # its workload waits, frozen, since before its first instruction
         vm.on_exit(self._vm_ended)
         agent.on_workload_exit(self._workload_ended)
 
@@ -116,6 +116,7 @@ class RunningVm:
     def resume(self, clock: Clock) -> None:
         """Resume a paused VM, set its clock and thaw its workload."""
         self.agent.resume(self.vm.resume, clock_source(clock), timeout_s=_CALL_S)
+        self.is_frozen = False
 
     def why_silent(self, guest_port: int) -> str:
         """Return why a TCP port gives no answer, "" where something listens. Raise GuestError without an answer."""
