@@ -9,10 +9,11 @@ DEMO_PACKAGES := python3-venv qemu-system-x86 skopeo squashfs-tools zstd lz4 mmd
 KERNEL_PACKAGES := make gcc libc6-dev flex bison bc libelf-dev libssl-dev xz-utils lz4
 QEMU_PACKAGES := gcc g++ make meson ninja-build pkgconf flex bison dpkg-dev binutils libglib2.0-dev libpixman-1-dev \
 	libseccomp-dev libfdt-dev zlib1g-dev libpcre2-dev
+TOOLS_PACKAGES := make musl-tools dpkg-dev xz-utils $(if $(shell command -v go),,golang-go)
 TEST_PACKAGES := $(DEMO_PACKAGES) $(KERNEL_PACKAGES) $(QEMU_PACKAGES) docker-registry podman runc iproute2 attr busybox-static \
 	nftables slirp4netns
 
-.PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel qemu fuzz clean
+.PHONY: demo test test-firecracker test-images setup-demo setup-test lint docs bench soak agent kernel qemu tools fuzz clean
 
 demo: setup-demo ## a pytest suite against clones of a real nginx
 	$(BIN)/python examples/demo.py
@@ -51,6 +52,11 @@ kernel: $(VENV)/.test ## the guest kernel of our own and its wheel: ten minutes,
 qemu: $(VENV)/.test ## the QEMU of our own and its wheel: ten minutes, then kept in the user's cache
 	$(BIN)/python guest_image/vmm/build
 	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/vmm
+
+tools: $(VENV)/.test ## static skopeo and mksquashfs of our own and their wheel: ten minutes, then kept in the user's cache
+	@$(MAKE) --no-print-directory packages PACKAGES="$(TOOLS_PACKAGES)"
+	$(BIN)/python guest_image/tools/build
+	$(BIN)/pip install --quiet --force-reinstall --no-deps ./guest_image/tools
 
 agent: ## the guest agent, with the compiler that the build pins
 	$(BIN)/python guest_image/build

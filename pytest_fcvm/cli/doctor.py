@@ -16,6 +16,7 @@ from pathlib import Path
 from pytest_fcvm.errors import FcvmError
 from pytest_fcvm.guest.binary import resolve_agent
 from pytest_fcvm.harness import Harness
+from pytest_fcvm.host.bundled import bundle_of
 from pytest_fcvm.host.paths import cache_root, file_system_of, run_root
 from pytest_fcvm.host.process import find_tool, run_tool
 from pytest_fcvm.kernel.modules import find_lacking
@@ -112,7 +113,7 @@ def _tool(name: str, package: str) -> str:
     if path is None:
         raise FcvmError("not installed", hint=f"apt-get install {package}")
     first = run_tool([path, "-version" if name == "mksquashfs" else "--version"], timeout_s=20).splitlines()[:1]
-    return first[0] if first else str(path)
+    return f"{first[0] if first else name} ({bundle_of(path) or path})"
 
 
 def _cache(option: Path | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_fcvm.errors import HostError
+from pytest_fcvm.host.bundled import find_bundled
 from pytest_fcvm.host.limits import host_error, lacks_processes, process_limit_hint
 from pytest_fcvm.host.own import environment, find_program, getpid, shutil, subprocess
 
@@ -35,8 +36,11 @@ class ToolFailed(HostError):
 
 
 def find_tool(name: str) -> Path | None:
-    """Return the program's path or None. Search the system's sbin directories as well as PATH."""
-    found = find_program(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin")
+    """Return the program's path or None. Search PATH, then the system's sbin directories, then our own wheels.
+
+    A distribution's program comes first: the distribution sees to its security fixes.
+    """
+    found = find_program(name) or shutil.which(name, path="/usr/local/sbin:/usr/sbin:/sbin") or find_bundled(name)
     return Path(found) if found else None
 
 

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_fcvm.errors import HostError, ImageError
+from pytest_fcvm.host.bundled import bundle_of
 from pytest_fcvm.host.own import environment, expand_home, os
 from pytest_fcvm.host.paths import run_root
 from pytest_fcvm.host.process import ToolFailed, condense, find_tool, killed_with_us, resolve_tool, run_tool
 from pytest_fcvm.image.archives import write_without_links
+from pytest_fcvm.image.certificates import has_certificates
 from pytest_fcvm.image.reference import ImageKind, ImageReference
 
 __all__ = ["ASK_S", "ask_docker", "ask_manifest", "copy_image", "image_error", "skopeo_environment"]
@@ -34,6 +36,8 @@ _UNREACHABLE = (
     "the registry {registry} cannot be reached from here: check network, proxy and mirrors, or name a local image as "
     "docker-archive:FILE or containers-storage:NAME"
 )
+_UNTRUSTED = r"x509: certificate signed by unknown authority|x509: failed to load system roots"
+_NO_CERTIFICATES = "apt-get install ca-certificates, or set SSL_CERT_FILE to a file of CA certificates (PEM)"
 # patterns of skopeo's messages, the most specific first, and hints
 _HINTS = (
     (r"no image found in (manifest list|image index) for architecture", "the image has no variant for linux/{arch}"),
@@ -121,8 +125,16 @@ def _copy_without_links(argv: Sequence[str], reference: ImageReference, director
 
 def _skopeo(arguments: Sequence[str], *, timeout_s: float) -> str:
     skopeo = resolve_tool("skopeo", package="skopeo")
-    policy = [] if any(Path(expand_home(path)).exists() for path in _POLICIES) else ["--insecure-policy"]
-    return run_tool([*killed_with_us(), skopeo, *policy, *arguments], timeout_s=timeout_s, env=skopeo_environment())
+    command = [*killed_with_us(), skopeo, *_policy(skopeo), *arguments]
+    return run_tool(command, timeout_s=timeout_s, env=skopeo_environment())
+
+
+def _policy(skopeo: Path) -> list[str]:
+    """Return the options for a host without a policy: our wheel's skopeo has one beside it."""
+    if any(Path(expand_home(path)).exists() for path in _POLICIES):
+        return []
+    beside = skopeo.with_name("policy.json")
+    return ["--policy", str(beside)] if bundle_of(skopeo) and beside.exists() else ["--insecure-policy"]
 
 
 def skopeo_environment(logins: Path = _LOGINS) -> dict[str, str] | None:
@@ -148,6 +160,8 @@ def image_error(error: ToolFailed, reference: ImageReference, arch: str) -> Imag
     words["tls"] = "".join(f"{option} " for option in _tls(reference, "--tls-verify=false"))
     hints = (hint.format(**words) for pattern, hint in _HINTS if re.search(pattern, reason, re.IGNORECASE))
     hint = next(hints, f"skopeo inspect {words['tls']}{reference.skopeo} shows more")
+    if re.search(_UNTRUSTED, reason) and not has_certificates():
+        reason, hint = f"{reason}; this host has no CA certificates", _NO_CERTIFICATES
     if local := _find_locally(reference):
         hint = f"use the local image {local}. Else {hint}"
     return ImageError(

@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 _PLACES = ("pytest_fcvm", "tests", "docs", "guest_image", "examples", "benchmarks", "README.md", "CONTRIBUTING.md")
 _SUFFIXES = {"", ".c", ".config", ".h", ".md", ".py", ".sh", ".toml"}
-_BUILT = (
-    ROOT / "pytest_fcvm/agents",
-    ROOT / "guest_image/kernel/pytest_fcvm_kernel_x86_64",
-    ROOT / "guest_image/vmm/pytest_fcvm_qemu_x86_64",
+_WHEELS = (
+    "kernel/pytest_fcvm_kernel_x86_64",
+    "tools/pytest_fcvm_tools_x86_64",
+    "vmm/pytest_fcvm_qemu_x86_64",
 )
+_BUILT = (ROOT / "pytest_fcvm/agents", *(ROOT / "guest_image" / wheel for wheel in _WHEELS))
 _NOT_SEARCHED = (Path(__file__), *_BUILT)
 
 IDENTIFIERS = {
