@@ -6,7 +6,8 @@
  *   say TEXT -> ok (TEXT on the console)        panic        poweroff
  *   code N -> N (writes a function that returns N, and calls it)        call -> what that function returns
  *   work N -> ok (N MiB of memory written, a file and a process made)
- *   nap MS -> the milliseconds that a sleep of MS took        flood -> as much as the port takes ("full" on the console)
+ *   nap MS -> the milliseconds that a sleep of MS took        now -> the milliseconds since the boot
+ *   flood -> as much as the port takes ("full" on the console)
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -151,12 +152,16 @@ static void work(int mib) {
     if (memory != MAP_FAILED) munmap(memory, (size_t)mib << 20);
 }
 
+static int now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int)(time.tv_sec * 1000 + time.tv_nsec / 1000000);
+}
+
 static int nap(int ms) {
-    struct timespec before, after;
-    clock_gettime(CLOCK_MONOTONIC, &before);
+    int before = now();
     nanosleep(&(struct timespec){.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L}, NULL);
-    clock_gettime(CLOCK_MONOTONIC, &after);
-    return (int)((after.tv_sec - before.tv_sec) * 1000 + (after.tv_nsec - before.tv_nsec) / 1000000);
+    return now() - before;
 }
 
 static void flood(int port) {
@@ -187,6 +192,7 @@ static void answer(int port, char *line, char *reply, size_t size) {
     else if (strncmp(line, "code ", 5) == 0) snprintf(reply, size, "%d\n", write_function(atoi(line + 5)));
     else if (strcmp(line, "call") == 0) snprintf(reply, size, "%d\n", call_function());
     else if (strncmp(line, "work ", 5) == 0) work(atoi(line + 5));
+    else if (strcmp(line, "now") == 0) snprintf(reply, size, "%d\n", now());
     else if (strcmp(line, "flood") == 0) flood(port);
     else if (strncmp(line, "nap ", 4) == 0) snprintf(reply, size, "%d\n", nap(atoi(line + 4)));
     else if (strcmp(line, "panic") == 0) {

@@ -187,7 +187,7 @@ def test_a_checkpoint_waits_for_a_state_that_is_still_to_be_loaded(clone: Clonin
         assert made.differences() == []
         made.run()
         assert made("get") == "from the base"
-        assert 100 <= int(made("nap 100")) < 400
+        assert 100 <= int(made("nap 100")) < 30_000
 
 
 def test_code_that_the_guest_rewrote_is_translated_again_and_other_code_is_kept(ready: RewindableClone) -> None:
@@ -209,11 +209,14 @@ def test_a_flush_of_all_translations_can_be_asked_for(ready: RewindableClone) ->
     assert ready.rewind()["tb-flushes"] > before
 
 
-def test_time_passes_as_usual_after_a_rewind(ready: RewindableClone) -> None:
+def test_time_goes_back_in_a_rewind_and_passes_as_usual_after_it(ready: RewindableClone) -> None:
+    ready.run()
+    start = int(ready("now"))
     for _ in range(5):
-        ready.run()
-        assert 100 <= int(ready("nap 100")) < 400
+        assert 1000 <= int(ready("nap 1000")) < 30_000  # a busy host lets the guest wait
         ready.rewind()
+        ready.run()
+    assert int(ready("now")) < start + 5000  # the naps of all lives
 
 
 def test_the_console_is_empty_and_unread_commands_are_gone_after_a_rewind(ready: RewindableClone) -> None:
@@ -258,13 +261,14 @@ def test_what_cannot_be_rewound_is_refused_and_goes_on(clone: Cloning) -> None:
     with pytest.raises(CommandRefused, match="there is no checkpoint"):
         made.rewind()
     made.run()
+    assert made("set something") == "ok"
     with pytest.raises(CommandRefused, match="the VM is not paused"):
         made.monitor.execute("x-fcvm-checkpoint")
     made.monitor.execute("stop")
     with pytest.raises(CommandRefused, match="the guest's RAM differs from its file at 0x"):
         made.monitor.execute("x-fcvm-checkpoint")
     made.run()
-    assert made("get") == "from the base"
+    assert made("get") == "something"
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(ready: RewindableClone) -> None:
