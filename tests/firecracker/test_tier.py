@@ -37,7 +37,10 @@ TESTS = (
     "test_systemd.py",
 )
 # Tests of QEMU, tests that a test below runs, and images that the emulated host has no room for.
-ELSEWHERE = ("test_engine.py", "test_jail.py", "test_network.py", "test_services.py")
+ELSEWHERE = (
+    *("test_engine.py", "test_jail.py", "test_network.py", "test_services.py"),
+    *("test_rewind.py", "test_rewind_vmm.py"),
+)
 IN_JAIL = ("test_jail.py", "test_clone.py", "test_disk.py", "test_fork.py", "test_netns.py", "test_runs.py")
 OF_OTHER_PROCESSES = ("test_runs.py", "test_shell.py", "test_keep.py")
 
