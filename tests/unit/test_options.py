@@ -196,6 +196,7 @@ def test_the_lists_and_flags_are_these() -> None:
         "require-kvm",
         "rebuild",
         "timings",
+        "verify-rewind",
     }
 
 
