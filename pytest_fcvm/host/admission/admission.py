@@ -36,6 +36,7 @@ _NAMED = 3
 _OWN_S = 10.0  # the longest wait where this process holds all clones: some may be ending
 _RETRY_S = 0.001  # for a lock that is held for 0.2 ms. There is no event for memory that becomes free
 _LONGEST_RETRY_S = 0.05
+_LOCK_S = 0.05  # for a lock that others hold, before a prewarmed clone is given up
 
 
 class NoRoomToPrewarm(HostError):
@@ -117,15 +118,23 @@ class Admission:
         Raise NoRoomToPrewarm, at once, where the clone would delay a clone that a test asks for.
         """
         reservations = self._open_reservations()
-        with reservations.try_lock() as locked:
-            if locked and self._fits_prewarmed(reservations, mem_mib):
-                number = reservations.add(holder, mem_mib)
-                return Ticket(lambda: self._release(reservations, number))
+        number = wait_until(
+            lambda: self._try_prewarmed(reservations, holder, mem_mib), Deadline(_LOCK_S), interval_s=_RETRY_S
+        )
+        if number and number > 0:
+            return Ticket(lambda: self._release(reservations, number))
         raise NoRoomToPrewarm("no room to prewarm a clone", hint="--fcvm-pool 0 prewarms none")
 
     def close(self) -> None:
         """Close the reservations. Admit no clone afterwards; tickets may still be released. Idempotent."""
         close_reservations(self._directory, self)
+
+    def _try_prewarmed(self, reservations: Reservations, holder: str, mem_mib: int) -> int | None:
+        """Return the number of the reservation, -1 without room, None while another process holds the lock."""
+        with reservations.try_lock() as locked:
+            if not locked:
+                return None
+            return reservations.add(holder, mem_mib) if self._fits_prewarmed(reservations, mem_mib) else -1
 
     def _open_reservations(self) -> Reservations:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -300,6 +301,19 @@ def test_prewarmed_clones_use_half_of_the_limit(run_root: Path, running: Callabl
     for ticket in tickets:
         ticket.release()
     admission.admit_prewarmed(10, holder="prewarmed")
+
+
+def test_a_lock_that_another_process_holds_for_a_moment_refuses_no_prewarmed_clone(
+    run_root: Path, running: Callable[[int], Path]
+) -> None:
+    admission = Admission(run_root, memory=HostMemory(running(2000)))
+    admission.admit_prewarmed(10, holder="prewarmed").release()
+    with (run_root / "admission/lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(NoRoomToPrewarm):
+            admission.admit_prewarmed(10, holder="prewarmed")
+        threading.Timer(0.01, fcntl.flock, (lock, fcntl.LOCK_UN)).start()
+        admission.admit_prewarmed(10, holder="prewarmed").release()
 
 
 def test_before_a_wait_prewarmed_clones_are_released(run_root: Path, running: Callable[[int], Path]) -> None:
