@@ -12,6 +12,7 @@ from pytest_fcvm.clone.files import COPY_S
 from pytest_fcvm.clone.guest import Guest
 from pytest_fcvm.clone.running import RunningVm
 from pytest_fcvm.engine.abilities import metadata_of
+from pytest_fcvm.engine.disk import freed_error
 from pytest_fcvm.errors import GuestError, UsageProblem
 from pytest_fcvm.model.guest import ExitStatus
 from pytest_fcvm.model.net import PublishedPort, Segment
@@ -126,7 +127,7 @@ class Clone(Guest):
         if disk is None:
             raise GuestError(f"{self.name} has no disk", hint="give it one: disk=SIZE, --fcvm-disk SIZE")
         if self.running.kept:
-            raise GuestError("the disk was freed with its clone", hint="save it after kill() and before close()")
+            raise freed_error()
         if not self.running.closed:
             self._live().agent.sync(timeout_s=COPY_S)
         disk.save(Path(dest))

@@ -16,7 +16,7 @@ from pytest_fcvm.host.own import getpid, os
 from pytest_fcvm.host.process import resolve_tool, run_tool
 from pytest_fcvm.host.sparse import UNSUPPORTED_ERRORS, copy_sparse, creation_error
 
-__all__ = ["DISK_FORMAT", "Disk", "make_image"]
+__all__ = ["DISK_FORMAT", "Disk", "freed_error", "make_image"]
 
 DISK_FORMAT = 2
 """Version of the format of images. It is part of a snapshot's key."""
@@ -38,6 +38,11 @@ def make_image(path: Path, size_mib: int) -> None:
     except OSError as error:
         raise creation_error(path, error) from error
     run_tool([tool, *_OPTIONS, _EXTENDED, path], timeout_s=_MAKE_S)
+
+
+def freed_error() -> GuestError:
+    """Return the error for a disk that ended with its clone."""
+    return GuestError("the disk was freed with its clone", hint="save it after kill() and before close()")
 
 
 class Disk:
@@ -86,7 +91,7 @@ class Disk:
     def save(self, dest: Path) -> None:
         """Write the disk's content to a sparse file. Raise GuestError after `close`, HostError without room."""
         if self._descriptor < 0:
-            raise GuestError("the disk was freed with its clone", hint="save it after kill() and before close()")
+            raise freed_error()
         try:
             target = os.open(dest, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:

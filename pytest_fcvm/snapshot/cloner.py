@@ -20,7 +20,7 @@ from pytest_fcvm.model.guest import Identity
 from pytest_fcvm.model.net import Attachment, Namespace, PublishedPort
 from pytest_fcvm.model.results import Timeline
 from pytest_fcvm.model.specs import ReadyMode
-from pytest_fcvm.network.netns.attach import OpenNamespace, no_namespaces
+from pytest_fcvm.network.netns.attach import OpenNamespace
 from pytest_fcvm.network.ports.open import open_ports, open_reverse_ports
 from pytest_fcvm.ready import ClientPath, wait_until_ready
 from pytest_fcvm.snapshot.builder import BASE_LOG, abandon, base_guest, call_function, snapshot_files
@@ -44,22 +44,23 @@ Admit = Callable[[], AbstractContextManager[object]]
 class Cloner:
     """Restores VMs of one snapshot. A VM that does not start leaves nothing.
 
-    `admit_idle` admits a VM that no test holds, to be rewound later; without it each VM ends with its clone. With
-    `verifies`, rewound VMs are compared with the snapshot.
+    With `rewinds`, VMs of ended clones are kept where `admit_idle` admits a VM that no test holds; else each VM ends
+    with its clone. With `verifies`, rewound VMs are compared with the snapshot.
     """
 
     def __init__(
         self,
         entry: Entry,
         inputs: SnapshotInputs,
-        open_namespace: OpenNamespace = no_namespaces,
-        admit_idle: Admit | None = None,
+        open_namespace: OpenNamespace,
+        admit_idle: Admit,
         *,
-        verifies: bool = False,
+        rewinds: bool,
+        verifies: bool,
     ) -> None:
         self._entry, self._inputs, self._open_namespace = entry, inputs, open_namespace
         self.idle = IdleVms(admit_idle, verifies=verifies)
-        self._keep = self.idle.keep if admit_idle else None
+        self._keep = self.idle.keep if rewinds else None
         self._standby = Standby(self._prepare, self._plan("standby"))
         self._lock = threading.Lock()
         self._prewarming: set[Vm] = set()  # those that are being made
@@ -107,7 +108,7 @@ class Cloner:
             vm = self._obtain(self._plan(name, attachments, namespace), admit, held, timeline)
             undo.callback(discard, vm)
             watched(vm)
-            stays_frozen = may_freeze and _REWIND in dict(timeline.phases) and self._needs_no_workload()
+            stays_frozen = may_freeze and _is_rewound(timeline) and self._needs_no_workload()
             running = self._meet(vm, name, attachments, timeline, stays_frozen=stays_frozen)
             undo.pop_all()
             undo.callback(_discard, running)
@@ -214,7 +215,7 @@ class Cloner:
         ready = inputs.ready
         if ready.others:  # that the image exposes; the base was asked which are served
             ready = replace(ready, port=self._entry.facts["client_port"], others=())
-        if not _is_rewound(running):
+        if not _is_rewound(running.timeline):
             wait_until_ready(target, ready, _ANSWER_S)
         warm = inputs.spec.warm
         try:
@@ -280,9 +281,9 @@ class Cloner:
         )
 
 
-def _is_rewound(running: RunningVm) -> bool:
+def _is_rewound(timeline: Timeline) -> bool:
     """Say whether a VM has translated the service's code already, in an earlier clone."""
-    return _REWIND in dict(running.timeline.phases)
+    return _REWIND in dict(timeline.phases)
 
 
 def _discard(running: RunningVm) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 
-from pytest_fcvm.engine.abilities import CanRewind, RewindDiffers
+from pytest_fcvm.engine.abilities import RewindDiffers, as_rewindable
 from pytest_fcvm.engine.protocol import PreparedVm, Vm
 from pytest_fcvm.engine.vm import discard, start_or_discard
 from pytest_fcvm.errors import FcvmError
@@ -26,11 +26,11 @@ class IdleVms:
     With `verifies`, each rewind is verified. `rewound` counts the rewinds, `failed` those that did not succeed.
     """
 
-    def __init__(self, admit: Callable[[], AbstractContextManager[object]] | None, *, verifies: bool = False) -> None:
+    def __init__(self, admit: Callable[[], AbstractContextManager[object]], *, verifies: bool = False) -> None:
         self._admit, self._verifies = admit, verifies
         self._lock = threading.Lock()
         self._idle: list[tuple[Vm, ExitStack]] = []
-        self._closed = admit is None
+        self._closed = False
         self.rewound = self.failed = 0
 
     @property
@@ -40,7 +40,7 @@ class IdleVms:
 
     def keep(self, vm: Vm) -> bool:
         """Keep a halted VM and return True, or return False: the caller kills it."""
-        if self._admit is None or self._closed:
+        if self._closed:
             return False
         with ExitStack() as room, suppress(NoRoomToPrewarm):
             room.enter_context(self._admit())
@@ -64,16 +64,17 @@ class IdleVms:
 
         Raise RewindDiffers where rewinds are verified.
         """
-        assert isinstance(vm, CanRewind)
         try:
-            fresh = start_or_discard(vm.rewind(name, verifies=self._verifies))
+            if rewindable := as_rewindable(vm):
+                fresh = start_or_discard(rewindable.rewind(name, verifies=self._verifies))
+                self.rewound += 1
+                return fresh
         except RewindDiffers:
             raise
         except FcvmError:
-            self.failed += 1
-            return None
-        self.rewound += 1
-        return fresh
+            pass
+        self.failed += 1
+        return None
 
     def release(self) -> None:
         """Kill all idle VMs."""

@@ -82,8 +82,14 @@ class OpenSnapshot:
         self.spec = inputs.spec
         self.facts: Mapping[str, Any] = entry.facts
         self.entry, self.inputs, self._runtime = entry, inputs, runtime
-        admit_idle = self._admit_idle if runtime.rewinds else None
-        self._cloner = Cloner(entry, inputs, runtime.open_namespace, admit_idle, verifies=runtime.verifies_rewinds)
+        self._cloner = Cloner(
+            entry,
+            inputs,
+            runtime.open_namespace,
+            self._admit_idle,
+            rewinds=runtime.rewinds,
+            verifies=runtime.verifies_rewinds,
+        )
         self.pool = self._make_pool() if self._can_pool() else None
         self._owned = ExitStack()
         self._owner = getpid()

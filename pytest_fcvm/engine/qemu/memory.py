@@ -17,7 +17,7 @@ from pathlib import Path
 from pytest_fcvm.errors import HostError
 from pytest_fcvm.host.own import os
 
-__all__ = ["Mapping", "find_mappings", "opening_memory", "save_private_pages"]
+__all__ = ["Mapping", "find_mappings", "opening_memory", "read_whole", "save_private_pages"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8  # bytes of a page's entry in pagemap
@@ -86,15 +86,15 @@ def _list_mappings(pid: int, source: Path) -> Iterator[Mapping]:
 
 def _save(mapping: Mapping, pagemap: int, memory: int, target: int) -> None:
     for first, count in _private_runs(mapping, pagemap):
-        data = _read(memory, count * _PAGE, mapping.start + first * _PAGE)
+        data = read_whole(memory, count * _PAGE, mapping.start + first * _PAGE)
         written = 0
         while written < len(data):
             place = mapping.offset + first * _PAGE + written
             written += os.pwrite(target, memoryview(data)[written:], place)
 
 
-def _read(descriptor: int, size: int, offset: int) -> bytes:
-    """Return `size` bytes. Raise OSError for fewer: the base's bytes would stand in for the missing ones."""
+def read_whole(descriptor: int, size: int, offset: int) -> bytes:
+    """Return `size` bytes. Raise OSError for fewer: a copy would have the base's bytes in place of the missing ones."""
     data = bytearray()
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -108,7 +108,7 @@ def _private_runs(mapping: Mapping, pagemap: int) -> Iterator[tuple[int, int]]:
     """Yield runs of private pages as (first page, count), counted from the mapping's start."""
     pages = (mapping.end - mapping.start) // _PAGE
     entries = array("Q")
-    entries.frombytes(_read(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))
+    entries.frombytes(read_whole(pagemap, pages * _ENTRY, mapping.start // _PAGE * _ENTRY))
     private = (page for page, entry in enumerate(entries) if entry >> _STATE_SHIFT in _PRIVATE)
     for _, run in groupby(enumerate(private), lambda pair: pair[1] - pair[0]):
         numbers = [page for _, page in run]

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from pytest_fcvm.engine.qemu.memory import find_mappings, opening_memory
+from pytest_fcvm.engine.qemu.memory import find_mappings, opening_memory, read_whole
 from pytest_fcvm.errors import EngineError
-from pytest_fcvm.host.own import os
 
 __all__ = ["list_differences"]
 
@@ -39,8 +38,8 @@ def _changed_pages(pid: int, memory: Path) -> Iterator[int]:
         for mapping in find_mappings(pid, memory):
             for place in range(0, mapping.end - mapping.start, _PIECE):
                 length = min(_PIECE, mapping.end - mapping.start - place)
-                ours = os.pread(guest, length, mapping.start + place)
-                theirs = os.pread(file.fileno(), length, mapping.offset + place)
+                ours = read_whole(guest, length, mapping.start + place)
+                theirs = read_whole(file.fileno(), length, mapping.offset + place)
                 if ours != theirs:
                     yield from _changed_in(ours, theirs, mapping.offset + place)
 
