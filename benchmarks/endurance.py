@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from run import _build_image
+from run import _build_image, parse_qemu
 
 from pytest_fcvm.clone import Clone
 from pytest_fcvm.harness import Harness
@@ -61,7 +61,9 @@ def main() -> int:
     findings: list[str] = []
     samples: list[Sample] = []
     with tempfile.TemporaryDirectory(prefix="fcvm-endurance-") as shared:
-        harness = Harness(_options(arguments), shared_dir=Path(shared), announce=_say)
+        harness = Harness(
+            Options(pool=parse_pool(arguments.pool), qemu=arguments.qemu), shared_dir=Path(shared), announce=_say
+        )
         try:
             snapshot = harness.snapshot(VmSpec(image=image, ready=parse_ready("http:80/")), "endurance")
             seen: list[set[int]] = [set() for _ in _NAMES]
@@ -101,14 +103,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--image", metavar="IMAGE", help="an image with a web server (default: our nginx)")
     parser.add_argument("--pool", default="auto", metavar="N|auto", help="clones to prewarm (default: auto)")
-    parser.add_argument("--qemu", metavar="PATH|stock", help="as --fcvm-qemu takes it")
+    parser.add_argument("--qemu", type=parse_qemu, metavar="PATH|stock", help="as --fcvm-qemu takes it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write samples and findings to a file")
     return parser.parse_args()
-
-
-def _options(arguments: argparse.Namespace) -> Options:
-    qemu = arguments.qemu if arguments.qemu in (None, "stock") else Path(arguments.qemu)
-    return Options(pool=parse_pool(arguments.pool), qemu=qemu)
 
 
 def _say(text: str) -> None:

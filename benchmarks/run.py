@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -44,8 +44,6 @@ _GONE_S = 10.0
 _IN_A_ROW = 3
 _REPEATS = 3  # of slow work: building a snapshot, running a test file
 
-_cpu_before: dict[int, float] = {}  # of the VM that was measured last, by its process id
-
 _CLONE = "a clone made on demand, after a pause of 100 ms"
 _POOL = "a clone from the pool, after a pause of 200 ms (ready: http:80/)"
 _ROW = "a clone, right after the one before"
@@ -54,6 +52,20 @@ _SNAPSHOT = "a snapshot, built once per image"
 _SERIAL = "a test in pytest (one GET)"
 _WORKERS = "the same, -n 2"
 _PODMAN = "podman, in the same rounds"
+
+
+def _life_measures(prefix: str, section: str) -> tuple[Measure, ...]:
+    """Return the figures of `_time_life`, but close()."""
+    parts = (
+        ("ready", "until clone() returns", "podman_run"),
+        ("200", "until the first HTTP 200", "podman_200"),
+        ("life", "clone, HTTP 200, close(), as the test sees it", "podman_life"),
+    )
+    return tuple(
+        Measure(key=f"{prefix}_{key}", title=title, unit="ms", section=section, rival=rival)
+        for key, title, rival in parts
+    )
+
 
 MEASURES = (
     Measure(key="ready", title="until clone() returns", unit="ms", section=_CLONE, rival="podman_run"),
@@ -82,29 +94,13 @@ MEASURES = (
     Measure(key="vmm_cpu", title="CPU of the VMM from its start until clone() returns", unit="ms", section=_CLONE),
     Measure(key="private", title="private memory of an idle clone's VMM", unit="MiB", section=_CLONE),
     Measure(key="anonymous", title="anonymous memory of an idle clone's VMM", unit="MiB", section=_CLONE),
-    Measure(key="pool_ready", title="until clone() returns", unit="ms", section=_POOL, rival="podman_run"),
-    Measure(key="pool_200", title="until the first HTTP 200", unit="ms", section=_POOL, rival="podman_200"),
-    Measure(
-        key="pool_life",
-        title="clone, HTTP 200, close(), as the test sees it",
-        unit="ms",
-        section=_POOL,
-        rival="podman_life",
-    ),
+    *_life_measures("pool", _POOL),
     Measure(key="row_ready", title="until clone() returns", unit="ms", section=_ROW, rival="podman_run"),
     Measure(key="row_spawn", title="… of it: VMM started, or standby taken", unit="ms", section=_ROW),
     Measure(key="row_agent", title="… of it: state loaded, agent answers", unit="ms", section=_ROW),
     Measure(key="row_answer", title="… of it: service answers", unit="ms", section=_ROW),
     Measure(key="row_close", title="close(), as the test sees it", unit="ms", section=_ROW),
-    Measure(key="rewound_ready", title="until clone() returns", unit="ms", section=_REWOUND, rival="podman_run"),
-    Measure(key="rewound_200", title="until the first HTTP 200", unit="ms", section=_REWOUND, rival="podman_200"),
-    Measure(
-        key="rewound_life",
-        title="clone, HTTP 200, close(), as the test sees it",
-        unit="ms",
-        section=_REWOUND,
-        rival="podman_life",
-    ),
+    *_life_measures("rewound", _REWOUND),
     Measure(key="rewound_vmm_cpu", title="CPU of the VMM for all of that", unit="ms", section=_REWOUND),
     Measure(key="rewound_host_cpu", title="CPU of the pytest process for all of that", unit="ms", section=_REWOUND),
     Measure(key="boot_ms", title="until the agent answers", unit="ms", section=_SNAPSHOT),
@@ -138,8 +134,7 @@ def main() -> int:
     report = Report(measures=MEASURES, rounds=arguments.rounds, host=facts)
     with tempfile.TemporaryDirectory(prefix="fcvm-bench-") as scratch:
         directory = Path(scratch)
-        qemu = arguments.qemu if arguments.qemu in (None, "stock") else Path(arguments.qemu)
-        options = Options(pool=0, rewind="off", kernel=arguments.kernel, qemu=qemu)
+        options = Options(pool=0, rewind="off", kernel=arguments.kernel, qemu=arguments.qemu)
         _measure_builds(report, image, options, directory)
         with ExitStack() as stack:
             podman = _enter_podman(stack, layout, directory / "podman", report)
@@ -167,12 +162,19 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="samples of every figure (default: 20)")
     parser.add_argument("--kernel", metavar="KERNEL", help="as --fcvm-kernel takes it (default: the first one found)")
-    parser.add_argument("--qemu", metavar="PATH|stock", help="as --fcvm-qemu takes it (default: ours if installed)")
+    parser.add_argument(
+        "--qemu", type=parse_qemu, metavar="PATH|stock", help="as --fcvm-qemu takes it (default: ours if installed)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to a file")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
     return arguments
+
+
+def parse_qemu(text: str) -> Path | str:
+    """Return what `Options.qemu` takes: an absolute path, or "stock"."""
+    return text if text == "stock" else Path(text).resolve()
 
 
 def _say(text: str) -> None:
@@ -254,19 +256,40 @@ def _measure_rounds(
                 report.add(key, elapsed_ms)
 
 
-def _measure_life(report: Report, snapshot: OpenSnapshot) -> None:
-    time.sleep(_BODY_S)
+@dataclass(frozen=True)
+class _Life:
+    """How long after it was asked for a clone was there, had answered and was closed, in ms, and the VMM's id."""
+
+    ready_ms: float
+    answered_ms: float
+    closed_ms: float
+    pid: int
+
+
+def _time_life(snapshot: OpenSnapshot) -> _Life:
     started = monotonic()
     with snapshot.clone() as clone:
         ready = monotonic()
         fetch_until_200(clone.url(80))
-        answered = monotonic()
+        answered, pid = monotonic(), clone.running.vm.pid
         clone.close()
         closed = monotonic()
-    report.add("ready", (ready - started) * 1e3)
-    report.add("first_200", (answered - started) * 1e3)
-    report.add("close", (closed - answered) * 1e3)
-    report.add("life", (closed - started) * 1e3)
+    return _Life(*((moment - started) * 1e3 for moment in (ready, answered, closed)), pid)
+
+
+def _add_life(report: Report, prefix: str, life: _Life) -> None:
+    report.add(f"{prefix}_ready", life.ready_ms)
+    report.add(f"{prefix}_200", life.answered_ms)
+    report.add(f"{prefix}_life", life.closed_ms)
+
+
+def _measure_life(report: Report, snapshot: OpenSnapshot) -> None:
+    time.sleep(_BODY_S)
+    life = _time_life(snapshot)
+    report.add("ready", life.ready_ms)
+    report.add("first_200", life.answered_ms)
+    report.add("close", life.closed_ms - life.answered_ms)
+    report.add("life", life.closed_ms)
 
 
 def _measure_served(report: Report, served: OpenSnapshot) -> None:
@@ -281,38 +304,20 @@ def _measure_pool(report: Report, pooled: OpenSnapshot) -> None:
     """Measure a clone that the pool had time to make. The first clone makes the pool start on it."""
     with pooled.clone():
         time.sleep(_POOL_BODY_S)
-    started = monotonic()
-    with pooled.clone() as clone:
-        ready = monotonic()
-        fetch_until_200(clone.url(80))
-        answered = monotonic()
-        clone.close()
-        closed = monotonic()
-    report.add("pool_ready", (ready - started) * 1e3)
-    report.add("pool_200", (answered - started) * 1e3)
-    report.add("pool_life", (closed - started) * 1e3)
+    _add_life(report, "pool", _time_life(pooled))
 
 
 def _measure_rewound(report: Report, rewound: OpenSnapshot) -> None:
-    """Measure three lives in a row, of which each has the VM of the one before."""
+    """Measure lives in a row, of which each has the VM of the one before. The first says what the VM had used."""
+    before_ms = cpu_ms_of(_time_life(rewound).pid)
     for _ in range(_IN_A_ROW):
-        spent, started = time.process_time(), monotonic()
-        with rewound.clone() as clone:
-            ready = monotonic()
-            fetch_until_200(clone.url(80))
-            answered = monotonic()
-            pid = clone.running.vm.pid
-            clone.close()
-            closed = monotonic()
+        spent = time.process_time()
+        life = _time_life(rewound)
         report.add("rewound_host_cpu", (time.process_time() - spent) * 1e3)
-        report.add("rewound_ready", (ready - started) * 1e3)
-        report.add("rewound_200", (answered - started) * 1e3)
-        report.add("rewound_life", (closed - started) * 1e3)
-        total = cpu_ms_of(pid)
-        if _cpu_before.get(pid):
-            report.add("rewound_vmm_cpu", total - _cpu_before[pid])
-        _cpu_before.clear()
-        _cpu_before[pid] = total
+        _add_life(report, "rewound", life)
+        after_ms = cpu_ms_of(life.pid)
+        report.add("rewound_vmm_cpu", after_ms - before_ms)
+        before_ms = after_ms
 
 
 def _measure_idle(report: Report, snapshot: OpenSnapshot) -> None:
