@@ -12,17 +12,11 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm import SnapshotFactory, VmSpec
-from pytest_fcvm.host.paths import cache_root
 from pytest_fcvm.model.parse import parse_network
+from tests.vm.cache import cache_of_this_run
 
 _ROOT = Path(__file__).parents[2]
 _TOOLS = ("qemu-system-x86_64", "skopeo", "mksquashfs", "mmdebstrap", "docker-registry")
-
-
-def cache_directory() -> Path:
-    """Return the cache of this run, also where its environment names another one."""
-    named = os.environ.get("FCVM_CACHE_DIR")
-    return cache_root(Path(named) if named else None)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +65,7 @@ def image(
 def kernels(fcvm_snapshot_factory: SnapshotFactory) -> Path:
     """Return the directory with this session's guest kernel. It is a session fixture because pytester moves HOME."""
     fcvm_snapshot_factory()
-    return cache_directory() / "kernels"
+    return cache_of_this_run() / "kernels"
 
 
 @pytest.fixture

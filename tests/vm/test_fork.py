@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 import time
@@ -14,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pytest_fcvm import Clone, CloneFactory, FcvmError, Prepare
-from pytest_fcvm.host.paths import cache_root
 from tests.patience import PATIENCE
+from tests.vm.cache import cache_of_this_run
 
 COUNT = "i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done"
 # A server that keeps its state only in memory: it counts its connections.
@@ -36,8 +35,7 @@ def count_of(clone: Clone) -> int:
 
 
 def copies_on_disk() -> list[Path]:
-    named = os.environ.get("FCVM_CACHE_DIR")
-    return list((cache_root(Path(named) if named else None) / "snapshots").glob("copy-*"))
+    return list((cache_of_this_run() / "snapshots").glob("copy-*"))
 
 
 def test_forks_start_as_copies_of_the_clone_and_are_independent(fcvm_clone: Clone) -> None:

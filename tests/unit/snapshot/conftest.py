@@ -15,7 +15,8 @@ from pytest_fcvm.engine.protocol import GuestFiles
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.image.config import ImageConfig
 from pytest_fcvm.model.specs import VmSpec
-from pytest_fcvm.snapshot import SnapshotInputs, choose_ready
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot, choose_ready
+from pytest_fcvm.store import Entry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `fakes`
 
@@ -102,3 +103,18 @@ def make_inputs(engine: FakeEngine, tmp_path: Path) -> Callable[..., SnapshotInp
         )
 
     return make
+
+
+@pytest.fixture
+def open_built(tmp_path: Path, stack: ExitStack) -> Callable[[SnapshotInputs, SnapshotRuntime], OpenSnapshot]:
+    """Build a snapshot and open it; it is closed after the test."""
+
+    def open_(inputs: SnapshotInputs, runtime: SnapshotRuntime) -> OpenSnapshot:
+        directory = tmp_path / "entry"
+        directory.mkdir()
+        facts = build_snapshot(inputs, directory, lambda _phase: None)
+        snapshot = OpenSnapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime)
+        stack.callback(snapshot.close)
+        return snapshot
+
+    return open_

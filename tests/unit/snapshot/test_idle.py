@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,8 +15,7 @@ from pytest_fcvm.errors import EngineError, GuestError
 from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.admission.admission import NoRoomToPrewarm
 from pytest_fcvm.host.clock import Deadline, wait_until
-from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
-from pytest_fcvm.store import Entry
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime
 
 
 class Rooms:
@@ -50,22 +48,16 @@ def rooms() -> Rooms:
 
 @pytest.fixture
 def make_snapshot(
-    make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, rooms: Rooms, engine: FakeEngine
+    make_inputs: Callable[..., SnapshotInputs],
+    open_built: Callable[[SnapshotInputs, SnapshotRuntime], OpenSnapshot],
+    rooms: Rooms,
+    engine: FakeEngine,
 ) -> Callable[..., OpenSnapshot]:
     """Build a snapshot on an engine that rewinds; keyword arguments are fields of the runtime."""
-
-    def make(**fields: Any) -> OpenSnapshot:
-        engine.rewinds = True
-        inputs = make_inputs()
-        directory = tmp_path / "entry"
-        directory.mkdir()
-        facts = build_snapshot(inputs, directory, lambda _phase: None)
-        runtime = SnapshotRuntime(admit=rooms.admit, admit_prewarmed=rooms.admit_idle, **fields)
-        snapshot = OpenSnapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime)
-        stack.callback(snapshot.close)
-        return snapshot
-
-    return make
+    engine.rewinds = True
+    return lambda **fields: open_built(
+        make_inputs(), SnapshotRuntime(admit=rooms.admit, admit_prewarmed=rooms.admit_idle, **fields)
+    )
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +19,7 @@ from pytest_fcvm.guest.frames import FieldTag, StreamKind
 from pytest_fcvm.host.clock import Deadline, wait_until
 from pytest_fcvm.model.net import PublishedPort
 from pytest_fcvm.model.specs import Clock, VmSpec
-from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime, build_snapshot
-from pytest_fcvm.store import Entry
+from pytest_fcvm.snapshot import OpenSnapshot, SnapshotInputs, SnapshotRuntime
 
 
 class Room:
@@ -52,26 +50,18 @@ def room() -> Room:
 
 @pytest.fixture
 def make_snapshot(
-    make_inputs: Callable[..., SnapshotInputs], tmp_path: Path, stack: ExitStack, room: Room
+    make_inputs: Callable[..., SnapshotInputs],
+    open_built: Callable[[SnapshotInputs, SnapshotRuntime], OpenSnapshot],
+    room: Room,
 ) -> Callable[..., OpenSnapshot]:
     """Build a snapshot; keyword arguments are fields of its spec."""
-
-    def make(**fields: Any) -> OpenSnapshot:
-        inputs = make_inputs(**fields)
-        directory = tmp_path / "entry"
-        directory.mkdir()
-        facts = build_snapshot(inputs, directory, lambda _phase: None)
-        runtime = SnapshotRuntime(
-            admit=room.admit,
-            admit_prewarmed=room.admit,
-            on_created=room.on_created.append,
-            on_failed=lambda _spec, error: room.failed.append(error),
-        )
-        snapshot = OpenSnapshot(entry=Entry(path=directory, key="0" * 64, facts=facts), inputs=inputs, runtime=runtime)
-        stack.callback(snapshot.close)
-        return snapshot
-
-    return make
+    runtime = SnapshotRuntime(
+        admit=room.admit,
+        admit_prewarmed=room.admit,
+        on_created=room.on_created.append,
+        on_failed=lambda _spec, error: room.failed.append(error),
+    )
+    return lambda **fields: open_built(make_inputs(**fields), runtime)
 
 
 @pytest.fixture
