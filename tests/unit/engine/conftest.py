@@ -155,6 +155,7 @@ class FakeSpawner:
         self.answers: dict[str, Answer] = {}
         self.refusal: HostError | None = None
         self.qmp: FakeQmp | None = None
+        self.agent: socket.socket | None = None  # the VMM's end of the channel to the agent
         self.console: bytes | None = b""  # what the guest prints before it ends; None: it prints nothing and runs on
         self.log = ""
 
@@ -177,6 +178,9 @@ class FakeSpawner:
         self.qmp.answers = self.answers
         self.child.on_exit(lambda _: self.qmp and self.qmp.hang_up_quietly())
         self.qmp.start()
+        if 4 in fds:
+            self.agent = socket.socket(fileno=os.dup(fds[4]))
+            self.child.on_exit(lambda _: self.agent and self.agent.close())
         stdout.write_text(self.log)
         if 6 in fds and self.console is not None:
             with socket.socket(fileno=os.dup(fds[6])) as console:
@@ -191,6 +195,8 @@ class FakeSpawner:
         self.child.kill()
         if self.qmp is not None:
             self.qmp.close()
+        if self.agent is not None:
+            self.agent.close()
 
 
 @pytest.fixture

@@ -207,6 +207,17 @@ def test_a_vm_is_put_back_in_its_process_and_goes_on_as_another(
     assert ends == ["second"]
 
 
+def test_what_the_guest_said_in_its_former_life_is_not_heard(
+    rewinding: QemuEngine, spawner: Any, files: SnapshotFiles
+) -> None:
+    vm = start_or_discard(rewinding.prepare(RestorePlan(name="first", shape=SHAPE, files=files)))
+    spawner.agent.sendall(b"of the former life" * 10_000)
+    with vm.rewind("second").channel() as channel:
+        spawner.agent.sendall(b"now")
+        channel.settimeout(5)
+        assert channel.recv(100) == b"now"
+
+
 def test_a_rewind_that_qemu_refuses_is_an_error(rewinding: QemuEngine, spawner: Any, files: SnapshotFiles) -> None:
     def refuse(*_: object) -> object:
         raise LookupError("there is no checkpoint")
